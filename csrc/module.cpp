@@ -1,0 +1,41 @@
+// The Python module: one submodule of kernels per instruction set, and what this machine can run.
+#include "bind.h"
+
+namespace fastminima {
+void bind_dense(py::module_& m);
+}
+
+namespace py = pybind11;
+
+// Instruction sets of this build that this processor has, the best first.
+static py::list supported() {
+  py::list names;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    names.append("avx512");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.append("avx2");
+#endif
+  names.append("generic");
+  return names;
+}
+
+// Threads that a parallel region of `requested` really gets.
+static int parallel_threads(int requested) {
+  int count = 0;
+#pragma omp parallel num_threads(requested) reduction(+ : count)
+  count += 1;
+  return count;
+}
+
+PYBIND11_MODULE(_native_ext, m) {
+  m.def("supported", &supported);
+  m.def("parallel_threads", &parallel_threads);
+  m.def_submodule("generic");
+#if defined(__x86_64__)
+  m.def_submodule("avx2");
+  m.def_submodule("avx512");
+#endif
+  fastminima::bind_dense(m);
+}

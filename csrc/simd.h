@@ -1,0 +1,78 @@
+// Vector types sized by the instruction set that this file is compiled for.
+//
+// Kernel files are compiled once per instruction set (setup.py), each time into the namespace
+// fastminima::FM_ISA. They must not instantiate anything from the standard library or pybind11
+// outside FM_BASELINE: the linker would be free to use an AVX-512 copy of it on every machine.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define FM_BYTES 64
+#elif defined(__AVX2__)
+#define FM_BYTES 32
+#else
+#define FM_BYTES 16
+#endif
+
+#define FM_INLINE static inline __attribute__((always_inline))
+
+namespace fastminima {
+namespace FM_ISA {
+
+// Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to FMA.
+typedef float vec_f32 __attribute__((vector_size(FM_BYTES), aligned(4), may_alias));
+typedef double vec_f64 __attribute__((vector_size(FM_BYTES), aligned(8), may_alias));
+
+template <typename scalar_t>
+struct Simd;
+template <>
+struct Simd<float> {
+  using vec = vec_f32;
+  static constexpr int width = FM_BYTES / 4;
+};
+template <>
+struct Simd<double> {
+  using vec = vec_f64;
+  static constexpr int width = FM_BYTES / 8;
+};
+
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec load(const scalar_t* p) {
+  return *reinterpret_cast<const typename Simd<scalar_t>::vec*>(p);
+}
+template <typename scalar_t>
+FM_INLINE void store(scalar_t* p, typename Simd<scalar_t>::vec v) {
+  *reinterpret_cast<typename Simd<scalar_t>::vec*>(p) = v;
+}
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec splat(scalar_t x) {
+  return x - typename Simd<scalar_t>::vec{};
+}
+template <typename scalar_t>
+FM_INLINE scalar_t sum(typename Simd<scalar_t>::vec v) {
+  scalar_t s = 0;
+  for (int i = 0; i < Simd<scalar_t>::width; i++) s += v[i];
+  return s;
+}
+
+// |x|^2 of n contiguous elements, four accumulators deep.
+template <typename scalar_t>
+FM_INLINE scalar_t sq_norm(const scalar_t* x, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::vec s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    auto x0 = load(x + i), x1 = load(x + i + W), x2 = load(x + i + 2 * W), x3 = load(x + i + 3 * W);
+    s0 += x0 * x0, s1 += x1 * x1, s2 += x2 * x2, s3 += x3 * x3;
+  }
+  for (; i + W <= n; i += W) s0 += load(x + i) * load(x + i);
+  scalar_t s = sum<scalar_t>((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) s += x[i] * x[i];
+  return s;
+}
+
+}  // namespace FM_ISA
+}  // namespace fastminima

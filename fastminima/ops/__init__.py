@@ -1,0 +1,1 @@
+"""Kernels: each op has one meaning (its reference) and several implementations."""

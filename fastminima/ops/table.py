@@ -1,0 +1,122 @@
+"""An operation with one meaning and several implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+__all__ = ["REGISTRY", "Implementation", "Op"]
+
+REGISTRY: dict[str, Op] = {}
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op, and where it can be used."""
+
+    backend: str
+    run: Callable[..., Any]
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    is_preferred: bool
+
+
+class Op:
+    """A statistic of one layer, and every way this machine can compute it.
+
+    The reference is plain PyTorch, runs on any device and dtype, and defines the
+    meaning: each other implementation is tested against it in float64. What is missing
+    on a machine is absent from the table.
+
+    Example:
+        >>> import torch
+        >>> from fastminima.ops.table import Op
+        >>> total = Op("doctest_total", lambda x: x.sum())
+        >>> total(torch.ones(3))
+        tensor(3.)
+        >>> total.backends("cpu", torch.float32)
+        ('reference',)
+    """
+
+    def __init__(self, name: str, reference: Callable[..., Any]) -> None:
+        self.name = name
+        self.reference = reference
+        self._implementations: list[Implementation] = []
+        self._chosen: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+        self.__doc__ = reference.__doc__
+        REGISTRY[name] = self
+
+    def add(
+        self,
+        backend: str,
+        run: Callable[..., Any],
+        *,
+        devices: Iterable[str],
+        dtypes: Iterable[torch.dtype],
+        preferred: bool = True,
+    ) -> None:
+        """Add an implementation; the last one added with `preferred` is used."""
+        self._implementations.append(
+            Implementation(backend, run, frozenset(devices), frozenset(dtypes), preferred)
+        )
+        self._chosen.clear()
+
+    def add_native(
+        self,
+        run: Callable[..., Any],
+        *,
+        preferred: bool = True,
+        dtypes: Iterable[torch.dtype] = (torch.float32, torch.float64),
+    ) -> None:
+        """Add `run(kernels, *args)` for each instruction set of the extension.
+
+        The best one is "native"; the others are "native-<isa>", there to be tested.
+        """
+        for rank, isa in enumerate(_native.available_isas()):
+            module = _native.kernels_for(isa)
+
+            def call(*args: Any, _module: Any = module, **kwargs: Any) -> Any:
+                return run(_module, *args, **kwargs)
+
+            self.add(
+                "native" if rank == 0 else f"native-{isa}",
+                call,
+                devices=("cpu",),
+                dtypes=dtypes,
+                preferred=preferred and rank == 0,
+            )
+
+    def __iter__(self) -> Iterator[Implementation]:
+        return iter(self._implementations)
+
+    def backends(self, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Names of the implementations for a device and dtype, the used one first."""
+        fit = [
+            i for i in self._implementations if device in i.devices and dtype in i.dtypes
+        ]
+        fast = [i.backend for i in reversed(fit) if i.is_preferred]
+        slow = [i.backend for i in reversed(fit) if not i.is_preferred]
+        return (*fast, "reference", *slow)
+
+    def on(self, backend: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
+        """The implementation named `backend` for a device and dtype."""
+        if backend == "reference":
+            return self.reference
+        for i in self._implementations:
+            if i.backend == backend and device in i.devices and dtype in i.dtypes:
+                return i.run
+        raise LookupError(
+            f"{self.name} has no {backend!r} implementation for {dtype} on "
+            f"{device!r}; it has {self.backends(device, dtype)}."
+        )
+
+    def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key = (first.device.type, first.dtype)
+        run = self._chosen.get(key)
+        if run is None:
+            run = self._chosen[key] = self.on(self.backends(*key)[0], *key)
+        return run(first, *args, **kwargs)
