@@ -123,6 +123,22 @@ FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width
   }
 }
 
+// out[k * stride + i] = x[i * x_stride + k] for a full square of width x width.
+template <typename scalar_t>
+FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, scalar_t* out,
+                                int64_t stride) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::vec v[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    __builtin_prefetch(x + i * x_stride + 4 * W);
+    v[i] = load(x + i * x_stride);
+  }
+  transpose<scalar_t>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) store(out + i * stride, v[i]);
+}
+
 // Panels of the transpose of x [time, width], contiguous rows: the panel of time steps t0 to
 // t0 + cols, each [width, cols], starts at out + t0 * width. Zeros from `time` to the next
 // multiple of the tile's square.
@@ -131,28 +147,16 @@ static void pack_transposed(const scalar_t* x, int64_t stride, int64_t time, int
                             scalar_t* out) {
   using T = Tile<scalar_t>;
   constexpr int W = T::width;
-  int64_t padded = (time + T::square - 1) / T::square * T::square;
-  for (int64_t t = 0; t < padded; t += W) {
+  for (int64_t t = 0; t < time; t += T::square) {
     scalar_t* panel = out + t / T::cols * T::cols * width + t % T::cols;
-    int64_t rows = time - t < 0 ? 0 : time - t < W ? time - t : W;
-    for (int64_t k = 0; k < width; k += W) {
-      int64_t left = width - k;
-      typename Simd<scalar_t>::vec v[W];
-      if (rows == W && left >= W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) v[i] = load(x + (t + i) * stride + k);
-      } else {
-        for (int i = 0; i < W; i++) {
-          const scalar_t* row = x + (t + i) * stride + k;
-          if (i >= rows)
-            v[i] = typename Simd<scalar_t>::vec{};
-          else
-            v[i] = left >= W ? load(row) : load_first(row, left);
-        }
-      }
-      transpose<scalar_t>(v);
-      for (int i = 0; i < W && i < left; i++) store(panel + (k + i) * T::cols, v[i]);
-    }
+    int64_t rows = time - t < T::square ? time - t : T::square, k = 0;
+    if (rows == T::square)
+      for (; k + W <= width; k += W)
+        for (int64_t i = 0; i < T::square; i += W)
+          transpose_square(x + (t + i) * stride + k, stride, panel + k * T::cols + i, T::cols);
+    for (; k < width; k++)
+      for (int64_t i = 0; i < T::square; i++)
+        panel[k * T::cols + i] = i < rows ? x[(t + i) * stride + k] : 0;
   }
 }
 

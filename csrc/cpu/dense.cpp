@@ -52,8 +52,9 @@ template <typename scalar_t>
 struct GramTile {
   const scalar_t *a_left, *a_right, *g_left, *g_right;
   int64_t d_in, d_out;
-  int twice;  // vectors left of the diagonal square
-  double result;
+  int64_t twice;     // columns left of the square on the diagonal
+  int64_t diagonal;  // column of the first row's own time step, if it is in this tile
+  double result, parts;
 
   template <int vecs>
   FM_INLINE_MEMBER void run() {
@@ -61,21 +62,31 @@ struct GramTile {
     typename Simd<scalar_t>::vec ca[T::rows][vecs], cg[T::rows][vecs];
     multiply<scalar_t, vecs>(a_left, T::cols, a_right, d_in, ca);
     multiply<scalar_t, vecs>(g_left, T::cols, g_right, d_out, cg);
+#pragma GCC unroll 8
     for (int j = 0; j < vecs; j++) {
       typename Simd<scalar_t>::vec s{};
 #pragma GCC unroll 8
-      for (int i = 0; i < T::rows; i++) s += ca[i][j] * cg[i][j];
-      result += (j < twice ? 2.0 : 1.0) * sum<scalar_t>(s);
+      for (int i = 0; i < T::rows; i++) {
+        ca[i][j] *= cg[i][j];
+        s += ca[i][j];
+      }
+      result += (j * T::width < twice ? 2.0 : 1.0) * sum<scalar_t>(s);
     }
+    if (diagonal >= vecs * T::width) return;
+    const scalar_t* products = reinterpret_cast<const scalar_t*>(ca) + diagonal;
+    for (int i = 0; i < T::rows; i++) parts += products[i * vecs * T::width + i];
   }
 };
 
-// The Gram sum of one sample over every `pieces`-th row of tiles, from transposed panels.
+// The Gram sum of one sample over every `pieces`-th row of tiles, from transposed panels. The
+// terms on its diagonal, |a_t|^2 |g_t|^2, are added to `parts`.
 template <typename scalar_t>
 double gram_sum(const scalar_t* a, int64_t d_in, const scalar_t* g, int64_t d_out, int64_t time,
-                int64_t piece, int64_t pieces) {
+                int64_t piece, int64_t pieces, double& parts) {
   using T = Tile<scalar_t>;
-  GramTile<scalar_t> tile{nullptr, nullptr, nullptr, nullptr, d_in, d_out, 0, 0.0};
+  GramTile<scalar_t> tile{};
+  tile.d_in = d_in;
+  tile.d_out = d_out;
   for (int64_t s0 = 0; s0 < time; s0 += T::cols) {
     tile.a_right = a + s0 * d_in;
     tile.g_right = g + s0 * d_out;
@@ -84,10 +95,12 @@ double gram_sum(const scalar_t* a, int64_t d_in, const scalar_t* g, int64_t d_ou
       int64_t panel = t0 / T::cols * T::cols, square = t0 / T::square * T::square;
       tile.a_left = a + panel * d_in + t0 % T::cols;
       tile.g_left = g + panel * d_out + t0 % T::cols;
-      tile.twice = least(square - s0, T::cols) / T::width;
+      tile.twice = square - s0;
+      tile.diagonal = t0 - s0;
       with_vecs<scalar_t>(least(square + T::square - s0, T::cols) / T::width, tile);
     }
   }
+  parts = tile.parts;
   return tile.result;
 }
 
@@ -165,27 +178,18 @@ double direct_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int6
 
 template <typename scalar_t>
 double gram_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int64_t pieces,
-                  scalar_t* memory) {
+                  scalar_t* memory, double& parts) {
   using T = Tile<scalar_t>;
   const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
   scalar_t* packed_g = memory + (x.time + T::cols - 1) / T::cols * T::cols * x.d_in;
   pack_transposed(a, x.a_time, x.time, x.d_in, memory);
   pack_transposed(g, x.g_time, x.time, x.d_out, packed_g);
-  return gram_sum(memory, x.d_in, packed_g, x.d_out, x.time, piece, pieces);
-}
-
-// sum_t |a_t|^2 |g_t|^2: what the Gram sum would be if time steps were orthogonal.
-template <typename scalar_t>
-double parts_sum(const Sequences<scalar_t>& x, int64_t n) {
-  double total = 0;
-  for (int64_t t = 0; t < x.time; t++)
-    total += static_cast<double>(sq_norm(x.a + n * x.a_batch + t * x.a_time, x.d_in)) *
-             sq_norm(x.g + n * x.g_batch + t * x.g_time, x.d_out);
-  return total;
+  return gram_sum(memory, x.d_in, packed_g, x.d_out, x.time, piece, pieces, parts);
 }
 
 // weight[n] = |sum_t g[n,t] (x) a[n,t]|^2 and, unless null, bias[n] = |sum_t g[n,t]|^2.
-// guard < 0: direct. Else by the Gram sum, again by direct where that is < guard * parts_sum.
+// guard < 0: direct. Else by the Gram sum, again by direct where that is < guard * sum_t |a_t|^2
+// |g_t|^2.
 template <typename scalar_t>
 void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* weight, scalar_t* bias,
                        int threads) {
@@ -198,6 +202,7 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
   int64_t direct_size = (widest + T::rows + T::cols) * x.time;
   double* sums = scratch<double>(2 * tasks);
   double* parts = sums + tasks;
+  bool* is_lost = scratch<bool>(x.batch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     scalar_t* memory = scratch<scalar_t>(gram_size > direct_size ? gram_size : direct_size);
@@ -205,8 +210,7 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
     for (int64_t i = 0; i < tasks; i++) {
       int64_t n = i / pieces, piece = i % pieces;
       sums[i] = guard < 0 ? direct_piece(x, n, piece, pieces, memory)
-                          : gram_piece(x, n, piece, pieces, memory);
-      if (piece == 0 && guard > 0) parts[n] = parts_sum(x, n);
+                          : gram_piece(x, n, piece, pieces, memory, parts[i]);
       if (piece == 0 && bias)
         bias[n] = bias_sq_norm(x.g + n * x.g_batch, x.g_time, x.time, x.d_out);
     }
@@ -214,14 +218,13 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
       // Reads every piece of sample n and writes its own, so the test comes before the writing.
 #pragma omp single
       for (int64_t n = 0; n < x.batch; n++) {
-        double total = 0;
-        for (int64_t k = 0; k < pieces; k++) total += sums[n * pieces + k];
-        parts[n] = total < guard * parts[n] ? 1 : 0;
+        double total = 0, apart = 0;
+        for (int64_t i = n * pieces; i < (n + 1) * pieces; i++) total += sums[i], apart += parts[i];
+        is_lost[n] = total < guard * apart;
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < tasks; i++)
-        if (parts[i / pieces] != 0)
-          sums[i] = direct_piece(x, i / pieces, i % pieces, pieces, memory);
+        if (is_lost[i / pieces]) sums[i] = direct_piece(x, i / pieces, i % pieces, pieces, memory);
     }
     free(memory);
   }
@@ -230,6 +233,7 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
     for (int64_t k = 0; k < pieces; k++) total += sums[n * pieces + k];
     weight[n] = total < 0 ? 0 : total;
   }
+  free(is_lost);
   free(sums);
 }
 
