@@ -18,6 +18,7 @@
 #endif
 
 #define FM_INLINE static inline __attribute__((always_inline))
+#define FM_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace fastminima {
 namespace FM_ISA {
@@ -25,17 +26,21 @@ namespace FM_ISA {
 // Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to FMA.
 typedef float vec_f32 __attribute__((vector_size(FM_BYTES), aligned(4), may_alias));
 typedef double vec_f64 __attribute__((vector_size(FM_BYTES), aligned(8), may_alias));
+typedef int32_t index_f32 __attribute__((vector_size(FM_BYTES)));
+typedef int64_t index_f64 __attribute__((vector_size(FM_BYTES)));
 
 template <typename scalar_t>
 struct Simd;
 template <>
 struct Simd<float> {
   using vec = vec_f32;
+  using index = index_f32;
   static constexpr int width = FM_BYTES / 4;
 };
 template <>
 struct Simd<double> {
   using vec = vec_f64;
+  using index = index_f64;
   static constexpr int width = FM_BYTES / 8;
 };
 
@@ -56,6 +61,14 @@ FM_INLINE scalar_t sum(typename Simd<scalar_t>::vec v) {
   scalar_t s = 0;
   for (int i = 0; i < Simd<scalar_t>::width; i++) s += v[i];
   return s;
+}
+
+// The first n < width elements at p, then zeros.
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec load_first(const scalar_t* p, int64_t n) {
+  typename Simd<scalar_t>::vec v{};
+  for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
 }
 
 // |x|^2 of n contiguous elements, four accumulators deep.

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
+from . import dense_native
+from ._arguments import FLOATS, accumulated
 from .table import Op
 
 __all__ = [
@@ -30,11 +31,6 @@ __all__ = [
 _BLOCK_BYTES = 64 << 20
 
 
-def _accumulated(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
-    return a.to(dtype), g.to(dtype)
-
-
 def _blocks(count: int, bytes_each: int) -> Iterator[slice]:
     """Slices of range(count) that hold at most `_BLOCK_BYTES`, or one item."""
     step = max(1, _BLOCK_BYTES // max(1, bytes_each))
@@ -45,7 +41,7 @@ def _row_sq_norms(
     a: Float[Tensor, "batch d_in"], g: Float[Tensor, "batch d_out"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Squared norms |a_n|^2 |g_n|^2 of weight and |g_n|^2 of bias, one row a sample."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     bias = g.square().sum(dim=1)
     return a.square().sum(dim=1) * bias, bias
 
@@ -54,7 +50,7 @@ def _sequence_gradients(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch d_out d_in"]:
     """Each sample's gradient, sum_t g[n, t] (outer) a[n, t]. For chunks of a batch."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     return torch.bmm(g.transpose(1, 2), a)
 
 
@@ -62,7 +58,7 @@ def _direct_sq_norms(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, " batch"]:
     """Squared norm of each sample's gradient, by making the gradient in blocks."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     norms = g.new_zeros(len(g))
     for rows in _blocks(len(g), g.shape[2] * a.shape[2] * g.element_size()):
         norms[rows] = _sequence_gradients(a[rows], g[rows]).square().sum(dim=(1, 2))
@@ -77,7 +73,7 @@ def _gram_sq_norms(
     Where the contributions of the time steps nearly cancel, little of the accumulation
     dtype's precision is left: see `sequence_sq_norms`.
     """
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     norms = g.new_zeros(len(g))
     for rows in _blocks(len(g), 2 * g.shape[1] ** 2 * g.element_size()):
         products = torch.bmm(a[rows], a[rows].transpose(1, 2))
@@ -105,7 +101,7 @@ def _sequence_second_moment(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "d_out d_in"]:
     """Sum over the samples of the elementwise square of their gradients."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     if g.shape[1] == 1:
         return g[:, 0].square().T @ a[:, 0].square()
     total = g.new_zeros(g.shape[2], a.shape[2])
@@ -118,7 +114,7 @@ def _sequence_gram(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch batch"]:
     """Inner products between the samples' gradients, made in blocks of output rows."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     if g.shape[1] == 1:
         return (a[:, 0] @ a[:, 0].T) * (g[:, 0] @ g[:, 0].T)
     gram = g.new_zeros(len(g), len(g))
@@ -134,7 +130,7 @@ def _sequence_dots(
     v: Float[Tensor, "d_out d_in"],
 ) -> Float[Tensor, " batch"]:
     """Inner product of each sample's gradient with the direction `v`."""
-    a, g = _accumulated(a, g)
+    a, g = accumulated(a, g)
     return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
 
 
@@ -146,3 +142,9 @@ sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
+
+row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
+sequence_sq_norms.add_native(dense_native.sequence_sq_norms, dtypes=FLOATS)
+gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
+direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
+sequence_second_moment.add_native(dense_native.sequence_second_moment, dtypes=FLOATS)
