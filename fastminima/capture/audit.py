@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ __all__ = ["Audit", "AuditRow", "audit_losses"]
 # A wrong row or rule is off by tenths; these allow for rounding in the model's dtype.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
-# A sample's squared norm counts as zero below this part of the batch's mean.
-_NEGLIGIBLE = 1e-6
+# A gradient counts as zero below this part (of norms) of what it is compared with: the
+# whole gradient, or the parameter's gradients of all samples. A bias before a
+# normalisation has nothing but rounding for a gradient.
+_NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def audit_losses(
     handles: list[Any] = []
     if reading.mixing and batchnorm == "frozen":
         handles = batch_norms.freeze(reading.tape, reading.mixing)
+    whole = 0.0
     try:
         try:
             grads = _grads(losses.mean(), tensors)
             collected = session.finish()
         finally:
             session.close()
+        whole = _norm(grads)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(count, generator=generator)[:samples].sort().values
         norm_errors: dict[str, float | None] = dict.fromkeys(names)
@@ -126,7 +130,7 @@ def audit_losses(
             AuditRow(
                 name,
                 tuple(collected.rules.get(name, ())),
-                _sum_error(collected, name, grad),
+                _sum_error(collected, name, grad, whole),
                 norm_errors[name],
                 _TOLERANCE.get(_narrowest(parameter, losses), _HALF_TOLERANCE),
             )
@@ -144,14 +148,21 @@ def _narrowest(parameter: Tensor, losses: Tensor) -> torch.dtype:
     return dtypes[0]
 
 
-def _sum_error(collected: Collected, name: str, grad: Tensor | None) -> float:
+def _sum_error(
+    collected: Collected, name: str, grad: Tensor | None, whole: float
+) -> float:
     total = collected.totals.get(name)
     if total is None or grad is None:
         return math.inf
     grad = grad.to_dense() if grad.is_sparse else grad
-    norm = grad.double().norm().item()
     error = (total.double() - grad.double()).norm().item()
-    return error / norm if norm > 0 else error
+    scale = max(grad.double().norm().item(), _NEGLIGIBLE * whole)
+    return error / scale if scale > 0 else error
+
+
+def _norm(grads: Iterable[Tensor | None]) -> float:
+    dense = [g.to_dense() if g.is_sparse else g for g in grads if g is not None]
+    return math.sqrt(sum(g.double().square().sum().item() for g in dense))
 
 
 def _compare_sample(
@@ -163,7 +174,9 @@ def _compare_sample(
     tensors: list[Tensor],
     errors: dict[str, float | None],
 ) -> None:
-    for name, grad in zip(names, _grads(losses[n], tensors), strict=True):
+    grads = _grads(losses[n], tensors)
+    whole = _norm(grads)
+    for name, grad in zip(names, grads, strict=True):
         if name not in collected.sq_norms:
             continue
         norms = collected.sq_norms[name].double() * count**2
@@ -171,7 +184,7 @@ def _compare_sample(
         if grad is not None:
             grad = grad.to_dense() if grad.is_sparse else grad
             want = grad.double().square().sum().item()
-        floor = _NEGLIGIBLE * norms.mean().item()
+        floor = _NEGLIGIBLE**2 * max(norms.mean().item(), whole**2)
         difference = abs(norms[n].item() - want)
         error = difference / max(want, floor) if max(want, floor) > 0 else difference
         sofar = errors[name]

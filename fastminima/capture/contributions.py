@@ -71,13 +71,13 @@ class Contribution:
 
     def gram(self) -> Tensor:
         """<g_n, g_m>, `[batch, batch]`."""
-        rows = [chunk.flatten(1) for chunk in self.chunks()]
+        rows = [_flat(chunk) for chunk in self.chunks()]
         if len(rows) == 1:
             return rows[0] @ rows[0].t()
         del rows
         return torch.cat(
             [
-                torch.cat([a.flatten(1) @ b.flatten(1).t() for b in self.chunks()], 1)
+                torch.cat([_flat(a) @ _flat(b).t() for b in self.chunks()], 1)
                 for a in self.chunks()
             ]
         )
@@ -85,7 +85,7 @@ class Contribution:
     def dots(self, direction: Tensor) -> Tensor:
         """<g_n, direction>, `[batch]`."""
         flat = direction.flatten()
-        return torch.cat([c.flatten(1) @ flat.to(c.dtype) for c in self.chunks()])
+        return torch.cat([_flat(c) @ flat.to(c.dtype) for c in self.chunks()])
 
     def settled(self) -> Contribution:
         """The same, usable after the backward pass has left this node."""
@@ -100,8 +100,12 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
 
 
 def _sq_norms(samples: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(samples.flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(_flat(samples), dim=1)
     return norms.square()
+
+
+def _flat(samples: Tensor) -> Tensor:
+    return samples.reshape(len(samples), -1)
 
 
 class Materialized(Contribution):

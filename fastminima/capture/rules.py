@@ -299,8 +299,9 @@ def _summed_like(
         if factor is None:
             return broadcast.sum_over_time(layout.rows(g, 1))
         return broadcast.product_over_time(layout.rows(g, 1), layout.rows(factor, 1))
-    is_channel = len(shape) > 2 and layout.dim == 0 and layout.outer * layout.inner == 1
-    if is_channel and factor is None and all(size == 1 for size in shape[2:]):
+    is_channel = len(shape) > 2 and shape[1] == g.shape[1] and set(shape[2:]) == {1}
+    is_plain = layout.dim == 0 and layout.outer * layout.inner == 1
+    if factor is None and is_channel and is_plain:
         return broadcast.sum_over_space(g.flatten(2))
     samples = layout.isolate(g)
     if factor is not None:
