@@ -87,5 +87,49 @@ FM_INLINE scalar_t sq_norm(const scalar_t* x, int64_t n) {
   return s;
 }
 
+// The first `lanes` elements of v, zeros after them (whatever v holds there, NaN included).
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec first_lanes(typename Simd<scalar_t>::vec v, int lanes) {
+  typename Simd<scalar_t>::vec index, zero{};
+  for (int i = 0; i < Simd<scalar_t>::width; i++) index[i] = scalar_t(i);
+  return index < splat(scalar_t(lanes)) ? v : zero;
+}
+
+// Lower and upper half of a0 b0 a1 b1 a2 b2 ...
+#define FM_INTERLEAVE(VEC, LOW, HIGH)                                                         \
+  FM_INLINE VEC interleave_low(VEC a, VEC b) { return __builtin_shufflevector(a, b, LOW); }   \
+  FM_INLINE VEC interleave_high(VEC a, VEC b) { return __builtin_shufflevector(a, b, HIGH); }
+#define FM_LIST(...) __VA_ARGS__
+#if FM_BYTES == 64
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+              FM_LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+#elif FM_BYTES == 32
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
+#else
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 2), FM_LIST(1, 3))
+#endif
+#undef FM_LIST
+#undef FM_INTERLEAVE
+
+// Transposes a square of vectors: log2(width) perfect shuffles of its rows.
+template <typename scalar_t>
+FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width]) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::vec w[W];
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; i++) {
+      w[2 * i] = interleave_low(v[i], v[i + W / 2]);
+      w[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) v[i] = w[i];
+  }
+}
+
 }  // namespace FM_ISA
 }  // namespace fastminima
