@@ -20,11 +20,13 @@ class GradientStatistics:
 
     g_n is the gradient of sample n's own loss (not divided by the batch size). Tensors
     are in the accumulation dtype: float64 for float64 models, float32 otherwise.
-    Dictionaries hold the parameters that the loss reached; an absent one counts as zero.
+    Dictionaries hold the parameters that the loss reached; an absent one counts as
+    zero.
 
     Attributes:
         count: number of samples N.
-        parameter_count: number of tracked scalars P, whether the loss reached them or not.
+        parameter_count: number of tracked scalars P, whether the loss reached them or
+            not.
         sq_norms: `[count]`, |g_n|^2, or None when norms were not measured.
         mean_grad_sq_norm: 0-d, squared norm of the mean of the g_n.
         sq_norms_by_parameter: `{name: [count]}`, with `per_parameter=True`.
@@ -67,7 +69,7 @@ class GradientStatistics:
 
     @property
     def noise_scale(self) -> Float[Tensor, ""]:
-        """Trace of Sigma over |E g|^2, in samples: where gradient noise and signal are equal.
+        """Trace of Sigma over |E g|^2, in samples: where noise and signal are equal.
 
         Numerator and denominator are unbiased, their ratio is not: average them over
         steps before dividing. Negative when the batch is too small to see the signal.

@@ -21,7 +21,8 @@ class MinibatchVariance:
     `.grad` holding that batch's mean gradient alone. Holds two vectors of parameter
     size. With K batches of S_k samples drawn independently, and their weighted mean,
 
-        tr Sigma = sum_k S_k |G_k - mean|^2 / (K - 1),  |E g|^2 = |mean|^2 - tr Sigma / sum_k S_k
+        tr Sigma = sum_k S_k |G_k - mean|^2 / (K - 1)
+        |E g|^2 = |mean|^2 - tr Sigma / sum_k S_k
 
     are unbiased.
 
@@ -104,7 +105,10 @@ class MinibatchVariance:
 
     @property
     def noise_scale(self) -> Tensor:
-        """Trace of Sigma over |E g|^2, in samples (McCandlish et al. 2018, arXiv:1812.06162)."""
+        """Trace of Sigma over |E g|^2, in samples.
+
+        Source: McCandlish et al. (2018), arXiv:1812.06162, "simple noise scale".
+        """
         return self.covariance_trace / self.signal
 
     @property

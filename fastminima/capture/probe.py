@@ -125,8 +125,8 @@ class GradientProbe:
             retain_graph: keep the graph for another backward pass.
 
         Raises:
-            CaptureError: when the graph cannot be read exactly; the model, its gradients
-                and hooks are then as before.
+            CaptureError: when the graph cannot be read exactly; the model, its
+                gradients and hooks are then as before.
             ValueError: for a loss of two dimensions or a scalar without batch size.
         """
         self.attach(loss, batch_size, reduction, scale=scale)
@@ -151,7 +151,7 @@ class GradientProbe:
         *,
         scale: float = 1.0,
     ) -> None:
-        """Prepare the graph of `loss`, for loops that call `loss.backward()` themselves.
+        """Prepare the graph of `loss`, for loops that call `loss.backward()`.
 
         Follow it with exactly one backward pass over the loss (its mean, if it is a
         vector; times `scale` if a GradScaler is used), then `collect()`.
@@ -190,8 +190,8 @@ class GradientProbe:
         """
         if self._attached is None:
             raise CaptureError(
-                "Nothing is attached to this probe; call probe.attach(loss, ...) before "
-                "the backward pass and probe.collect() once after it."
+                "Nothing is attached to this probe; call probe.attach(loss, ...) "
+                "before the backward pass and probe.collect() once after it."
             )
         attached, self._attached = self._attached, None
         collected = attached.frozen
@@ -200,8 +200,8 @@ class GradientProbe:
             collected = attached.session.finish()
         if not collected.sq_norms:
             raise CaptureError(
-                "No backward pass reached the graph since probe.attach(loss, ...). Call "
-                "loss.backward() on that same loss before probe.collect()."
+                "No backward pass reached the graph since probe.attach(loss, ...). "
+                "Call loss.backward() on that same loss before probe.collect()."
             )
         return self._statistics(collected, attached.count, attached.factor)
 
@@ -387,8 +387,8 @@ def _direction(
         total = sum(p.numel() for p in parameters.values())
         if v.shape != (total,):
             raise ValueError(
-                f"Direction {name!r} has shape {tuple(v.shape)}; a flat direction needs "
-                f"({total},), all tracked parameters in order."
+                f"Direction {name!r} has shape {tuple(v.shape)}; a flat direction "
+                f"needs ({total},), all tracked parameters in order."
             )
         pieces = v.split([p.numel() for p in parameters.values()])
         return {

@@ -79,8 +79,9 @@ class Reader:
         """
         if loss.grad_fn is None:
             raise CaptureError(
-                "The loss has no graph: none of the tracked parameters took part in it, "
-                "or it was computed under torch.no_grad(). Compute it with gradients on."
+                "The loss has no graph: none of the tracked parameters took part in "
+                "it, or it was computed under torch.no_grad(). Compute it with "
+                "gradients on."
             )
         tape = Tape(loss.grad_fn, self._names)
         if not tape.leaves:
@@ -250,16 +251,17 @@ class Reader:
             f"Batch normalisation in training mode mixes the samples of a batch "
             f"({len(mixing)} layers: {shown}), so the loss defines no gradient of one "
             'sample. Choose batchnorm="rows" (each sample\'s rows of the ordinary '
-            'backward pass) or batchnorm="frozen" (batch statistics as constants), call '
-            "model.eval(), or use MinibatchVariance."
+            'backward pass) or batchnorm="frozen" (batch statistics as constants), '
+            "call model.eval(), or use MinibatchVariance."
         )
 
     def _mixed_message(self, tape: Tape, i: int, batch: int) -> str:
         where = self._module_at(tape, i)
         return (
-            f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do not "
-            f"each belong to one of the {batch} samples: a layer after it mixes samples, "
-            "or the losses do. Leave the mixing layer out, or use MinibatchVariance."
+            f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do "
+            f"not each belong to one of the {batch} samples: a layer after it mixes "
+            "samples, or the losses do. Leave the mixing layer out, or use "
+            "MinibatchVariance."
         )
 
     def _no_batch_message(

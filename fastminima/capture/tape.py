@@ -56,7 +56,7 @@ class Tape:
 
     @cached_property
     def parents(self) -> list[list[tuple[int, int, int]]]:
-        """For each node its consumers: (node, input number there, output number here)."""
+        """For each node its consumers: (node, its input number, output number here)."""
         parents: list[list[tuple[int, int, int]]] = [[] for _ in self.nodes]
         for i, edges in enumerate(self.children):
             for slot, edge in enumerate(edges):
