@@ -22,7 +22,8 @@
 namespace fastminima {
 namespace FM_ISA {
 
-// Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to FMA.
+// Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to
+// FMA.
 typedef float vec_f32 __attribute__((vector_size(FM_BYTES), aligned(4), may_alias));
 typedef double vec_f64 __attribute__((vector_size(FM_BYTES), aligned(8), may_alias));
 
@@ -83,8 +84,8 @@ FM_INLINE typename Simd<scalar_t>::vec first_lanes(typename Simd<scalar_t>::vec 
 }
 
 // Lower and upper half of a0 b0 a1 b1 a2 b2 ...
-#define FM_INTERLEAVE(VEC, LOW, HIGH)                                                         \
-  FM_INLINE VEC interleave_low(VEC a, VEC b) { return __builtin_shufflevector(a, b, LOW); }   \
+#define FM_INTERLEAVE(VEC, LOW, HIGH)                                                       \
+  FM_INLINE VEC interleave_low(VEC a, VEC b) { return __builtin_shufflevector(a, b, LOW); } \
   FM_INLINE VEC interleave_high(VEC a, VEC b) { return __builtin_shufflevector(a, b, HIGH); }
 #define FM_LIST(...) __VA_ARGS__
 #if FM_BYTES == 64

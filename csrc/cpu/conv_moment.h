@@ -78,10 +78,9 @@ void second_moment(const scalar_t* rows, const scalar_t* image, const ConvSizes&
         int64_t row = i % tiles * M, present = least(M, p.rows - row);
         const scalar_t* block = blocks + row / RB * RB * p.length + row % RB;
         scalar_t* at = total + (group * p.rows + row) * p.columns;
-#define FM_USE(NV)                                                                       \
-  present > HALF                                                                         \
-      ? moment_tile<M, NV>(p, piece, block, images, count, present, at, p.columns)       \
-      : moment_tile<HALF, NV>(p, piece, block, images, count, present, at, p.columns)
+#define FM_USE(NV)                                                                            \
+  present > HALF ? moment_tile<M, NV>(p, piece, block, images, count, present, at, p.columns) \
+                 : moment_tile<HALF, NV>(p, piece, block, images, count, present, at, p.columns)
         FM_FOR_PIECE(piece.vectors, FM_USE)
 #undef FM_USE
       }
