@@ -12,9 +12,10 @@ namespace fastminima {
 namespace FM_ISA {
 namespace {
 
-// The Gram form adds numbers of both signs whose size is that of D = sum_t |rows_t|^2 |patch_t|^2:
-// its error is about 3 eps D, the direct form's 3 eps sqrt(D |dW|^2). Below this share of D,
-// where the Gram form has lost 5 bits more than the direct one need, a sample is done again.
+// The Gram form adds numbers of both signs whose size is that of D = sum_t |rows_t|^2 |patch_t|^2.
+// Its error, measured while |dW|^2 / D went from 1/2 to 1e-5 on layers of 16 to 512 channels, is
+// 0.2 to 5 eps D, the direct form's below 0.5 eps sqrt(D |dW|^2). A sample whose |dW|^2 is less
+// than this share of D is done again, directly: relative errors stay below 160 eps.
 constexpr double GRAM_KEEPS = 1.0 / 32;
 
 // Positions (of the rows) and pixels (of the image) each have their Gram matrix; both number their
