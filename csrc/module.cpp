@@ -4,7 +4,7 @@
 namespace fastminima {
 void bind_conv(py::module_& m);
 void bind_dense(py::module_& m);
-}
+}  // namespace fastminima
 
 namespace py = pybind11;
 

@@ -18,8 +18,9 @@ FM_INLINE typename Simd<scalar_t>::vec tile_squares(const Plan& p, const Piece& 
     typename Simd<scalar_t>::vec squares{};
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) squares += acc[i][j] * acc[i][j];
-    total += piece.lanes[j] == Simd<scalar_t>::width ? squares
-                                                     : first_lanes<scalar_t>(squares, piece.lanes[j]);
+    total += piece.lanes[j] == Simd<scalar_t>::width
+                 ? squares
+                 : first_lanes<scalar_t>(squares, piece.lanes[j]);
   }
   return total;
 }
@@ -75,8 +76,9 @@ void direct_sq_norms(const scalar_t* rows, const scalar_t* image, const ConvSize
     for (int64_t i = 0; i < count * parts; i++) {
       int64_t n = samples ? samples[i / parts] : i / parts;
       if (bias && i % parts == 0) bias[n] = bias_of_sample(rows, image, s, n);
-      partial[i] = sample_sq_norm(p, rows + n * s.rows * p.length, image + n * s.channels * p.pixels,
-                                  i % parts, parts, padded, block);
+      partial[i] =
+          sample_sq_norm(p, rows + n * s.rows * p.length, image + n * s.channels * p.pixels,
+                         i % parts, parts, padded, block);
     }
     free(padded);
     free(block);

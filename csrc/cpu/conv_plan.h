@@ -137,8 +137,7 @@ void make_plan(Plan& p, const ConvSizes& s) {
   if (!merged && p.channels * sizeof(scalar_t) % 1024 == 0) p.pixel += W;
   for (int axis = 0; axis < 3; axis++) {
     p.step[axis] = s.kernel[axis] == 1 ? 1 : s.stride[axis];
-    p.padded[axis] =
-        (s.out[axis] - 1) * p.step[axis] + (s.kernel[axis] - 1) * s.dilation[axis] + 1;
+    p.padded[axis] = (s.out[axis] - 1) * p.step[axis] + (s.kernel[axis] - 1) * s.dilation[axis] + 1;
   }
   int64_t unread = p.padded[0] * p.padded[1] * p.padded[2] * p.pixel;
   p.image_scratch = unread + p.pixel + (TILE_VECTORS + 1) * W;
@@ -228,9 +227,14 @@ FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* 
 // Calls use(M, NV) with the piece's number of vectors and the rows that a tile takes as constants.
 #define FM_FOR_PIECE(vectors, USE) \
   switch (vectors) {               \
-    case 1: USE(1); break;         \
-    case 2: USE(2); break;         \
-    default: USE(3);               \
+    case 1:                        \
+      USE(1);                      \
+      break;                       \
+    case 2:                        \
+      USE(2);                      \
+      break;                       \
+    default:                       \
+      USE(3);                      \
   }
 
 // |sum over positions|^2 summed over channels: the squared norm of a bias gradient.
