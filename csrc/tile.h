@@ -123,16 +123,16 @@ FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width
   }
 }
 
-// out[k * stride + i] = x[i * x_stride + k] for a full square of width x width.
-template <typename scalar_t>
-FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, scalar_t* out,
+// out[k * stride + i] = x[i * x_stride + k] for a square of width x width; zeros for i >= rows.
+template <typename scalar_t, bool all_rows>
+FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, int64_t rows, scalar_t* out,
                                 int64_t stride) {
   constexpr int W = Simd<scalar_t>::width;
   typename Simd<scalar_t>::vec v[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) {
-    __builtin_prefetch(x + i * x_stride + 4 * W);
-    v[i] = load(x + i * x_stride);
+    if (all_rows) __builtin_prefetch(x + i * x_stride + 4 * W);
+    v[i] = all_rows || i < rows ? load(x + i * x_stride) : typename Simd<scalar_t>::vec{};
   }
   transpose<scalar_t>(v);
 #pragma GCC unroll 16
@@ -150,10 +150,15 @@ static void pack_transposed(const scalar_t* x, int64_t stride, int64_t time, int
   for (int64_t t = 0; t < time; t += T::square) {
     scalar_t* panel = out + t / T::cols * T::cols * width + t % T::cols;
     int64_t rows = time - t < T::square ? time - t : T::square, k = 0;
-    if (rows == T::square)
-      for (; k + W <= width; k += W)
-        for (int64_t i = 0; i < T::square; i += W)
-          transpose_square(x + (t + i) * stride + k, stride, panel + k * T::cols + i, T::cols);
+    for (; k + W <= width; k += W)
+      for (int64_t i = 0; i < T::square; i += W) {
+        const scalar_t* from = x + (t + i) * stride + k;
+        scalar_t* to = panel + k * T::cols + i;
+        if (i + W <= rows)
+          transpose_square<scalar_t, true>(from, stride, W, to, T::cols);
+        else
+          transpose_square<scalar_t, false>(from, stride, rows - i, to, T::cols);
+      }
     for (; k < width; k++)
       for (int64_t i = 0; i < T::square; i++)
         panel[k * T::cols + i] = i < rows ? x[(t + i) * stride + k] : 0;
