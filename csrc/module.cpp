@@ -2,7 +2,11 @@
 #include "bind.h"
 
 namespace fastminima {
+void bind_broadcast(py::module_& m);
 void bind_dense(py::module_& m);
+void bind_embedding(py::module_& m);
+void bind_norm(py::module_& m);
+void bind_reduce(py::module_& m);
 }
 
 namespace py = pybind11;
@@ -37,5 +41,9 @@ PYBIND11_MODULE(_native_ext, m) {
   m.def_submodule("avx2");
   m.def_submodule("avx512");
 #endif
+  fastminima::bind_broadcast(m);
   fastminima::bind_dense(m);
+  fastminima::bind_embedding(m);
+  fastminima::bind_norm(m);
+  fastminima::bind_reduce(m);
 }

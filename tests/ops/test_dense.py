@@ -17,7 +17,7 @@ SQ_NORMS = [dense.gram_sq_norms, dense.direct_sq_norms]
 
 
 def layouts(batch, time, width, dtype=torch.float32):
-    """The layouts that captured tensors come in: by sample, by time, slices of wider."""
+    """The layouts that tensors come in: by sample, by time, slices, transposed."""
     yield torch.randn(batch, time, width, dtype=torch.float32).to(dtype)
     yield torch.randn(time, batch, width, dtype=torch.float32).to(dtype).transpose(0, 1)
     yield torch.randn(batch, time, 2 * width + 3).to(dtype)[:, :, 2 : 2 + width]
