@@ -75,6 +75,7 @@ def _product_over_time_native(kernels: Any, g: Tensor, x: Tensor) -> Tensor:
 sum_over_time = Op("sum_over_time", _sum_over_time)
 sum_over_space = Op("sum_over_space", _sum_over_space)
 product_over_time = Op("product_over_time", _product_over_time)
-sum_over_time.add_native(_sum_over_time_native, dtypes=FLOATS)
-sum_over_space.add_native(_sum_over_space_native, dtypes=FLOATS)
+# PyTorch's own sums are as fast: 0.4 to 1.3 times the speed was measured of these.
+sum_over_time.add_native(_sum_over_time_native, dtypes=FLOATS, preferred=False)
+sum_over_space.add_native(_sum_over_space_native, dtypes=FLOATS, preferred=False)
 product_over_time.add_native(_product_over_time_native, dtypes=FLOATS)
