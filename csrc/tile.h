@@ -70,16 +70,35 @@ FM_INLINE void with_vecs(int64_t vecs, body_t& body) {
   }
 }
 
-// out[k * out_stride + i] = x[k * stride + i] for i < count, zero up to `padded`.
+// The left panel out[k * rows + i] = x[k * stride + i], zero for i >= count.
 template <typename scalar_t>
-FM_INLINE void pack(const scalar_t* x, int64_t stride, int64_t depth, int64_t count, int64_t padded,
-                    scalar_t* out) {
+FM_INLINE void pack_left(const scalar_t* x, int64_t stride, int64_t depth, int64_t count,
+                         scalar_t* out) {
+  constexpr int R = Tile<scalar_t>::rows;
+  for (int64_t k = 0; k < depth; k++, x += stride, out += R) {
+    if (count == R)
+      memcpy(out, x, R * sizeof(scalar_t));
+    else
+      for (int i = 0; i < R; i++) out[i] = i < count ? x[i] : 0;
+  }
+}
+
+// The right panel out[k * cols + i] = x[k * stride + i], zero from `count` to a whole vector.
+template <typename scalar_t>
+FM_INLINE void pack_right(const scalar_t* x, int64_t stride, int64_t depth, int64_t count,
+                          scalar_t* out) {
   constexpr int W = Simd<scalar_t>::width;
-  for (int64_t k = 0; k < depth; k++, x += stride, out += padded) {
-    int64_t i = 0;
-    for (; i + W <= count; i += W) store(out + i, load(x + i));
-    for (; i < count; i++) out[i] = x[i];
-    for (; i < padded; i++) out[i] = 0;
+  int64_t whole = count / W * W, rest = count - whole, end = (depth - 1) * stride + count;
+  typename Simd<scalar_t>::index mask{};
+  for (int64_t i = 0; i < rest; i++) mask[i] = -1;
+  for (int64_t k = 0; k < depth; k++, out += Tile<scalar_t>::cols) {
+    const scalar_t* row = x + k * stride;
+    for (int64_t i = 0; i < whole; i += W) store(out + i, load(row + i));
+    if (rest == 0) continue;
+    // A vector that runs over the end of its row is fine as long as it stays in the matrix.
+    bool is_inside = k * stride + whole + W <= end;
+    store(out + whole, is_inside ? (mask ? load(row + whole) : typename Simd<scalar_t>::vec{})
+                                 : load_first(row + whole, rest));
   }
 }
 

@@ -169,12 +169,12 @@ struct DirectPanel {
   }
 };
 
-// Packs `width` columns of x [time, .] into panels of `size` columns.
+// Packs `width` columns of x [time, .] into left panels.
 template <typename scalar_t>
-void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, int size,
-                 scalar_t* out) {
-  for (int64_t i = 0; i < width; i += size)
-    pack(x + i, stride, time, least(width - i, size), size, out + i * time);
+void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, scalar_t* out) {
+  constexpr int R = Tile<scalar_t>::rows;
+  for (int64_t i = 0; i < width; i += R)
+    pack_left(x + i, stride, time, least(width - i, R), out + i * time);
 }
 
 // Which of the two sides is broadcast (in panels of Tile::rows) and which fills vectors: the
@@ -208,11 +208,11 @@ double direct_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int6
   int64_t from = panels * piece / pieces, to = panels * (piece + 1) / pieces;
   int64_t columns = least(side.left_width, to * T::rows) - from * T::rows;
   scalar_t* right = memory + panels * T::rows * x.time;
-  pack_panels(side.left + from * T::rows, side.left_time, x.time, columns, T::rows, memory);
+  pack_panels(side.left + from * T::rows, side.left_time, x.time, columns, memory);
   DirectPanel<scalar_t> panel{memory, right, to - from, x.time, 0.0};
   for (int64_t j = 0; j < side.right_width; j += T::cols) {
     int64_t count = least(side.right_width - j, T::cols);
-    pack(side.right + j, side.right_time, x.time, count, T::cols, right);
+    pack_right(side.right + j, side.right_time, x.time, count, right);
     with_vecs<scalar_t>((count + T::width - 1) / T::width, panel);
   }
   return panel.result;
@@ -328,10 +328,10 @@ void sequence_second_moment(const Sequences<scalar_t>& x, scalar_t* total, int t
     SquarePanel<scalar_t> panel{memory, right, to - from, x.time, nullptr, stride};
     for (int64_t n = 0; n < x.batch; n++) {
       const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
-      pack_panels(g + from * T::rows, x.g_time, x.time, columns, T::rows, memory);
+      pack_panels(g + from * T::rows, x.g_time, x.time, columns, memory);
       for (int64_t j = 0; j < x.d_in; j += T::cols) {
         int64_t count = least(x.d_in - j, T::cols);
-        pack(a + j, x.a_time, x.time, count, T::cols, right);
+        pack_right(a + j, x.a_time, x.time, count, right);
         panel.total = mine + j;
         with_vecs<scalar_t>((count + T::width - 1) / T::width, panel);
       }
