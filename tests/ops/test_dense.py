@@ -5,19 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastminima.ops import dense
+from fastminima.ops import dense, dense_cost
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # batch, time, d_in, d_out
 SHAPES = [
-    *[(3, 5, 7, 4), (1, 1, 1, 1), (5, 1, 33, 17), (2, 64, 48, 8), (4, 37, 50, 19)],
+    *[
+        (3, 5, 7, 4),
+        (1, 1, 1, 1),
+        (5, 1, 33, 17),
+        (2, 64, 48, 8),
+        (2, 2, 9, 40),
+        (2, 7, 70, 3),
+        (4, 37, 50, 19),
+    ],
     *[(0, 3, 4, 5), (3, 0, 4, 5), (2, 130, 17, 65), (1, 200, 9, 130)],
 ]
 SQ_NORMS = [dense.gram_sq_norms, dense.direct_sq_norms]
 
 
 def layouts(batch, time, width, dtype=torch.float32):
-    """The layouts that captured tensors come in: by sample, by time, slices of wider."""
+    """The layouts that tensors come in: by sample, by time, slices, transposed."""
     yield torch.randn(batch, time, width, dtype=torch.float32).to(dtype)
     yield torch.randn(time, batch, width, dtype=torch.float32).to(dtype).transpose(0, 1)
     yield torch.randn(batch, time, 2 * width + 3).to(dtype)[:, :, 2 : 2 + width]
@@ -128,3 +136,51 @@ def test_half_precision_does_not_overflow():
     norms, bias = dense.sequence_sq_norms(a, a, True)
     assert torch.isfinite(norms).all() and torch.isfinite(bias).all()
     torch.testing.assert_close(norms, torch.full((2,), (3 * 900.0 * 100) ** 2))
+
+
+def cancelling(noise, batch=3, time=64, d_in=96, d_out=160):
+    """Time steps in pairs whose contributions cancel up to `noise`."""
+    a, g = torch.randn(batch, time, d_in), torch.randn(batch, time, d_out)
+    a[:, 1::2] = a[:, ::2]
+    g[:, 1::2] = noise * torch.randn(batch, time // 2, d_out) - g[:, ::2]
+    return a, g
+
+
+def error(got, want):
+    return ((got.double() - want) / want).abs().max().item()
+
+
+def test_gram_alone_is_wrong_where_time_steps_cancel_and_the_guard_sees_it():
+    a, g = cancelling(1e-3)
+    assert dense_cost.choose(64, 96, 160) == "gram"
+    want = dense.direct_sq_norms.reference(a.double(), g.double())
+    for backend in dense.gram_sq_norms.backends("cpu", torch.float32):
+        gram = dense.gram_sq_norms.on(backend, "cpu", torch.float32)
+        assert error(gram(a, g), want) > 1e-2, backend
+    for backend in dense.sequence_sq_norms.backends("cpu", torch.float32):
+        guarded = dense.sequence_sq_norms.on(backend, "cpu", torch.float32)
+        assert error(guarded(a, g, False)[0], want) < 1e-4, backend
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_gram_is_accurate_where_the_guard_lets_it_pass(shift):
+    share = dense_cost.guard(96, 160, torch.float32)
+    passed = 0
+    for noise in torch.logspace(-2, 0.5, 30):
+        a, g = cancelling(noise.item())
+        a = a + shift
+        want = dense.direct_sq_norms.reference(a.double(), g.double())
+        parts = (a.double().square().sum(2) * g.double().square().sum(2)).sum(1)
+        is_passed = want >= share * parts
+        for backend in dense.gram_sq_norms.backends("cpu", torch.float32):
+            got = dense.gram_sq_norms.on(backend, "cpu", torch.float32)(a, g)
+            if is_passed.any():
+                assert error(got[is_passed], want[is_passed]) < 1e-4, backend
+        passed += int(is_passed.sum())
+    assert 20 < passed < 85  # of 90: the guard did divide the cases
+
+
+def test_choice_follows_the_sizes():
+    assert dense_cost.choose(1, 1, 1) == "rows"
+    assert dense_cost.choose(32, 512, 512) == "gram"
+    assert dense_cost.choose(2048, 64, 64) == "direct"
