@@ -166,18 +166,26 @@ FM_INLINE int64_t dense_stride(int64_t n) {
 
 // gram[i][j] = sum_c x[c][i] x[c][j] for j <= i < n, and some j beyond.
 template <typename scalar_t>
-void lower_gram(const Operand<scalar_t>& x, scalar_t* gram) {
+void lower_gram(const Operand<scalar_t>& x, scalar_t* gram, Ahead* ahead) {
   constexpr int W = Simd<scalar_t>::width, M = TILE_ROWS;
   int64_t stride = dense_stride<scalar_t>(x.n);
   for (int64_t i = 0; i < x.n; i += M) {
     int64_t vectors = ceil_div(least(i + M, x.n), W), parts = ceil_div(vectors, TILE_VECTORS);
     for (int64_t part = 0; part < parts; part++) {
+      fetch(ahead);
       int64_t v = vectors * part / parts, end = vectors * (part + 1) / parts;
 #define FM_USE(NV) gram_tile<NV>(x, i, v, gram, stride)
       FM_FOR_PIECE(end - v, FM_USE)
 #undef FM_USE
     }
   }
+}
+
+// About the number of tiles of a lower_gram.
+template <typename scalar_t>
+int64_t gram_tiles(int64_t n) {
+  int64_t tall = ceil_div(n, TILE_ROWS);
+  return tall + tall * n / (2 * TILE_VECTORS * Simd<scalar_t>::width);
 }
 
 // Copies the lower half of a Gram matrix of a grid of elements to where their gaps are left.
@@ -301,7 +309,7 @@ void free_scratch(GramScratch<scalar_t>& scratch) {
 
 template <typename scalar_t>
 GramSums sample_gram(const GramPlan& p, const scalar_t* rows, const scalar_t* image,
-                     GramScratch<scalar_t>& to) {
+                     GramScratch<scalar_t>& to, Ahead* ahead) {
   const ConvSizes& s = p.sizes;
   int64_t channels = s.channels / s.groups, pixels = s.image[0] * s.image[1] * s.image[2];
   scalar_t* second = to.operand + operand_size<scalar_t>(p.rows, p.length);
@@ -309,11 +317,11 @@ GramSums sample_gram(const GramPlan& p, const scalar_t* rows, const scalar_t* im
   GramSums total = {0, 0};
   for (int64_t group = 0; group < s.groups; group++, image += channels * pixels) {
     lower_gram(pack_planes(rows + group * p.rows * p.length, p.rows, p.length, to.operand),
-               to.dense);
+               to.dense, ahead);
     spread_gram(to.dense, s.out, p.wide, p.row_stride, to.rows_gram);
     lower_gram(p.unfolds ? pack_patches(s, image, channels, p.length, to.line, second)
                          : pack_planes(image, channels, p.pixels, second),
-               to.dense);
+               to.dense, ahead);
     spread_gram(to.dense, p.unfolds ? s.out : s.image, p.wide, p.pixel_stride, pixels_gram);
     GramSums sums = gram_product(p, to.rows_gram, pixels_gram, to.met);
     total.diagonal += sums.diagonal, total.below += sums.below;
@@ -327,16 +335,22 @@ void gram_sq_norms(const scalar_t* rows, const scalar_t* image, const ConvSizes&
   GramPlan p;
   make_gram_plan<scalar_t>(p, s);
   int64_t pixels = s.image[0] * s.image[1] * s.image[2];
+  int64_t row_size = s.rows * p.length, image_size = s.channels * pixels;
+  int64_t chunk = samples_in_a_row(s.batch, threads);
+  int64_t tiles = s.groups * (gram_tiles<scalar_t>(p.length) + gram_tiles<scalar_t>(p.pixels));
   GramSums* sums = allocate<GramSums>(s.batch);
   int64_t* again = allocate<int64_t>(s.batch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     GramScratch<scalar_t> scratch = make_scratch<scalar_t>(p);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t n = 0; n < s.batch; n++) {
+      bool has_next = (n + 1) % chunk != 0 && n + 1 < s.batch;
+      const scalar_t *of_rows = rows + n * row_size, *of_image = image + n * image_size;
+      Ahead ahead = next_sample(of_rows + row_size, has_next ? row_size : 0, of_image + image_size,
+                                has_next ? image_size : 0, tiles);
       if (bias) bias[n] = bias_of_sample(rows, image, s, n);
-      sums[n] =
-          sample_gram(p, rows + n * s.rows * p.length, image + n * s.channels * pixels, scratch);
+      sums[n] = sample_gram(p, of_rows, of_image, scratch, &ahead);
     }
     free_scratch(scratch);
   }
