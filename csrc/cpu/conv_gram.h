@@ -148,7 +148,7 @@ Operand<scalar_t> pack_patches(const ConvSizes& s, const scalar_t* image, int64_
 template <int NV, typename scalar_t>
 void gram_tile(const Operand<scalar_t>& x, int64_t i, int64_t v, scalar_t* gram, int64_t stride) {
   constexpr int W = Simd<scalar_t>::width, M = TILE_ROWS;
-  typename Simd<scalar_t>::vec acc[M][NV];
+  alignas(64) typename Simd<scalar_t>::vec acc[M][NV];
   const scalar_t* right[NV];
   for (int j = 0; j < NV; j++) right[j] = element(x, (v + j) * W);
   Walk walk = {{1, 1, x.channels}, {0, 0, x.step}, {0, 0, x.step}};
@@ -252,7 +252,7 @@ GramSums gram_product(const GramPlan& p, const scalar_t* rows_gram, const scalar
         const scalar_t* row = rows_gram + flat * p.row_stride;
         typename Simd<scalar_t>::vec total{};
         for (int64_t at = 0; at < flat; at += 4 * W) {
-          typename Simd<scalar_t>::vec patch[4]{};
+          alignas(64) typename Simd<scalar_t>::vec patch[4]{};
           for (int64_t k = 0; k < taps; k++)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) patch[j] += load(met[k] + at + j * W);
