@@ -1,4 +1,11 @@
 // Per-sample statistics of the weight of a convolution.
+
+// By default GCC 12 keeps one operand of the 8 x 3 tile on the stack, where it straddles cache
+// lines: a third of the speed.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("ira-region=all")
+#endif
+
 #include "cpu/conv.h"
 
 #include "cpu/conv_direct.h"

@@ -18,7 +18,7 @@ FM_INLINE void moment_tile(const Plan& p, const Piece& piece, const scalar_t* bl
                            const scalar_t* images, int64_t count, int64_t present, scalar_t* total,
                            int64_t stride) {
   constexpr int W = Simd<scalar_t>::width;
-  typename Simd<scalar_t>::vec acc[M][NV], squares[M][NV]{};
+  alignas(64) typename Simd<scalar_t>::vec acc[M][NV], squares[M][NV]{};
   for (int64_t n = 0; n < count; n++) {
     gradient_tile<M, NV>(p, piece, blocks + n * p.row_scratch, images + n * p.image_scratch, acc);
 #pragma GCC unroll 8
