@@ -124,7 +124,7 @@ void dots(const scalar_t* x, int64_t stride, int64_t width, scalar_t* out) {
 }
 
 // Longest sequence whose dot products all fit in registers, without transposing it.
-constexpr int kShort = 7;
+constexpr int kShort = 8;
 
 // The Gram sum of one sample of exactly `count` time steps, and its diagonal in `parts`.
 template <typename scalar_t, int count>
@@ -169,12 +169,14 @@ struct DirectPanel {
   }
 };
 
-// Packs `width` columns of x [time, .] into left panels.
+// Packs `width` columns of x [time, .] into left panels, some rows at a time: each is read once.
 template <typename scalar_t>
 void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, scalar_t* out) {
   constexpr int R = Tile<scalar_t>::rows;
-  for (int64_t i = 0; i < width; i += R)
-    pack_left(x + i, stride, time, least(width - i, R), out + i * time);
+  for (int64_t t = 0; t < time; t += 16)
+    for (int64_t i = 0; i < width; i += R)
+      pack_left(x + t * stride + i, stride, least(time - t, 16), least(width - i, R),
+                out + i * time + t * R);
 }
 
 // Which of the two sides is broadcast (in panels of Tile::rows) and which fills vectors: the

@@ -6,18 +6,25 @@ from typing import Literal
 
 import torch
 
-__all__ = ["choose", "guard"]
+__all__ = ["NARROW", "choose", "guard", "is_torch_faster"]
 
 Way = Literal["rows", "gram", "direct"]
 
-# Costs in units of one multiply-add of the Gram kernel (0.0168 ns, that is 119 GFLOP/s).
-# Fitted to CPU times of both native kernels, float32, one thread, at 75 sizes (time 2 to
-# 512, widths 10 to 1024) on an Intel Xeon with AVX-512 at 2.6 GHz: the choice was the
-# slower way at two of them, both near ties. Only the ratios matter here.
+# Costs in units of one multiply-add of the Gram kernel (0.0168 ns, 119 GFLOP/s). Fitted
+# to CPU times of both native kernels, float32, one thread, at 75 sizes (time 2 to 512,
+# widths 10 to 1024) on an Intel Xeon with AVX-512 at 2.6 GHz: the choice was the slower
+# way at two of them, both near ties. Only the ratios matter here.
 _DIRECT_PRODUCT = 0.7  # a multiply-add of the direct kernel: its panels are short
 _DIRECT_ELEMENT = 2.3  # squaring one element of the gradient
 _DIRECT_PACKING = 23.0  # reading one element of the inputs
 _ROWS, _COLUMNS = 8, 16  # what the tiles of the kernels round sizes up to
+
+# Elements of a gradient up to which `torch.bmm`, a square and a sum take 0.7 to 0.9 of
+# the time of the direct kernel (9 x 32, 25 x 16, 3 x 16; 27 x 64 is a tie; as above).
+NARROW = 1024
+# The Gram kernel holds up to 8 time steps in registers and transposes from 9 on, which
+# pays from 16 on: `torch.bmm` takes 0.5 to 0.7 times its time at 9 and 12 (width 512).
+_SHORT, _LONG = 8, 16
 
 _GUARANTEED = {torch.float32: 1e-4, torch.float64: 1e-11}
 
@@ -45,6 +52,14 @@ def choose(time: int, d_in: int, d_out: int) -> Way:
     direct = elements * (_DIRECT_PRODUCT * time + _DIRECT_ELEMENT)
     direct += _DIRECT_PACKING * time * (d_in + d_out)
     return "gram" if gram < direct else "direct"
+
+
+def is_torch_faster(time: int, d_in: int, d_out: int) -> bool:
+    """Whether the chosen way is faster by PyTorch's own products than natively."""
+    way = choose(time, d_in, d_out)
+    if way == "gram":
+        return _SHORT < time < _LONG
+    return way == "direct" and d_in * d_out <= NARROW
 
 
 def guard(d_in: int, d_out: int, dtype: torch.dtype) -> float:

@@ -83,9 +83,6 @@ def direct_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
 
 def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.sequence_second_moment`."""
-    if g.shape[1] == 1:
-        a, g = accumulated(a[:, 0], g[:, 0])
-        return g.square().T @ a.square()
     a, g, numbers = _numbers(a, g)
     total = g.new_empty(g.shape[2], a.shape[2])
     getattr(kernels, f"sequence_second_moment_{SUFFIX[g.dtype]}")(

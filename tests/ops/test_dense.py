@@ -17,6 +17,8 @@ SHAPES = [
         (2, 64, 48, 8),
         (2, 2, 9, 40),
         (2, 7, 70, 3),
+        (2, 8, 33, 50),
+        (2, 12, 40, 60),
         (4, 37, 50, 19),
     ],
     *[(0, 3, 4, 5), (3, 0, 4, 5), (2, 130, 17, 65), (1, 200, 9, 130)],
@@ -77,6 +79,20 @@ def test_squared_norms_of_rows(check, shape, dtype):
     for a, g in pairs(shape, dtype):
         a, g = a.flatten(0, 1), g.flatten(0, 1)
         check(dense.row_sq_norms, a, g, **bound(a, g), nonnegative=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 300, 520), (2, 6, 20000, 30000)])
+def test_sizes_that_occupy_several_threads(check, shape):
+    batch, time, d_in, d_out = shape
+    a, g = (
+        torch.randn(time, batch, d_in).transpose(0, 1),
+        torch.randn(batch, time, d_out),
+    )
+    check(dense.gram_sq_norms, a, g, **bound(a, g))
+    check(dense.row_sq_norms, a[:, 0], g[:, 0], **bound(a, g))
+    if d_in * d_out < 1e6:
+        check(dense.direct_sq_norms, a, g, **bound(a, g))
+        check(dense.sequence_second_moment, a, g, rtol=3e-5, atol=1e-2)
 
 
 def test_references_against_single_samples():
@@ -150,9 +166,11 @@ def error(got, want):
     return ((got.double() - want) / want).abs().max().item()
 
 
-def test_gram_alone_is_wrong_where_time_steps_cancel_and_the_guard_sees_it():
-    a, g = cancelling(1e-3)
-    assert dense_cost.choose(64, 96, 160) == "gram"
+# The second size is cut in pieces for two threads.
+@pytest.mark.parametrize("size", [(64, 96, 160), (128, 384, 640)])
+def test_gram_alone_is_wrong_where_time_steps_cancel_and_the_guard_sees_it(size):
+    a, g = cancelling(1e-3, 3, *size)
+    assert dense_cost.choose(*size) == "gram"
     want = dense.direct_sq_norms.reference(a.double(), g.double())
     for backend in dense.gram_sq_norms.backends("cpu", torch.float32):
         gram = dense.gram_sq_norms.on(backend, "cpu", torch.float32)
