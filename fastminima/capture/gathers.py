@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .layout import RegularLayout
 from .measure import Measurement
-from .tape import Tape
+from .tape import Tape, signed
 
 __all__ = ["Guard", "find_guards", "watched_sources"]
 
@@ -102,7 +102,7 @@ def find_guards(
             continue
         own = _batch_dim(measured, i, batch)
         rank = len(tape.shapes(i)[0])
-        if own is not None and own == dim and own != _signed(node._saved_dim) % rank:
+        if own is not None and own == dim and own != signed(node._saved_dim) % rank:
             continue
         saved = next((s for s in _INDEX_NAMES if hasattr(node, s)), None)
         if saved is None:
@@ -136,8 +136,3 @@ def _may_cover(number: int, index: Tensor, dim: int | None) -> bool:
     """Whether an index at position `number` may run over dim `dim`."""
     extent = index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
     return dim is None or number <= dim < number + extent
-
-
-def _signed(dim: int) -> int:
-    """Autograd keeps a negative dim as an unsigned number."""
-    return dim - 2**64 if dim >= 2**63 else dim

@@ -28,6 +28,7 @@ from .contributions import (
 )
 from .layout import RegularLayout, RowLayout
 from .plan import Slot
+from .tape import signed
 
 __all__ = ["BATCH_NORM", "RULES", "Rule", "contributions_of"]
 
@@ -270,7 +271,7 @@ def _embedding(
     if isinstance(layout, RegularLayout) and layout.dim == g.dim() - 1:
         return {}
     ids = layout.rows(node._saved_indices, 0)
-    padding = int(node._saved_padding_idx)
+    padding = signed(node._saved_padding_idx)
     return {0: Embedding(ids, layout.rows(g, 1), padding, slots[0].shape[0])}
 
 

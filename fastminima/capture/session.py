@@ -24,7 +24,7 @@ from .contributions import (
 from .layout import RowLayout
 from .plan import EMBEDDING, Path, Plan, Slot, Use
 from .rules import contributions_of
-from .tape import Tape
+from .tape import Tape, signed
 from .universal import Universal
 
 __all__ = ["Collected", "Session"]
@@ -246,7 +246,7 @@ def _table_delivery(
         rows = inner.per_sample(0, inner.batch)
         rows = rows.reshape(inner.batch, len(ids), shape[1])
         ids = ids.expand(inner.batch, -1)
-        return Embedding(ids, rows, int(table._saved_padding_idx), shape[0])
+        return Embedding(ids, rows, signed(table._saved_padding_idx), shape[0])
 
     return delivered
 

@@ -8,9 +8,14 @@ from typing import Any
 
 from torch.autograd.graph import Node
 
-__all__ = ["ACCUMULATE", "Tape"]
+__all__ = ["ACCUMULATE", "Tape", "signed"]
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+def signed(number: int) -> int:
+    """A saved integer as it was: autograd shows negative ones as unsigned."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 class Tape:
