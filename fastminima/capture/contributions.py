@@ -140,10 +140,14 @@ class Dense(Contribution):
         d_in, d_out = a.shape[2], g.shape[2]
         self.shape = (d_out, d_in) if out_first else (d_in, d_out)
 
-    def transposed(self) -> Dense:
-        return Dense(
-            self.a, self.g, out_first=not self.out_first, with_bias=self.with_bias
-        )
+    def transpose_(self) -> Dense:
+        """The same gradients as those of the transposed matrix, in place.
+
+        In place, because the bias beside it reads its norms off this very object.
+        """
+        self.out_first = not self.out_first
+        self.shape = self.shape[::-1]
+        return self
 
     @property
     def left(self) -> Tensor:

@@ -221,7 +221,7 @@ class Session:
 
         def placed(inner: Contribution) -> Contribution:
             if is_transpose and isinstance(inner, Dense):
-                return inner.transposed()
+                return inner.transpose_()
             return Placed(inner, shape, place)
 
         return placed
