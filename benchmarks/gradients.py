@@ -27,11 +27,11 @@ def compare_gradients(
     **options,
 ) -> dict[str, Result]:
     """Checks and times the providers of "norms" or "second_moments" on a workload."""
-    steps, baselines, skipped, notes, workloads = {}, {}, {}, {}, {}
+    steps, settings, workloads, baselines, skipped = {}, {}, {}, {}, {}
 
     def add(label: str, provider: Provider, mine: Workload):
         progress(f"{workload.name}: preparing {label}")
-        steps[label], notes[label] = prepare(provider, measure, mine)
+        steps[label], settings[label] = prepare(provider, measure, mine)
         workloads[label] = mine
 
     add("plain", by_name("plain"), workload.fresh())
@@ -54,9 +54,7 @@ def compare_gradients(
 
     progress(f"{workload.name}: float64 oracle")
     whole = sample_truth(workload)
-    partial = (
-        sample_truth(workloads[PLAIN_WITHOUT_NORMS]) if baselines else None
-    )
+    partial = sample_truth(workloads[PLAIN_WITHOUT_NORMS]) if baselines else None
 
     def check(label, answer):
         mine = workloads[label]
@@ -73,8 +71,9 @@ def compare_gradients(
         **options,
     )
     for label, result in results.items():
-        details = filter(None, (workloads[label].note, notes[label]))
-        result.note = ", ".join(details)
+        result.settings = settings[label]
+        chosen = [f"{option} {value}" for option, value in settings[label].items()]
+        result.note = ", ".join(filter(None, [workloads[label].note, *chosen]))
     return results | skipped
 
 
@@ -85,12 +84,12 @@ def prepare(provider: Provider, measure: str, workload: Workload):
     warnings.filterwarnings("ignore", message="There is a performance drop because")
     make = provider.measures[measure]
     if not provider.choices:
-        return make(workload), ""
+        return make(workload), {}
     ((option, values),) = provider.choices.items()
     limit = workload.batch_size
     values = list(dict.fromkeys(min(value, limit) for value in values))
     best = choose_option(lambda value: make(workload, **{option: value}), values)
-    return make(workload, **{option: best}), f"{option} {best}"
+    return make(workload, **{option: best}), {option: best}
 
 
 def choose_option(make, values: list, clock=time.perf_counter):

@@ -49,6 +49,8 @@ class Result:
     verdict: Verdict | None = None
     skipped: str = ""
     note: str = ""
+    settings: dict = field(default_factory=dict)
+    step: Step | None = None
     seconds: list[float] = field(default_factory=list)
     plain_seconds: list[float] = field(default_factory=list)
     ratio: Ratio | None = None
@@ -112,9 +114,7 @@ def _time(step: Step, clock: Clock) -> float:
 
 def ratio(seconds: list[float | None], plain: list[float | None]) -> Ratio:
     """Ratio of medians over the rounds that both took part in, with its spread."""
-    pairs = [
-        (s, p) for s, p in zip(seconds, plain, strict=True) if None not in (s, p)
-    ]
+    pairs = [(s, p) for s, p in zip(seconds, plain, strict=True) if None not in (s, p)]
     # The plain median uses every round, also those that a slow step sat out.
     all_plain = [p for p in plain if p is not None]
     each = sorted(s / p for s, p in pairs)
@@ -157,7 +157,8 @@ def compare(
     """
     baselines = baselines or {}
     results = {
-        name: Result(name, check(name, step())) for name, step in steps.items()
+        name: Result(name, check(name, step()), step=step)
+        for name, step in steps.items()
     }
     for name in {plain, *baselines.values()}:
         if not results[name].verdict.ok:

@@ -6,6 +6,8 @@ that libraries which hook modules can take part.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ def mlp() -> nn.Sequential:
     """784-512-512-512-10 with ReLU (W1, W1L)."""
     widths = (784, 512, 512, 512)
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths, widths[1:], strict=False):
+    for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 

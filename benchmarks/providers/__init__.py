@@ -39,11 +39,12 @@ def by_name(name: str) -> Provider:
     """
     known = {p.name: p for p in _all()}
     if name not in known:
-        raise ValueError(f"Unknown provider {name!r}. Choose one of {', '.join(known)}.")
+        raise ValueError(
+            f"Unknown provider {name!r}. Choose one of {', '.join(known)}."
+        )
     return known[name]
 
 
 def _all() -> list[Provider]:
     modules = [import_module(f"benchmarks.providers.{name}") for name in MODULES]
     return [p for module in modules for p in module.PROVIDERS]
-

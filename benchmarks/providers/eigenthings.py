@@ -9,9 +9,7 @@ from benchmarks.workloads import mean_loss
 def _operator(workload):
     from hessian_eigenthings import HessianOperator, supervised_loss
 
-    return HessianOperator(
-        workload.model, [workload.batch], supervised_loss(mean_loss)
-    )
+    return HessianOperator(workload.model, [workload.batch], supervised_loss(mean_loss))
 
 
 def _counted(workload):

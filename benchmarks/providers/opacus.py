@@ -20,6 +20,7 @@ def _ghost_norms(workload):
 
     return step
 
+
 def _per_sample(workload, measure):
     from opacus.grad_sample import GradSampleModule
 
@@ -34,12 +35,12 @@ def _per_sample(workload, measure):
         if measure == "norms":
             return sum(square_sums(p.grad_sample) for p in parameters.values())
         return {
-            name: p.grad_sample.square_().sum(dim=0)
-            / workload.batch_size
+            name: p.grad_sample.square_().sum(dim=0) / workload.batch_size
             for name, p in parameters.items()
         }
 
     return step
+
 
 _OPACUS = {"module": "opacus", "package": "opacus==1.6.0"}
 

@@ -116,5 +116,6 @@ PROVIDERS = [
         {"eigenvalue": _power},
         **_OURS,
         needs=_CURVATURE,
+        slow_eigenvalue=frozenset({"W3", "W5"}),
     ),
 ]

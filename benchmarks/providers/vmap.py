@@ -53,10 +53,7 @@ def _norms(workload, chunk):
 
 def _second_moments(workload, chunk):
     def reduce(grads):
-        return {
-            name: g.square_().sum(dim=0)
-            for name, g in grads.items()
-        }
+        return {name: g.square_().sum(dim=0) for name, g in grads.items()}
 
     def finish(parts):
         total = parts[0]
