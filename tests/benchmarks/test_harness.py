@@ -129,7 +129,7 @@ def test_workloads_repeat_and_leave_the_generator_alone():
 
 
 def test_unknown_workload_names_the_known_ones():
-    with pytest.raises(ValueError, match="'W9'.*W1, W1L"):
+    with pytest.raises(ValueError, match=r"'W9'.*W1, W1L"):
         build("W9")
 
 
@@ -405,7 +405,8 @@ def test_records_can_be_drawn_again(tiny, tmp_path):
     }
     record = {"run": describe_run(threads=2), "tables": {"norms": {"tiny": cells}}}
     text = markdown.render(json.loads(save(record, tmp_path / "r.json").read_text()))
-    assert f"| {results['vmap'].ratio.value:.1f}"[:4] in text
+    value = results["vmap"].ratio.value
+    assert f"| vmap(grad), best chunk | {value:.{1 if value >= 10 else 2}f} ±" in text
     assert "| BackPACK | wrong: +39 % |" in text
     assert "[1] chunk 6" in text
     assert record["run"]["versions"]["torch"] in text
