@@ -18,7 +18,7 @@ from benchmarks.oracle_curvature import (
     product_truth,
     top_eigenvalue,
 )
-from benchmarks.providers import by_name, providers_of
+from benchmarks.providers import FAILURES, by_name, providers_of, reason_of
 from benchmarks.workloads import Workload, build, train
 
 __all__ = ["PROBLEMS", "EigenvalueResult", "compare_eigenvalues", "compare_products"]
@@ -51,7 +51,11 @@ def compare_products(
             continue
         progress(f"{workload.name} product: preparing {provider.name}")
         make = provider.measures["product"]
-        steps[provider.name] = make(workload.fresh(), vector)
+        try:
+            steps[provider.name] = make(workload.fresh(), vector)
+        except FAILURES as failure:
+            reason = reason_of(failure)
+            skipped[provider.name] = Result(provider.name, skipped=reason)
 
     def check(label, answer):
         if label == "plain":
@@ -139,11 +143,16 @@ def compare_eigenvalues(
             progress(f"{problem}, round {i + 1}: {label}")
             gradient()
             unit += [_timed(gradient, clock)[1] for _ in range(2)]
-            if prepare := getattr(solvers[label], "prepare", None):
-                prepare()
-            (value, products), seconds = _timed(
-                lambda solve=solvers[label], seed=i: solve(seed), clock
-            )
+            try:
+                if prepare := getattr(solvers[label], "prepare", None):
+                    prepare()
+                (value, products), seconds = _timed(
+                    lambda solve=solvers[label], seed=i: solve(seed), clock
+                )
+            except FAILURES as failure:
+                results[label].skipped = reason_of(failure)
+                del solvers[label]
+                continue
             results[label].values.append(value)
             results[label].products.append(products)
             results[label].seconds.append(seconds)

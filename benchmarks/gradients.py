@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.harness import Result, compare
 from benchmarks.oracle import judge, sample_truth
-from benchmarks.providers import Provider, Unsupported, by_name, providers_of
+from benchmarks.providers import (
+    FAILURES,
+    Provider,
+    by_name,
+    providers_of,
+    reason_of,
+)
 from benchmarks.providers.base import gradients
 from benchmarks.workloads import Workload, freeze_norms
 
@@ -47,8 +53,9 @@ def compare_gradients(
             baselines[provider.name] = PLAIN_WITHOUT_NORMS
         try:
             add(provider.name, provider, mine)
-        except Unsupported as reason:
-            skipped[provider.name] = Result(provider.name, skipped=str(reason))
+        except FAILURES as failure:
+            reason = reason_of(failure)
+            skipped[provider.name] = Result(provider.name, skipped=reason)
     if baselines:
         add(PLAIN_WITHOUT_NORMS, by_name("plain"), freeze_norms(workload.fresh()))
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.oracle import Verdict
+from benchmarks.providers.base import FAILURES, reason_of
 
 __all__ = ["Ratio", "Result", "compare", "interleave", "ratio"]
 
@@ -156,14 +157,22 @@ def compare(
         RuntimeError: when a plain step is wrong: then nothing can be compared.
     """
     baselines = baselines or {}
-    results = {
-        name: Result(name, check(name, step()), step=step)
+    results = {name: Result(name, step=step) for name, step in steps.items()}
+    for name, step in steps.items():
+        try:
+            answer = step()
+        except FAILURES as failure:
+            results[name].skipped = reason_of(failure)
+        else:
+            results[name].verdict = check(name, answer)
+    right = {
+        name: step
         for name, step in steps.items()
+        if results[name].verdict and results[name].verdict.ok
     }
-    for name in {plain, *baselines.values()}:
-        if not results[name].verdict.ok:
-            raise RuntimeError(f"The plain step {name!r} is {results[name].verdict}.")
-    right = {name: step for name, step in steps.items() if results[name].verdict.ok}
+    for name in {plain, *baselines.values()} - right.keys():
+        said = results[name].skipped or results[name].verdict
+        raise RuntimeError(f"The plain step {name!r} is {said}.")
     times = interleave(right, plain=plain, **options)
     for name, seconds in times.items():
         baseline = times[baselines.get(name, plain)]

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Runs what was asked for; the record so far survives an interruption."""
+    """Runs what was asked for; after Ctrl-C, what there is by then."""
     for name in options.providers or ():
         by_name(name)
     settings = QUICK if options.quick else FULL
@@ -83,7 +83,13 @@ def measure(options: argparse.Namespace) -> dict:
     bar = _bar(len(work))
     for table, column in work:
         bar.set_description(f"{table} {column}")
-        cells = _cells(table, column, options, settings, record, bar.set_postfix_str)
+        try:
+            cells = _cells(
+                table, column, options, settings, record, bar.set_postfix_str
+            )
+        except KeyboardInterrupt:
+            bar.write(f"Stopped at {table} {column}; what came before is kept.")
+            break
         record["tables"].setdefault(table, {})[column] = cells
         bar.update()
     bar.close()
@@ -139,9 +145,13 @@ def _memory(column, options, record, progress) -> dict:
             elif cell.get("skipped") or not cell["right"]:
                 cells[label] = cell
             else:
-                cells[label] = _probed(
-                    column, measure_name, name, cell, options, progress
-                )
+                try:
+                    cells[label] = _probed(
+                        column, measure_name, name, cell, options, progress
+                    )
+                except RuntimeError as failure:
+                    said = str(failure).splitlines()
+                    cells[label] = {"skipped": f"{said[0]} {said[-1]}"}
     return cells
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from benchmarks.providers.base import Provider, Unsupported
+from benchmarks.providers.base import FAILURES, Provider, reason_of
 
-__all__ = ["MODULES", "Provider", "Unsupported", "by_name", "providers_of"]
+__all__ = ["FAILURES", "MODULES", "Provider", "by_name", "providers_of", "reason_of"]
 
 MODULES = (
     "plain",

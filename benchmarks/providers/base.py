@@ -12,18 +12,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
+    "FAILURES",
     "Provider",
-    "Unsupported",
     "flat",
     "gradients",
     "math_attention",
+    "reason_of",
     "split",
     "square_sums",
 ]
 
 
-class Unsupported(Exception):
-    """A provider cannot measure this workload; says why."""
+# What a library raises when it cannot measure a workload: its row then says so.
+FAILURES = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def reason_of(failure: BaseException) -> str:
+    """The first line of what a library said, with the exception's name."""
+    lines = str(failure).splitlines() or [""]
+    return f"failed: {type(failure).__name__}: {lines[0][:200]}"
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,22 @@ def test_a_wrong_plain_step_stops_the_comparison():
         )
 
 
+def test_a_provider_that_fails_says_so_and_stops_nobody():
+    def fail():
+        raise RuntimeError("no rule for FooBackward0\nand more")
+
+    results = compare(
+        {"plain": lambda: None, "failing": fail},
+        plain="plain",
+        check=lambda *_: Verdict(True, 0.0, ""),
+        budget=0,
+        min_rounds=3,
+    )
+    said = "failed: RuntimeError: no rule for FooBackward0"
+    assert summary(results["failing"])["skipped"] == said
+    assert results["plain"].is_timed
+
+
 def test_a_provider_is_divided_by_its_own_baseline():
     clock = FakeClock()
     steps = {
