@@ -1,7 +1,7 @@
 """Peak resident memory of a step, each in a fresh process.
 
 Run as a module this file is the child. It builds the workload and the step; runs one
-plain step of a copy, so that what PyTorch sets up once is not counted, and drops the
+such step of a copy, so that what libraries set up once is not counted, and drops the
 copy; notes the resident memory; runs four steps; prints by how much the peak passed.
 """
 
@@ -66,7 +66,7 @@ def _child(workload_name, measure, provider_name, options, threads):
     if options.pop("without_norms", False):
         workload = freeze_norms(workload)
     step = provider.measures[measure](workload, **options)
-    by_name("plain").measures[measure](workload.fresh())()
+    provider.measures[measure](workload.fresh(), **options)()
     _return_freed_memory()
     before = _resident()
     _reset_peak()
