@@ -80,7 +80,7 @@ def _child(workload_name, measure, provider_name, options, threads):
     step()
     growths = {
         "first": first - before,
-        "growth": max(peak, _peak()) - before,
+        "growth": max(first, peak, _peak()) - before,
         "warm": _peak() - between,
         "before": before,
     }
