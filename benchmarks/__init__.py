@@ -1,0 +1,1 @@
+"""Speed and memory of fastminima beside the libraries one would use instead."""

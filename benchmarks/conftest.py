@@ -1,0 +1,74 @@
+"""Options and fixtures of the suites: `pytest benchmarks`."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.providers import providers_of
+from benchmarks.workloads import WORKLOADS
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("benchmarks")
+    group.addoption(
+        "--workloads", default="W1,W2", help="of W1,W1L,W2,W3,W4,W5, or 'all'"
+    )
+    group.addoption(
+        "--budget", type=float, default=5.0, help="seconds of rounds a workload"
+    )
+
+
+def chosen_workloads(config) -> list[str]:
+    asked = config.getoption("--workloads")
+    return list(WORKLOADS) if asked == "all" else asked.split(",")
+
+
+def pytest_generate_tests(metafunc):
+    """`column` and `provider` of a test: every combination that was asked for."""
+    measure = getattr(metafunc.module, "MEASURE", None)
+    if measure is None:
+        return
+    asked = chosen_workloads(metafunc.config)
+    columns = getattr(metafunc.module, "COLUMNS", asked)
+    columns = [name for name in columns if name.split()[0] in asked]
+    if "column" in metafunc.fixturenames:
+        metafunc.parametrize("column", columns, scope="module")
+    if "provider" in metafunc.fixturenames:
+        names = [p.name for p in providers_of(measure)]
+        metafunc.parametrize("provider", names)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def budget(request) -> float:
+    return request.config.getoption("--budget")
+
+
+@pytest.fixture
+def publish(benchmark):
+    """Hands a result to pytest-benchmark, or skips or fails the test by its verdict.
+
+    The interleaved ratio and its spread go to `extra_info`; the table that
+    pytest-benchmark prints itself shows the seconds of the same step, run alone.
+    """
+
+    def run(result, step=None):
+        if result.skipped:
+            pytest.skip(result.skipped)
+        assert result.verdict.ok, f"{result.provider} is {result.verdict}"
+        benchmark.extra_info["worst_error"] = result.verdict.worst
+        benchmark.extra_info["threads"] = torch.get_num_threads()
+        if getattr(result, "note", ""):
+            benchmark.extra_info["note"] = result.note
+        return benchmark
+
+    return run
