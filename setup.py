@@ -4,11 +4,16 @@ Each kernel file is compiled once per instruction set and the best one is chosen
 run time, so a wheel runs on any machine of its architecture. Torch headers are not
 needed. OpenMP symbols are left unresolved on purpose: `import torch` provides them,
 so the kernels run on PyTorch's own threads.
+
+FASTMINIMA_NATIVE=0 leaves the extension out; FASTMINIMA_NATIVE=1 makes a failed build
+an error. Otherwise a failed build is reported, and its reason kept for
+`python -m fastminima`.
 """
 
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -29,46 +34,58 @@ if IS_X86:
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",
     ]
+BUILD_ERRORS = (CCompilerError, CompileError, ExecError, PlatformError, OSError)
 
 
 class BuildNative(build_ext):
     """Compiles every kernel file once per instruction set; never fails the install."""
 
     def build_extension(self, ext):
-        if os.environ.get("FASTMINIMA_NATIVE", "1") == "0":
-            return self._skip("FASTMINIMA_NATIVE=0")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        note = target.with_name("_native_missing.txt")
+        note.unlink(missing_ok=True)
+        wanted = os.environ.get("FASTMINIMA_NATIVE")
+        if wanted == "0":
+            return self._skip(target, note, "FASTMINIMA_NATIVE=0 at install time")
         try:
-            self._build(ext)
-        except (CCompilerError, CompileError, ExecError, PlatformError, OSError) as error:
-            if os.environ.get("FASTMINIMA_NATIVE") == "1":
+            self._build(target)
+        except BUILD_ERRORS as error:
+            if wanted == "1":
                 raise
-            self._skip(f"{type(error).__name__}: {error}")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._skip(target, note, reason)
 
-    def _build(self, ext):
+    def _build(self, target):
         if sys.platform == "win32":
             raise PlatformError("the native kernels need gcc or clang")
-        objects = []
-        for name, flags in INSTRUCTION_SETS.items():
-            sources = [*KERNELS] if name != "generic" else [*KERNELS, "csrc/module.cpp"]
-            objects += self.compiler.compile(
-                sources,
-                output_dir=str(Path(self.build_temp) / name),
-                include_dirs=["csrc", pybind11.get_include(), *self.include_dirs],
-                extra_postargs=[*BASE_FLAGS, f"-DFM_ISA={name}", *flags],
-                depends=[str(p) for p in ROOT.glob("csrc/**/*.h")],
-            )
-        target = self.get_ext_fullpath(ext.name)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        jobs = [(name, source) for name in INSTRUCTION_SETS for source in KERNELS]
+        jobs.append(("generic", "csrc/module.cpp"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for found in pool.map(self._compile, jobs) for o in found]
         self.compiler.link_shared_object(
-            objects, target, target_lang="c++", build_temp=self.build_temp
+            objects, str(target), target_lang="c++", build_temp=self.build_temp
         )
 
-    def _skip(self, reason):
+    def _compile(self, job):
+        name, source = job
+        flags = [*BASE_FLAGS, f"-DFM_ISA={name}", *INSTRUCTION_SETS[name]]
+        return self.compiler.compile(
+            [source],
+            output_dir=str(Path(self.build_temp) / name),
+            include_dirs=["csrc", pybind11.get_include(), *self.include_dirs],
+            extra_postargs=flags,
+        )
+
+    def _skip(self, target, note, reason):
+        target.unlink(missing_ok=True)  # of an earlier build in this folder
+        note.write_text(reason + "\n")
         self.warn(f"fastminima: native kernels not built ({reason})")
         self.warn("fastminima: the PyTorch reference implementations will be used")
 
 
+# Not Extension(optional=True): that would let FASTMINIMA_NATIVE=1 pass unbuilt.
 setup(
-    ext_modules=[Extension("fastminima._native_ext", sources=[], optional=True)],
+    ext_modules=[Extension("fastminima._native_ext", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )
