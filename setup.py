@@ -34,6 +34,8 @@ if IS_X86:
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",
     ]
+MODE = os.environ.get("FASTMINIMA_NATIVE")
+NOTE = "_native_missing.txt"  # beside the package: why there is no extension
 BUILD_ERRORS = (CCompilerError, CompileError, ExecError, PlatformError, OSError)
 
 
@@ -43,18 +45,26 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        note = target.with_name("_native_missing.txt")
-        note.unlink(missing_ok=True)
-        wanted = os.environ.get("FASTMINIMA_NATIVE")
-        if wanted == "0":
-            return self._skip(target, note, "FASTMINIMA_NATIVE=0 at install time")
+        _remove(target, target.with_name(NOTE))  # of an earlier build in this folder
+        if MODE == "0":
+            return self._skip(target, "FASTMINIMA_NATIVE=0 at install time")
         try:
             self._build(target)
         except BUILD_ERRORS as error:
-            if wanted == "1":
+            if MODE == "1":
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._skip(target, note, reason)
+            reason = f"{type(error).__name__}: {error}"
+            self._skip(target, " ".join(reason.split()))
+
+    def copy_extensions_to_source(self):
+        """For editable installs: the module or, if there is none, the note why."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, *ext.name.split("."))
+            source = Path(self.get_ext_fullpath(ext.name))
+            _remove(source, source.with_name(NOTE))
+            if built.with_name(NOTE).exists():
+                self.copy_file(str(built.with_name(NOTE)), str(source.with_name(NOTE)))
+        super().copy_extensions_to_source()
 
     def _build(self, target):
         if sys.platform == "win32":
@@ -77,15 +87,18 @@ class BuildNative(build_ext):
             extra_postargs=flags,
         )
 
-    def _skip(self, target, note, reason):
-        target.unlink(missing_ok=True)  # of an earlier build in this folder
-        note.write_text(reason + "\n")
+    def _skip(self, target, reason):
+        target.with_name(NOTE).write_text(reason + "\n")
         self.warn(f"fastminima: native kernels not built ({reason})")
         self.warn("fastminima: the PyTorch reference implementations will be used")
 
 
-# Not Extension(optional=True): that would let FASTMINIMA_NATIVE=1 pass unbuilt.
+def _remove(*paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 setup(
-    ext_modules=[Extension("fastminima._native_ext", sources=[])],
+    ext_modules=[Extension("fastminima._native_ext", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": BuildNative},
 )
