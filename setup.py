@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
 BASE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fopenmp"]
 BASE_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+BASE_FLAGS += ["-g0"]  # Python's own flags may ask for -g, which keeps build paths
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # Compiled with these flags; the first entry is the baseline and holds the bindings.
 INSTRUCTION_SETS = {"generic": ["-DFM_BASELINE"]}
