@@ -2,9 +2,13 @@
 #include "bind.h"
 
 namespace fastminima {
+void bind_broadcast(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_dense(py::module_& m);
-}
+void bind_embedding(py::module_& m);
+void bind_norm(py::module_& m);
+void bind_reduce(py::module_& m);
+}  // namespace fastminima
 
 namespace py = pybind11;
 
@@ -39,5 +43,9 @@ PYBIND11_MODULE(_native_ext, m) {
   m.def_submodule("avx512");
 #endif
   fastminima::bind_conv(m);
+  fastminima::bind_broadcast(m);
   fastminima::bind_dense(m);
+  fastminima::bind_embedding(m);
+  fastminima::bind_norm(m);
+  fastminima::bind_reduce(m);
 }

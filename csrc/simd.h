@@ -23,7 +23,8 @@
 namespace fastminima {
 namespace FM_ISA {
 
-// Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to FMA.
+// Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to
+// FMA.
 typedef float vec_f32 __attribute__((vector_size(FM_BYTES), aligned(4), may_alias));
 typedef double vec_f64 __attribute__((vector_size(FM_BYTES), aligned(8), may_alias));
 typedef int32_t index_f32 __attribute__((vector_size(FM_BYTES)));

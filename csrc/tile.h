@@ -70,29 +70,48 @@ FM_INLINE void with_vecs(int64_t vecs, body_t& body) {
   }
 }
 
-// out[k * out_stride + i] = x[k * stride + i] for i < count, zero up to `padded`.
+// The left panel out[k * rows + i] = x[k * stride + i], zero for i >= count.
 template <typename scalar_t>
-FM_INLINE void pack(const scalar_t* x, int64_t stride, int64_t depth, int64_t count, int64_t padded,
-                    scalar_t* out) {
-  constexpr int W = Simd<scalar_t>::width;
-  for (int64_t k = 0; k < depth; k++, x += stride, out += padded) {
-    int64_t i = 0;
-    for (; i + W <= count; i += W) store(out + i, load(x + i));
-    for (; i < count; i++) out[i] = x[i];
-    for (; i < padded; i++) out[i] = 0;
+FM_INLINE void pack_left(const scalar_t* x, int64_t stride, int64_t depth, int64_t count,
+                         scalar_t* out) {
+  constexpr int R = Tile<scalar_t>::rows;
+  for (int64_t k = 0; k < depth; k++, x += stride, out += R) {
+    if (count == R)
+      memcpy(out, x, R * sizeof(scalar_t));
+    else
+      for (int i = 0; i < R; i++) out[i] = i < count ? x[i] : 0;
   }
 }
 
-// out[k * stride + i] = x[i * x_stride + k] for a full square of width x width.
+// The right panel out[k * cols + i] = x[k * stride + i], zero from `count` to a whole vector.
 template <typename scalar_t>
-FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, scalar_t* out,
+FM_INLINE void pack_right(const scalar_t* x, int64_t stride, int64_t depth, int64_t count,
+                          scalar_t* out) {
+  constexpr int W = Simd<scalar_t>::width;
+  int64_t whole = count / W * W, rest = count - whole, end = (depth - 1) * stride + count;
+  typename Simd<scalar_t>::index mask{};
+  for (int64_t i = 0; i < rest; i++) mask[i] = -1;
+  for (int64_t k = 0; k < depth; k++, out += Tile<scalar_t>::cols) {
+    const scalar_t* row = x + k * stride;
+    for (int64_t i = 0; i < whole; i += W) store(out + i, load(row + i));
+    if (rest == 0) continue;
+    // A vector that runs over the end of its row is fine as long as it stays in the matrix.
+    bool is_inside = k * stride + whole + W <= end;
+    store(out + whole, is_inside ? (mask ? load(row + whole) : typename Simd<scalar_t>::vec{})
+                                 : load_first(row + whole, rest));
+  }
+}
+
+// out[k * stride + i] = x[i * x_stride + k] for a square of width x width; zeros for i >= rows.
+template <typename scalar_t, bool all_rows>
+FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, int64_t rows, scalar_t* out,
                                 int64_t stride) {
   constexpr int W = Simd<scalar_t>::width;
   typename Simd<scalar_t>::vec v[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) {
-    __builtin_prefetch(x + i * x_stride + 4 * W);
-    v[i] = load(x + i * x_stride);
+    if (all_rows) __builtin_prefetch(x + i * x_stride + 4 * W);
+    v[i] = all_rows || i < rows ? load(x + i * x_stride) : typename Simd<scalar_t>::vec{};
   }
   transpose<scalar_t>(v);
 #pragma GCC unroll 16
@@ -110,10 +129,15 @@ static void pack_transposed(const scalar_t* x, int64_t stride, int64_t time, int
   for (int64_t t = 0; t < time; t += T::square) {
     scalar_t* panel = out + t / T::cols * T::cols * width + t % T::cols;
     int64_t rows = time - t < T::square ? time - t : T::square, k = 0;
-    if (rows == T::square)
-      for (; k + W <= width; k += W)
-        for (int64_t i = 0; i < T::square; i += W)
-          transpose_square(x + (t + i) * stride + k, stride, panel + k * T::cols + i, T::cols);
+    for (; k + W <= width; k += W)
+      for (int64_t i = 0; i < T::square; i += W) {
+        const scalar_t* from = x + (t + i) * stride + k;
+        scalar_t* to = panel + k * T::cols + i;
+        if (i + W <= rows)
+          transpose_square<scalar_t, true>(from, stride, W, to, T::cols);
+        else
+          transpose_square<scalar_t, false>(from, stride, rows - i, to, T::cols);
+      }
     for (; k < width; k++)
       for (int64_t i = 0; i < T::square; i++)
         panel[k * T::cols + i] = i < rows ? x[(t + i) * stride + k] : 0;

@@ -17,20 +17,20 @@ struct ConvSizes {
 
 // rows is [batch, rows, *out] and image [batch, channels, *image], both contiguous. `bias` may be
 // null. second_moment adds to total, [rows, channels / groups, *kernel].
-#define FM_DECLARE_CONV_TYPE(scalar_t, suffix)                                                     \
-  void conv_direct_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,   \
-                            scalar_t* weight, scalar_t* bias, int threads);                        \
-  void conv_gram_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,     \
-                          scalar_t* weight, scalar_t* bias, int threads);                          \
-  void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                    \
+#define FM_DECLARE_CONV_TYPE(scalar_t, suffix)                                                   \
+  void conv_direct_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes, \
+                            scalar_t* weight, scalar_t* bias, int threads);                      \
+  void conv_gram_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,   \
+                          scalar_t* weight, scalar_t* bias, int threads);                        \
+  void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                  \
                                    const ConvSizes& sizes, scalar_t* total, int threads);
 
-#define FM_DECLARE_CONV(ISA)             \
-  namespace fastminima {                 \
-  namespace ISA {                        \
-  FM_DECLARE_CONV_TYPE(float, f32)       \
-  FM_DECLARE_CONV_TYPE(double, f64)      \
-  }                                      \
+#define FM_DECLARE_CONV(ISA)        \
+  namespace fastminima {            \
+  namespace ISA {                   \
+  FM_DECLARE_CONV_TYPE(float, f32)  \
+  FM_DECLARE_CONV_TYPE(double, f64) \
+  }                                 \
   }
 
 FM_DECLARE_CONV(generic)

@@ -7,8 +7,10 @@ namespace fastminima {
 namespace FM_ISA {
 namespace {
 
-// Packed samples together stay below this many bytes, to be read from the L2 cache.
-constexpr int64_t MOMENT_SCRATCH = 1 << 20;
+// Packed samples that are held at once, in bytes; the total is read and written once for them.
+constexpr int64_t MOMENT_SCRATCH = 8 << 20;
+// Of these, as many at a time as have the inputs of a piece in this part of the L1 cache.
+constexpr int64_t PIECE_SCRATCH = 24 << 10;
 
 // total[row + i][column] += sum over `count` packed samples of dW[row + i, column]^2.
 template <int M, int NV, typename scalar_t>
@@ -16,7 +18,7 @@ FM_INLINE void moment_tile(const Plan& p, const Piece& piece, const scalar_t* bl
                            const scalar_t* images, int64_t count, int64_t present, scalar_t* total,
                            int64_t stride) {
   constexpr int W = Simd<scalar_t>::width;
-  typename Simd<scalar_t>::vec acc[M][NV], squares[M][NV]{};
+  alignas(64) typename Simd<scalar_t>::vec acc[M][NV], squares[M][NV]{};
   for (int64_t n = 0; n < count; n++) {
     gradient_tile<M, NV>(p, piece, blocks + n * p.row_scratch, images + n * p.image_scratch, acc);
 #pragma GCC unroll 8
@@ -34,6 +36,26 @@ FM_INLINE void moment_tile(const Plan& p, const Piece& piece, const scalar_t* bl
     }
 }
 
+// Rows [first, last) of a group for one piece; both multiples of TILE_ROWS.
+template <typename scalar_t>
+void moment_rows(const Plan& p, const Piece& piece, const scalar_t* blocks, const scalar_t* images,
+                 int64_t count, int64_t first, int64_t last, scalar_t* total) {
+  constexpr int RB = row_block<scalar_t>(), M = TILE_ROWS, HALF = TILE_ROWS / 2;
+  int64_t inputs = p.length * TILE_VECTORS * FM_BYTES, chunk = most(1, PIECE_SCRATCH / inputs);
+  for (int64_t n = 0; n < count; n += chunk)
+    for (int64_t row = first; row < least(last, p.rows); row += M) {
+      int64_t present = least(M, p.rows - row), samples = least(chunk, count - n);
+      const scalar_t* block = blocks + n * p.row_scratch + row / RB * RB * p.length + row % RB;
+      const scalar_t* image = images + n * p.image_scratch;
+      scalar_t* at = total + row * p.columns;
+#define FM_USE(NV)                                                                             \
+  present > HALF ? moment_tile<M, NV>(p, piece, block, image, samples, present, at, p.columns) \
+                 : moment_tile<HALF, NV>(p, piece, block, image, samples, present, at, p.columns)
+      FM_FOR_PIECE(piece.vectors, FM_USE)
+#undef FM_USE
+    }
+}
+
 // Lays total[row][tap][channel] out as the weight, [row][channel][tap].
 template <typename scalar_t>
 void store_moment(const Plan& p, const scalar_t* total, scalar_t* weight, int threads) {
@@ -47,7 +69,7 @@ void store_moment(const Plan& p, const scalar_t* total, scalar_t* weight, int th
 template <typename scalar_t>
 void second_moment(const scalar_t* rows, const scalar_t* image, const ConvSizes& s,
                    scalar_t* weight, int threads) {
-  constexpr int RB = row_block<scalar_t>(), M = TILE_ROWS, HALF = TILE_ROWS / 2;
+  constexpr int RB = row_block<scalar_t>(), M = TILE_ROWS;
   Plan p;
   make_plan<scalar_t>(p, s);
   int64_t sample = (p.image_scratch + p.row_scratch) * sizeof(scalar_t);
@@ -57,7 +79,9 @@ void second_moment(const scalar_t* rows, const scalar_t* image, const ConvSizes&
   scalar_t* total = allocate<scalar_t>(s.rows * p.columns);
   memset(images, 0, sizeof(scalar_t) * held * p.image_scratch);
   memset(total, 0, sizeof(scalar_t) * s.rows * p.columns);
+  // Enough items for the threads to share evenly.
   int64_t tiles = ceil_div(p.rows, M);
+  int64_t splits = least(tiles, ceil_div(8 * threads, most(p.piece_count, 1)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t n0 = 0; n0 < s.batch; n0 += held)
     for (int64_t group = 0; group < s.groups; group++) {
@@ -72,18 +96,11 @@ void second_moment(const scalar_t* rows, const scalar_t* image, const ConvSizes&
           pack_rows(p, rows + (n0 + n) * s.rows * p.length, group, b * RB,
                     blocks + n * p.row_scratch + b * RB * p.length);
       }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < p.piece_count * tiles; i++) {
-        const Piece& piece = p.pieces[i / tiles];
-        int64_t row = i % tiles * M, present = least(M, p.rows - row);
-        const scalar_t* block = blocks + row / RB * RB * p.length + row % RB;
-        scalar_t* at = total + (group * p.rows + row) * p.columns;
-#define FM_USE(NV)                                                                       \
-  present > HALF                                                                         \
-      ? moment_tile<M, NV>(p, piece, block, images, count, present, at, p.columns)       \
-      : moment_tile<HALF, NV>(p, piece, block, images, count, present, at, p.columns)
-        FM_FOR_PIECE(piece.vectors, FM_USE)
-#undef FM_USE
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < p.piece_count * splits; i++) {
+        int64_t split = i % splits;
+        moment_rows(p, p.pieces[i / splits], blocks, images, count, tiles * split / splits * M,
+                    tiles * (split + 1) / splits * M, total + group * p.rows * p.columns);
       }
     }
   store_moment(p, total, weight, threads);

@@ -137,8 +137,7 @@ void make_plan(Plan& p, const ConvSizes& s) {
   if (!merged && p.channels * sizeof(scalar_t) % 1024 == 0) p.pixel += W;
   for (int axis = 0; axis < 3; axis++) {
     p.step[axis] = s.kernel[axis] == 1 ? 1 : s.stride[axis];
-    p.padded[axis] =
-        (s.out[axis] - 1) * p.step[axis] + (s.kernel[axis] - 1) * s.dilation[axis] + 1;
+    p.padded[axis] = (s.out[axis] - 1) * p.step[axis] + (s.kernel[axis] - 1) * s.dilation[axis] + 1;
   }
   int64_t unread = p.padded[0] * p.padded[1] * p.padded[2] * p.pixel;
   p.image_scratch = unread + p.pixel + (TILE_VECTORS + 1) * W;
@@ -188,6 +187,18 @@ void scatter_transposed(const scalar_t* src, int64_t channels, int64_t n, const 
     for (int64_t i = 0; i < n; i++) dst[at[i] + c] = src[c * n + i];
 }
 
+// Lines of positions that the tiles of a sample go through.
+FM_INLINE int64_t tile_lines(const Plan& p) {
+  int64_t lines = 0;
+  for (int64_t i = 0; i < p.piece_count; i++) lines += p.pieces[i].count[0] * p.pieces[i].count[1];
+  return lines * ceil_div(p.rows, TILE_ROWS) * p.sizes.groups;
+}
+
+// Samples in a row that one thread takes; of all but the last it knows the next one.
+FM_INLINE int64_t samples_in_a_row(int64_t count, int threads) {
+  return count >= 8 * threads ? 4 : 1;
+}
+
 // Group `group` of a sample's image, as the plan lays it out; dst is zero outside the image.
 template <typename scalar_t>
 FM_INLINE void pack_image(const Plan& p, const scalar_t* sample, int64_t group, scalar_t* dst) {
@@ -208,7 +219,8 @@ FM_INLINE void pack_rows(const Plan& p, const scalar_t* sample, int64_t group, i
 // acc[i][j] = dW[row + i, column[j] ...] where `block` holds the rows from `row` on.
 template <int M, int NV, typename scalar_t>
 FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* block,
-                             const scalar_t* image, typename Simd<scalar_t>::vec (&acc)[M][NV]) {
+                             const scalar_t* image, typename Simd<scalar_t>::vec (&acc)[M][NV],
+                             Ahead* ahead = nullptr) {
   constexpr int RB = row_block<scalar_t>();
   const int64_t* out = p.sizes.out;
   Walk walk = {{piece.count[0], piece.count[1], piece.count[2]},
@@ -222,15 +234,20 @@ FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* 
   }
   const scalar_t* columns[NV];
   for (int j = 0; j < NV; j++) columns[j] = image + piece.offset[j] + b;
-  multiply<scalar_t, M, NV>(block + a, columns, walk, acc);
+  multiply<scalar_t, M, NV>(block + a, columns, walk, acc, ahead);
 }
 
 // Calls use(M, NV) with the piece's number of vectors and the rows that a tile takes as constants.
 #define FM_FOR_PIECE(vectors, USE) \
   switch (vectors) {               \
-    case 1: USE(1); break;         \
-    case 2: USE(2); break;         \
-    default: USE(3);               \
+    case 1:                        \
+      USE(1);                      \
+      break;                       \
+    case 2:                        \
+      USE(2);                      \
+      break;                       \
+    default:                       \
+      USE(3);                      \
   }
 
 // |sum over positions|^2 summed over channels: the squared norm of a bias gradient.

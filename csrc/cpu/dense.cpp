@@ -104,6 +104,48 @@ double gram_sum(const scalar_t* a, int64_t d_in, const scalar_t* g, int64_t d_ou
   return tile.result;
 }
 
+// Dot products of the first `count` rows of x with each other: out[t * count + s], s <= t.
+template <typename scalar_t, int count>
+void dots(const scalar_t* x, int64_t stride, int64_t width, scalar_t* out) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::vec sums[count][count] = {};
+  for (int64_t i = 0; i < width; i += W) {
+    typename Simd<scalar_t>::vec v[count];
+#pragma GCC unroll 8
+    for (int t = 0; t < count; t++)
+      v[t] = width - i >= W ? load(x + t * stride + i) : load_first(x + t * stride + i, width - i);
+#pragma GCC unroll 8
+    for (int t = 0; t < count; t++)
+#pragma GCC unroll 8
+      for (int s = 0; s <= t; s++) sums[t][s] = v[t] * v[s] + sums[t][s];
+  }
+  for (int t = 0; t < count; t++)
+    for (int s = 0; s <= t; s++) out[t * count + s] = sum<scalar_t>(sums[t][s]);
+}
+
+// Longest sequence whose dot products all fit in registers, without transposing it.
+constexpr int kShort = 8;
+
+// The Gram sum of one sample of exactly `count` time steps, and its diagonal in `parts`.
+template <typename scalar_t, int count>
+double short_gram_sum(const Sequences<scalar_t>& x, int64_t n, double& parts) {
+  if constexpr (count > 1) {
+    if (x.time < count) return short_gram_sum<scalar_t, count - 1>(x, n, parts);
+  }
+  scalar_t a[count * count], g[count * count];
+  dots<scalar_t, count>(x.a + n * x.a_batch, x.a_time, x.d_in, a);
+  dots<scalar_t, count>(x.g + n * x.g_batch, x.g_time, x.d_out, g);
+  double total = 0;
+  for (int t = 0; t < count; t++) {
+    double own = static_cast<double>(a[t * count + t]) * g[t * count + t];
+    parts += own;
+    total += own;
+    for (int s = 0; s < t; s++)
+      total += 2.0 * static_cast<double>(a[t * count + s]) * g[t * count + s];
+  }
+  return total;
+}
+
 // |left^T right|^2 for one right panel and one left panel after the other.
 template <typename scalar_t>
 struct DirectPanel {
@@ -127,12 +169,14 @@ struct DirectPanel {
   }
 };
 
-// Packs `width` columns of x [time, .] into panels of `size` columns.
+// Packs `width` columns of x [time, .] into left panels, some rows at a time: each is read once.
 template <typename scalar_t>
-void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, int size,
-                 scalar_t* out) {
-  for (int64_t i = 0; i < width; i += size)
-    pack(x + i, stride, time, least(width - i, size), size, out + i * time);
+void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, scalar_t* out) {
+  constexpr int R = Tile<scalar_t>::rows;
+  for (int64_t t = 0; t < time; t += 16)
+    for (int64_t i = 0; i < width; i += R)
+      pack_left(x + t * stride + i, stride, least(time - t, 16), least(width - i, R),
+                out + i * time + t * R);
 }
 
 // Which of the two sides is broadcast (in panels of Tile::rows) and which fills vectors: the
@@ -166,11 +210,11 @@ double direct_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int6
   int64_t from = panels * piece / pieces, to = panels * (piece + 1) / pieces;
   int64_t columns = least(side.left_width, to * T::rows) - from * T::rows;
   scalar_t* right = memory + panels * T::rows * x.time;
-  pack_panels(side.left + from * T::rows, side.left_time, x.time, columns, T::rows, memory);
+  pack_panels(side.left + from * T::rows, side.left_time, x.time, columns, memory);
   DirectPanel<scalar_t> panel{memory, right, to - from, x.time, 0.0};
   for (int64_t j = 0; j < side.right_width; j += T::cols) {
     int64_t count = least(side.right_width - j, T::cols);
-    pack(side.right + j, side.right_time, x.time, count, T::cols, right);
+    pack_right(side.right + j, side.right_time, x.time, count, right);
     with_vecs<scalar_t>((count + T::width - 1) / T::width, panel);
   }
   return panel.result;
@@ -180,6 +224,9 @@ template <typename scalar_t>
 double gram_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int64_t pieces,
                   scalar_t* memory, double& parts) {
   using T = Tile<scalar_t>;
+  parts = 0;
+  if (x.time == 0) return 0;
+  if (x.time <= kShort) return piece == 0 ? short_gram_sum<scalar_t, kShort>(x, n, parts) : 0;
   const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
   scalar_t* packed_g = memory + (x.time + T::cols - 1) / T::cols * T::cols * x.d_in;
   pack_transposed(a, x.a_time, x.time, x.d_in, memory);
@@ -197,7 +244,7 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
   threads = useful_threads(threads, x.batch * x.time * (x.d_in + x.d_out) * sizeof(scalar_t));
   int64_t pieces = pieces_per_sample(x.batch, threads), tasks = x.batch * pieces;
   int64_t padded = (x.time + T::cols - 1) / T::cols * T::cols;
-  int64_t gram_size = guard < 0 ? 0 : padded * (x.d_in + x.d_out);
+  int64_t gram_size = guard < 0 || x.time <= kShort ? 0 : padded * (x.d_in + x.d_out);
   int64_t widest = x.d_in > x.d_out ? x.d_in : x.d_out;
   int64_t direct_size = (widest + T::rows + T::cols) * x.time;
   double* sums = scratch<double>(2 * tasks);
@@ -283,10 +330,10 @@ void sequence_second_moment(const Sequences<scalar_t>& x, scalar_t* total, int t
     SquarePanel<scalar_t> panel{memory, right, to - from, x.time, nullptr, stride};
     for (int64_t n = 0; n < x.batch; n++) {
       const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
-      pack_panels(g + from * T::rows, x.g_time, x.time, columns, T::rows, memory);
+      pack_panels(g + from * T::rows, x.g_time, x.time, columns, memory);
       for (int64_t j = 0; j < x.d_in; j += T::cols) {
         int64_t count = least(x.d_in - j, T::cols);
-        pack(a + j, x.a_time, x.time, count, T::cols, right);
+        pack_right(a + j, x.a_time, x.time, count, right);
         panel.total = mine + j;
         with_vecs<scalar_t>((count + T::width - 1) / T::width, panel);
       }

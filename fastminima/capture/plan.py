@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+
+from torch import Size, Tensor
 
 from .measure import Measurement
 from .tape import Tape
 
-__all__ = ["PLACEMENT", "Path", "Plan", "Slot", "Use", "find_plan", "watched_nodes"]
+__all__ = ["PLACEMENT", "Path", "Plan", "Slot", "Use", "find_plan", "reads_data", "watched_nodes"]
 
 # Nodes that only rearrange their input: their backward puts every element of the
 # gradient in one place.
@@ -73,8 +75,9 @@ class Plan:
         preparing: nodes fed by parameters alone, above which the uses are.
     """
 
-    def __init__(self, uses: tuple[Use, ...]) -> None:
+    def __init__(self, uses: tuple[Use, ...], preparing: frozenset[int]) -> None:
         self.uses = uses
+        self.preparing = preparing
         self.sources: dict[str, int] = {}
         for use in uses:
             for name in use.parameters:
@@ -110,6 +113,7 @@ def find_plan(
     row belongs to the one sample and any such node may count as a use.
     """
     arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
+    preparing: set[int] = set()
     for parameter, leaf in tape.leaves.items():
         stack: list[tuple[int, int | None, tuple[Step, ...]]] = [(leaf, None, ())]
         while stack:
@@ -118,6 +122,7 @@ def find_plan(
                 steps = below if leaves_by is None else ((i, output, leaves_by), *below)
                 if _is_preparation(tape, parent, measured):
                     stack.append((parent, number, steps))
+                    preparing.add(parent)
                     continue
                 _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
                 chains.setdefault(parameter, []).append(steps)
@@ -129,9 +134,53 @@ def find_plan(
         )
         shape = tape.shapes(child[0])[child[1]]
         slots.setdefault(node, []).append(Slot(number, child, shape, paths))
-    return Plan(
-        tuple(Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
-    )
+    uses = (Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
+    return Plan(tuple(uses), frozenset(preparing))
+
+
+# Where a node keeps the operand that came in by each of its inputs.
+_OPERANDS = {
+    "MmBackward0": ("self", "mat2"),
+    "BmmBackward0": ("self", "mat2"),
+    "MulBackward0": ("self", "other"),
+    "MvBackward0": ("self", None),  # a vector has no rows to give to samples
+    "AddmmBackward0": (None, "mat1", "mat2"),
+    "BaddbmmBackward0": (None, "batch1", "batch2"),
+    "ConvolutionBackward0": ("input", "weight", None),
+}
+
+
+def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
+    """Whether a node fed by leaves also reads a tensor that is not the model's own.
+
+    Then it is no preparation of a parameter: it met data, and a layer further on mixed
+    the samples. `own` has the storage addresses of the model's parameters and buffers.
+    """
+    name, node = tape.names[i], tape.nodes[i]
+    if name in PLACEMENT:
+        return False
+    if name == EMBEDDING:
+        ids = node._saved_indices
+        return ids.dim() > 1 and len(ids) > 1
+    operands = _OPERANDS.get(name, ())
+    for number, edge in enumerate(tape.children[i]):
+        if edge is not None:
+            continue
+        operand = operands[number] if number < len(operands) else None
+        tensor = getattr(node, f"_saved_{operand}") if operand else None
+        if isinstance(tensor, Tensor):
+            is_own = tensor.untyped_storage().data_ptr() in own
+            if tensor.numel() > 1 and not is_own:
+                return True
+        elif _is_larger(tape, i):
+            return True
+    return False
+
+
+def _is_larger(tape: Tape, i: int) -> bool:
+    """Whether the output is larger than every input that is in the graph."""
+    sizes = [Size(tape.shapes(e[0])[e[1]]).numel() for e in tape.children[i] if e]
+    return Size(tape.shapes(i)[0]).numel() > max(sizes)
 
 
 def _is_preparation(

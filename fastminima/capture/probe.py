@@ -99,7 +99,8 @@ class GradientProbe:
         self._keep_mean = keep_mean
         self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
-        self._reader = Reader(self._parameters, batchnorm, batch_dim, _owners(model))
+        module = model if isinstance(model, nn.Module) else None
+        self._reader = Reader(self._parameters, batchnorm, batch_dim, module)
         self._announced: set[str] = set()
         self._attached: _Attached | None = None
 
@@ -405,15 +406,3 @@ def _direction(
                 f"has {tuple(parameters[key].shape)}."
             )
     return dict(v)
-
-
-def _owners(model: nn.Module | Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Name of the module that owns each parameter, for messages."""
-    if not isinstance(model, nn.Module):
-        return {}
-    owners = {}
-    for module_name, module in model.named_modules():
-        for key, _ in module.named_parameters(recurse=False):
-            full = f"{module_name}.{key}" if module_name else key
-            owners[full] = f"{module_name or 'the model'} ({type(module).__name__})"
-    return owners

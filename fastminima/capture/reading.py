@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
 from .gathers import Guard, find_guards, watched_sources
 from .layout import RegularLayout, RowLayout
 from .measure import Measurement, measure_samples
-from .plan import Plan, find_plan, watched_nodes
+from .plan import Plan, find_plan, reads_data, watched_nodes
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -53,7 +53,8 @@ class Reader:
         parameters: the tracked parameters by name.
         batchnorm: "error", "rows" or "frozen".
         batch_dim: the batch dimension of the tensors a scalar loss is made of.
-        modules: names of the modules that own a parameter, for messages.
+        model: the module, if there is one: names its parts in messages, and tells its
+            buffers from data.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class Reader:
         parameters: Mapping[str, Tensor],
         batchnorm: str,
         batch_dim: int,
-        modules: Mapping[str, str],
+        model: nn.Module | None,
     ) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
         self._batch_dim = batch_dim
-        self._modules = modules
+        self._model = model
+        self._modules = {} if model is None else _owners(model)
         self._known: dict[tuple, _Known] = {}
 
     def read(self, loss: Tensor, batch: int) -> Reading:
@@ -127,6 +129,9 @@ class Reader:
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
         measured = self._measured_samples(tape, watched, loss, batch, mixing)
         plan = find_plan(tape, measured)
+        for i in plan.preparing:
+            if reads_data(tape, i, self._storages()):
+                raise CaptureError(self._mixed_message(tape, i, batch))
         layouts, is_settled = self._layouts(tape, plan, measured, batch)
         reading = Reading(tape, plan, layouts, mixing)
         guards = find_guards(tape, measured, batch)
@@ -203,6 +208,13 @@ class Reader:
                     entered.add(edge[0])
                     stack.append(edge[0])
         return roots
+
+    def _storages(self) -> set[int]:
+        """Addresses of all that the model itself holds."""
+        if self._model is None:
+            return set()
+        held = (*self._model.parameters(), *self._model.buffers())
+        return {t.untyped_storage().data_ptr() for t in held}
 
     def _is_batched(self, shape: tuple[int, ...], batch: int) -> bool:
         return len(shape) > self._batch_dim and shape[self._batch_dim] == batch
@@ -338,3 +350,13 @@ def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
             moved.append(carried)
         layouts.append(moved)
     return layouts
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Name of the module that owns each parameter, for messages."""
+    owners = {}
+    for module_name, module in model.named_modules():
+        for key, _ in module.named_parameters(recurse=False):
+            full = f"{module_name}.{key}" if module_name else key
+            owners[full] = f"{module_name or 'the model'} ({type(module).__name__})"
+    return owners

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from . import conv_native
 from .conv_geometry import ConvGeometry, patches
 from .table import Op
 
@@ -125,6 +126,8 @@ def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
 
 conv_gradients = Op("conv_gradients", _gradients)
 conv_sq_norms = Op("conv_sq_norms", _sq_norms)
+conv_sq_norms.add_native(conv_native.fastest_sq_norms)
 conv_second_moment = Op("conv_second_moment", _second_moment)
+conv_second_moment.add_native(conv_native.second_moment)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

@@ -76,9 +76,9 @@ def patches(
     geometry: ConvGeometry,
     positions: tuple[int, ...],
 ) -> Tensor:
-    """The image under the kernel at each position.
+    """The image under the kernel at each position, a view of the zero-padded image.
 
-    [batch, channels, *kernel, *positions]: a view of the zero-padded image: copy it and it is the unfolded input.
+    Its shape is [batch, channels, *kernel, *positions].
     """
     image = pad(image, [p for p in reversed(geometry.padding) for _ in range(2)])
     batch, channel, *space = image.stride()

@@ -8,6 +8,7 @@ dtype, and no squared norm is negative.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import dense_native
 from ._arguments import FLOATS, accumulated
+from .dense_cost import NARROW, choose, guard, is_torch_faster
 from .table import Op
 
 __all__ = [
@@ -134,6 +136,39 @@ def _sequence_dots(
     return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
 
 
+def _sequence_sq_norms_torch(
+    a: Tensor, g: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By the fastest way, and again by direct where a Gram sum is not accurate."""
+    a, g = accumulated(a, g)
+    way = choose(g.shape[1], a.shape[2], g.shape[2])
+    if way == "rows":
+        weight, bias = row_sq_norms(a[:, 0], g[:, 0])
+        return weight, bias if with_bias else None
+    if way == "direct":
+        return _sequence_sq_norms(a, g, with_bias)
+    weight = _gram_sq_norms(a, g)
+    parts = (a.square().sum(dim=2) * g.square().sum(dim=2)).sum(dim=1)
+    lost = weight < guard(a.shape[2], g.shape[2], g.dtype) * parts
+    if lost.any():
+        weight[lost] = _direct_sq_norms(a[lost], g[lost])
+    return weight, g.sum(dim=1).square().sum(dim=1) if with_bias else None
+
+
+def _sequence_sq_norms_native(
+    kernels: Any, a: Tensor, g: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    if is_torch_faster(g.shape[1], a.shape[2], g.shape[2]):
+        return _sequence_sq_norms_torch(a, g, with_bias)
+    return dense_native.sequence_sq_norms(kernels, a, g, with_bias)
+
+
+def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    if g.shape[1] == 1 or a.shape[2] * g.shape[2] <= NARROW:
+        return _sequence_second_moment(a, g)
+    return dense_native.sequence_second_moment(kernels, a, g)
+
+
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
 sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
@@ -144,7 +179,10 @@ sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
 
 row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
-sequence_sq_norms.add_native(dense_native.sequence_sq_norms, dtypes=FLOATS)
+sequence_sq_norms.add(
+    "torch", _sequence_sq_norms_torch, devices=("cpu", "cuda"), dtypes=FLOATS
+)
+sequence_sq_norms.add_native(_sequence_sq_norms_native, dtypes=FLOATS)
 gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
 direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
-sequence_second_moment.add_native(dense_native.sequence_second_moment, dtypes=FLOATS)
+sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)

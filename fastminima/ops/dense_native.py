@@ -1,38 +1,22 @@
-"""Calls of the native kernels for dense weights, and which to use for which sizes."""
+"""Calls of the native kernels for dense weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _native
 from ._arguments import SUFFIX, accumulated, contiguous_rows
+from .dense_cost import choose, guard
 
 __all__ = [
-    "choose",
     "direct_sq_norms",
     "gram_sq_norms",
-    "guard",
     "row_sq_norms",
     "sequence_second_moment",
     "sequence_sq_norms",
 ]
-
-_GUARANTEED = {torch.float32: 1e-4, torch.float64: 1e-11}
-
-
-def choose(time: int, d_in: int, d_out: int) -> str:
-    """Which way is faster for one sample: "rows", "gram" or "direct"."""
-    if time == 1:
-        return "rows"
-    return "gram" if time * (d_in + d_out) < 2 * d_in * d_out else "direct"
-
-
-def guard(d_in: int, d_out: int, dtype: torch.dtype) -> float:
-    """Smallest share of the parts at which the Gram sum R is accurate enough."""
-    return torch.finfo(dtype).eps * (d_in + d_out) ** 0.5 / _GUARANTEED[dtype]
 
 
 def _numbers(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -99,9 +83,6 @@ def direct_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
 
 def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.sequence_second_moment`."""
-    if g.shape[1] == 1:
-        a, g = accumulated(a[:, 0], g[:, 0])
-        return g.square().T @ a.square()
     a, g, numbers = _numbers(a, g)
     total = g.new_empty(g.shape[2], a.shape[2])
     getattr(kernels, f"sequence_second_moment_{SUFFIX[g.dtype]}")(

@@ -8,13 +8,15 @@ table, except where that is the result asked for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import _native
 from .._dtypes import accumulation_dtype
+from ._arguments import SUFFIX, accumulated, contiguous_rows
 from .table import Op
 
 __all__ = [
@@ -144,9 +146,23 @@ def _tied_cross(
     return torch.where(keep.unsqueeze(1), products, 0).sum(dim=(1, 2))
 
 
+def _embedding_sq_norms_native(
+    kernels: Any, ids: Tensor, g: Tensor, padding_idx: int
+) -> Tensor:
+    (g,) = accumulated(g)
+    ids, g = ids.contiguous(), contiguous_rows(g)
+    norms = g.new_empty(len(g))
+    getattr(kernels, f"embedding_sq_norms_{SUFFIX[g.dtype]}")(
+        *(ids.data_ptr(), g.data_ptr(), g.stride(0), g.stride(1), padding_idx),
+        *(*g.shape, norms.data_ptr(), _native.threads()),
+    )
+    return norms
+
+
 embedding_sq_norms = Op("embedding_sq_norms", _embedding_sq_norms)
 embedding_second_moment = Op("embedding_second_moment", _embedding_second_moment)
 embedding_gram = Op("embedding_gram", _embedding_gram)
 embedding_dots = Op("embedding_dots", _embedding_dots)
 embedding_gradients = Op("embedding_gradients", _embedding_gradients)
 tied_cross = Op("tied_cross", _tied_cross)
+embedding_sq_norms.add_native(_embedding_sq_norms_native, dtypes=(torch.int64,))

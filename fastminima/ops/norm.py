@@ -6,10 +6,13 @@ gradient of its outputs. Results leave in the accumulation dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
+from .. import _native
+from ._arguments import FLOATS, SUFFIX, accumulated, contiguous_rows
 from .table import Op
 
 __all__ = ["channel_norm_gradients", "layer_norm_gradients"]
@@ -25,8 +28,8 @@ def _layer_norm_gradients(
 
     `mean` None stands for zero, as in RMSNorm.
     """
-    dtype = accumulation_dtype(g.dtype)
-    g, x = g.to(dtype), x.to(dtype)
+    g, x = accumulated(g, x)
+    dtype = g.dtype
     if mean is not None:
         x = x - mean.to(dtype).unsqueeze(2)
     x = x * rstd.to(dtype).unsqueeze(2)
@@ -44,13 +47,48 @@ def _channel_norm_gradients(
     Statistics are those of `groups` groups of channels; shared is 1 (one set for the
     batch, as in BatchNorm) or batch (as in GroupNorm and InstanceNorm).
     """
-    dtype = accumulation_dtype(g.dtype)
-    g, x = g.to(dtype), x.to(dtype)
+    g, x = accumulated(g, x)
+    dtype = g.dtype
     size = x.shape[1] // mean.shape[1]
     mean = mean.to(dtype).repeat_interleave(size, dim=1).unsqueeze(2)
     rstd = rstd.to(dtype).repeat_interleave(size, dim=1).unsqueeze(2)
     return (g * ((x - mean) * rstd)).sum(dim=2), g.sum(dim=2)
 
 
+def _layer_norm_gradients_native(
+    kernels: Any, g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    g, x = accumulated(g, x)
+    g, x = contiguous_rows(g), contiguous_rows(x)
+    rstd = rstd.to(g.dtype).contiguous()
+    mean = None if mean is None else mean.to(g.dtype).contiguous()
+    weight, bias = g.new_empty(2, len(g), g.shape[2]).unbind()
+    getattr(kernels, f"layer_norm_gradients_{SUFFIX[g.dtype]}")(
+        *(g.data_ptr(), g.stride(0), g.stride(1)),
+        *(x.data_ptr(), x.stride(0), x.stride(1)),
+        *(0 if mean is None else mean.data_ptr(), rstd.data_ptr(), *g.shape),
+        *(weight.data_ptr(), bias.data_ptr(), _native.threads()),
+    )
+    return weight, bias
+
+
+def _channel_norm_gradients_native(
+    kernels: Any, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    g, x = accumulated(g, x)
+    g, x = contiguous_rows(g), contiguous_rows(x)
+    mean, rstd = mean.to(g.dtype).contiguous(), rstd.to(g.dtype).contiguous()
+    weight, bias = g.new_empty(2, *g.shape[:2]).unbind()
+    getattr(kernels, f"channel_norm_gradients_{SUFFIX[g.dtype]}")(
+        *(g.data_ptr(), g.stride(0), g.stride(1)),
+        *(x.data_ptr(), x.stride(0), x.stride(1)),
+        *(mean.data_ptr(), rstd.data_ptr(), *mean.shape, *g.shape),
+        *(weight.data_ptr(), bias.data_ptr(), _native.threads()),
+    )
+    return weight, bias
+
+
 layer_norm_gradients = Op("layer_norm_gradients", _layer_norm_gradients)
 channel_norm_gradients = Op("channel_norm_gradients", _channel_norm_gradients)
+layer_norm_gradients.add_native(_layer_norm_gradients_native, dtypes=FLOATS)
+channel_norm_gradients.add_native(_channel_norm_gradients_native, dtypes=FLOATS)

@@ -39,3 +39,12 @@ def test_sums(check, shape, dtype):
 def test_half_precision_sums_do_not_overflow():
     g = torch.full((2, 3000, 4), 60.0, dtype=torch.float16)
     torch.testing.assert_close(broadcast.sum_over_time(g), torch.full((2, 4), 180000.0))
+
+
+@pytest.mark.parametrize("shape", [(3, 500, 400), (40, 60, 230), (2, 3, 100000)])
+def test_sizes_that_occupy_several_threads(check, shape):
+    g, x = torch.randn(shape), torch.randn(shape)
+    room = {"rtol": 1e-4, "atol": 1e-3}
+    check(broadcast.sum_over_time, g, **room)
+    check(broadcast.sum_over_space, g, **room)
+    check(broadcast.product_over_time, g, x, **room)

@@ -1,10 +1,13 @@
 """Convolution statistics: the reference against autograd, the kernels against it."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from fastminima import _native
+from fastminima.ops import conv_native
 from fastminima.ops.conv import (
     ConvGeometry,
     conv_dots,
@@ -161,3 +164,143 @@ def test_sizes_that_do_not_belong_together():
         conv_sq_norms(x[:1], g, conv, False)
     with pytest.raises(ValueError, match="do not belong to"):
         conv_sq_norms(x, g, replace(conv, groups=2), False)
+
+
+def ways_to_norms(dtype):
+    """Every implementation, and both native ways where the op would choose one."""
+    for backend in conv_sq_norms.backends("cpu", dtype):
+        yield backend, conv_sq_norms.on(backend, "cpu", dtype)
+    for isa in _native.available_isas():
+        for way in (conv_native.direct_sq_norms, conv_native.gram_sq_norms):
+            yield f"{way.__name__} {isa}", partial(way, _native.kernels_for(isa))
+
+
+def check_norms(x, g, conv, **tolerance):
+    want = conv_sq_norms.reference(x.double(), g.double(), conv, True)
+    for name, way in ways_to_norms(x.dtype):
+        got = way(x, g, conv, True)
+        for part, truth in zip(got, want, strict=True):
+            torch.testing.assert_close(
+                *(part, truth.to(x.dtype)),
+                msg=lambda m, n=name: f"{n}: {m}",
+                **tolerance,
+            )
+        assert way(x, g, conv, False)[1] is None
+
+
+# A dot product of n <= 1024 terms that cancel to their root mean square errs by about
+# sqrt(n) eps of them, 4e-6; its square by twice that, less in the mean over a weight.
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@ALL
+def test_norms_in_every_way(case):
+    x, g = draw(case)
+    check_norms(x, g, case[0])
+    check_norms(x.float(), g.float(), case[0], **SINGLE)
+
+
+@ALL
+def test_second_moment_in_every_way(case):
+    x, g = draw(case)
+    want = conv_second_moment.reference(x, g, case[0])
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for backend in conv_second_moment.backends("cpu", dtype):
+            got = conv_second_moment.on(backend, "cpu", dtype)(
+                x.to(dtype), g.to(dtype), case[0]
+            )
+            # An element can be small by cancellation: it is compared with the largest.
+            torch.testing.assert_close(
+                *(got.double(), want),
+                rtol=rtol,
+                atol=rtol * want.max().item(),
+                msg=lambda m, b=backend: f"{b}: {m}",
+            )
+
+
+@ALL
+def test_empty_batch(case):
+    x, g = draw(case, torch.float32, batch=0)
+    for _, way in ways_to_norms(torch.float32):
+        weight, bias = way(x, g, case[0], True)
+        assert weight.shape == bias.shape == (0,)
+    for backend in conv_second_moment.backends("cpu", torch.float32):
+        moment = conv_second_moment.on(backend, "cpu", torch.float32)(x, g, case[0])
+        torch.testing.assert_close(moment, torch.zeros(weight_shape(case)))
+    assert conv_gradients(x, g, case[0]).shape == (0, *weight_shape(case))
+    assert conv_gram(x, g, case[0]).shape == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["same 3x3", "stride 2", "groups", "transposed 2"])
+def test_any_strides(name):
+    case = CASES[name]
+    x, g = draw(case, torch.float32)
+    layouts = (
+        (x.to(memory_format=torch.channels_last), g.contiguous()),
+        (x, g.to(memory_format=torch.channels_last)),
+        (x.flip(3).flip(3).mT.contiguous().mT, torch.stack([g, g], -1)[..., 0]),
+        (x.expand_as(x), g[:, :1, :1, :1].expand_as(g)),
+    )
+    for strided_x, strided_g in layouts:
+        check_norms(strided_x, strided_g, case[0], **SINGLE)
+        want = conv_second_moment.reference(
+            strided_x.double(), strided_g.double(), case[0]
+        )
+        got = conv_second_moment(strided_x, strided_g, case[0])
+        assert got.sub(want).abs().max() < 1e-5 * want.max()
+
+
+def test_fewer_samples_than_threads():
+    case = CASES["large"]
+    x, g = draw(case, batch=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        check_norms(x, g, case[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cancelling_positions():
+    """Contributions that cancel to 1e-3 of their sizes keep float32's accuracy."""
+    conv, x, g = CASES["same 3x3"][0], *draw(CASES["same 3x3"])
+    x = torch.ones_like(x) + 1e-3 * torch.randn_like(x)
+    g = g - g.mean(dim=(2, 3), keepdim=True)
+    g[:, :, [0, -1]] = 0  # at the rim, zeros of the padding do not cancel
+    g[:, :, :, [0, -1]] = 0
+    g[:, :, 1:-1, 1:-1] -= g[:, :, 1:-1, 1:-1].mean(dim=(2, 3), keepdim=True)
+    x, g = x.float(), g.float()
+    sizes = conv_gradients.reference(x.double().abs(), g.double().abs(), conv)
+    truth = conv_sq_norms.reference(x.double(), g.double(), conv, False)[0]
+    assert (truth < 1e-5 * sizes.flatten(1).square().sum(1)).all()
+    # |dW| carries an error of eps times the sizes that cancel, its square twice that.
+    eps = torch.finfo(torch.float32).eps
+    bound = 4 * eps * (sizes.flatten(1).square().sum(1) / truth).sqrt().max()
+    for name, way in ways_to_norms(torch.float32):
+        norms = way(x, g, conv, False)[0].double()
+        assert (norms >= 0).all(), name
+        assert ((norms - truth).abs() / truth).max() < bound, name
+
+
+def test_zero_gradients_and_those_that_are_not_finite():
+    case = CASES["same 3x3"]
+    x, g = draw(case, torch.float32)
+    x[0, 0, 4, 4] = float("nan")  # scratch of the first sample is used again
+    g[1] = 0
+    for name, way in ways_to_norms(torch.float32):
+        weight = way(x, g, case[0], False)[0]
+        assert weight[0].isnan(), name
+        assert weight[1] == 0, name
+        assert weight[2].isfinite(), name
+
+
+def test_same_bits_every_time():
+    case = CASES["large"]
+    x, g = draw(case, torch.float32, batch=9)
+    for name, way in ways_to_norms(torch.float32):
+        first, second = way(x, g, case[0], True), way(x, g, case[0], True)
+        assert torch.equal(first[0], second[0]), name
+        assert torch.equal(first[1], second[1]), name
+    assert torch.equal(
+        conv_second_moment(x, g, case[0]), conv_second_moment(x, g, case[0])
+    )

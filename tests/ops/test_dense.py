@@ -5,19 +5,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastminima.ops import dense
+from fastminima.ops import dense, dense_cost
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # batch, time, d_in, d_out
 SHAPES = [
-    *[(3, 5, 7, 4), (1, 1, 1, 1), (5, 1, 33, 17), (2, 64, 48, 8), (4, 37, 50, 19)],
+    *[
+        (3, 5, 7, 4),
+        (1, 1, 1, 1),
+        (5, 1, 33, 17),
+        (2, 64, 48, 8),
+        (2, 2, 9, 40),
+        (2, 7, 70, 3),
+        (2, 8, 33, 50),
+        (2, 12, 40, 60),
+        (4, 37, 50, 19),
+    ],
     *[(0, 3, 4, 5), (3, 0, 4, 5), (2, 130, 17, 65), (1, 200, 9, 130)],
 ]
 SQ_NORMS = [dense.gram_sq_norms, dense.direct_sq_norms]
 
 
 def layouts(batch, time, width, dtype=torch.float32):
-    """The layouts that captured tensors come in: by sample, by time, slices of wider."""
+    """The layouts that tensors come in: by sample, by time, slices, transposed."""
     yield torch.randn(batch, time, width, dtype=torch.float32).to(dtype)
     yield torch.randn(time, batch, width, dtype=torch.float32).to(dtype).transpose(0, 1)
     yield torch.randn(batch, time, 2 * width + 3).to(dtype)[:, :, 2 : 2 + width]
@@ -69,6 +79,20 @@ def test_squared_norms_of_rows(check, shape, dtype):
     for a, g in pairs(shape, dtype):
         a, g = a.flatten(0, 1), g.flatten(0, 1)
         check(dense.row_sq_norms, a, g, **bound(a, g), nonnegative=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 300, 520), (2, 6, 20000, 30000)])
+def test_sizes_that_occupy_several_threads(check, shape):
+    batch, time, d_in, d_out = shape
+    a, g = (
+        torch.randn(time, batch, d_in).transpose(0, 1),
+        torch.randn(batch, time, d_out),
+    )
+    check(dense.gram_sq_norms, a, g, **bound(a, g))
+    check(dense.row_sq_norms, a[:, 0], g[:, 0], **bound(a, g))
+    if d_in * d_out < 1e6:
+        check(dense.direct_sq_norms, a, g, **bound(a, g))
+        check(dense.sequence_second_moment, a, g, rtol=3e-5, atol=1e-2)
 
 
 def test_references_against_single_samples():
@@ -128,3 +152,53 @@ def test_half_precision_does_not_overflow():
     norms, bias = dense.sequence_sq_norms(a, a, True)
     assert torch.isfinite(norms).all() and torch.isfinite(bias).all()
     torch.testing.assert_close(norms, torch.full((2,), (3 * 900.0 * 100) ** 2))
+
+
+def cancelling(noise, batch=3, time=64, d_in=96, d_out=160):
+    """Time steps in pairs whose contributions cancel up to `noise`."""
+    a, g = torch.randn(batch, time, d_in), torch.randn(batch, time, d_out)
+    a[:, 1::2] = a[:, ::2]
+    g[:, 1::2] = noise * torch.randn(batch, time // 2, d_out) - g[:, ::2]
+    return a, g
+
+
+def error(got, want):
+    return ((got.double() - want) / want).abs().max().item()
+
+
+# The second size is cut in pieces for two threads.
+@pytest.mark.parametrize("size", [(64, 96, 160), (128, 384, 640)])
+def test_gram_alone_is_wrong_where_time_steps_cancel_and_the_guard_sees_it(size):
+    a, g = cancelling(1e-3, 3, *size)
+    assert dense_cost.choose(*size) == "gram"
+    want = dense.direct_sq_norms.reference(a.double(), g.double())
+    for backend in dense.gram_sq_norms.backends("cpu", torch.float32):
+        gram = dense.gram_sq_norms.on(backend, "cpu", torch.float32)
+        assert error(gram(a, g), want) > 1e-2, backend
+    for backend in dense.sequence_sq_norms.backends("cpu", torch.float32):
+        guarded = dense.sequence_sq_norms.on(backend, "cpu", torch.float32)
+        assert error(guarded(a, g, False)[0], want) < 1e-4, backend
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_gram_is_accurate_where_the_guard_lets_it_pass(shift):
+    share = dense_cost.guard(96, 160, torch.float32)
+    passed = 0
+    for noise in torch.logspace(-2, 0.5, 30):
+        a, g = cancelling(noise.item())
+        a = a + shift
+        want = dense.direct_sq_norms.reference(a.double(), g.double())
+        parts = (a.double().square().sum(2) * g.double().square().sum(2)).sum(1)
+        is_passed = want >= share * parts
+        for backend in dense.gram_sq_norms.backends("cpu", torch.float32):
+            got = dense.gram_sq_norms.on(backend, "cpu", torch.float32)(a, g)
+            if is_passed.any():
+                assert error(got[is_passed], want[is_passed]) < 1e-4, backend
+        passed += int(is_passed.sum())
+    assert 20 < passed < 85  # of 90: the guard did divide the cases
+
+
+def test_choice_follows_the_sizes():
+    assert dense_cost.choose(1, 1, 1) == "rows"
+    assert dense_cost.choose(32, 512, 512) == "gram"
+    assert dense_cost.choose(2048, 64, 64) == "direct"

@@ -72,3 +72,9 @@ def test_tied_cross_from_gathered_columns():
     columns = go.gather(2, ids.unsqueeze(1).expand(-1, 6, -1))
     places = torch.where(ids == 2, -1, torch.arange(9))
     torch.testing.assert_close(embedding.tied_cross(places, ge, -1, a, columns), want)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_sizes_that_occupy_several_threads(check, batch):
+    ids, g = torch.randint(100, (batch, 600)), torch.randn(batch, 600, 333)
+    check(embedding.embedding_sq_norms, ids, g, 7, rtol=1e-5, atol=0)

@@ -74,3 +74,12 @@ def test_group_norm_against_autograd():
         out = F.group_norm(x[n : n + 1], 2, scale, shift)
         want = torch.autograd.grad(out, (scale, shift), g[n : n + 1])
         torch.testing.assert_close((weight[n], bias[n]), want)
+
+
+@pytest.mark.parametrize("shape", [(3, 500, 300), (40, 60, 130), (2, 3, 100000)])
+def test_sizes_that_occupy_several_threads(check, shape):
+    g, x = torch.randn(shape), torch.randn(shape)
+    rows, channels = torch.randn(shape[:2]), torch.randn(1, shape[1])
+    room = {"rtol": 1e-4, "atol": 1e-3}
+    check(norm.layer_norm_gradients, g, x, rows, rows.exp(), **room)
+    check(norm.channel_norm_gradients, g, x, channels, channels.exp(), **room)

@@ -17,3 +17,23 @@ def test_every_implementation(check, shape, dtype):
     if x.dim() == 2:
         check(sq_norm, x.T, rtol=rtol, atol=0)
         check(sq_norm, x[:, 1:], rtol=rtol, atol=0)
+
+
+def test_a_long_sum_keeps_its_precision(check):
+    x = torch.full((30_000_001,), 1.1)
+    check(sq_norm, x, rtol=1e-6, atol=0)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    x, threads = torch.randn(2_000_003), torch.get_num_threads()
+    for backend in sq_norm.backends("cpu", torch.float32):
+        run = sq_norm.on(backend, "cpu", torch.float32)
+        if backend == "reference":
+            continue
+        try:
+            torch.set_num_threads(1)
+            one = run(x)
+            torch.set_num_threads(2)
+            assert torch.equal(run(x), one), backend
+        finally:
+            torch.set_num_threads(threads)

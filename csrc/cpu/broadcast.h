@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+// Declared once per instruction set. Rows contiguous, other strides in elements.
+#define FM_DECLARE_BROADCAST_OF(scalar_t, suffix)                                                \
+  void sum_over_time_##suffix(const scalar_t* g, int64_t g_batch, int64_t g_time, int64_t batch, \
+                              int64_t time, int64_t width, scalar_t* out, int threads);          \
+  void product_over_time_##suffix(                                                               \
+      const scalar_t* g, int64_t g_batch, int64_t g_time, const scalar_t* x, int64_t x_batch,    \
+      int64_t x_time, int64_t batch, int64_t time, int64_t width, scalar_t* out, int threads);   \
+  void sum_over_space_##suffix(const scalar_t* g, int64_t g_batch, int64_t g_channel,            \
+                               int64_t batch, int64_t channels, int64_t space, scalar_t* out,    \
+                               int threads);
+
+#define FM_DECLARE_BROADCAST(ISA)      \
+  namespace fastminima {               \
+  namespace ISA {                      \
+  FM_DECLARE_BROADCAST_OF(float, f32)  \
+  FM_DECLARE_BROADCAST_OF(double, f64) \
+  }                                    \
+  }
+
+FM_DECLARE_BROADCAST(generic)
+#if defined(__x86_64__)
+FM_DECLARE_BROADCAST(avx2)
+FM_DECLARE_BROADCAST(avx512)
+#endif

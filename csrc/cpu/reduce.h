@@ -1,0 +1,18 @@
+#pragma once
+
+#include <cstdint>
+
+// Declared once per instruction set.
+#define FM_DECLARE_REDUCE(ISA)                                 \
+  namespace fastminima {                                       \
+  namespace ISA {                                              \
+  double sq_norm_f32(const float* x, int64_t n, int threads);  \
+  double sq_norm_f64(const double* x, int64_t n, int threads); \
+  }                                                            \
+  }
+
+FM_DECLARE_REDUCE(generic)
+#if defined(__x86_64__)
+FM_DECLARE_REDUCE(avx2)
+FM_DECLARE_REDUCE(avx512)
+#endif
