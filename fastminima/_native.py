@@ -4,22 +4,68 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import warnings
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # first: its OpenMP runtime is the one the extension runs on
 
-__all__ = ["available_isas", "kernels", "kernels_for", "missing_reason", "threads"]
+__all__ = [
+    "available_isas",
+    "kernels",
+    "kernels_for",
+    "missing_reason",
+    "parallel_threads",
+    "threads",
+]
 
 _NAME = "fastminima._native_ext"
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
+    """The extension, or None and why it is not there."""
+    if os.environ.get("FASTMINIMA_NATIVE") == "0":
+        return None, "switched off by FASTMINIMA_NATIVE=0"
     if importlib.util.find_spec(_NAME) is None:
-        return None, "the extension was not built: no C++ compiler at install time"
-    return importlib.import_module(_NAME), None
+        return None, f"not built: {_build_failure()}"
+    try:
+        return importlib.import_module(_NAME), None
+    except ImportError as error:
+        if not _is_openmp_missing(error):
+            raise
+        return None, f"this PyTorch exports no OpenMP runtime ({error})"
+
+
+def _build_failure() -> str:
+    """What setup.py wrote down when it could not build the extension."""
+    note = Path(__file__).with_name("_native_missing.txt")
+    return note.read_text().strip() if note.exists() else "never compiled here"
+
+
+def _is_openmp_missing(error: ImportError) -> bool:
+    """Whether the extension was refused for want of OpenMP's symbols.
+
+    They are left to the runtime that `import torch` loads with global symbols; a
+    PyTorch built without OpenMP, or one that hides it, has none to offer.
+    """
+    symbols = ("GOMP_", "omp_", "__kmpc_")
+    return any(f"symbol: {symbol}" in str(error) for symbol in symbols)
+
+
+def _announce(reason: str | None) -> None:
+    if reason is not None and "FASTMINIMA_NATIVE=0" not in reason:
+        warnings.warn(
+            f"fastminima runs without its native kernels, slower but equally exact "
+            f"({reason}). Install a C++ compiler and reinstall, or set "
+            "FASTMINIMA_NATIVE=0 to accept it.",
+            stacklevel=2,
+        )
 
 
 _extension, missing_reason = _load()
+_announce(missing_reason)
 
 
 def available_isas() -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+# Everything a contributor runs. Each target does its own set-up; `make help` lists them.
+
+PYTHON ?= python3
+# Extra words for the installation of torch, such as an index of CPU-only wheels.
+TORCH_ARGS ?=
+TORCH := torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BENCH_VENV := .venv-bench
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+PIP := -m pip --disable-pip-version-check -qq
+# The pinned linters of pyproject.toml, without building the package once more.
+LINTERS := import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
+	print(*found['project']['optional-dependencies']['lint'], sep='\n')
+DEMO := examples/three_factors/width.py --preset quick
+
+# PyTorch's threads sleep instead of spinning when another program wants the core.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# $(call environment,FOLDER,EXTRA): torch first, so that no other one is pulled in.
+define environment
+	@echo "set-up 1/3: Python environment in $(1)"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "set-up 2/3: $(TORCH)"
+	@$(1)/bin/python $(PIP) install $(TORCH) $(TORCH_ARGS)
+	@echo "set-up 3/3: fastminima with its native kernels (a minute or two)"
+	@$(1)/bin/python $(PIP) install -e '.[$(2)]'
+	@$(1)/bin/python -m fastminima | grep -E '^native'
+endef
+
+$(VENV)/.installed: $(BUILD_INPUTS)
+	$(call environment,$(VENV),test)
+	@touch $@
+
+$(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh benchmarks/requirements*.txt)
+	$(call environment,$(BENCH_VENV),test)
+	@echo "the libraries to compare with"
+	@bash benchmarks/install_peers.sh $(abspath $(BENCH_VENV)/bin/python)
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	@echo "set-up: linters"
+	@$(VENV)/bin/python -c "$(LINTERS)" > $(VENV)/linters.txt
+	@$(VENV)/bin/python $(PIP) install -r $(VENV)/linters.txt
+	@touch $@
+
+setup: $(VENV)/.installed  ## the environment that demo and test use
+
+demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / batch size
+	@OMP_NUM_THREADS=2 $(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
+
+test: $(VENV)/.installed  ## the whole suite, then the op tests with every shape checked
+	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops
+	@$(VENV)/bin/python -m pytest --doctest-modules tests fastminima $(TEST_ARGS)
+
+bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables
+	@$(BENCH_VENV)/bin/python -m benchmarks.tables $(BENCH_ARGS)
+
+lint: $(VENV)/.linters  ## ruff, pyright, clang-format
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(BUILD_INPUTS))
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	@echo "lint: clean"
+
+clean:  ## remove what the other targets made (results/ stays)
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastminima/_native_ext*.so fastminima/_native_missing.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""`python -m fastminima`: what is installed, and which kernels would run here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from . import __version__, _native, ops
+from .ops.table import REGISTRY, Op
+
+__all__ = ["main"]
+
+_DTYPE = torch.float32
+_ISAS = ("avx512", "avx2", "generic")  # the best first
+
+
+def main() -> int:
+    """Print the report; 0."""
+    print(*_machine(), sep="\n")
+    print(f"\nFor each op, what {_DTYPE} tensors run on here; then what they do not:")
+    print(*_ops(), sep="\n")
+    return 0
+
+
+def _machine() -> Iterator[str]:
+    """Versions, devices, threads and instruction sets, one a line."""
+    rows = {
+        "fastminima": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "triton": _version("triton"),
+        "devices": ", ".join(_devices()),
+        "threads": str(_native.threads()),
+        "native": _native_line(),
+    }
+    return (f"{name:<11}{value}" for name, value in rows.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count))]
+
+
+def _native_line() -> str:
+    if _native.missing_reason is not None:
+        return f"no: {_native.missing_reason}"
+    return f"{_native.available_isas()[0]} (of {', '.join(_native.available_isas())})"
+
+
+def _ops() -> Iterator[str]:
+    """For each device and op: what runs, and what does not and why; one a line."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"{ops.__name__}.{module.name}")
+    for device in dict.fromkeys(torch.device(d.split()[0]).type for d in _devices()):
+        for name in sorted(REGISTRY):
+            used = REGISTRY[name].backends(device, _DTYPE)[0]
+            others = "; ".join(_others(REGISTRY[name], device))
+            yield f"  {name:<24}{device + ' ' + used:<15}{others}"
+
+
+def _others(op: Op, device: str) -> Iterator[str]:
+    """Each implementation that would not run, with the reason; same reasons joined."""
+    reasons: dict[str, list[str]] = {}
+    for backend, reason in (*_not_chosen(op, device), *_not_there(op, device)):
+        reasons.setdefault(reason, []).append(backend)
+    return (f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _not_chosen(op: Op, device: str) -> Iterator[tuple[str, str]]:
+    used, *others = op.backends(device, _DTYPE)
+    for backend in others:
+        if backend.startswith("native-"):
+            yield backend, "narrower vectors, kept for tests"
+        elif backend == "reference":
+            yield backend, f"slower than {used}"
+        else:
+            yield backend, f"not preferred to {used}"
+
+
+def _not_there(op: Op, device: str) -> Iterator[tuple[str, str]]:
+    for implementation in op:
+        if device not in implementation.devices:
+            needed = " or ".join(sorted(implementation.devices))
+            yield implementation.backend, f"for {needed} tensors"
+        elif _DTYPE not in implementation.dtypes:
+            yield implementation.backend, f"not for {_DTYPE}"
+    found = {i.backend for i in op}
+    if _native.missing_reason is not None:
+        yield "native", _native.missing_reason
+    elif "native" not in found:
+        yield "native", "no such kernel"
+    else:
+        for isa in _ISAS[: _ISAS.index(_native.available_isas()[0])]:
+            yield f"native-{isa}", "not in this build or not on this processor"
+    for backend in ("triton", "cuda"):
+        if backend not in found:
+            yield backend, "no such kernel"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

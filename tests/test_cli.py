@@ -1,0 +1,82 @@
+"""`python -m fastminima` reports what this machine has and what would run on it."""
+
+import re
+
+import pytest
+import torch
+
+from fastminima import __main__ as report
+from fastminima import __version__, _native
+from fastminima.ops.table import REGISTRY, Op
+
+
+@pytest.fixture
+def lines(capsys):
+    assert report.main() == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def line_of(lines, start):
+    (found,) = (line for line in lines if line.split()[:1] == [start])
+    return found
+
+
+def test_versions_and_threads(lines):
+    for name, value in (
+        ("fastminima", __version__),
+        ("torch", torch.__version__),
+        ("threads", str(torch.get_num_threads())),
+    ):
+        assert line_of(lines, name).split()[1] == value
+
+
+def test_instruction_set_or_the_reason_for_none(lines):
+    isas = _native.available_isas()
+    wanted = isas[0] if isas else _native.missing_reason
+    assert wanted in line_of(lines, "native")
+
+
+def test_every_op_with_the_implementation_that_runs(lines):
+    listed = [line for line in lines if line.startswith("  ")]
+    names = {line.split()[0] for line in listed}
+    assert names >= {name for name in REGISTRY if not name.startswith("doctest")}
+    for name in ("direct_sq_norms", "sequence_dots"):
+        device, used = line_of(listed, name).split()[1:3]
+        assert device == "cpu"
+        assert used == REGISTRY[name].backends("cpu", torch.float32)[0]
+
+
+@pytest.fixture
+def op():
+    yield Op("cli_test", lambda x: x)
+    del REGISTRY["cli_test"]
+
+
+def others(op):
+    return " ; ".join(report._others(op, "cpu"))
+
+
+def test_why_others_do_not_run(op):
+    op.add("quick", abs, devices=("cpu",), dtypes=(torch.float32,))
+    op.add("quicker", abs, devices=("cpu",), dtypes=(torch.float32,))
+    op.add("wide", abs, devices=("cpu",), dtypes=(torch.float64,))
+    op.add("triton", abs, devices=("cuda",), dtypes=(torch.float32,))
+    op.add(*("slow", abs), devices=("cpu",), dtypes=(torch.float32,), preferred=False)
+    text = others(op)
+    assert "reference: slower than quicker" in text
+    assert re.search(r"quick, slow: not preferred to quicker", text)
+    assert "wide: not for torch.float32" in text
+    assert "triton: for cuda tensors" in text
+    assert "cuda: no such kernel" in text
+
+
+def test_missing_extension_is_the_reason(op, monkeypatch):
+    monkeypatch.setattr(_native, "missing_reason", "not built: no g++")
+    assert "native: not built: no g++" in others(op)
+
+
+def test_instruction_set_that_is_not_here(op, monkeypatch):
+    op.add("native", abs, devices=("cpu",), dtypes=(torch.float32,))
+    monkeypatch.setattr(_native, "missing_reason", None)
+    monkeypatch.setattr(_native, "available_isas", lambda: ("avx2", "generic"))
+    assert "native-avx512: not in this build or not on this processor" in others(op)

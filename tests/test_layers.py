@@ -1,0 +1,155 @@
+"""The layer table of the design: imports point down, and the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastminima
+
+ROOT = Path(fastminima.__file__).parent
+LAYERS = (
+    {"statistics", "_native", "_dtypes", "_flat", "_parameters"},
+    {"ops"},
+    {"capture", "curvature"},
+    {"quantities", "spectrum", "theory"},
+    {"monitor", "optim", "callbacks"},
+)
+LAYER = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+# The public names, and the report on everything: above the layers.
+TOP = {"__init__", "__main__"}
+
+
+def modules():
+    """Every module by its dotted name within the package, "" for the root."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts = parts[:-1]
+        yield ".".join(parts), path
+
+
+def imports(name, path, known):
+    """Modules of the package that a module imports when it is imported."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    package = [] if name == "__init__" else package
+    for node in at_import(ast.parse(path.read_text())):
+        for target in targets(node, package):
+            yield from (t for t in resolve(target, known) if t != name)
+
+
+def at_import(tree):
+    """Import statements outside functions and TYPE_CHECKING blocks."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def targets(node, package):
+    """What an import statement names, relative to the root of the package."""
+    if isinstance(node, ast.Import):
+        names = [alias.name.split(".") for alias in node.names]
+        return [name[1:] for name in names if name[0] == "fastminima"]
+    if node.level:
+        base = package[: len(package) - node.level + 1]
+    elif (node.module or "").split(".")[0] == "fastminima":
+        return [[*node.module.split(".")[1:], alias.name] for alias in node.names]
+    else:
+        return []
+    base = base + (node.module.split(".") if node.module else [])
+    return [[*base, alias.name] for alias in node.names]
+
+
+def resolve(target, known):
+    """The module that holds a name: the longest known prefix."""
+    for length in range(len(target), 0, -1):
+        name = ".".join(target[:length])
+        if name in known:
+            return [name]
+    return ["__init__"]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    known = dict(modules())
+    return {name: set(imports(name, path, known)) for name, path in known.items()}
+
+
+def unit(name):
+    return name.split(".")[0]
+
+
+def test_every_module_has_a_layer(graph):
+    assert {unit(name) for name in graph} - TOP <= set(LAYER)
+
+
+def test_imports_point_down(graph):
+    wrong = [
+        f"{name} (layer {LAYER[unit(name)]}) imports {target}"
+        for name, found in graph.items()
+        for target in found
+        if unit(name) not in TOP
+        and (
+            unit(target) in TOP
+            or (unit(target) != unit(name) and LAYER[unit(target)] > LAYER[unit(name)])
+        )
+    ]
+    assert not wrong
+
+
+def test_no_cycles(graph):
+    cycles = [path for path in map(list, walk_cycles(graph)) if path]
+    assert not cycles
+
+
+def walk_cycles(graph):
+    """Import cycles, each as the path that closes it (depth-first search)."""
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            yield [*path[path.index(name) :], name]
+        elif name not in done:
+            path.append(name)
+            for target in sorted(graph[name]):
+                yield from visit(target)
+            path.pop()
+            done.add(name)
+
+    for name in graph:
+        yield from visit(name)
+
+
+def test_the_checks_can_fail():
+    known = dict(modules())
+    (node,) = ast.parse("from ..capture import plan").body
+    (target,) = targets(node, ["ops"])
+    assert resolve(target, known) == ["capture.plan"]
+    assert LAYER["capture"] > LAYER["ops"]
+    assert list(walk_cycles({"a": {"b"}, "b": {"a"}})) == [["a", "b", "a"]]
+
+
+def test_graph_is_not_empty(graph):
+    assert "ops.table" in graph["ops.dense"]
+    assert sum(map(len, graph.values())) > 30
+
+
+def test_import_brings_in_no_more_than_needed():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastminima;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    brought = set(out.stdout.split())
+    assert "fastminima" in brought
+    assert not brought & {"triton", "matplotlib", "sklearn", "scipy", "tqdm", "pandas"}

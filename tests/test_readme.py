@@ -1,0 +1,52 @@
+"""Every Python block of README.md and docs/ runs, in order, as a reader would run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+    """Each block's code, padded so that tracebacks show the page's own line numbers."""
+    text = path.read_text()
+    for found in BLOCK.finditer(text):
+        yield "\n" * text[: found.start(1)].count("\n") + found[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_run(page, capsys):
+    torch.manual_seed(0)
+    namespace = {"__name__": "__main__"}
+    for code in blocks(page):
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_blocks_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n```python\nx = 1\n```\n```sh\nls\n```\n```python\n1 / 0\n```\n")
+    first, second = blocks(page)
+    assert first.split() == ["x", "=", "1"]
+    with pytest.raises(ZeroDivisionError) as error:
+        exec(compile(second, str(page), "exec"), {})
+    assert error.traceback[-1].lineno + 1 == 9
+    assert list(blocks(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_lead_somewhere(page):
+    broken = [
+        link
+        for link in LINK.findall(page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert not broken
