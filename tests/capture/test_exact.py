@@ -91,9 +91,8 @@ def test_all_statistics(case, dtype):
 
 
 def flat_of(parts, like):
-    return torch.cat(
-        [parts[name].flatten() if name in parts else g[0].flatten() * 0 for name, g in like.items()]
-    )  # fmt: skip
+    zeros = {name: torch.zeros_like(g[0]) for name, g in like.items()}
+    return torch.cat([parts.get(name, zero).flatten() for name, zero in zeros.items()])
 
 
 def test_scalar_loss_and_sum(case):
