@@ -60,7 +60,7 @@ demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / b
 
 test: $(VENV)/.installed  ## the whole suite, then the op tests with every shape checked
 	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops
-	@$(VENV)/bin/python -m pytest --doctest-modules tests fastminima $(TEST_ARGS)
+	@$(VENV)/bin/python -m pytest tests $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables
 	@$(BENCH_VENV)/bin/python -m benchmarks.tables $(BENCH_ARGS)
