@@ -33,7 +33,9 @@ def test_blocks_run(page, capsys):
 
 def test_blocks_are_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("text\n```python\nx = 1\n```\n```sh\nls\n```\n```python\n1 / 0\n```\n")
+    page.write_text(
+        "text\n```python\nx = 1\n```\n```sh\nls\n```\n```python\n1 / 0\n```\n"
+    )
     first, second = blocks(page)
     assert first.split() == ["x", "=", "1"]
     with pytest.raises(ZeroDivisionError) as error:

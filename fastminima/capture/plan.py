@@ -10,7 +10,16 @@ from torch import Size, Tensor
 from .measure import Measurement
 from .tape import Tape
 
-__all__ = ["PLACEMENT", "Path", "Plan", "Slot", "Use", "find_plan", "reads_data", "watched_nodes"]
+__all__ = [
+    "PLACEMENT",
+    "Path",
+    "Plan",
+    "Slot",
+    "Use",
+    "find_plan",
+    "reads_data",
+    "watched_nodes",
+]
 
 # Nodes that only rearrange their input: their backward puts every element of the
 # gradient in one place.
