@@ -3,6 +3,7 @@
 
 namespace fastminima {
 void bind_dense(py::module_& m);
+void bind_vector(py::module_& m);
 }
 
 namespace py = pybind11;
@@ -38,4 +39,5 @@ PYBIND11_MODULE(_native_ext, m) {
   m.def_submodule("avx512");
 #endif
   fastminima::bind_dense(m);
+  fastminima::bind_vector(m);
 }
