@@ -65,6 +65,16 @@ FM_INLINE double subtract_and_square(scalar_t* w, const scalar_t* v, scalar_t al
   return s;
 }
 
+// w = w + a v.
+template <typename scalar_t>
+FM_INLINE void add_scaled(scalar_t* w, const scalar_t* v, scalar_t a, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  const typename Simd<scalar_t>::vec va = splat<scalar_t>(a);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(w + i, load(w + i) + va * load(v + i));
+  for (; i < n; i++) w[i] += a * v[i];
+}
+
 // |w - a v|^2, and next = scale (w - b v) unless next is null.
 template <typename scalar_t>
 FM_INLINE double distance(const scalar_t* w, const scalar_t* v, scalar_t a, scalar_t b,
@@ -139,17 +149,68 @@ void power_step(const scalar_t* w, const scalar_t* v, double shift, int64_t n, s
   result[2] = norm;
 }
 
+// w <- w - sum_i result[i] row_i with result[i] = <w, row_i>; `rows` are addresses.
+template <typename scalar_t>
+void project_out(scalar_t* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+                 double* result, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  if (n * count < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t i = 0; i < count; i++) {
+      const scalar_t* row = reinterpret_cast<const scalar_t*>(rows[i]) + at;
+      partials[i * blocks + k] =
+          subtract_and_dot(w + at, row, static_cast<const scalar_t*>(nullptr), scalar_t(0), m);
+    }
+  }
+  for (int64_t i = 0; i < count; i++) result[i] = add_up(partials + i * blocks, blocks);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t i = 0; i < count; i++)
+      add_scaled(w + at, reinterpret_cast<const scalar_t*>(rows[i]) + at, scalar_t(-result[i]), m);
+  }
+}
+
+// out[o] = sum_i weights[i, o] row_i.
+template <typename scalar_t>
+void linear_combinations(const int64_t* rows, int64_t count, const scalar_t* weights,
+                         int64_t outputs, int64_t n, scalar_t* out, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  if (n * count < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t o = 0; o < outputs; o++) {
+      scalar_t* sum = out + o * n + at;
+      for (int64_t e = 0; e < m; e++) sum[e] = 0;
+      for (int64_t i = 0; i < count; i++)
+        add_scaled(sum, reinterpret_cast<const scalar_t*>(rows[i]) + at, weights[i * outputs + o],
+                   m);
+    }
+  }
+}
+
 }  // namespace
 
-#define FM_DEFINE(scalar_t, suffix)                                                           \
-  void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* v_previous,      \
-                             const double* beta, int64_t n, double* partials, double* result, \
-                             int threads) {                                                   \
-    lanczos_step(w, v, v_previous, beta, n, partials, result, threads);                       \
-  }                                                                                           \
-  void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,     \
-                           scalar_t* next, double* partials, double* result, int threads) {   \
-    power_step(w, v, shift, n, next, partials, result, threads);                              \
+#define FM_DEFINE(scalar_t, suffix)                                                              \
+  void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* v_previous,         \
+                             const double* beta, int64_t n, double* partials, double* result,    \
+                             int threads) {                                                      \
+    lanczos_step(w, v, v_previous, beta, n, partials, result, threads);                          \
+  }                                                                                              \
+  void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,        \
+                           scalar_t* next, double* partials, double* result, int threads) {      \
+    power_step(w, v, shift, n, next, partials, result, threads);                                 \
+  }                                                                                              \
+  void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,          \
+                            double* partials, double* result, int threads) {                     \
+    project_out(w, rows, count, n, partials, result, threads);                                   \
+  }                                                                                              \
+  void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights, \
+                                    int64_t outputs, int64_t n, scalar_t* out, int threads) {    \
+    linear_combinations(rows, count, weights, outputs, n, out, threads);                         \
   }
 FM_DEFINE(float, f32)
 FM_DEFINE(double, f64)
@@ -163,8 +224,8 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-// Doubles that the scratch of a step over n elements must hold.
-static int64_t vector_partials(int64_t n) { return 2 * ((n + 4095) / 4096); }
+// Doubles of scratch for `sums` sums over n elements.
+static int64_t vector_partials(int64_t n, int64_t sums) { return sums * ((n + 4095) / 4096); }
 
 template <typename scalar_t, typename kernel_t>
 static auto bound_lanczos(kernel_t kernel) {
@@ -184,15 +245,37 @@ static auto bound_power(kernel_t kernel) {
   };
 }
 
+template <typename scalar_t, typename kernel_t>
+static auto bound_project(kernel_t kernel) {
+  return [kernel](uintptr_t w, uintptr_t rows, int64_t count, int64_t n, uintptr_t partials,
+                  uintptr_t result, int threads) {
+    kernel(pointer<scalar_t>(w), pointer<int64_t>(rows), count, n, pointer<double>(partials),
+           pointer<double>(result), threads);
+  };
+}
+
+template <typename scalar_t, typename kernel_t>
+static auto bound_combinations(kernel_t kernel) {
+  return [kernel](uintptr_t rows, int64_t count, uintptr_t weights, int64_t outputs, int64_t n,
+                  uintptr_t out, int threads) {
+    kernel(pointer<int64_t>(rows), count, pointer<scalar_t>(weights), outputs, n,
+           pointer<scalar_t>(out), threads);
+  };
+}
+
 void bind_vector(py::module_& m) {
-#define FM_BIND(ISA, handle)                                                    \
-  {                                                                             \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);              \
-    sub.def("vector_partials", &vector_partials);                               \
-    sub.def("lanczos_step_f32", bound_lanczos<float>(&ISA::lanczos_step_f32));  \
-    sub.def("lanczos_step_f64", bound_lanczos<double>(&ISA::lanczos_step_f64)); \
-    sub.def("power_step_f32", bound_power<float>(&ISA::power_step_f32));        \
-    sub.def("power_step_f64", bound_power<double>(&ISA::power_step_f64));       \
+#define FM_BIND(ISA, handle)                                                                       \
+  {                                                                                                \
+    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                                 \
+    sub.def("vector_partials", &vector_partials);                                                  \
+    sub.def("lanczos_step_f32", bound_lanczos<float>(&ISA::lanczos_step_f32));                     \
+    sub.def("lanczos_step_f64", bound_lanczos<double>(&ISA::lanczos_step_f64));                    \
+    sub.def("power_step_f32", bound_power<float>(&ISA::power_step_f32));                           \
+    sub.def("power_step_f64", bound_power<double>(&ISA::power_step_f64));                          \
+    sub.def("project_out_f32", bound_project<float>(&ISA::project_out_f32));                       \
+    sub.def("project_out_f64", bound_project<double>(&ISA::project_out_f64));                      \
+    sub.def("linear_combinations_f32", bound_combinations<float>(&ISA::linear_combinations_f32));  \
+    sub.def("linear_combinations_f64", bound_combinations<double>(&ISA::linear_combinations_f64)); \
   }
   FM_EACH_ISA(FM_BIND, m);
 #undef FM_BIND
