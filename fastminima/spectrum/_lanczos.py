@@ -25,7 +25,7 @@ class Ritz(NamedTuple):
 
     values: np.ndarray  # [size]
     coordinates: np.ndarray  # [size, size], a column each, in the basis
-    residuals: np.ndarray  # [size], |A x - value x| of the vectors they stand for
+    residuals: np.ndarray  # [size], |B x - value x| for x = V y, B what the run sees of A
 
 
 class LanczosRun:
@@ -36,8 +36,8 @@ class LanczosRun:
     their residual; so each step is projected against the whole basis only once some
     residual has fallen below eps^(1/4) |A| (the loss is eps^(3/4) then, 6e-6 in float32),
     or from the start with `is_orthogonal`.
-    A residual is |A V y - V y theta| from the recurrence, which holds to rounding with or
-    without orthogonality, and includes what X takes away.
+    A residual is that of the recurrence, A V = V T + b v e^T (+ X C), which holds to
+    rounding with or without orthogonality.
 
     Scalars stay on the device until `ritz()` looks at them.
 
@@ -108,7 +108,12 @@ class LanczosRun:
             self._leaks = np.column_stack([self._leaks, leak.cpu().numpy()])
             self._last_norm = float(norm)
             floor = 10 * self._eps * np.abs(matrix).max()
-            self.is_exhausted = self._last_norm <= floor or not np.isfinite(self._last_norm)
+            spanned = self.size + len(self._deflate)
+            self.is_exhausted = (
+                spanned >= len(self.basis[0])
+                or self._last_norm <= floor
+                or not np.isfinite(self._last_norm)
+            )
         self._steps.clear()
         del self.basis[self.size + 1 :]
 
@@ -117,19 +122,41 @@ class LanczosRun:
         self._look()
         values, coordinates = np.linalg.eigh(self._matrix)
         outside = 0.0 if self.is_exhausted else self._last_norm
-        residuals = np.hypot(
-            outside * coordinates[-1],
-            np.linalg.norm(self._leaks @ coordinates, axis=0),
-        )
+        residuals = np.abs(outside * coordinates[-1])
         scale = max(np.abs(values).max(), 1e-300)
         if residuals.min() <= self._eps**0.25 * scale:
-            self._is_orthogonal = True
+            self._make_orthogonal()
         return Ritz(values, coordinates, residuals)
+
+    def _make_orthogonal(self) -> None:
+        """From here on, and for the vector that is next, project against the basis."""
+        if self._is_orthogonal or self.is_exhausted:
+            return
+        self._is_orthogonal = True
+        following = self.basis[self.size]
+        for _ in range(2):
+            project_out(following, self._deflate)
+            project_out(following, self.basis[: self.size])
+        following /= torch.linalg.vector_norm(following)
 
     def vectors(self, coordinates: np.ndarray) -> Float[Tensor, "k params"]:
         """The vectors with these coordinates (a column each) in the basis."""
         first, *rest = self.basis[: self.size]
         return linear_combinations(first, rest, torch.from_numpy(coordinates.copy()))
+
+    def images(self, ritz: Ritz, indices: Sequence[int]) -> Float[Tensor, "k params"]:
+        """A times the vectors of some Ritz pairs, by the recurrence: no product is made."""
+        coordinates = ritz.coordinates[:, indices]
+        parts = [*self.basis[: self.size + 1], *self._deflate]
+        outside = 0.0 if self.is_exhausted else self._last_norm
+        weights = np.vstack(
+            [
+                coordinates * ritz.values[indices],
+                outside * coordinates[-1:],
+                self._leaks @ coordinates,
+            ]
+        )
+        return linear_combinations(parts[0], parts[1:], torch.from_numpy(weights))
 
     def restart(self, ritz: Ritz, keep: Sequence[int]) -> None:
         """Shrink the space to some Ritz vectors, and go on from where it was."""

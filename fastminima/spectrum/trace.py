@@ -23,8 +23,9 @@ def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
     A third of the products span a Krylov space, in which the trace is exact; there lie the
     outlying eigenvalues, which make nearly all of the variance. The others are independent
-    random signs projected onto its complement, so the estimate is unbiased and the standard
-    error is that of their mean. Exact, from P products, if `products` >= P.
+    random directions in its complement, each times its dimension, so the estimate is
+    unbiased and the standard error is that of their mean. Multiples of the identity add
+    no variance. Exact, from P products, if `products` >= P.
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
@@ -82,11 +83,11 @@ def _estimate(problem: Problem, products: int, is_squared: bool) -> Estimate:
     room = _BASIS_BYTES // (problem.size * problem.dtype.itemsize)
     basis, exact = _krylov(problem, min(products // _SHARE_EXACT, room), is_squared)
     samples = []
+    dimensions = problem.size - len(basis)
     while problem.products < products:
-        r = problem.signs()
-        project_out(r, basis)
-        project_out(r, basis)
-        samples.append(_form(problem, r, is_squared)[0])
+        u = problem.normal()
+        u /= _project(u, basis)
+        samples.append(dimensions * _form(problem, u, is_squared)[0])
     drawn = torch.tensor(samples, dtype=torch.float64)
     error = float(drawn.std() / len(samples) ** 0.5)
     return Estimate(exact + float(drawn.mean()), error, problem.products)
@@ -116,21 +117,19 @@ def _krylov(
         total += value
         basis.append(v)
         length = float(torch.linalg.vector_norm(w))
-        v = _orthonormal(w, basis)
-        if v is None or length == 0.0:  # the space is invariant: go on from another vector
-            v = _orthonormal(problem.normal(), basis)
+        rest = _project(w, basis)
+        if rest <= 100 * torch.finfo(w.dtype).eps * length:  # the space is invariant: go on from another
+            w = problem.normal()
+            rest = _project(w, basis)
+        v = w.div_(rest)
     return basis, total
 
 
-def _orthonormal(w: Tensor, basis: list[Tensor]) -> Tensor | None:
-    """The direction of w outside the space of the basis, None if rounding is all of it."""
-    length = float(torch.linalg.vector_norm(w))
-    for _ in range(2):
-        project_out(w, basis)
-    rest = float(torch.linalg.vector_norm(w))
-    if rest <= 100 * torch.finfo(w.dtype).eps * length:
-        return None
-    return w.div_(rest)
+def _project(w: Tensor, basis: list[Tensor]) -> float:
+    """Remove from w its part in the space of the basis; the norm of what is left."""
+    project_out(w, basis)
+    project_out(w, basis)
+    return float(torch.linalg.vector_norm(w))
 
 
 def _unit_vectors(problem: Problem):
