@@ -194,6 +194,21 @@ void linear_combinations(const int64_t* rows, int64_t count, const scalar_t* wei
 
 }  // namespace
 
+// Whether n bytes are the same; stops looking soon after the first that differ.
+bool same_bytes(const char* a, const char* b, int64_t n, int threads) {
+  constexpr int64_t kBytes = 1 << 16;
+  const int64_t blocks = (n + kBytes - 1) / kBytes;
+  if (n < 4 * kBytes) threads = 1;
+  int different = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1) \
+    reduction(| : different)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBytes;
+    if (!different) different |= memcmp(a + at, b + at, min(kBytes, n - at)) != 0;
+  }
+  return !different;
+}
+
 #define FM_DEFINE(scalar_t, suffix)                                                              \
   void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* v_previous,         \
                              const double* beta, int64_t n, double* partials, double* result,    \
@@ -268,6 +283,9 @@ void bind_vector(py::module_& m) {
   {                                                                                                \
     py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                                 \
     sub.def("vector_partials", &vector_partials);                                                  \
+    sub.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t n, int threads) {                   \
+      return ISA::same_bytes(pointer<char>(a), pointer<char>(b), n, threads);                      \
+    });                                                                                            \
     sub.def("lanczos_step_f32", bound_lanczos<float>(&ISA::lanczos_step_f32));                     \
     sub.def("lanczos_step_f64", bound_lanczos<double>(&ISA::lanczos_step_f64));                    \
     sub.def("power_step_f32", bound_power<float>(&ISA::power_step_f32));                           \

@@ -15,12 +15,13 @@
   void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights, \
                                     int64_t outputs, int64_t n, scalar_t* out, int threads);
 
-#define FM_DECLARE_VECTOR(ISA)      \
-  namespace fastminima {            \
-  namespace ISA {                   \
-  FM_DECLARE_VECTOR_AS(float, f32)  \
-  FM_DECLARE_VECTOR_AS(double, f64) \
-  }                                 \
+#define FM_DECLARE_VECTOR(ISA)                                           \
+  namespace fastminima {                                                 \
+  namespace ISA {                                                        \
+  bool same_bytes(const char* a, const char* b, int64_t n, int threads); \
+  FM_DECLARE_VECTOR_AS(float, f32)                                       \
+  FM_DECLARE_VECTOR_AS(double, f64)                                      \
+  }                                                                      \
   }
 
 FM_DECLARE_VECTOR(generic)

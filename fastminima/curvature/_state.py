@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.vector import same_values
 from ._data import tensors_in
 
 __all__ = ["Snapshot"]
@@ -30,7 +31,7 @@ class Snapshot:
     def is_current(self) -> bool:
         """True if nothing has changed since."""
         return self._now() == self._marks and all(
-            torch.equal(t.detach(), value)
+            same_values(t.detach(), value)
             for t, value in zip(self._tensors(), self._values, strict=True)
         )
 

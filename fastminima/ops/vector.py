@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _native
 from .table import Op
 
-__all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out"]
+__all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out", "same_values"]
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -86,6 +86,11 @@ def _linear_combinations(
     return out
 
 
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal."""
+    return torch.equal(a, b)
+
+
 def _scratch(kernels: Any, n: int, sums: int, results: int) -> tuple[Tensor, Tensor]:
     partials = torch.empty(kernels.vector_partials(n, sums), dtype=torch.float64)
     return partials, torch.empty(results, dtype=torch.float64)
@@ -142,6 +147,13 @@ def _linear_combinations_native(
     return out
 
 
+def _same_values_native(kernels: Any, a: Tensor, b: Tensor) -> bool:
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    size = a.numel() * a.element_size()
+    return kernels.same_bytes(a.data_ptr(), b.data_ptr(), size, _native.threads())
+
+
 lanczos_step = Op("lanczos_step", _lanczos_step)
 lanczos_step.add_native(_lanczos_step_native)
 power_step = Op("power_step", _power_step)
@@ -150,3 +162,5 @@ project_out = Op("project_out", _project_out)
 project_out.add_native(_project_out_native)
 linear_combinations = Op("linear_combinations", _linear_combinations)
 linear_combinations.add_native(_linear_combinations_native)
+same_values = Op("same_values", _same_values)
+same_values.add_native(_same_values_native)

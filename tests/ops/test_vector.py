@@ -9,6 +9,7 @@ from fastminima.ops.vector import (
     linear_combinations,
     power_step,
     project_out,
+    same_values,
 )
 
 SIZES = [0, 1, 15, 33, 4096, 4097, 100_003]
@@ -129,3 +130,22 @@ def test_native_is_what_runs():
         for dtype in DTYPES:
             assert op.backends(CPU, dtype)[0] == "native"
         assert op.backends(CPU, torch.bfloat16) == ("reference",)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 33, 200_001])
+def test_same_values(size, dtype):
+    a = torch.randn(size, dtype=dtype)
+    for backend in same_values.backends(CPU, dtype):
+        same = same_values.on(backend, CPU, dtype)
+        assert same(a, a.clone())
+        for place in {0, size // 2, size - 1} if size else ():
+            b = a.clone()
+            b[place] += 1
+            assert not same(a, b)
+
+
+def test_same_values_of_strided_tensors():
+    a = torch.randn(6, 4)
+    assert same_values(a.T, a.T.contiguous())
+    assert not same_values(a.T, a.T.contiguous() + 1)
