@@ -1,4 +1,4 @@
-"""One flat vector for all trainable parameters of a model, in `named_parameters` order."""
+"""One flat vector for the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ __all__ = ["FlatLayout"]
 class FlatLayout:
     """Where each trainable parameter lies in a flat vector.
 
-    Order and names are those of `model.named_parameters()`, only parameters that require
-    grad; a tied parameter appears once, under its first name. The vector's dtype is the
-    accumulation dtype of the widest parameter: float32 for half-precision models.
+    Order and names are those of `model.named_parameters()`, only parameters that
+    require grad; a tied parameter appears once, under its first name. The vector's
+    dtype is the accumulation dtype of the widest parameter: float32 for half-precision
+    models.
 
     Raises:
-        ValueError: No parameter requires grad, one is complex or not initialised, or they
-            lie on several devices.
+        ValueError: No parameter requires grad, one is complex or not initialised, or
+            they lie on several devices.
 
     Example:
         >>> from torch import nn
@@ -45,7 +46,7 @@ class FlatLayout:
         self.dtype = accumulation_dtype(dtype)
 
     def split(self, vector: Float[Tensor, " params"]) -> list[Tensor]:
-        """The parts of a flat vector, shaped and typed as the parameters (views if so)."""
+        """The parts of a flat vector, shaped and typed as the parameters."""
         parts = torch.split(vector, self.sizes)
         return [
             part.view(p.shape).to(p.dtype)
@@ -78,22 +79,23 @@ def _check(model: nn.Module, named: list[tuple[str, Tensor]]) -> None:
     if not named:
         total = sum(1 for _ in model.parameters())
         raise ValueError(
-            f"The model has no trainable parameters: 0 of its {total} parameters require "
-            "grad. Call requires_grad_() on those to differentiate with respect to."
+            f"The model has no trainable parameters: 0 of its {total} parameters "
+            "require grad. Call requires_grad_() on those to differentiate by."
         )
     for name, parameter in named:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"Parameter {name!r} is not initialised yet. Run the model once on a batch."
+                f"Parameter {name!r} is not initialised yet. Run the model "
+                "once on a batch."
             )
         if parameter.is_complex():
             raise ValueError(
-                f"Parameter {name!r} is {parameter.dtype}; curvature is defined here for "
-                "real parameters. Store it as view_as_real, or freeze it."
+                f"Parameter {name!r} is {parameter.dtype}; curvature is defined here "
+                "for real parameters. Store it as view_as_real, or freeze it."
             )
     devices = sorted({str(parameter.device) for _, parameter in named})
     if len(devices) > 1:
         raise ValueError(
-            f"Trainable parameters lie on {len(devices)} devices, {devices}; a flat vector "
-            "needs one. Move the model to one device, or freeze the rest."
+            f"Trainable parameters lie on {len(devices)} devices, {devices}; a flat "
+            "vector needs one. Move the model to one device, or freeze the rest."
         )

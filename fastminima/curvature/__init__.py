@@ -1,4 +1,4 @@
-"""Curvature operators: symmetric matrices over the parameters, known by their products."""
+"""Curvature operators: matrices over the parameters, known by their products."""
 
 from .covariance import GradientCovariance
 from .gauss_newton import GaussNewton

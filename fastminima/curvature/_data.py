@@ -1,4 +1,4 @@
-"""What `data` means: one batch, or any other re-iterable, whose elements are batches."""
+"""What `data` means: one batch, or any other re-iterable of batches."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Batches:
     """The batches in `data`, each with its weight: the number of its samples.
 
     A tensor, a mapping, and a tuple or list that holds tensors are one batch, as a
-    DataLoader yields it. Anything else that can be iterated more than once is its batches.
-    A batch weighs the leading size of its first tensor, or `count(batch)`.
+    DataLoader yields it. Anything else that can be iterated more than once is its
+    batches. A batch weighs the leading size of its first tensor, or `count(batch)`.
 
     Raises:
-        ValueError: `data` is an iterator (used up by its first pass), a map-style Dataset,
-            not iterable, or empty.
+        ValueError: `data` is an iterator (used up by its first pass), a map-style
+            Dataset, not iterable, or empty.
     """
 
     def __init__(self, data: Any, count: Count | None = None) -> None:
@@ -62,8 +62,8 @@ class Batches:
                 yield batch, weight
         if is_empty:
             raise ValueError(
-                f"The data hold no samples: {type(self._data).__name__} gave no batch with "
-                "at least one. Pass a batch, or a re-iterable of batches."
+                f"The data hold no samples: {type(self._data).__name__} gave no batch "
+                "with at least one. Pass a batch, or a re-iterable of batches."
             )
 
     def weight(self, batch: Any) -> int:
@@ -77,8 +77,9 @@ class Batches:
         if first is None or first.dim() == 0:
             met = "no tensor" if first is None else "a first tensor without dimensions"
             raise ValueError(
-                f"Cannot count the samples of a batch of type {type(batch).__name__} with "
-                f"{met}. Pass count=, a function from a batch to its number of samples."
+                f"Cannot count the samples of a batch of type {type(batch).__name__} "
+                f"with {met}. Pass count=, a function from a batch to the number of "
+                "its samples."
             )
         return first.shape[0]
 
@@ -87,18 +88,18 @@ def _re_iterable(data: Any) -> Iterable[Any]:
     name = type(data).__name__
     if isinstance(data, Iterator):
         raise ValueError(
-            f"The data are a one-shot iterator ({name}): a second product would see none "
-            "of them. Pass list(data), a DataLoader, or one batch."
+            f"The data are a one-shot iterator ({name}): a second product would see "
+            "none of them. Pass list(data), a DataLoader, or one batch."
         )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ValueError(
-            f"The data are a Dataset ({name}), whose items are samples, not batches. Pass "
-            "a DataLoader over it."
+            f"The data are a Dataset ({name}), whose items are samples, not batches. "
+            "Pass a DataLoader over it."
         )
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise ValueError(
-            f"The data are neither a batch nor iterable: {name}. Pass [batch] with count=, "
-            "a function from a batch to its number of samples."
+            f"The data are neither a batch nor iterable: {name}. Pass [batch] with "
+            "count=, a function from a batch to its number of samples."
         )
     if hasattr(data, "__len__") and len(data) == 0:
         raise ValueError(f"The data are empty: {name} of length 0. Pass some batches.")

@@ -75,8 +75,8 @@ def _put_copies(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
 def differentiable(device: torch.device) -> Iterator[None]:
     """Everything recorded, by kernels that have a second derivative.
 
-    Fused attention has none, so its plain form is used; compiled regions run eagerly; an
-    autocast around the call does not reach inside (one inside the closure does).
+    Fused attention has none, so its plain form is used; compiled regions run eagerly;
+    an autocast around the call does not reach inside (one inside the closure does).
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the curvature operators share: data, vectors, the recorded graph, clean hands."""
+"""What the curvature operators share: data, vectors, the recorded graph."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Parts = Sequence[Tensor | None]
 
 
 class CurvatureOperator(abc.ABC):
-    """A symmetric matrix [P, P] over the flat trainable parameters, known by its products.
+    """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
     The graph of a single batch is recorded once and kept until the operator goes or a
-    parameter, a buffer, a module's mode or the batch changes. Several batches are recorded
-    again for each pass, one at a time.
+    parameter, a buffer, a module's mode or the batch changes. Several batches are
+    recorded again for each pass, one at a time.
 
     Random numbers that the closure draws (dropout) are those that would have been drawn
     when the operator was made, in every pass: the operator is one fixed matrix.
@@ -135,8 +135,8 @@ class CurvatureOperator(abc.ABC):
             )
         if other.dtype != self.dtype or other.device != self.device:
             raise ValueError(
-                f"{name} multiplies {self.dtype} on {self.device}, got {other.dtype} on "
-                f"{other.device}. Pass v.to({str(self.device)!r}, {self.dtype})."
+                f"{name} multiplies {self.dtype} on {self.device}, got {other.dtype} "
+                f"on {other.device}. Pass v.to({str(self.device)!r}, {self.dtype})."
             )
 
 
@@ -186,8 +186,8 @@ def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
             else type(loss).__name__
         )
         raise ValueError(
-            f"{closure} must return a scalar tensor, the mean over the batch; got {met}. "
-            "Return losses.mean()."
+            f"{closure} must return a scalar tensor, the mean over the batch; got "
+            f"{met}. Return losses.mean()."
         )
     check_tape(loss, closure)
     if not torch.isfinite(loss).all():
@@ -213,7 +213,8 @@ def combine(
 ) -> list[Tensor | None]:
     """Gradient of sum_i <outputs_i, weights_i> by the inputs, keeping the graph.
 
-    Outputs that are None or constant contribute nothing; an input not reached gets None.
+    Outputs that are None or constant contribute nothing; an input not reached gets
+    None.
     """
     used = [
         (o, w)

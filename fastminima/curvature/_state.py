@@ -16,9 +16,9 @@ __all__ = ["Snapshot"]
 class Snapshot:
     """What a recorded graph was made from: parameters, buffers, modes and the batch.
 
-    Version counters and addresses tell most changes for nothing. Writing through `.data`
-    moves neither, so values are compared too, which costs one more vector of memory and
-    about 2 % of a product.
+    Version counters and addresses tell most changes for nothing. Writing through
+    `.data` moves neither, so values are compared too, which costs one more vector of
+    memory and about 2 % of a product.
     """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:

@@ -17,8 +17,8 @@ class GradientCovariance(CurvatureOperator):
     """Sigma, the unbiased covariance of the per-sample gradients g_n over the data.
 
     Sigma v = 1/(N - 1) sum_n (<g_n, v> - mean) g_n: all <g_n, v> at once by a
-    Jacobian-vector product of the losses, then one backward pass weighted with them. So no
-    gradient of a single sample is ever formed. A sample is an entry of the vector of
+    Jacobian-vector product of the losses, then one backward pass weighted with them. So
+    no gradient of a single sample is ever formed. A sample is an entry of the vector of
     losses; where a layer mixes samples (batch norm in training), g_n is the gradient of
     sample n's loss through all of them.
 

@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix: the curvature of the loss seen through outputs."""
+"""The generalised Gauss-Newton matrix: curvature of the loss through outputs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ __all__ = ["GaussNewton"]
 
 
 class GaussNewton(MeanOperator):
-    """G = J^T (d^2 loss / d outputs^2) J, the mean over the data, J = d outputs / d theta.
+    """G = J^T (d^2 loss / d outputs^2) J over the data, J = d outputs / d theta.
 
-    Positive semi-definite for a loss convex in the outputs, and then the Fisher matrix of
-    softmax cross-entropy and squared losses. A product is J v (the vector-Jacobian product
-    differentiated by its vector), the loss's own Hessian, and J^T: no second derivative of
-    the model is formed.
+    Positive semi-definite for a loss convex in the outputs, and then the Fisher matrix
+    of softmax cross-entropy and squared losses. A product is J v (the vector-Jacobian
+    product differentiated by its vector), the loss's own Hessian, and J^T: no second
+    derivative of the model is formed.
 
     Args:
         model: The model; its parameters that require grad are the variables.
         outputs: `outputs(model, batch)`, the predictions, one tensor.
         loss: `loss(predictions, batch)`, a scalar: the mean over the batch.
         data: One batch or a re-iterable of batches, as for `Hessian`.
-        count: Number of samples of a batch; the leading size of its first tensor if None.
+        count: Number of samples of a batch; the leading size of its first tensor if
+            None.
 
     Raises:
-        ValueError: As `Hessian`, and for predictions that are not one tensor with a graph.
+        ValueError: As `Hessian`, and for predictions that are not one tensor with a
+            graph.
 
     Example:
         >>> import torch

@@ -16,18 +16,20 @@ __all__ = ["Hessian"]
 class Hessian(MeanOperator):
     """H, the matrix of second derivatives of the mean loss over the data.
 
-    `H @ v` is exact (double backward), for a vector [P] or each column of [P, k]. For one
-    batch the gradient's graph is recorded once and kept, so that a product costs about 1.7
-    gradients instead of 2.7; delete the operator to free it. A parameter that the loss
-    does not reach has zero rows. Attention needs no switch: it is recorded in a form that
-    can be differentiated twice. The model is left as it was, also by an exception.
+    `H @ v` is exact (double backward), for a vector [P] or each column of [P, k]. For
+    one batch the gradient's graph is recorded once and kept, so that a product costs
+    about 1.7 gradients instead of 2.7; delete the operator to free it. A parameter that
+    the loss does not reach has zero rows. Attention needs no switch: it is recorded in
+    a form that can be differentiated twice. The model is left as it was, also by an
+    exception.
 
     Args:
         model: The model; its parameters that require grad are the variables.
         loss: `loss(model, batch)`, a scalar: the mean over the samples of the batch.
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
-        count: Number of samples of a batch; the leading size of its first tensor if None.
+        count: Number of samples of a batch; the leading size of its first tensor if
+            None.
 
     Raises:
         ValueError: No trainable parameter; empty or one-shot data; a loss that is not a

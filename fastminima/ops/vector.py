@@ -16,7 +16,13 @@ from torch import Tensor
 from .. import _native
 from .table import Op
 
-__all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out", "same_values"]
+__all__ = [
+    "lanczos_step",
+    "linear_combinations",
+    "power_step",
+    "project_out",
+    "same_values",
+]
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -47,8 +53,8 @@ def _power_step(
 ) -> Float64[Tensor, " 3"]:
     """One power step on a shifted matrix: out <- (w - shift v) / |w - shift v|.
 
-    `w` is the matrix times the unit vector `v`. Returns the Rayleigh quotient <w, v>, the
-    residual |w - <w, v> v| and |w - shift v|. A zero w - shift v leaves out = 0.
+    `w` is the matrix times the unit vector `v`. Returns the Rayleigh quotient <w, v>,
+    the residual |w - <w, v> v| and |w - shift v|. A zero w - shift v leaves out = 0.
     """
     wide, unit = w.double(), v.double()
     rayleigh = torch.dot(wide, unit)

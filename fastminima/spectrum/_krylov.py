@@ -23,7 +23,7 @@ _STRICTNESS = 0.7
 def lanczos_pairs(
     problem: Problem, wanted: Wanted, start: Tensor, max_products: int
 ) -> Found:
-    """The wanted eigenpairs, by as many runs as the spectrum's multiplicities ask for."""
+    """The wanted eigenpairs, by as many runs as multiplicities ask for."""
     found = Found(wanted)
     is_sure = False
     while not is_sure and problem.products < max_products:
@@ -47,7 +47,9 @@ def miss_probability(size: int, gap: float, steps: int) -> float:
     """
     if steps >= size:
         return 0.0
-    return min(1.0, 1.648 * math.sqrt(size) * math.exp(-math.sqrt(gap) * (2 * steps - 1)))
+    return min(
+        1.0, 1.648 * math.sqrt(size) * math.exp(-math.sqrt(gap) * (2 * steps - 1))
+    )
 
 
 class _Search:
@@ -85,7 +87,9 @@ class _Search:
             if self._run.is_exhausted or is_out or self._all_within(ritz, newcomers):
                 if self._missing or len(newcomers):
                     if is_out and not self._missing:
-                        newcomers = [i for i in newcomers if self._is_within(ritz, i)]
+                        newcomers = newcomers[
+                            [self._is_within(ritz, i) for i in newcomers]
+                        ]
                     self._take(ritz, newcomers)
                     return False
                 if self._run.is_exhausted or self._is_searched(ritz, order[0]):
@@ -99,8 +103,8 @@ class _Search:
     def _check(self, ritz: Ritz) -> None:
         if not np.isfinite(ritz.values).all():
             raise ValueError(
-                f"Product {self._problem.products} with the matrix is not finite. Check "
-                "the parameters and the batch."
+                f"Product {self._problem.products} with the matrix is not finite. "
+                "Check the parameters and the batch."
             )
 
     def _beyond(self, ritz: Ritz) -> np.ndarray:
@@ -108,7 +112,9 @@ class _Search:
         last = self._found.values[-1]
         slack = self._wanted.tolerance(last, self._found.scale)
         ranks = self._wanted.rank(ritz.values)
-        return np.flatnonzero(ranks > self._wanted.rank([last])[0] + slack)[: self._wanted.k]
+        order = self._wanted.order(ritz.values)
+        is_beyond = ranks[order] > self._wanted.rank([last])[0] + slack
+        return order[is_beyond][: self._wanted.k]
 
     def _is_within(self, ritz: Ritz, index: int) -> bool:
         value = float(ritz.values[index])
@@ -120,7 +126,7 @@ class _Search:
             self._is_within(ritz, i) for i in indices
         )
 
-    def _take(self, ritz: Ritz, indices: np.ndarray | list[int]) -> None:
+    def _take(self, ritz: Ritz, indices: np.ndarray) -> None:
         if len(indices) == 0:
             return
         vectors = self._run.vectors(ritz.coordinates[:, indices])

@@ -25,7 +25,7 @@ class Ritz(NamedTuple):
 
     values: np.ndarray  # [size]
     coordinates: np.ndarray  # [size, size], a column each, in the basis
-    residuals: np.ndarray  # [size], |B x - value x| for x = V y, B what the run sees of A
+    residuals: np.ndarray  # [size], |B x - value x|, B what the run sees of A
 
 
 class LanczosRun:
@@ -34,10 +34,10 @@ class LanczosRun:
     A step costs one product and the fused three-term recurrence. By Paige's theorem the
     basis loses orthogonality only against Ritz vectors that converge, by eps |A| over
     their residual; so each step is projected against the whole basis only once some
-    residual has fallen below eps^(1/4) |A| (the loss is eps^(3/4) then, 6e-6 in float32),
-    or from the start with `is_orthogonal`.
-    A residual is that of the recurrence, A V = V T + b v e^T (+ X C), which holds to
-    rounding with or without orthogonality.
+    residual has fallen below eps^(1/4) |A| (the loss is then eps^(3/4), 6e-6 in
+    float32), or from the start with `is_orthogonal`. A residual is that of the
+    recurrence, A V = V T + b v e^T (+ X C), which holds to rounding with or without
+    orthogonality.
 
     Scalars stay on the device until `ritz()` looks at them.
 
@@ -144,8 +144,8 @@ class LanczosRun:
         first, *rest = self.basis[: self.size]
         return linear_combinations(first, rest, torch.from_numpy(coordinates.copy()))
 
-    def images(self, ritz: Ritz, indices: Sequence[int]) -> Float[Tensor, "k params"]:
-        """A times the vectors of some Ritz pairs, by the recurrence: no product is made."""
+    def images(self, ritz: Ritz, indices: np.ndarray) -> Float[Tensor, "k params"]:
+        """A times the vectors of some Ritz pairs, by the recurrence."""
         coordinates = ritz.coordinates[:, indices]
         parts = [*self.basis[: self.size + 1], *self._deflate]
         outside = 0.0 if self.is_exhausted else self._last_norm
@@ -158,7 +158,7 @@ class LanczosRun:
         )
         return linear_combinations(parts[0], parts[1:], torch.from_numpy(weights))
 
-    def restart(self, ritz: Ritz, keep: Sequence[int]) -> None:
+    def restart(self, ritz: Ritz, keep: np.ndarray) -> None:
         """Shrink the space to some Ritz vectors, and go on from where it was."""
         kept = self.vectors(ritz.coordinates[:, keep])
         self.basis = [*kept.unbind(), self.basis[self.size]]

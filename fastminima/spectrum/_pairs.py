@@ -56,12 +56,14 @@ class Found:
     def add(self, vectors: list[Tensor], images: list[Tensor]) -> None:
         """Take in more vectors, with the matrix's products with them; keep k pairs.
 
-        All are combined anew (Rayleigh-Ritz), since the error of one is a part of another:
-        of vectors that were found one after the other, the later could never be better
+        All are combined anew (Rayleigh-Ritz), since the error of one is a part of
+        another: of vectors found one after the other, the later could never be better
         than the earlier.
         """
         basis, images = [*self.vectors, *vectors], [*self._images, *images]
-        values, weights = _rayleigh_ritz(_products(basis, basis), _products(basis, images))
+        values, weights = _rayleigh_ritz(
+            _products(basis, basis), _products(basis, images)
+        )
         order = self._wanted.order(values)[: self._wanted.k]
         chosen = torch.from_numpy(np.ascontiguousarray(weights[:, order]))
         rows = linear_combinations(basis[0], basis[1:], chosen)

@@ -17,7 +17,7 @@ _PATIENCE = 20  # steps in which the residual must have fallen, or the matrix is
 def power_pairs(
     problem: Problem, wanted: Wanted, start: Tensor, max_products: int
 ) -> Found:
-    """The wanted eigenpairs, each from the matrix with the earlier ones projected out."""
+    """The wanted eigenpairs, each with the earlier ones projected out."""
     found = Found(wanted)
     is_within = True
     while len(found.values) < wanted.k and problem.products < max_products:
@@ -61,7 +61,9 @@ def _one_pair(
             following = problem.normal() if is_settled else following
         project_out(following, found.vectors)
         v = following / torch.linalg.vector_norm(following)
-    image = linear_combinations(w, found.vectors, torch.cat([leak.new_ones(1), leak])[:, None])
+    image = linear_combinations(
+        w, found.vectors, torch.cat([leak.new_ones(1), leak])[:, None]
+    )
     found.add([v], list(image.unbind()))
     return is_within
 

@@ -44,7 +44,7 @@ class Problem:
         return product if product.is_contiguous() else product.contiguous()
 
     def gradient(self) -> Float[Tensor, " params"] | None:
-        """The operator's gradient, where it offers one that can serve as a direction."""
+        """The direction of the operator's gradient, where it offers one."""
         gradient = getattr(self._matrix, "gradient", None)
         if not isinstance(gradient, Tensor):
             return None

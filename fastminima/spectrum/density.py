@@ -29,17 +29,18 @@ def spectral_density(
 ) -> Density:
     """The eigenvalues of a symmetric matrix as a density that integrates to one.
 
-    Each probe runs Lanczos from random signs: Ritz values and the squared first components
-    of their coordinates are the nodes and weights of a quadrature of the spectrum, exact
-    for polynomials of degree 2 * steps - 1 in the mean over probes. Every node is drawn as
-    a Gaussian. Needs three vectors of memory: the basis is not kept, and what it loses in
-    orthogonality only splits nodes without moving weight.
+    Each probe runs Lanczos from random signs: Ritz values and the squared first
+    components of their coordinates are the nodes and weights of a quadrature of the
+    spectrum, exact for polynomials of degree 2 * steps - 1 in the mean over probes.
+    Every node is drawn as a Gaussian. Needs three vectors of memory: the basis is not
+    kept, and what it loses in orthogonality only splits nodes without moving weight.
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
         steps: Lanczos steps of a probe; resolution grows with it.
         probes: Independent probes; from two on their spread is the standard error.
-        width: Standard deviation of the Gaussians; 1 % of the spectrum's spread if None.
+        width: Standard deviation of the Gaussians; 1 % of the spectrum's spread if
+            None.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
@@ -51,8 +52,8 @@ def spectral_density(
         >>> round(float(torch.trapezoid(density.density, density.grid)), 6)
         1.0
 
-    Source: Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159; Chen, Trogdon, Ubaru (2021),
-    arXiv:2105.06595, for Lanczos without reorthogonalisation.
+    Source: Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159; Chen, Trogdon, Ubaru
+    (2021), arXiv:2105.06595, for Lanczos without reorthogonalisation.
     """
     if steps < 1 or probes < 1:
         raise ValueError(
@@ -81,8 +82,8 @@ def _quadrature(problem: Problem, steps: int) -> tuple[np.ndarray, np.ndarray]:
     alpha, beta = torch.stack(results).cpu().numpy().T
     if not np.isfinite(alpha).all():
         raise ValueError(
-            f"One of {problem.products} products with the matrix is not finite. Check the "
-            "parameters and the batch."
+            f"One of {problem.products} products with the matrix is not finite. Check "
+            "the parameters and the batch."
         )
     floor = 10 * torch.finfo(problem.dtype).eps * max(np.abs(alpha).max(), beta.max())
     size = next((i + 1 for i, b in enumerate(beta) if b <= floor), steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,8 +29,8 @@ class ConvergenceWarning(RuntimeWarning):
 def top_eigenpairs(
     H: Any,
     k: int = 1,
-    which: Literal["largest", "smallest", "magnitude"] = "largest",
-    method: Literal["lanczos", "power"] = "lanczos",
+    which: str = "largest",
+    method: str = "lanczos",
     rtol: float = 1e-2,
     max_products: int = 200,
     start: Float[Tensor, "vectors params"] | Float[Tensor, " params"] | None = None,
@@ -39,18 +39,19 @@ def top_eigenpairs(
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
     Every value comes with its residual |H v - value v|: some eigenvalue lies within it.
-    That no *other* eigenvalue belongs in the list is tested, not proven: every run starts
-    with a random part, and for k > 1 `lanczos` searches the complement of what it found
-    from a fresh random vector until the probability that an eigenvalue beyond the last one
-    is missing is below 5 %. That also finds every copy of a multiple eigenvalue, of which
-    one Krylov space sees only one.
+    That no *other* eigenvalue belongs in the list is tested, not proven: every run
+    starts with a random part, and for k > 1 `lanczos` searches the complement of what
+    it found from a fresh random vector until the probability that an eigenvalue beyond
+    the last one is missing is below 5 %. That also finds every copy of a multiple
+    eigenvalue, of which one Krylov space sees only one.
 
     Args:
-        H: Anything symmetric with `.shape` and `@`. A `.gradient` (the operators have it)
-            is where a cold run starts, with a random part.
+        H: Anything symmetric with `.shape` and `@`. A `.gradient` (the operators have
+            it) is where a cold run starts, with a random part.
         k: How many.
-        which: "largest", "smallest" (the most negative) or largest in "magnitude".
-        method: "lanczos", or "power" iteration as in older papers: 3-5 times the products.
+        which: The "largest", "smallest" (the most negative) or largest in "magnitude".
+        method: "lanczos", or "power" iteration as in older papers, which takes
+            several times the products.
         rtol: Tolerance: residual <= rtol * max(|value|, 1e-3 |H|), |H| as estimated.
         max_products: Where to give up.
         start: Approximate eigenvectors [j, P] to start from, such as the last ones.
@@ -68,8 +69,8 @@ def top_eigenpairs(
         >>> [round(value, 3) for value in pairs.values.tolist()], pairs.converged
         ([5.0, 5.0], True)
 
-    Source: Lanczos (1950); Kuczynski and Wozniakowski (1992), SIAM J. Matrix Anal. Appl.
-    13(4), theorem 4.2, for the probability.
+    Source: Lanczos (1950); Kuczynski and Wozniakowski (1992), SIAM J. Matrix Anal.
+    Appl. 13(4), theorem 4.2, for the probability.
     """
     problem = Problem(H, seed)
     _check(problem.size, k, which, method, rtol, max_products)
@@ -103,7 +104,8 @@ def _check(
         raise ValueError(f"rtol must be positive, got {rtol}.")
     if max_products < k:
         raise ValueError(
-            f"{k} eigenpairs need at least {k} products, got max_products={max_products}."
+            f"{k} eigenpairs need at least {k} products, got "
+            f"max_products={max_products}."
         )
 
 
@@ -121,7 +123,8 @@ def _start(problem: Problem, start: Tensor | None) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
         raise ValueError(
-            f"start must hold finite vectors other than zero, got norms {norms.tolist()}."
+            "start must hold finite vectors other than zero, got norms "
+            f"{norms.tolist()}."
         )
     return (rows / norms).sum(dim=0).add_(random, alpha=_RANDOM_PART)
 
@@ -131,11 +134,12 @@ def _warn(found: Found, wanted: Wanted, products: int) -> None:
         residual / max(abs(value), 1e-300)
         for value, residual in zip(found.values, found.residuals, strict=True)
     )
-    missing = f"; {wanted.k - len(found.values)} missing" * (len(found.values) < wanted.k)
+    lacking = wanted.k - len(found.values)
+    missing = f"; {lacking} missing" if lacking else ""
     warnings.warn(
         f"top_eigenpairs stopped after {products} products: the largest residual is "
-        f"{worst:.2g} of its value, rtol={wanted.rtol:g}{missing}. Raise max_products, or "
-        "rtol.",
+        f"{worst:.2g} of its value, rtol={wanted.rtol:g}{missing}. Raise "
+        "max_products, or rtol.",
         ConvergenceWarning,
         stacklevel=3,
     )

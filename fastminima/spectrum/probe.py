@@ -13,16 +13,17 @@ from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
 
-_SPARE = 0.5  # cold runs go to this share of the tolerance: the next ones then start within
+# Cold runs go to this share of the tolerance: the next ones then start within it.
+_SPARE = 0.5
 
 
 class SharpnessProbe:
     """The largest eigenvalues of the Hessian, step after step of a training run.
 
-    The first call runs cold, from the gradient and a random part; later ones start from the
-    vectors of the last, with a fresh random part, and take a few products. An eigenvector
-    that overtakes far from the known ones could go unnoticed for some calls; therefore
-    every `cold_every`-th call is cold again.
+    The first call runs cold, from the gradient and a random part; later ones start from
+    the vectors of the last, with a fresh random part, and take a few products. An
+    eigenvector that overtakes far from the known ones could go unnoticed for some
+    calls; therefore every `cold_every`-th call is cold again.
 
     Args:
         model: The model.
@@ -69,7 +70,7 @@ class SharpnessProbe:
         self._vectors: Tensor | None = None
 
     def __call__(self, batch: Any) -> Eigenpairs:
-        """The eigenpairs on a batch (or re-iterable of batches) at the present point."""
+        """The eigenpairs on a batch (or several) at the present point."""
         operator = Hessian(self._model, self._loss, batch, self._count)
         start = self._vectors
         is_cold = self._calls % self._cold_every == 0 or start is None

@@ -1,4 +1,4 @@
-"""What the solvers return: values with their residuals or standard errors, and costs."""
+"""What the solvers return: values, how good they are, and what they cost."""
 
 from __future__ import annotations
 
@@ -56,9 +56,11 @@ class Density:
     Attributes:
         grid: Values at which the density is given, ascending.
         density: Share of the eigenvalues per unit; integrates to one.
-        standard_error: Of the density, from the spread of the probes; NaN with one probe.
+        standard_error: Of the density, from the spread of the probes; NaN with one
+            probe.
         nodes: Ritz values of each probe, of which the density is made.
-        weights: The share of the spectrum that each node stands for; a probe's sum is 1.
+        weights: The share of the spectrum that each node stands for; a probe's sum is
+            1.
         width: Standard deviation of the Gaussian that stands for each node.
         products: How many Hessian-vector products it took.
     """

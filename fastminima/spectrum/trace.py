@@ -21,11 +21,11 @@ _SHARE_EXACT = 3  # one product in so many goes into the subspace treated exactl
 def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
     """The sum of the eigenvalues.
 
-    A third of the products span a Krylov space, in which the trace is exact; there lie the
-    outlying eigenvalues, which make nearly all of the variance. The others are independent
-    random directions in its complement, each times its dimension, so the estimate is
-    unbiased and the standard error is that of their mean. Multiples of the identity add
-    no variance. Exact, from P products, if `products` >= P.
+    A third of the products span a Krylov space, in which the trace is exact; there lie
+    the outlying eigenvalues, which make nearly all of the variance. The others are
+    independent random directions in its complement, each times its dimension, so the
+    estimate is unbiased and the standard error is that of their mean. Multiples of the
+    identity add no variance. Exact, from P products, if `products` >= P.
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
@@ -49,9 +49,9 @@ def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
     """The square root of the sum of the squared eigenvalues.
 
-    Made as `trace` makes the trace of H^2, which takes one product a vector: |H r|^2. The
-    standard error follows by the delta method; the square root biases the value down by
-    standard_error^2 / (2 value).
+    Made as `trace` makes the trace of H^2, which takes one product a vector: |H r|^2.
+    The standard error follows by the delta method; the square root biases the value
+    down by standard_error^2 / (2 value).
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
@@ -78,7 +78,8 @@ def _estimate(problem: Problem, products: int, is_squared: bool) -> Estimate:
         return Estimate(value, 0.0, problem.products)
     if products < 3:
         raise ValueError(
-            f"An estimate with a standard error needs at least 3 products, got {products}."
+            "An estimate with a standard error needs at least 3 products, got "
+            f"{products}."
         )
     room = _BASIS_BYTES // (problem.size * problem.dtype.itemsize)
     basis, exact = _krylov(problem, min(products // _SHARE_EXACT, room), is_squared)
@@ -118,7 +119,9 @@ def _krylov(
         basis.append(v)
         length = float(torch.linalg.vector_norm(w))
         rest = _project(w, basis)
-        if rest <= 100 * torch.finfo(w.dtype).eps * length:  # the space is invariant: go on from another
+        if (
+            rest <= 100 * torch.finfo(w.dtype).eps * length
+        ):  # the space is invariant: go on from another
             w = problem.normal()
             rest = _project(w, basis)
         v = w.div_(rest)

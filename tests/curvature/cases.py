@@ -54,7 +54,9 @@ class Unreached(nn.Module):
 
 def _encoder():
     layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)
-    return nn.Sequential(nn.Embedding(5, 4), layer, nn.Flatten(), nn.Linear(12, 3)).eval()
+    return nn.Sequential(
+        nn.Embedding(5, 4), layer, nn.Flatten(), nn.Linear(12, 3)
+    ).eval()
 
 
 def _conv():

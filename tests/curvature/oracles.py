@@ -39,7 +39,8 @@ def _moved(model, entry, amount, compute):
 def _jacobian(model, compute):
     size = sum(p.numel() for p in trainable(model))
     columns = [
-        (_moved(model, i, STEP, compute) - _moved(model, i, -STEP, compute)) / (2 * STEP)
+        (_moved(model, i, STEP, compute) - _moved(model, i, -STEP, compute))
+        / (2 * STEP)
         for i in range(size)
     ]
     return torch.stack(columns, dim=-1)
@@ -49,7 +50,9 @@ def hessian(model, loss, batches, weights):
     """Mean over samples of the Hessians of batches with these numbers of samples."""
     total = 0
     for batch, weight in zip(batches, weights, strict=True):
-        total = total + weight * _jacobian(model, lambda b=batch: gradient(model, loss, b))
+        total = total + weight * _jacobian(
+            model, lambda b=batch: gradient(model, loss, b)
+        )
     return total / sum(weights)
 
 
@@ -69,6 +72,8 @@ def gauss_newton(model, outputs, loss, batches, weights):
 def covariance(model, losses, batches):
     rows = []
     for batch in batches:
-        for n in range(len(losses(model, batch))):
-            rows.append(gradient(model, lambda m, b, n=n: losses(m, b)[n], batch))
+        rows += [
+            gradient(model, lambda m, b, n=n: losses(m, b)[n], batch)
+            for n in range(len(losses(model, batch)))
+        ]
     return torch.stack(rows).T.cov()

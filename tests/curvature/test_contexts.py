@@ -3,16 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from .cases import loss, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
 
+from .cases import loss, make
+
 
 @pytest.mark.parametrize(
     "context",
-    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
     ids=["no_grad", "inference_mode", "autocast"],
 )
 def test_product_is_the_same_in_any_mode(context):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from .cases import loss, losses, make, output_loss, outputs
 from torch import nn
 
 import fastminima as fm
+
+from .cases import loss, losses, make, output_loss, outputs
 
 
 def make_delicate():
@@ -57,7 +58,9 @@ def disturb(model, batch):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("data", [lambda b: b, lambda b: [b, b]], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "data", [lambda b: b, lambda b: [b, b]], ids=["one", "several"]
+)
 def test_nothing_changes(is_training, data):
     model, batch = make_delicate()
     model.train(is_training)
@@ -72,7 +75,7 @@ def test_nothing_changes(is_training, data):
         operator @ v
         _ = operator.gradient
         assert_same(before, state(model))
-    fm.SharpnessProbe(model, loss, max_products=5, rtol=10)(data(batch))
+    fm.SharpnessProbe(model, loss, max_products=5, rtol=10.0)(data(batch))
     assert_same(before, state(model))
 
 

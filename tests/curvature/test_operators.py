@@ -1,11 +1,12 @@
 """The operators against dense matrices from finite differences of float64 gradients."""
 
-from . import oracles
 import pytest
 import torch
-from .cases import CASES, loss, losses, make, output_loss, outputs, unequal
 
 import fastminima as fm
+
+from . import oracles
+from .cases import CASES, loss, losses, make, output_loss, outputs, unequal
 
 # Central differences are good to about 1e-9; the entries are of order one.
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}

@@ -72,7 +72,9 @@ def test_power_step_of_zero_is_zero(dtype):
 @pytest.mark.parametrize("size", [15, 4097, 100_003])
 def test_project_out(size, dtype, count):
     w = torch.randn(size, dtype=dtype)
-    basis = list(torch.linalg.qr(torch.randn(size, count, dtype=dtype))[0].T.contiguous())
+    basis = list(
+        torch.linalg.qr(torch.randn(size, count, dtype=dtype))[0].T.contiguous()
+    )
     want_w = w.double().clone()
     want = project_out.reference(want_w, [row.double() for row in basis])
     for backend in project_out.backends(CPU, dtype):

@@ -13,7 +13,9 @@ from .matrices import SPECTRA, Counted, bulk, rotated, wanted
 
 WHICH = ["largest", "smallest", "magnitude"]
 CASES = [
-    (name, k) for name in SPECTRA for k in (1, 2, 3, len(SPECTRA[name]))
+    (name, k)
+    for name in SPECTRA
+    for k in (1, 2, 3, len(SPECTRA[name]))
     if k <= min(len(SPECTRA[name]), 12)
 ]
 
@@ -102,7 +104,9 @@ def test_value_that_the_start_does_not_see_is_found():
 def test_tolerance_is_kept(rtol):
     eigenvalues = SPECTRA["outliers"]
     matrix = rotated(eigenvalues)
-    check(matrix, eigenvalues, fm.top_eigenpairs(matrix, 3, rtol=rtol), "largest", 3, rtol)
+    check(
+        matrix, eigenvalues, fm.top_eigenpairs(matrix, 3, rtol=rtol), "largest", 3, rtol
+    )
 
 
 def test_small_eigenvalues_are_measured_against_the_norm():
@@ -144,7 +148,9 @@ def test_start_may_hold_several_vectors_or_one():
 @pytest.mark.parametrize("method", ["lanczos", "power"])
 def test_out_of_products_warns_and_returns_what_there_is(method):
     matrix = rotated(torch.linspace(-1, 1, 200))
-    with pytest.warns(ConvergenceWarning, match="stopped after 6 products.*max_products"):
+    with pytest.warns(
+        ConvergenceWarning, match="stopped after 6 products.*max_products"
+    ):
         pairs = fm.top_eigenpairs(matrix, 2, method=method, max_products=6)
     assert not pairs.converged
     assert pairs.products == 6

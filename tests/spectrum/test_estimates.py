@@ -1,4 +1,4 @@
-"""Trace, Frobenius norm, density: right within their standard errors, which are honest."""
+"""Trace, norm and density, right within their standard errors, which are honest."""
 
 import math
 
@@ -115,7 +115,9 @@ def test_density_is_where_the_eigenvalues_are():
     values = torch.tensor(EIGENVALUES).double()
     density = fm.spectral_density(rotated(values), steps=80, probes=30, width=0.5)
     z = (density.grid[:, None] - values) / density.width
-    exact = torch.exp(-0.5 * z**2).mean(dim=1) / (density.width * math.sqrt(2 * math.pi))
+    exact = torch.exp(-0.5 * z**2).mean(dim=1) / (
+        density.width * math.sqrt(2 * math.pi)
+    )
     gap = (density.density - exact).abs()
     assert (gap <= 5 * density.standard_error + 1e-6).all()
     assert gap.max() < 0.05 * exact.max()
@@ -147,6 +149,6 @@ def test_density_arguments():
     with pytest.raises(ValueError, match="steps=0, probes=4"):
         fm.spectral_density(torch.eye(3), steps=0)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        fm.spectral_density(torch.eye(3), width=0)
+        fm.spectral_density(torch.eye(3), width=0.0)
     with pytest.raises(ValueError, match="not finite"):
         fm.spectral_density(torch.full((3, 3), float("nan")))
