@@ -116,7 +116,7 @@ class _Search:
         is_beyond = ranks[order] > self._wanted.rank([last])[0] + slack
         return order[is_beyond][: self._wanted.k]
 
-    def _is_within(self, ritz: Ritz, index: int) -> bool:
+    def _is_within(self, ritz: Ritz, index: np.integer) -> bool:
         value = float(ritz.values[index])
         allowed = self._wanted.tolerance(value, self._found.scale)
         return bool(ritz.residuals[index] <= self._strictness * allowed)
@@ -139,7 +139,7 @@ class _Search:
             images = self._run.images(ritz, indices)
             self._found.add(list(vectors.unbind()), list(images.unbind()))
 
-    def _is_searched(self, ritz: Ritz, top: int) -> bool:
+    def _is_searched(self, ritz: Ritz, top: np.integer) -> bool:
         """Whether a copy or a better value would have shown by now."""
         if self._is_within(ritz, top):
             return True
