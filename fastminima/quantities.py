@@ -93,7 +93,7 @@ class ThreeFactors:
 
     @property
     def ratio(self) -> float:
-        """eta / (1 - m) * (1/S - 1/N): the factor in front of the gradient noise.
+        """The noise factor eta / (1 - m) * (1/S - 1/N).
 
         The paper's eta / S, without momentum and for N much larger than S. Batches
         drawn without replacement have covariance Sigma (1/S - 1/N), which vanishes
@@ -105,7 +105,7 @@ class ThreeFactors:
 
     @property
     def temperature(self) -> float:
-        """n = ratio * sigma^2 / 2, in units of the loss.
+        """The temperature n = ratio * sigma^2 / 2, in units of the loss.
 
         Under isotropic gradient noise SGD samples the density exp(-L / n), as the
         learning rate goes to 0.

@@ -126,10 +126,11 @@ class Langevin(torch.optim.Optimizer):
         """
         has_state = "generator" in state_dict
         if has_state != (self.generator is not None):
+            saved, here = ("with", "none") if has_state else ("without", "one")
             raise ValueError(
-                f"The state was saved {'with' if has_state else 'without'} a generator, "
-                f"and this optimizer has {'none' if has_state else 'one'}: the noise "
-                "would not continue. Make both with generator=, or both without."
+                f"The state was saved {saved} a generator, and this optimizer has "
+                f"{here}: the noise would not continue. Make both with generator=, or "
+                "both without."
             )
         super().load_state_dict(state_dict)
         if self.generator is not None:

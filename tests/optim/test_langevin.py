@@ -136,9 +136,9 @@ def test_loading_refuses_a_noise_that_would_not_continue():
     x = torch.zeros(3, requires_grad=True)
     seeded = fm.optim.Langevin([x], 0.1, 0.1, generator=torch.Generator())
     plain = fm.optim.Langevin([x], 0.1, 0.1)
-    with pytest.raises(ValueError, match="saved with a generator.*has none"):
+    with pytest.raises(ValueError, match=r"saved with a generator.*has none"):
         plain.load_state_dict(seeded.state_dict())
-    with pytest.raises(ValueError, match="saved without a generator.*has one"):
+    with pytest.raises(ValueError, match=r"saved without a generator.*has one"):
         seeded.load_state_dict(plain.state_dict())
 
 
