@@ -2,6 +2,7 @@
 #include "bind.h"
 
 namespace fastminima {
+void bind_conv(py::module_& m);
 void bind_dense(py::module_& m);
 }
 
@@ -37,5 +38,6 @@ PYBIND11_MODULE(_native_ext, m) {
   m.def_submodule("avx2");
   m.def_submodule("avx512");
 #endif
+  fastminima::bind_conv(m);
   fastminima::bind_dense(m);
 }

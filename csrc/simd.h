@@ -18,6 +18,7 @@
 #endif
 
 #define FM_INLINE static inline __attribute__((always_inline))
+#define FM_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace fastminima {
 namespace FM_ISA {
@@ -25,17 +26,21 @@ namespace FM_ISA {
 // Unaligned vectors of FM_BYTES; +, -, * and comparisons are elementwise, a * b + c contracts to FMA.
 typedef float vec_f32 __attribute__((vector_size(FM_BYTES), aligned(4), may_alias));
 typedef double vec_f64 __attribute__((vector_size(FM_BYTES), aligned(8), may_alias));
+typedef int32_t index_f32 __attribute__((vector_size(FM_BYTES)));
+typedef int64_t index_f64 __attribute__((vector_size(FM_BYTES)));
 
 template <typename scalar_t>
 struct Simd;
 template <>
 struct Simd<float> {
   using vec = vec_f32;
+  using index = index_f32;
   static constexpr int width = FM_BYTES / 4;
 };
 template <>
 struct Simd<double> {
   using vec = vec_f64;
+  using index = index_f64;
   static constexpr int width = FM_BYTES / 8;
 };
 
@@ -58,6 +63,14 @@ FM_INLINE scalar_t sum(typename Simd<scalar_t>::vec v) {
   return s;
 }
 
+// The first n < width elements at p, then zeros.
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec load_first(const scalar_t* p, int64_t n) {
+  typename Simd<scalar_t>::vec v{};
+  for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
+}
+
 // |x|^2 of n contiguous elements, four accumulators deep.
 template <typename scalar_t>
 FM_INLINE scalar_t sq_norm(const scalar_t* x, int64_t n) {
@@ -72,6 +85,50 @@ FM_INLINE scalar_t sq_norm(const scalar_t* x, int64_t n) {
   scalar_t s = sum<scalar_t>((s0 + s1) + (s2 + s3));
   for (; i < n; i++) s += x[i] * x[i];
   return s;
+}
+
+// The first `lanes` elements of v, zeros after them (whatever v holds there, NaN included).
+template <typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec first_lanes(typename Simd<scalar_t>::vec v, int lanes) {
+  typename Simd<scalar_t>::vec index, zero{};
+  for (int i = 0; i < Simd<scalar_t>::width; i++) index[i] = scalar_t(i);
+  return index < splat(scalar_t(lanes)) ? v : zero;
+}
+
+// Lower and upper half of a0 b0 a1 b1 a2 b2 ...
+#define FM_INTERLEAVE(VEC, LOW, HIGH)                                                         \
+  FM_INLINE VEC interleave_low(VEC a, VEC b) { return __builtin_shufflevector(a, b, LOW); }   \
+  FM_INLINE VEC interleave_high(VEC a, VEC b) { return __builtin_shufflevector(a, b, HIGH); }
+#define FM_LIST(...) __VA_ARGS__
+#if FM_BYTES == 64
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+              FM_LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+#elif FM_BYTES == 32
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
+#else
+FM_INTERLEAVE(vec_f32, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
+FM_INTERLEAVE(vec_f64, FM_LIST(0, 2), FM_LIST(1, 3))
+#endif
+#undef FM_LIST
+#undef FM_INTERLEAVE
+
+// Transposes a square of vectors: log2(width) perfect shuffles of its rows.
+template <typename scalar_t>
+FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width]) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::vec w[W];
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; i++) {
+      w[2 * i] = interleave_low(v[i], v[i + W / 2]);
+      w[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) v[i] = w[i];
+  }
 }
 
 }  // namespace FM_ISA

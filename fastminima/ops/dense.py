@@ -1,48 +1,150 @@
 """Per-sample statistics of the gradient of a dense layer's weight.
 
-Sample n's gradient is sum_t g[n, t] (outer) a[n, t]: `a` the inputs of the layer, `g` the
-gradient of its outputs.
+Sample n's gradient is sum_t g[n, t] (outer) a[n, t], of shape [d_out, d_in]: `a` the
+inputs of the layer, `g` the gradient of its outputs. Results leave in the accumulation
+dtype, and no squared norm is negative.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _native
-from .._dtypes import accumulation_dtype
+from . import dense_native
+from ._arguments import FLOATS, accumulated
 from .table import Op
 
-__all__ = ["row_sq_norms"]
+__all__ = [
+    "direct_sq_norms",
+    "gram_sq_norms",
+    "row_sq_norms",
+    "sequence_dots",
+    "sequence_gradients",
+    "sequence_gram",
+    "sequence_second_moment",
+    "sequence_sq_norms",
+]
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_BLOCK_BYTES = 64 << 20
+
+
+def _blocks(count: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of range(count) that hold at most `_BLOCK_BYTES`, or one item."""
+    step = max(1, _BLOCK_BYTES // max(1, bytes_each))
+    return (slice(i, i + step) for i in range(0, count, step))
 
 
 def _row_sq_norms(
     a: Float[Tensor, "batch d_in"], g: Float[Tensor, "batch d_out"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Squared norms |a_n|^2 |g_n|^2 of weight and |g_n|^2 of bias, one row a sample."""
-    dtype = accumulation_dtype(g.dtype)
-    bias = g.to(dtype).square().sum(dim=1)
-    return a.to(dtype).square().sum(dim=1) * bias, bias
+    a, g = accumulated(a, g)
+    bias = g.square().sum(dim=1)
+    return a.square().sum(dim=1) * bias, bias
 
 
-def _row_sq_norms_native(
-    kernels: Any, a: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor]:
-    a = a if a.stride(1) == 1 else a.contiguous()
-    g = g if g.stride(1) == 1 else g.contiguous()
-    weight, bias = g.new_empty(2, len(g)).unbind()
-    getattr(kernels, f"row_sq_norms_{_SUFFIX[g.dtype]}")(
-        *(a.data_ptr(), a.stride(0), g.data_ptr(), g.stride(0)),
-        *(len(g), a.shape[1], g.shape[1], weight.data_ptr(), bias.data_ptr()),
-        _native.threads(),
-    )
-    return weight, bias
+def _sequence_gradients(
+    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
+) -> Float[Tensor, "batch d_out d_in"]:
+    """Each sample's gradient, sum_t g[n, t] (outer) a[n, t]. For chunks of a batch."""
+    a, g = accumulated(a, g)
+    return torch.bmm(g.transpose(1, 2), a)
+
+
+def _direct_sq_norms(
+    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
+) -> Float[Tensor, " batch"]:
+    """Squared norm of each sample's gradient, by making the gradient in blocks."""
+    a, g = accumulated(a, g)
+    norms = g.new_zeros(len(g))
+    for rows in _blocks(len(g), g.shape[2] * a.shape[2] * g.element_size()):
+        norms[rows] = _sequence_gradients(a[rows], g[rows]).square().sum(dim=(1, 2))
+    return norms
+
+
+def _gram_sq_norms(
+    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
+) -> Float[Tensor, " batch"]:
+    """Squared norm of each sample's gradient as sum_{t,s} (a_t . a_s)(g_t . g_s).
+
+    Where the contributions of the time steps nearly cancel, little of the accumulation
+    dtype's precision is left: see `sequence_sq_norms`.
+    """
+    a, g = accumulated(a, g)
+    norms = g.new_zeros(len(g))
+    for rows in _blocks(len(g), 2 * g.shape[1] ** 2 * g.element_size()):
+        products = torch.bmm(a[rows], a[rows].transpose(1, 2))
+        products *= torch.bmm(g[rows], g[rows].transpose(1, 2))
+        norms[rows] = products.sum(dim=(1, 2)).clamp_min(0)
+    return norms
+
+
+def _sequence_sq_norms(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    with_bias: bool,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
+    """Squared norms of each sample's weight gradient and of its bias gradient.
+
+    |sum_t g[n, t] (outer) a[n, t]|^2 and, if `with_bias`, |sum_t g[n, t]|^2.
+    """
+    weight = _direct_sq_norms(a, g)
+    if not with_bias:
+        return weight, None
+    return weight, g.to(weight.dtype).sum(dim=1).square().sum(dim=1)
+
+
+def _sequence_second_moment(
+    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
+) -> Float[Tensor, "d_out d_in"]:
+    """Sum over the samples of the elementwise square of their gradients."""
+    a, g = accumulated(a, g)
+    if g.shape[1] == 1:
+        return g[:, 0].square().T @ a[:, 0].square()
+    total = g.new_zeros(g.shape[2], a.shape[2])
+    for rows in _blocks(len(g), total.numel() * g.element_size()):
+        total += _sequence_gradients(a[rows], g[rows]).square().sum(dim=0)
+    return total
+
+
+def _sequence_gram(
+    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
+) -> Float[Tensor, "batch batch"]:
+    """Inner products between the samples' gradients, made in blocks of output rows."""
+    a, g = accumulated(a, g)
+    if g.shape[1] == 1:
+        return (a[:, 0] @ a[:, 0].T) * (g[:, 0] @ g[:, 0].T)
+    gram = g.new_zeros(len(g), len(g))
+    for rows in _blocks(g.shape[2], len(g) * a.shape[2] * g.element_size()):
+        part = _sequence_gradients(a, g[:, :, rows]).flatten(1)
+        gram.addmm_(part, part.T)
+    return gram
+
+
+def _sequence_dots(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    v: Float[Tensor, "d_out d_in"],
+) -> Float[Tensor, " batch"]:
+    """Inner product of each sample's gradient with the direction `v`."""
+    a, g = accumulated(a, g)
+    return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
 
 
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
-row_sq_norms.add_native(_row_sq_norms_native)
+sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
+gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
+direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
+sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
+sequence_gram = Op("sequence_gram", _sequence_gram)
+sequence_dots = Op("sequence_dots", _sequence_dots)
+sequence_gradients = Op("sequence_gradients", _sequence_gradients)
+
+row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
+sequence_sq_norms.add_native(dense_native.sequence_sq_norms, dtypes=FLOATS)
+gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
+direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
+sequence_second_moment.add_native(dense_native.sequence_second_moment, dtypes=FLOATS)

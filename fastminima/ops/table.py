@@ -61,7 +61,9 @@ class Op:
     ) -> None:
         """Add an implementation; the last one added with `preferred` is used."""
         self._implementations.append(
-            Implementation(backend, run, frozenset(devices), frozenset(dtypes), preferred)
+            Implementation(
+                backend, run, frozenset(devices), frozenset(dtypes), preferred
+            )
         )
         self._chosen.clear()
 
@@ -96,7 +98,9 @@ class Op:
     def backends(self, device: str, dtype: torch.dtype) -> tuple[str, ...]:
         """Names of the implementations for a device and dtype, the used one first."""
         fit = [
-            i for i in self._implementations if device in i.devices and dtype in i.dtypes
+            i
+            for i in self._implementations
+            if device in i.devices and dtype in i.dtypes
         ]
         fast = [i.backend for i in reversed(fit) if i.is_preferred]
         slow = [i.backend for i in reversed(fit) if not i.is_preferred]

@@ -1,0 +1,40 @@
+// Statistics of the weight gradients of a convolution, dW[r, c, k] = sum_t rows[r, t] *
+// image[c, t * stride + k * dilation - padding], sample by sample.
+#pragma once
+
+#include <cstdint>
+
+namespace fastminima {
+
+// Spatial axes are three, outermost first; missing ones have size 1.
+struct ConvSizes {
+  int64_t batch, rows, channels, groups;
+  int64_t is_transposed;  // then the gradient of the output is the image, not the rows
+  int64_t image[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+};
+
+}  // namespace fastminima
+
+// rows is [batch, rows, *out] and image [batch, channels, *image], both contiguous. `bias` may be
+// null. second_moment adds to total, [rows, channels / groups, *kernel].
+#define FM_DECLARE_CONV_TYPE(scalar_t, suffix)                                                     \
+  void conv_direct_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,   \
+                            scalar_t* weight, scalar_t* bias, int threads);                        \
+  void conv_gram_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,     \
+                          scalar_t* weight, scalar_t* bias, int threads);                          \
+  void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                    \
+                                   const ConvSizes& sizes, scalar_t* total, int threads);
+
+#define FM_DECLARE_CONV(ISA)             \
+  namespace fastminima {                 \
+  namespace ISA {                        \
+  FM_DECLARE_CONV_TYPE(float, f32)       \
+  FM_DECLARE_CONV_TYPE(double, f64)      \
+  }                                      \
+  }
+
+FM_DECLARE_CONV(generic)
+#if defined(__x86_64__)
+FM_DECLARE_CONV(avx2)
+FM_DECLARE_CONV(avx512)
+#endif

@@ -1,0 +1,192 @@
+"""Check a probe against plain autograd, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batchnorm as batch_norms
+from .reading import Reading
+from .session import Collected, Session
+
+__all__ = ["Audit", "AuditRow", "audit_losses"]
+
+# A wrong row or rule is off by tenths; these allow for rounding in the model's dtype.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_HALF_TOLERANCE = 5e-2
+# A gradient counts as zero below this part (of norms) of what it is compared with: the
+# whole gradient, or the parameter's gradients of all samples. A bias before a
+# normalisation has nothing but rounding for a gradient.
+_NEGLIGIBLE = 1e-4
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One parameter: what covers it, and how far it is from plain autograd.
+
+    Attributes:
+        parameter: its name.
+        rules: the autograd nodes that use it, or "universal" where there is no rule.
+        sum_error: |sum_n g_n - grad| / |grad|.
+        norm_error: worst relative difference of |g_n|^2 over the samples tried; None
+            where single-sample gradients are not defined (`batchnorm="rows"`).
+        tolerance: what both may be at most.
+    """
+
+    parameter: str
+    rules: tuple[str, ...]
+    sum_error: float
+    norm_error: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both errors are within rounding (NaN is not)."""
+        errors = [self.sum_error] + (
+            [] if self.norm_error is None else [self.norm_error]
+        )
+        return all(error <= self.tolerance for error in errors)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `GradientProbe.audit`; prints as a table."""
+
+    rows: tuple[AuditRow, ...]
+    unreached: tuple[str, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every parameter agrees with plain autograd."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("parameter", "rule", "sum error", "norm error", "")]
+        for row in self.rows:
+            norm = "-" if row.norm_error is None else f"{row.norm_error:.1e}"
+            rules = ", ".join(dict.fromkeys(row.rules))
+            verdict = "ok" if row.ok else "WRONG"
+            table.append((row.parameter, rules, f"{row.sum_error:.1e}", norm, verdict))
+        widths = [max(len(line[i]) for line in table) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
+            for line in table
+        ]
+        lines += [f"{name}: not reached by the loss" for name in self.unreached]
+        wrong = sum(not row.ok for row in self.rows)
+        verdict = "all agree" if self.ok else f"{wrong} WRONG"
+        lines.append(
+            f"{len(self.rows)} parameters, samples {list(self.samples)}: {verdict}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def audit_losses(
+    session: Session,
+    losses: Tensor,
+    parameters: Mapping[str, Tensor],
+    samples: int,
+    seed: int,
+    reading: Reading,
+    batchnorm: str,
+) -> Audit:
+    """Compare what `session` collects on `losses` with autograd's own gradients."""
+    names = list(reading.tape.leaves)
+    tensors = [parameters[name] for name in names]
+    count = len(losses)
+    handles: list[Any] = []
+    if reading.mixing and batchnorm == "frozen":
+        handles = batch_norms.freeze(reading.tape, reading.mixing)
+    whole = 0.0
+    try:
+        try:
+            grads = _grads(losses.mean(), tensors)
+            collected = session.finish()
+        finally:
+            session.close()
+        whole = _norm(grads)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(count, generator=generator)[:samples].sort().values
+        norm_errors: dict[str, float | None] = dict.fromkeys(names)
+        if not (reading.mixing and batchnorm == "rows"):
+            for n in chosen.tolist():
+                _compare_sample(
+                    collected, n, count, losses, names, tensors, norm_errors
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = []
+    for name, parameter, grad in zip(names, tensors, grads, strict=True):
+        if grad is None and name not in collected.totals:
+            continue
+        rows.append(
+            AuditRow(
+                name,
+                tuple(collected.rules.get(name, ())),
+                _sum_error(collected, name, grad, whole),
+                norm_errors[name],
+                _TOLERANCE.get(_narrowest(parameter, losses), _HALF_TOLERANCE),
+            )
+        )
+    unreached = tuple(name for name in parameters if name not in reading.tape.leaves)
+    return Audit(tuple(rows), unreached, tuple(chosen.tolist()))
+
+
+def _grads(output: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(output, tensors, retain_graph=True, allow_unused=True)
+
+
+def _narrowest(parameter: Tensor, losses: Tensor) -> torch.dtype:
+    dtypes = sorted((parameter.dtype, losses.dtype), key=lambda d: torch.finfo(d).bits)
+    return dtypes[0]
+
+
+def _sum_error(
+    collected: Collected, name: str, grad: Tensor | None, whole: float
+) -> float:
+    total = collected.totals.get(name)
+    if total is None or grad is None:
+        return math.inf
+    grad = grad.to_dense() if grad.is_sparse else grad
+    error = (total.double() - grad.double()).norm().item()
+    scale = max(grad.double().norm().item(), _NEGLIGIBLE * whole)
+    return error / scale if scale > 0 else error
+
+
+def _norm(grads: Iterable[Tensor | None]) -> float:
+    dense = [g.to_dense() if g.is_sparse else g for g in grads if g is not None]
+    return math.sqrt(sum(g.double().square().sum().item() for g in dense))
+
+
+def _compare_sample(
+    collected: Collected,
+    n: int,
+    count: int,
+    losses: Tensor,
+    names: list[str],
+    tensors: list[Tensor],
+    errors: dict[str, float | None],
+) -> None:
+    grads = _grads(losses[n], tensors)
+    whole = _norm(grads)
+    for name, grad in zip(names, grads, strict=True):
+        if name not in collected.sq_norms:
+            continue
+        norms = collected.sq_norms[name].double() * count**2
+        want = 0.0
+        if grad is not None:
+            grad = grad.to_dense() if grad.is_sparse else grad
+            want = grad.double().square().sum().item()
+        floor = _NEGLIGIBLE**2 * max(norms.mean().item(), whole**2)
+        difference = abs(norms[n].item() - want)
+        error = difference / max(want, floor) if max(want, floor) > 0 else difference
+        sofar = errors[name]
+        is_worse = sofar is None or not error <= sofar
+        errors[name] = error if is_worse else sofar

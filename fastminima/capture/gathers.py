@@ -1,0 +1,143 @@
+"""Nodes that pick rows by data: what was measured holds while they pick the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import RegularLayout
+from .measure import Measurement
+from .tape import Tape
+
+__all__ = ["Guard", "find_guards", "watched_sources"]
+
+# Along one dim, `_saved_dim`: harmless unless that is the batch dim.
+_BY_DIM = frozenset(
+    f"{name}Backward{i}"
+    for i in (0, 1)
+    for name in (
+        *("IndexSelect", "Gather", "IndexAdd", "IndexCopy", "IndexFill"),
+        *("Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk", "TakeAlongDim"),
+    )
+)
+_BY_INDICES = frozenset(
+    ["IndexBackward0", "IndexPutBackward0", "IndexPutImplBackward0"]
+)
+_BY_ANYTHING = frozenset(
+    [
+        *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
+        *("PutBackward0", "PackPaddedSequenceBackward0"),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """An index over the batch that must stay what it was."""
+
+    node: int
+    saved: str
+    number: int | None
+    value: Tensor
+
+    def holds(self, tape: Tape) -> bool:
+        """Whether the node of this graph picks the same rows."""
+        return torch.equal(_saved(tape.nodes[self.node], self), self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Guard)
+            and (self.node, self.saved, self.number)
+            == (other.node, other.saved, other.number)
+            and torch.equal(self.value, other.value)
+        )
+
+
+def _saved(node: Any, guard: Guard) -> Tensor:
+    value = getattr(node, guard.saved)
+    return value if guard.number is None else value[guard.number]
+
+
+def gather_nodes(tape: Tape) -> list[int]:
+    """Nodes that pick rows of data, not of parameters, by an index."""
+    return [
+        i
+        for i, name in enumerate(tape.names)
+        if (name in _BY_DIM or name in _BY_INDICES or name in _BY_ANYTHING)
+        and not tape.is_parameter_side[i]
+    ]
+
+
+def watched_sources(tape: Tape) -> list[int]:
+    """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
+    gathers = gather_nodes(tape)
+    sources = (tape.children[i][0] for i in gathers)
+    return gathers + [
+        edge[0] for edge in sources if edge is not None and not tape.is_leaf(edge[0])
+    ]
+
+
+def find_guards(
+    tape: Tape, measured: Mapping[int, list[Measurement | None]], batch: int
+) -> list[Guard] | None:
+    """What must stay the same for a measured layout to hold, or None if unknowable."""
+    guards: list[Guard] = []
+    for i in gather_nodes(tape):
+        name, node = tape.names[i], tape.nodes[i]
+        if name in _BY_ANYTHING:
+            return None
+        picked_from = i if name.startswith("IndexPut") else _source(tape, i)
+        dim = _batch_dim(measured, picked_from, batch)
+        if name in _BY_INDICES:
+            indices = enumerate(node._saved_indices)
+            guards += [
+                Guard(i, "_saved_indices", number, index.clone())
+                for number, index in indices
+                if index is not None and _may_cover(number, index, dim)
+            ]
+            continue
+        own = _batch_dim(measured, i, batch)
+        rank = len(tape.shapes(i)[0])
+        if own is not None and own == dim and own != _signed(node._saved_dim) % rank:
+            continue
+        saved = next((s for s in _INDEX_NAMES if hasattr(node, s)), None)
+        if saved is None:
+            return None
+        guards.append(Guard(i, saved, None, getattr(node, saved).clone()))
+    return guards
+
+
+_INDEX_NAMES = ("_saved_index", "_saved_indices", "_saved_result1")
+
+
+def _source(tape: Tape, i: int) -> int | None:
+    edge = tape.children[i][0]
+    return None if edge is None else edge[0]
+
+
+def _batch_dim(
+    measured: Mapping[int, list[Measurement | None]], i: int | None, batch: int
+) -> int | None:
+    """The one dim that runs over the batch at node i, if there is one for sure."""
+    found = measured.get(i) if i is not None else None
+    if not found or found[0] is None:
+        return None
+    layouts = found[0].layouts(batch)
+    if len(layouts) == 1 and isinstance(layouts[0], RegularLayout):
+        return layouts[0].dim
+    return None
+
+
+def _may_cover(number: int, index: Tensor, dim: int | None) -> bool:
+    """Whether an index at position `number` may run over dim `dim`."""
+    extent = index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
+    return dim is None or number <= dim < number + extent
+
+
+def _signed(dim: int) -> int:
+    """Autograd keeps a negative dim as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim

@@ -1,0 +1,118 @@
+"""Which rows of a tensor belong to which sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
+
+
+@dataclass(frozen=True)
+class RegularLayout:
+    """Dimension `dim` runs over (outer, batch, inner) and the middle is the sample.
+
+    Batch-major rows are (1, B, T), time-major rows (T, B, 1).
+    """
+
+    dim: int
+    outer: int
+    batch: int
+    inner: int
+
+    def isolate(self, t: Tensor) -> Tensor:
+        """`[batch, *shape of one sample]`, a view where strides allow it.
+
+        The sample's own extent of `dim`, outer * inner, stays in its place.
+        """
+        if self.outer == 1 and self.inner == 1:
+            return t.movedim(self.dim, 0).unsqueeze(self.dim + 1)
+        parts = (self.outer, self.batch, self.inner)
+        split = t.unflatten(self.dim, parts).movedim(self.dim + 1, 0)
+        return split.flatten(self.dim + 1, self.dim + 2)
+
+    def rows(self, t: Tensor, trailing: int) -> Tensor:
+        """`[batch, time, *last trailing dims]`; all other dims are time."""
+        samples = self.isolate(t)
+        return samples.flatten(1, samples.dim() - trailing - 1)
+
+    def keep_only(self, t: Tensor, n: int) -> Tensor:
+        """A copy of `t` with the rows of every sample but n set to zero."""
+        kept = torch.zeros_like(t, memory_format=torch.contiguous_format)
+        self.isolate(kept)[n].copy_(self.isolate(t)[n])
+        return kept
+
+    def transfer(
+        self, old: tuple[int, ...], new: tuple[int, ...], batch: int
+    ) -> RegularLayout | None:
+        """The same layout on a tensor of another shape, if only one can be meant."""
+        if len(old) != len(new) or new[self.dim] % batch:
+            return None
+        rest = new[self.dim] // batch
+        if self.outer > 1 and self.inner > 1:
+            same = rest == self.outer * self.inner
+            return (
+                RegularLayout(self.dim, self.outer, batch, self.inner) if same else None
+            )
+        if self.outer > 1:
+            return RegularLayout(self.dim, rest, batch, 1)
+        if self.inner > 1 or rest == 1:
+            return RegularLayout(self.dim, 1, batch, rest)
+        return None  # there was one row a sample, and now there are several
+
+
+@dataclass(frozen=True, eq=False)
+class IrregularLayout:
+    """Rows in any order: `labels[i]` is the sample of row i, -1 for nobody's."""
+
+    labels: Tensor  # [*leading], int64
+    batch: int
+
+    @cached_property
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Row numbers `[batch, longest]` and where they are real."""
+        flat = self.labels.flatten()
+        order = torch.argsort(flat, stable=True)
+        order = order[flat[order] >= 0]
+        counts = torch.bincount(flat[order], minlength=self.batch)
+        longest = max(int(counts.max()), 1) if len(flat) else 1
+        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[flat[order]]
+        index = torch.zeros(self.batch, longest, dtype=torch.long)
+        index[flat[order], place] = order
+        return index, torch.arange(longest) < counts[:, None]
+
+    def rows(self, t: Tensor, trailing: int) -> Tensor:
+        """`[batch, time, *last trailing dims]`, short samples padded with zeros."""
+        index, real = (x.to(t.device) for x in self._padded)
+        flat = t.flatten(0, t.dim() - trailing - 1)
+        return flat[index] * real.reshape(*real.shape, *[1] * trailing)
+
+    def keep_only(self, t: Tensor, n: int) -> Tensor:
+        """A copy of `t` with the rows of every sample but n set to zero."""
+        keep = (self.labels == n).to(t.device)
+        return t * keep.reshape(*keep.shape, *[1] * (t.dim() - keep.dim()))
+
+
+RowLayout = RegularLayout | IrregularLayout
+
+
+def fit_layouts(labels: np.ndarray, batch: int) -> list[RegularLayout]:
+    """Every regular layout that agrees with the labels seen (-1: not seen)."""
+    found = []
+    for dim, size in enumerate(labels.shape):
+        if size % batch or size == 0:
+            continue
+        shape = [1] * labels.ndim
+        shape[dim] = size
+        rest = size // batch
+        for inner in range(1, rest + 1):
+            if rest % inner:
+                continue
+            expected = (np.arange(size) // inner % batch).reshape(shape)
+            if ((labels == expected) | (labels < 0)).all():
+                found.append(RegularLayout(dim, rest // inner, batch, inner))
+    return found

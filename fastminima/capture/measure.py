@@ -1,0 +1,211 @@
+"""Measure which sample each row of a node's output gradient belongs to.
+
+The samples' losses are weighted by powers of two and the backward pass is run again:
+a row that belongs to sample n is multiplied by exactly w_n, in every floating-point
+format, because products with powers of two do not round. A row that is not has met
+other samples on its way. Nothing here touches `.grad`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import IrregularLayout, RowLayout, fit_layouts
+from .tape import Tape
+
+__all__ = ["Measurement", "Weighting", "measure_samples"]
+
+# Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
+_LEVELS = 16
+_HALF_LEVELS = 4  # float16 underflows at 6e-8
+# log2 of a row's growth must be this close to a whole number. Exact arithmetic gives
+# 1e-15; nondeterministic reductions (atomics) give 1e-6 relative.
+_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 2e-2  # rows that touch float16's subnormal range
+
+Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
+
+
+@dataclass
+class Measurement:
+    """Labels of the rows of one node output, for two ways of reading rows.
+
+    `leading[i...]` labels all positions but the last dim, `trailing[...]` all but the
+    first; each is None when rows read that way mix samples. -1 is a row of zeros.
+    """
+
+    shape: tuple[int, ...]
+    leading: np.ndarray | None
+    trailing: np.ndarray | None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether no reading gives every row to one sample."""
+        return self.leading is None and self.trailing is None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the gradient was zero (or not finite) everywhere."""
+        return self.leading is not None and bool((self.leading < 0).all())
+
+    def layouts(self, batch: int) -> list[RowLayout]:
+        """Regular layouts that fit, else the irregular one; empty when mixed."""
+        found: list[RowLayout] = []
+        if self.leading is not None:
+            found += fit_layouts(self.leading, batch)
+        if not found and self.trailing is not None and len(self.shape) > 1:
+            found += fit_layouts(self.trailing[None], batch)
+        if not found and self.leading is not None:
+            found.append(IrregularLayout(torch.from_numpy(self.leading), batch))
+        return found
+
+
+@dataclass
+class _Fingerprints:
+    """Squared row norms of one node's output gradients, in each pass."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    passes: list[list[tuple[Tensor, Tensor] | None]] = field(default_factory=list)
+
+
+def measure_samples(
+    tape: Tape,
+    watched: Sequence[int],
+    batch: int,
+    weighting: Weighting,
+    backward: Callable[[Tensor, list[Tensor]], None],
+    has_half: bool,
+) -> dict[int, list[Measurement | None]]:
+    """Labels of every output of the watched nodes.
+
+    `weighting` hooks the given sample weights into the graph, `backward(weights,
+    leaves)` runs a pass that reaches `leaves`. Costs one pass and one more per digit of
+    the batch size in base 16, without weight gradients.
+    """
+    levels = _HALF_LEVELS if has_half else _LEVELS
+    digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
+    leaves = _leaves_below(tape, watched)
+    seen = {i: _Fingerprints() for i in watched}
+    sample = torch.arange(batch)
+    passes = [torch.ones(batch)]
+    for digit in range(digits):
+        level = sample // levels**digit % levels
+        passes.append(torch.exp2((level - levels // 2).float()))
+    for weights in passes:
+        handles = weighting(weights)
+        try:
+            for i, fingerprints in seen.items():
+                handles.append(tape.nodes[i].register_prehook(_recorder(fingerprints)))
+            backward(weights, leaves)
+        finally:
+            for handle in handles:
+                handle.remove()
+    tolerance = _HALF_TOLERANCE if has_half else _TOLERANCE
+    return {
+        i: _decode(fingerprints, len(passes), levels, batch, tolerance)
+        for i, fingerprints in seen.items()
+    }
+
+
+def _recorder(fingerprints: _Fingerprints) -> Callable[[tuple], None]:
+    def record(grads: tuple[Tensor | None, ...]) -> None:
+        fingerprints.shapes = [() if g is None else tuple(g.shape) for g in grads]
+        fingerprints.passes.append(
+            [None if g is None else _row_norms(g) for g in grads]
+        )
+
+    return record
+
+
+def _row_norms(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms over the last dim and over the first, in float64."""
+    with torch.no_grad():
+        g = g.detach()
+        if g.dim() < 2:
+            square = g.double().square()
+            return square, square
+        # vector_norm scales nothing: float32 rows of 1e-20 would underflow
+        last = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64)
+        first = torch.linalg.vector_norm(g, dim=0, dtype=torch.float64)
+        return last.square(), first.square()
+
+
+def _decode(
+    fingerprints: _Fingerprints, passes: int, levels: int, batch: int, tolerance: float
+) -> list[Measurement | None]:
+    if len(fingerprints.passes) != passes:
+        return [None]
+    found: list[Measurement | None] = []
+    for output, shape in enumerate(fingerprints.shapes):
+        rows = [p[output] for p in fingerprints.passes]
+        if any(r is None for r in rows):
+            found.append(None)
+            continue
+        leading, trailing = (
+            _labels([r[side].cpu().numpy() for r in rows], levels, batch, tolerance)  # type: ignore[index]
+            for side in (0, 1)
+        )
+        found.append(Measurement(shape, leading, trailing))
+    return found
+
+
+def _labels(
+    norms: list[np.ndarray], levels: int, batch: int, tolerance: float
+) -> np.ndarray | None:
+    plain = norms[0]
+    label = np.zeros(plain.shape, dtype=np.int64)
+    known = np.isfinite(plain) & (plain > 0)
+    for weighted in norms[1:]:
+        known &= np.isfinite(weighted) & (weighted > 0)
+    for digit, weighted in enumerate(norms[1:]):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = np.log2(weighted / plain) / 2
+        growth = np.where(known, growth, 0)
+        level = np.rint(growth)
+        if (np.abs(growth - level) > tolerance).any():
+            return None
+        level = np.where(known, level + levels // 2, 0)
+        if (level < 0).any() or (level >= levels).any():
+            return None
+        label += level.astype(np.int64) * levels**digit
+    if (label[known] >= batch).any():
+        return None
+    return np.where(known, label, -1)
+
+
+def _leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
+    """Few and small leaves such that every watched node lies above one of them."""
+    rank = {i: r for r, i in enumerate(tape.leaves_first)}
+    covered: set[int] = set()
+    leaves = []
+    for i in sorted(watched, key=rank.__getitem__):
+        if i in covered:
+            continue
+        leaf = min(_leaves_of(tape, i), key=lambda j: tape.nodes[j].variable.numel())
+        leaves.append(tape.nodes[leaf].variable)
+        stack = [leaf]
+        while stack:
+            for parent, _, _ in tape.parents[stack.pop()]:
+                if parent not in covered:
+                    covered.add(parent)
+                    stack.append(parent)
+    return leaves
+
+
+def _leaves_of(tape: Tape, i: int) -> list[int]:
+    found, stack, entered = [], [i], {i}
+    while stack:
+        j = stack.pop()
+        if tape.is_leaf(j):
+            found.append(j)
+        for edge in tape.children[j]:
+            if edge is not None and edge[0] not in entered:
+                entered.add(edge[0])
+                stack.append(edge[0])
+    return found

@@ -1,0 +1,112 @@
+"""Gradient variance from the spread of several mini-batch gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .._dtypes import accumulation_dtype
+from .._parameters import tracked_parameters
+
+__all__ = ["MinibatchVariance"]
+
+
+class MinibatchVariance:
+    """Gradient variance of single samples, from gradients of whole mini-batches.
+
+    Needs no per-sample gradient, so it serves any network, batch normalisation
+    included. Call `update` after each backward pass at the *same* parameters, with
+    `.grad` holding that batch's mean gradient alone. Holds two vectors of parameter
+    size. With K batches of S_k samples drawn independently, and their weighted mean,
+
+        tr Sigma = sum_k S_k |G_k - mean|^2 / (K - 1),  |E g|^2 = |mean|^2 - tr Sigma / sum_k S_k
+
+    are unbiased.
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> model = torch.nn.Linear(3, 1)
+        >>> variance = fm.MinibatchVariance(model)
+        >>> for _ in range(4):
+        ...     model.zero_grad()
+        ...     model(torch.randn(8, 3)).mean().backward()
+        ...     variance.update(batch_size=8)
+        >>> variance.covariance_trace.dim()
+        0
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, nn.Parameter]) -> None:
+        self._parameters = tracked_parameters(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches, as after a step of the optimizer."""
+        self._batches = 0
+        self._samples = 0
+        self._mean: dict[str, Tensor] = {}
+        self._spread: Tensor | None = None  # sum_k S_k |G_k - mean|^2
+
+    @torch.no_grad()
+    def update(self, batch_size: int) -> None:
+        """Take in the gradients that one backward pass over a batch left in `.grad`.
+
+        Raises:
+            ValueError: for a batch size below one, or when no parameter has a gradient.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        if not grads:
+            raise ValueError(
+                "No tracked parameter has a gradient; call update() after "
+                "loss.backward() and before zero_grad()."
+            )
+        before, self._samples = self._samples, self._samples + batch_size
+        self._batches += 1
+        for name in dict.fromkeys([*self._mean, *grads]):
+            grad = grads.get(name)
+            mean = self._mean.get(name)
+            if grad is not None:
+                grad = grad.to_dense() if grad.is_sparse else grad
+                grad = grad.to(accumulation_dtype(grad.dtype))
+            if mean is None:
+                assert grad is not None
+                mean = self._mean[name] = torch.zeros_like(grad)
+            # West (1979): one-pass weighted mean and sum of squares.
+            change = (0 if grad is None else grad) - mean
+            mean += change * (batch_size / self._samples)
+            spread = change.double().square().sum()
+            spread *= batch_size * before / self._samples
+            self._spread = spread if self._spread is None else self._spread + spread
+
+    @property
+    def covariance_trace(self) -> Tensor:
+        """Trace of Sigma, the covariance of one sample's gradient, 0-d; unbiased.
+
+        Raises:
+            ValueError: with fewer than two batches.
+        """
+        if self._batches < 2 or self._spread is None:
+            raise ValueError(
+                f"A variance needs at least 2 mini-batches, got {self._batches}. Call "
+                "update() after more backward passes at the same parameters."
+            )
+        return (self._spread / (self._batches - 1)).to(self._dtype)
+
+    @property
+    def signal(self) -> Tensor:
+        """|E g|^2, 0-d, unbiased; it may come out negative."""
+        total = torch.stack([m.double().square().sum() for m in self._mean.values()])
+        noise = self.covariance_trace.double() / self._samples
+        return (total.sum() - noise).to(self._dtype)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Trace of Sigma over |E g|^2, in samples (McCandlish et al. 2018, arXiv:1812.06162)."""
+        return self.covariance_trace / self.signal
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._mean.values())).dtype

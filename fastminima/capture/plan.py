@@ -1,0 +1,158 @@
+"""Where each parameter is used: the first nodes above it that meet data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .measure import Measurement
+from .tape import Tape
+
+__all__ = ["PLACEMENT", "Path", "Plan", "Slot", "Use", "find_plan", "watched_nodes"]
+
+# Nodes that only rearrange their input: their backward puts every element of the
+# gradient in one place.
+PLACEMENT = frozenset(
+    [
+        f"{name}Backward0"
+        for name in (
+            *("T", "View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute"),
+            *("ToCopy", "Clone", "Slice", "Select", "Split", "SplitWithSizes"),
+            *("UnsafeSplit", "Unbind", "Unsqueeze", "Squeeze", "Alias"),
+        )
+    ]
+    + ["SqueezeBackward1", "SqueezeBackward2"]
+)
+EMBEDDING = "EmbeddingBackward0"
+
+Step = tuple[int, int, int]  # node, output its gradient enters by, input it leaves by
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a parameter arrives at a use: the preparations between them, use first.
+
+    `steps` is None when they are more than a chain of rearrangements (which may end in
+    one look-up of a table).
+    """
+
+    parameter: str
+    steps: tuple[Step, ...] | None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input of a use through which parameters enter."""
+
+    number: int
+    child: tuple[int, int]  # the input is this node's output number ...
+    shape: tuple[int, ...]
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node where parameters meet data."""
+
+    node: int
+    name: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that enter here."""
+        return [path.parameter for slot in self.slots for path in slot.paths]
+
+
+class Plan:
+    """The uses in a graph. It holds node numbers only, so it outlives the graph.
+
+    Attributes:
+        uses: every node where tracked parameters meet data.
+        sources: for each parameter, how many slots it enters by.
+        preparing: nodes fed by parameters alone, above which the uses are.
+    """
+
+    def __init__(self, uses: tuple[Use, ...]) -> None:
+        self.uses = uses
+        self.sources: dict[str, int] = {}
+        for use in uses:
+            for name in use.parameters:
+                self.sources[name] = self.sources.get(name, 0) + 1
+
+    def signature(self, tape: Tape) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes of all output gradients that the plan reads."""
+        return tuple(tuple(tape.shapes(use.node)) for use in self.uses)
+
+
+def watched_nodes(tape: Tape) -> list[int]:
+    """Nodes whose rows tell uses from preparations: all near a tracked parameter."""
+    side = tape.is_parameter_side
+    near: set[int] = set()
+    stack = list(tape.leaves.values())
+    while stack:
+        for parent, _, _ in tape.parents[stack.pop()]:
+            if parent not in near:
+                near.add(parent)
+                if side[parent]:
+                    stack.append(parent)
+    return sorted(i for i in near if not (side[i] and tape.names[i] in PLACEMENT))
+
+
+def find_plan(
+    tape: Tape, measured: Mapping[int, list[Measurement | None]] | None
+) -> Plan:
+    """Find the first node above each parameter that meets data.
+
+    A node fed by leaves alone is a preparation (weight norm, `1 + w`, a table looked up
+    once for all samples) when its output gradient mixes samples, and a use when each of
+    its rows belongs to one sample. `measured` is None for a batch of one, where every
+    row belongs to the one sample and any such node may count as a use.
+    """
+    arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
+    for parameter, leaf in tape.leaves.items():
+        stack: list[tuple[int, int | None, tuple[Step, ...]]] = [(leaf, None, ())]
+        while stack:
+            i, leaves_by, below = stack.pop()
+            for parent, number, output in tape.parents[i]:
+                steps = below if leaves_by is None else ((i, output, leaves_by), *below)
+                if _is_preparation(tape, parent, measured):
+                    stack.append((parent, number, steps))
+                    continue
+                _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
+                chains.setdefault(parameter, []).append(steps)
+    slots: dict[int, list[Slot]] = {}
+    for (node, number), (child, chains) in sorted(arrivals.items()):
+        paths = tuple(
+            Path(name, _simple(tape, found, alone=len(chains) == 1))
+            for name, found in chains.items()
+        )
+        shape = tape.shapes(child[0])[child[1]]
+        slots.setdefault(node, []).append(Slot(number, child, shape, paths))
+    return Plan(
+        tuple(Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
+    )
+
+
+def _is_preparation(
+    tape: Tape, i: int, measured: Mapping[int, list[Measurement | None]] | None
+) -> bool:
+    if not tape.is_parameter_side[i] or not tape.parents[i]:
+        return False
+    if tape.names[i] in PLACEMENT:
+        return True
+    if measured is None:
+        return False
+    return any(m is not None and m.is_mixed for m in measured[i])
+
+
+def _simple(
+    tape: Tape, chains: list[tuple[Step, ...]], *, alone: bool
+) -> tuple[Step, ...] | None:
+    if not alone or len(chains) > 1:
+        return None
+    (steps,) = chains
+    names = [tape.names[node] for node, _, _ in steps]
+    if names and names[-1] == EMBEDDING:
+        names.pop()
+    return steps if all(name in PLACEMENT for name in names) else None

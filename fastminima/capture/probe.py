@@ -1,0 +1,419 @@
+"""`GradientProbe`: per-sample gradient statistics from the backward pass that runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._dtypes import accumulation_dtype
+from .._parameters import tracked_parameters
+from ..statistics import GradientStatistics
+from . import batchnorm as batch_norms
+from .audit import Audit, audit_losses
+from .errors import CaptureError
+from .reading import Reader, Reading
+from .session import Collected, Session
+
+__all__ = ["GradientProbe"]
+
+_MEASURES = ("norms", "second_moments", "gram")
+_SPENT_GRAPH = "backward through the graph a second time"
+
+
+class GradientProbe:
+    """Reads exact per-sample gradient statistics off a training loop's backward pass.
+
+    g_n is the gradient of sample n's own loss, not divided by the batch size; for a
+    scalar loss, the number of samples times sample n's part of the gradient. A sample
+    is an index of the batch dimension: an image, a sequence. The model is not wrapped
+    and its `.grad` is bitwise what it is without the probe.
+
+    The first backward pass of each new graph structure is preceded by two or three
+    extra passes (without weight gradients) that measure which rows belong to which
+    sample; module and tensor hooks of the model see those too.
+
+    Args:
+        model: a module, or a dict name -> parameter to watch only those.
+        measure: any of "norms", "second_moments", "gram", or one of them as a string.
+            Norms are always measured.
+        directions: `{name: v}`, v a flat vector `[parameter_count]` or a dict
+            {parameter name: tensor}; adds <g_n, v> for each.
+        per_parameter: keep squared norms for each parameter too.
+        keep_mean: keep the mean gradient itself (needed by `a + b` and `all_reduce`).
+        mode: "observe". "fused" (weight gradients by our own kernels) is refused as
+            long as those kernels are not there.
+        batchnorm: what to do about batch normalisation in training mode, which mixes
+            samples: "error"; "rows", each sample's rows of the ordinary backward pass,
+            which sum to the gradient; "frozen", batch statistics as constants, at the
+            price of a second backward pass, which do not sum to it.
+        batch_dim: the batch dimension of the tensors that a scalar loss is made of.
+
+    Raises:
+        ValueError: for an unknown word, an unknown direction, or no parameter at all.
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> model = torch.nn.Linear(3, 2)
+        >>> probe = fm.GradientProbe(model)
+        >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+        >>> losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> stats = probe.backward(losses)
+        >>> stats.sq_norms.shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Parameter],
+        measure: str | Iterable[str] = ("norms",),
+        directions: Mapping[str, Tensor | Mapping[str, Tensor]] | None = None,
+        per_parameter: bool = False,
+        keep_mean: bool = False,
+        mode: str = "observe",
+        batchnorm: str = "error",
+        *,
+        batch_dim: int = 0,
+    ) -> None:
+        self._parameters = tracked_parameters(model)
+        words = (measure,) if isinstance(measure, str) else tuple(measure)
+        for word in words:
+            _check_word("measure", word, _MEASURES)
+        _check_word("batchnorm", batchnorm, ("error", "rows", "frozen"))
+        _check_word("mode", mode, ("observe", "fused"))
+        if mode == "fused":
+            raise ValueError(
+                'mode="fused" needs kernels that this version does not have yet; use '
+                'mode="observe".'
+            )
+        if batch_dim < 0:
+            raise ValueError(f"batch_dim must not be negative, got {batch_dim}.")
+        self._measure = frozenset(words)
+        self._directions = {
+            name: _direction(name, v, self._parameters)
+            for name, v in (directions or {}).items()
+        }
+        self._per_parameter = per_parameter
+        self._keep_mean = keep_mean
+        self._batchnorm = batchnorm
+        self._parameter_count = sum(p.numel() for p in self._parameters.values())
+        self._reader = Reader(self._parameters, batchnorm, batch_dim, _owners(model))
+        self._announced: set[str] = set()
+        self._attached: _Attached | None = None
+
+    def backward(
+        self,
+        loss: Tensor,
+        batch_size: int | None = None,
+        reduction: str = "mean",
+        *,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> GradientStatistics:
+        """Run the backward pass and return the statistics of its samples.
+
+        Args:
+            loss: the vector `[batch]` of per-sample losses, whose mean is
+                backpropagated; or a scalar.
+            batch_size: the number of samples behind a scalar loss.
+            reduction: "mean" or "sum", how a scalar loss was made of its samples.
+            scale: what a GradScaler multiplied a scalar loss with, or will multiply the
+                mean of `loss` with, as `scaler.get_scale()`.
+            retain_graph: keep the graph for another backward pass.
+
+        Raises:
+            CaptureError: when the graph cannot be read exactly; the model, its gradients
+                and hooks are then as before.
+            ValueError: for a loss of two dimensions or a scalar without batch size.
+        """
+        self.attach(loss, batch_size, reduction, scale=scale)
+        try:
+            total = loss.mean() if loss.dim() else loss
+            if loss.dim() and scale != 1.0:
+                total = total * scale
+            total.backward(retain_graph=retain_graph)
+            return self.collect()
+        except RuntimeError as error:
+            if _SPENT_GRAPH in str(error):
+                raise _spent() from error
+            raise
+        finally:
+            self._detach()
+
+    def attach(
+        self,
+        loss: Tensor,
+        batch_size: int | None = None,
+        reduction: str = "mean",
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        """Prepare the graph of `loss`, for loops that call `loss.backward()` themselves.
+
+        Follow it with exactly one backward pass over the loss (its mean, if it is a
+        vector; times `scale` if a GradScaler is used), then `collect()`.
+
+        Raises:
+            CaptureError, ValueError: as `backward`.
+        """
+        self._detach()
+        count = _count(loss, batch_size)
+        _check_word("reduction", reduction, ("mean", "sum"))
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}.")
+        is_mean = bool(loss.dim()) or reduction == "mean"
+        try:
+            reading = self._reader.read(loss, count)
+            frozen = None
+            if reading.mixing and self._batchnorm == "frozen":
+                frozen = self._frozen_pass(reading, loss, count)
+                factor = float(count) if is_mean else 1.0
+            else:
+                factor = (count if is_mean else 1.0) / scale
+        except RuntimeError as error:
+            if _SPENT_GRAPH in str(error):
+                raise _spent() from error
+            raise
+        session = None
+        if frozen is None:
+            session = self._session(reading, count, self._measure, self._directions)
+        self._attached = _Attached(session, frozen, count, factor)
+
+    def collect(self) -> GradientStatistics:
+        """Statistics of the backward pass that ran since `attach`; hooks are removed.
+
+        Raises:
+            CaptureError: when nothing was attached, or no backward pass reached it.
+        """
+        if self._attached is None:
+            raise CaptureError(
+                "Nothing is attached to this probe; call probe.attach(loss, ...) before "
+                "the backward pass and probe.collect() once after it."
+            )
+        attached, self._attached = self._attached, None
+        collected = attached.frozen
+        if collected is None:
+            assert attached.session is not None
+            collected = attached.session.finish()
+        if not collected.sq_norms:
+            raise CaptureError(
+                "No backward pass reached the graph since probe.attach(loss, ...). Call "
+                "loss.backward() on that same loss before probe.collect()."
+            )
+        return self._statistics(collected, attached.count, attached.factor)
+
+    def audit(self, losses: Tensor, samples: int = 4, seed: int = 0) -> Audit:
+        """Check this probe against plain autograd on the graph of `losses`.
+
+        Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, and the
+        worst relative difference of |g_n|^2 to `autograd.grad(losses[n])` over up to
+        `samples` random n. No `.grad` changes and the graph stays usable.
+
+        Args:
+            losses: the vector `[batch]` of per-sample losses.
+            samples: how many samples to differentiate one by one.
+            seed: of the choice of samples.
+
+        Raises:
+            CaptureError: when the graph cannot be read.
+            ValueError: for losses that are not a vector.
+        """
+        if losses.dim() != 1:
+            raise ValueError(
+                f"An audit needs the vector of per-sample losses, got shape "
+                f"{tuple(losses.shape)}. Use reduction='none' in the loss."
+            )
+        count = _count(losses, None)
+        try:
+            reading = self._reader.read(losses, count)
+        except RuntimeError as error:
+            if _SPENT_GRAPH in str(error):
+                raise _spent() from error
+            raise
+        session = self._session(reading, count, frozenset(["norms", "totals"]), {})
+        return audit_losses(
+            session, losses, self._parameters, samples, seed, reading, self._batchnorm
+        )
+
+    def _session(
+        self,
+        reading: Reading,
+        count: int,
+        measure: frozenset[str],
+        directions: Mapping[str, Mapping[str, Tensor]],
+    ) -> Session:
+        return Session(
+            reading.tape,
+            reading.plan,
+            reading.layouts,
+            self._parameters,
+            count,
+            measure=measure,
+            directions=directions,
+            keep_grads=self._keep_mean,
+            announce=self._announce,
+        )
+
+    def _frozen_pass(self, reading: Reading, loss: Tensor, count: int) -> Collected:
+        """A pass of its own in which batch normalisation keeps its statistics."""
+        session = self._session(reading, count, self._measure, self._directions)
+        handles = batch_norms.freeze(reading.tape, reading.mixing)
+        names = list(reading.tape.leaves)
+        try:
+            grads = torch.autograd.grad(
+                loss.mean() if loss.dim() else loss,
+                [self._parameters[name] for name in names],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for name, grad in zip(names, grads, strict=True):
+                if grad is not None:
+                    session.take_gradient(name, grad)
+            return session.finish()
+        finally:
+            session.close()
+            for handle in handles:
+                handle.remove()
+
+    def _statistics(
+        self, collected: Collected, count: int, factor: float
+    ) -> GradientStatistics:
+        """From sums over one backward pass to statistics of g_n = factor * its part."""
+        norms = list(collected.sq_norms.values())
+        to_mean = factor / count
+        grads = list(collected.grad_sq_norms.values())
+        total = torch.stack([g.to(norms[0].dtype) for g in grads]).sum()
+        return GradientStatistics(
+            count=count,
+            parameter_count=self._parameter_count,
+            sq_norms=torch.stack(norms).sum(0) * factor**2,
+            mean_grad_sq_norm=total * to_mean**2,
+            sq_norms_by_parameter={
+                name: t * factor**2 for name, t in collected.sq_norms.items()
+            }
+            if self._per_parameter
+            else None,
+            second_moments={
+                name: t * (factor**2 / count)
+                for name, t in collected.second_moments.items()
+            }
+            if "second_moments" in self._measure
+            else None,
+            gram=None if collected.gram is None else collected.gram * factor**2,
+            dots={name: t * factor for name, t in collected.dots.items()},
+            mean_grad={
+                name: t.to(accumulation_dtype(t.dtype)) * to_mean
+                for name, t in collected.grads.items()
+            }
+            if self._keep_mean
+            else None,
+        )
+
+    def _announce(self, node: str, parameters: Sequence[str]) -> None:
+        """Say once for each kind of node that it is read by the universal rule."""
+        if node not in self._announced:
+            self._announced.add(node)
+            shown = ", ".join(repr(p) for p in parameters[:4])
+            warnings.warn(
+                f"No rule for {node} (parameters {shown}): its backward runs once per "
+                "sample. The statistics are exact; this layer costs more.",
+                stacklevel=2,
+            )
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            if self._attached.session is not None:
+                self._attached.session.close()
+            self._attached = None
+
+
+class _Attached:
+    """What waits between `attach` and `collect`."""
+
+    def __init__(
+        self,
+        session: Session | None,
+        frozen: Collected | None,
+        count: int,
+        factor: float,
+    ) -> None:
+        self.session, self.frozen = session, frozen
+        self.count, self.factor = count, factor
+
+
+def _spent() -> CaptureError:
+    return CaptureError(
+        "The backward pass of this loss has already run and its graph is gone. Compute "
+        "the loss again, or keep the graph with retain_graph=True."
+    )
+
+
+def _check_word(what: str, word: object, allowed: Sequence[str]) -> None:
+    if word not in allowed:
+        words = ", ".join(repr(w) for w in allowed)
+        raise ValueError(f"Unknown {what} {word!r}; choose from {words}.")
+
+
+def _count(loss: Tensor, batch_size: int | None) -> int:
+    if loss.dim() > 1:
+        raise ValueError(
+            f"The loss must be a scalar or a vector of per-sample losses, got shape "
+            f"{tuple(loss.shape)}. Average each sample's losses first, as in "
+            "losses.flatten(1).mean(1)."
+        )
+    if loss.dim() == 1:
+        if batch_size not in (None, len(loss)):
+            raise ValueError(
+                f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "
+                "out for a vector of losses."
+            )
+        batch_size = len(loss)
+    if batch_size is None:
+        raise ValueError(
+            "A scalar loss needs its number of samples: pass batch_size=len(x)."
+        )
+    if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    return int(batch_size)
+
+
+def _direction(
+    name: str, v: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    if isinstance(v, Tensor):
+        total = sum(p.numel() for p in parameters.values())
+        if v.shape != (total,):
+            raise ValueError(
+                f"Direction {name!r} has shape {tuple(v.shape)}; a flat direction needs "
+                f"({total},), all tracked parameters in order."
+            )
+        pieces = v.split([p.numel() for p in parameters.values()])
+        return {
+            key: piece.view(p.shape)
+            for (key, p), piece in zip(parameters.items(), pieces, strict=True)
+        }
+    for key, part in v.items():
+        if key not in parameters:
+            raise ValueError(
+                f"Direction {name!r} names {key!r}, which is not a tracked parameter."
+            )
+        if part.shape != parameters[key].shape:
+            raise ValueError(
+                f"Direction {name!r} has shape {tuple(part.shape)} for {key!r}, which "
+                f"has {tuple(parameters[key].shape)}."
+            )
+    return dict(v)
+
+
+def _owners(model: nn.Module | Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Name of the module that owns each parameter, for messages."""
+    if not isinstance(model, nn.Module):
+        return {}
+    owners = {}
+    for module_name, module in model.named_modules():
+        for key, _ in module.named_parameters(recurse=False):
+            full = f"{module_name}.{key}" if module_name else key
+            owners[full] = f"{module_name or 'the model'} ({type(module).__name__})"
+    return owners

@@ -1,0 +1,338 @@
+"""Read a graph: its uses and the sample of every row, found once and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batchnorm
+from .errors import CaptureError
+from .gathers import Guard, find_guards, watched_sources
+from .layout import RegularLayout, RowLayout
+from .measure import Measurement, measure_samples
+from .plan import Plan, find_plan, watched_nodes
+from .tape import Tape
+
+__all__ = ["Reader", "Reading"]
+
+Layouts = list[list[RowLayout | None]]
+# Sizes of a graph are measured this often before a layout is carried over to new ones.
+_MEASURED_SIZES = 3
+_MOST_SIZES = 256
+
+
+@dataclass
+class Reading:
+    """A graph that is understood: what to hook and how to read it."""
+
+    tape: Tape
+    plan: Plan
+    layouts: Layouts
+    mixing: list[int]
+
+
+@dataclass
+class _Known:
+    """What was found out about one graph structure."""
+
+    plan: Plan
+    layouts: dict[tuple, Layouts] = field(default_factory=dict)
+    measured: list[tuple] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
+    follows: bool = True  # measured layouts were those carried over from the first
+
+
+class Reader:
+    """Finds the uses of a model's parameters, measuring each new graph structure once.
+
+    Args:
+        parameters: the tracked parameters by name.
+        batchnorm: "error", "rows" or "frozen".
+        batch_dim: the batch dimension of the tensors a scalar loss is made of.
+        modules: names of the modules that own a parameter, for messages.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        batchnorm: str,
+        batch_dim: int,
+        modules: Mapping[str, str],
+    ) -> None:
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._batchnorm = batchnorm
+        self._batch_dim = batch_dim
+        self._modules = modules
+        self._known: dict[tuple, _Known] = {}
+
+    def read(self, loss: Tensor, batch: int) -> Reading:
+        """Walk the graph of `loss` and say how to read it for `batch` samples.
+
+        Raises:
+            CaptureError: for a graph that cannot be read exactly.
+        """
+        if loss.grad_fn is None:
+            raise CaptureError(
+                "The loss has no graph: none of the tracked parameters took part in it, "
+                "or it was computed under torch.no_grad(). Compute it with gradients on."
+            )
+        tape = Tape(loss.grad_fn, self._names)
+        if not tape.leaves:
+            raise CaptureError(
+                f"The loss reaches none of the {len(self._names)} tracked parameters. "
+                "Check that it was computed with this model, and that the parameters "
+                "require gradients."
+            )
+        _refuse_compiled(tape)
+        mixing = batchnorm.mixing_nodes(tape, batch)
+        if mixing and self._batchnorm == "error":
+            raise CaptureError(self._mixing_message(tape, mixing))
+        key = (tape.key, batch > 1, loss.dim())
+        known = self._known.get(key)
+        layouts = self._recall(known, tape, batch) if known is not None else None
+        if layouts is None:
+            return self._measure(key, tape, loss, batch, mixing)
+        assert known is not None
+        return Reading(tape, known.plan, layouts, mixing)
+
+    def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
+        if not all(guard.holds(tape) for guard in known.guards):
+            return None
+        signature = (batch, known.plan.signature(tape))
+        layouts = known.layouts.get(signature)
+        if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
+            layouts = _carried_over(known, signature)
+            if layouts is not None:
+                self._remember(known, signature, layouts)
+        return layouts
+
+    def _remember(self, known: _Known, signature: tuple, layouts: Layouts) -> None:
+        if len(known.layouts) >= _MOST_SIZES:
+            known.layouts = {s: known.layouts[s] for s in known.measured}
+        known.layouts[signature] = layouts
+
+    def _measure(
+        self, key: tuple, tape: Tape, loss: Tensor, batch: int, mixing: list[int]
+    ) -> Reading:
+        if batch == 1:
+            plan = find_plan(tape, None)
+            layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
+            self._known[key] = _Known(plan, {(1, plan.signature(tape)): layouts})
+            return Reading(tape, plan, layouts, mixing)
+        watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
+        measured = self._measured_samples(tape, watched, loss, batch, mixing)
+        plan = find_plan(tape, measured)
+        layouts, is_settled = self._layouts(tape, plan, measured, batch)
+        reading = Reading(tape, plan, layouts, mixing)
+        guards = find_guards(tape, measured, batch)
+        if guards is None or not is_settled:
+            self._known.pop(key, None)
+            return reading
+        known = self._known.get(key)
+        if known is None or known.plan.uses != plan.uses or known.guards != guards:
+            known = self._known[key] = _Known(plan, guards=guards)
+        signature = (batch, plan.signature(tape))
+        if known.measured:
+            known.follows &= _carried_over(known, signature) == layouts
+        known.measured.append(signature)
+        self._remember(known, signature, layouts)
+        return reading
+
+    def _measured_samples(
+        self,
+        tape: Tape,
+        watched: list[int],
+        loss: Tensor,
+        batch: int,
+        mixing: list[int],
+    ) -> dict[int, list[Measurement | None]]:
+        roots = [] if loss.dim() else self._roots(tape, batch)
+        device = loss.device
+
+        def weighting(weights: Tensor) -> list[Any]:
+            handles = [
+                tape.nodes[i].register_prehook(
+                    _scaled_rows(weights, batch, self._batch_dim)
+                )
+                for i in roots
+            ]
+            return handles + batchnorm.freeze(tape, mixing)
+
+        def backward(weights: Tensor, leaves: list[Tensor]) -> None:
+            weights = weights.to(device=device, dtype=loss.dtype)
+            torch.autograd.grad(
+                loss,
+                leaves,
+                grad_outputs=weights if loss.dim() else torch.ones_like(loss),
+                retain_graph=True,
+                allow_unused=True,
+            )
+
+        has_half = any(
+            meta.dtype == torch.float16
+            for i in watched
+            for meta in tape.nodes[i]._input_metadata
+        )
+        return measure_samples(tape, watched, batch, weighting, backward, has_half)
+
+    def _roots(self, tape: Tape, batch: int) -> list[int]:
+        """Where the batch axis of a scalar loss first appears, on every way down."""
+        roots, met = [], []
+        stack, entered = [0], {0}
+        while stack:
+            i = stack.pop()
+            shapes = tape.shapes(i)
+            if (
+                any(self._is_batched(shape, batch) for shape in shapes)
+                and not (tape.is_surely_parameter[i])
+            ):
+                roots.append(i)
+                continue
+            if tape.names[i].startswith("leaf "):
+                raise CaptureError(
+                    self._no_batch_message(tape.names[i][5:], batch, met)
+                )
+            met += [shape for shape in shapes if shape]
+            for edge in tape.children[i]:
+                if edge is not None and edge[0] not in entered:
+                    entered.add(edge[0])
+                    stack.append(edge[0])
+        return roots
+
+    def _is_batched(self, shape: tuple[int, ...], batch: int) -> bool:
+        return len(shape) > self._batch_dim and shape[self._batch_dim] == batch
+
+    def _layouts(
+        self,
+        tape: Tape,
+        plan: Plan,
+        measured: Mapping[int, list[Measurement | None]],
+        batch: int,
+    ) -> tuple[Layouts, bool]:
+        layouts: Layouts = []
+        is_settled = True
+        for use in plan.uses:
+            of_use: list[RowLayout | None] = []
+            for measurement in measured[use.node]:
+                if measurement is None:
+                    of_use.append(None)
+                    continue
+                found = measurement.layouts(batch)
+                if not found:
+                    raise CaptureError(self._mixed_message(tape, use.node, batch))
+                is_settled &= len(found) == 1 and isinstance(found[0], RegularLayout)
+                of_use.append(found[0])
+            layouts.append(of_use)
+        return layouts, is_settled
+
+    def _mixing_message(self, tape: Tape, mixing: list[int]) -> str:
+        names = [self._module_at(tape, i) for i in mixing]
+        shown = ", ".join(dict.fromkeys(names[:4])) + (
+            ", ..." if len(names) > 4 else ""
+        )
+        return (
+            f"Batch normalisation in training mode mixes the samples of a batch "
+            f"({len(mixing)} layers: {shown}), so the loss defines no gradient of one "
+            'sample. Choose batchnorm="rows" (each sample\'s rows of the ordinary '
+            'backward pass) or batchnorm="frozen" (batch statistics as constants), call '
+            "model.eval(), or use MinibatchVariance."
+        )
+
+    def _mixed_message(self, tape: Tape, i: int, batch: int) -> str:
+        where = self._module_at(tape, i)
+        return (
+            f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do not "
+            f"each belong to one of the {batch} samples: a layer after it mixes samples, "
+            "or the losses do. Leave the mixing layer out, or use MinibatchVariance."
+        )
+
+    def _no_batch_message(
+        self, parameter: str, batch: int, met: Sequence[tuple[int, ...]]
+    ) -> str:
+        shapes = (
+            ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
+        )
+        return (
+            f"No batch axis of size {batch} (dimension {self._batch_dim}) on the way "
+            f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
+            "name the axis with batch_dim, keep penalties on parameters out of this "
+            "loss, or pass the vector of per-sample losses."
+        )
+
+    def _module_at(self, tape: Tape, i: int) -> str:
+        for edge in tape.children[i]:
+            if edge is not None and tape.names[edge[0]].startswith("leaf "):
+                parameter = tape.names[edge[0]][5:]
+                return self._modules.get(parameter, parameter)
+        below = _nearest_parameter(tape, i)
+        return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
+
+
+def _nearest_parameter(tape: Tape, i: int) -> str | None:
+    queue, entered = [i], {i}
+    for j in queue:
+        if tape.names[j].startswith("leaf "):
+            return tape.names[j][5:]
+        for edge in tape.children[j]:
+            if edge is not None and edge[0] not in entered:
+                entered.add(edge[0])
+                queue.append(edge[0])
+    return None
+
+
+def _refuse_compiled(tape: Tape) -> None:
+    for name in tape.names:
+        if name.startswith("CompiledFunction"):
+            raise CaptureError(
+                "The loss was computed by a region compiled with torch.compile, which "
+                "is one opaque node here. Probe the uncompiled module (for a compiled "
+                "`fast = torch.compile(model)`, run `model` itself) on the steps that "
+                "you probe."
+            )
+
+
+def _scaled_rows(weights: Tensor, batch: int, dim: int) -> Any:
+    def hook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if g is None else _scaled(g, weights, batch, dim) for g in grads
+        )
+
+    return hook
+
+
+def _scaled(g: Tensor, weights: Tensor, batch: int, dim: int) -> Tensor:
+    if g.dim() <= dim or g.shape[dim] != batch:
+        return g
+    shape = [1] * g.dim()
+    shape[dim] = batch
+    return g * weights.to(device=g.device, dtype=g.dtype).view(shape)
+
+
+def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
+    """Layouts of a batch of one: all rows belong to the sample."""
+    return [RegularLayout(0, 1, 1, s[0]) if s else None for s in shapes]
+
+
+def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
+    old_shapes = known.measured[0][1]
+    batch, new_shapes = signature
+    layouts: Layouts = []
+    for of_use, old, new in zip(
+        known.layouts[known.measured[0]], old_shapes, new_shapes, strict=True
+    ):
+        moved: list[RowLayout | None] = []
+        for layout, was, now in zip(of_use, old, new, strict=True):
+            if layout is None:
+                moved.append(None)
+                continue
+            assert isinstance(layout, RegularLayout)
+            carried = layout.transfer(was, now, batch)
+            if carried is None:
+                return None
+            moved.append(carried)
+        layouts.append(moved)
+    return layouts

@@ -1,0 +1,373 @@
+"""How each kind of node gives the per-sample gradients of the parameters it uses.
+
+A rule is called in the node's prehook, when its saved tensors and output gradients are
+at hand. It returns one contribution for each slot it knows; slots it leaves out go to
+the universal rule, which knows every node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import broadcast, norm
+from ..ops.conv_geometry import ConvGeometry
+from .contributions import (
+    Column,
+    Contribution,
+    Convolution,
+    ConvolutionBias,
+    Dense,
+    DenseBias,
+    Embedding,
+    Frames,
+    Materialized,
+    Stacked,
+)
+from .layout import RegularLayout, RowLayout
+from .plan import Slot
+
+__all__ = ["BATCH_NORM", "RULES", "Rule", "contributions_of"]
+
+Contributions = dict[int, Contribution]
+Rule = Callable[[Any, Tensor, RowLayout, Sequence[Slot]], Contributions]
+BATCH_NORM = frozenset(["NativeBatchNormBackward0", "CudnnBatchNormBackward0"])
+
+
+def contributions_of(
+    name: str,
+    node: Any,
+    grads: Sequence[Tensor | None],
+    layouts: Sequence[RowLayout | None],
+    slots: Sequence[Slot],
+) -> Contributions:
+    """Contributions for the slots that a rule covers; none when there is no rule."""
+    rule = RULES.get(name)
+    if rule is None or grads[0] is None or layouts[0] is None:
+        return {}
+    return rule(node, grads[0], layouts[0], slots)
+
+
+def _numbers(slots: Sequence[Slot]) -> set[int]:
+    return {slot.number for slot in slots}
+
+
+def _swapped(layout: RowLayout) -> RowLayout | None:
+    """The layout of the transpose of a matrix whose columns belong to samples."""
+    if isinstance(layout, RegularLayout) and layout.dim == 1:
+        return RegularLayout(0, layout.outer, layout.batch, layout.inner)
+    return None
+
+
+def _has_rows(layout: RowLayout) -> bool:
+    return not isinstance(layout, RegularLayout) or layout.dim == 0
+
+
+def _matrix(
+    first: Callable[[], Tensor],
+    second: Callable[[], Tensor],
+    g: Tensor,
+    layout: RowLayout,
+    numbers: tuple[int, int],
+    wanted: set[int],
+    with_bias: bool = False,
+) -> Contributions:
+    """`first @ second` with a parameter on either side; `g` is of its output."""
+    found: Contributions = {}
+    if numbers[1] in wanted and _has_rows(layout):
+        found[numbers[1]] = Dense(
+            layout.rows(first(), 1),
+            layout.rows(g, 1),
+            out_first=False,
+            with_bias=with_bias,
+        )
+    columns = _swapped(layout)
+    if numbers[0] in wanted and columns is not None:
+        found[numbers[0]] = Dense(
+            columns.rows(second().t(), 1), columns.rows(g.t(), 1), out_first=True
+        )
+    return found
+
+
+def _mm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    return _matrix(
+        lambda: node._saved_self,
+        lambda: node._saved_mat2,
+        *(g, layout, (0, 1), _numbers(slots)),
+    )
+
+
+def _addmm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    if node._saved_alpha != 1 or node._saved_beta != 1:
+        return {}
+    bias = next((slot for slot in slots if slot.number == 0), None)
+    is_row = bias is not None and bias.shape in {(g.shape[1],), (1, g.shape[1])}
+    found = _matrix(
+        lambda: node._saved_mat1,
+        lambda: node._saved_mat2,
+        *(g, layout, (1, 2), _numbers(slots), is_row),
+    )
+    if bias is not None and is_row and _has_rows(layout):
+        weight = found.get(2)
+        if isinstance(weight, Dense):
+            found[0] = DenseBias(weight, bias.shape)
+        else:
+            summed = broadcast.sum_over_time(layout.rows(g, 1))
+            found[0] = Materialized(summed.reshape(len(summed), *bias.shape))
+    return found
+
+
+def _mv(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    if 1 not in _numbers(slots) or not _has_rows(layout):
+        return {}
+    matrix = Dense(
+        layout.rows(node._saved_self, 1), layout.rows(g[:, None], 1), out_first=False
+    )
+    return {1: Column(matrix)}
+
+
+def _bmm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Only when samples are rows of each product, not products of the batch."""
+    if not isinstance(layout, RegularLayout) or layout.dim != 1:
+        return {}
+    rows = RegularLayout(0, layout.outer, layout.batch, layout.inner)
+    if 1 not in _numbers(slots):
+        return {}
+    return {
+        1: Stacked(
+            [
+                Dense(rows.rows(a, 1), rows.rows(b, 1), out_first=False)
+                for a, b in zip(node._saved_self, g, strict=True)
+            ]
+        )
+    }
+
+
+def _convolution(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    if not isinstance(layout, RegularLayout) or layout.dim != 0:
+        return {}
+    x, weight = node._saved_input, node._saved_weight
+    geometry = ConvGeometry(
+        kernel_size=tuple(weight.shape[2:]),
+        stride=tuple(node._saved_stride),
+        padding=tuple(node._saved_padding),
+        dilation=tuple(node._saved_dilation),
+        groups=node._saved_groups,
+        transposed=node._saved_transposed,
+        output_padding=tuple(node._saved_output_padding),
+    )
+    frames = layout.outer * layout.inner
+    found: Contributions = {}
+    if 1 in _numbers(slots):
+        if frames == 1:
+            found[1] = Convolution(x, g, geometry, with_bias=2 in _numbers(slots))
+        elif g.dim() < 5:
+            found[1] = _frames(x, g, geometry, layout)
+    if 2 in _numbers(slots):
+        weight_part = found.get(1)
+        if isinstance(weight_part, Convolution):
+            found[2] = ConvolutionBias(weight_part)
+        else:
+            summed = broadcast.sum_over_space(g.flatten(2))
+            found[2] = Materialized(layout.rows(summed, 1).sum(1))
+    return found
+
+
+def _frames(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, layout: RegularLayout
+) -> Frames:
+    """Several images a sample: a convolution of one axis more."""
+    deeper = ConvGeometry(
+        kernel_size=(1, *geometry.kernel_size),
+        stride=(1, *geometry.stride),
+        padding=(0, *geometry.padding),
+        dilation=(1, *geometry.dilation),
+        groups=geometry.groups,
+        transposed=geometry.transposed,
+        output_padding=(0, *geometry.output_padding),
+    )
+    volumes = (layout.isolate(t).movedim(1, 2) for t in (x, g))
+    return Frames(Convolution(*volumes, deeper, with_bias=False))
+
+
+def _layer_norm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    trailing = len(node._saved_normalized_shape)
+    if isinstance(layout, RegularLayout) and layout.dim >= g.dim() - trailing:
+        return {}
+
+    def rows(t: Tensor) -> Tensor:
+        return layout.rows(t, trailing).flatten(2)
+
+    mean, rstd = (rows(t)[..., 0] for t in (node._saved_result1, node._saved_result2))
+    pair = norm.layer_norm_gradients(rows(g), rows(node._saved_input), mean, rstd)
+    return _affine(pair, slots)
+
+
+def _affine(pair: tuple[Tensor, Tensor], slots: Sequence[Slot]) -> Contributions:
+    found: Contributions = {}
+    for slot in slots:
+        if slot.number in (1, 2):
+            samples = pair[slot.number - 1]
+            found[slot.number] = Materialized(
+                samples.reshape(len(samples), *slot.shape)
+            )
+    return found
+
+
+def _channels(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    layout: RowLayout,
+    slots: Sequence[Slot],
+) -> Contributions:
+    if not _has_rows(layout):
+        return {}
+    g, x = (t.reshape(t.shape[0], t.shape[1], -1) for t in (g, x))
+    pair = norm.channel_norm_gradients(g, x, mean, rstd)
+    weight, bias = (layout.rows(t, 1).sum(1) for t in pair)
+    return _affine((weight, bias), slots)
+
+
+def _group_norm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    mean, rstd = node._saved_result1, node._saved_result2
+    return _channels(g, node._saved_input, mean, rstd, layout, slots)
+
+
+def _batch_norm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    if node._saved_training:
+        mean, rstd = node._saved_result1, node._saved_result2
+    else:
+        mean = node._saved_running_mean
+        rstd = (node._saved_running_var + node._saved_eps).rsqrt()
+    return _channels(g, node._saved_input, mean[None], rstd[None], layout, slots)
+
+
+def _embedding(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    if node._saved_scale_grad_by_freq:
+        return {}
+    if isinstance(layout, RegularLayout) and layout.dim == g.dim() - 1:
+        return {}
+    ids = layout.rows(node._saved_indices, 0)
+    padding = int(node._saved_padding_idx)
+    return {0: Embedding(ids, layout.rows(g, 1), padding, slots[0].shape[0])}
+
+
+def _elementwise(
+    g: Tensor, factor: Tensor | None, layout: RowLayout, slot: Slot
+) -> Contribution | None:
+    """Gradient of a broadcast operand: the sum of g * factor over all it was spread."""
+    if not isinstance(layout, RegularLayout):
+        return None
+    missing = g.dim() - len(slot.shape)
+    shape = (1,) * missing + slot.shape
+    if shape[layout.dim] != 1 and layout.batch > 1:
+        return None  # the parameter itself has a row for each sample
+    if factor is not None:
+        factor = factor.expand(g.shape)
+    samples = _summed_like(g, factor, layout, shape)
+    return Materialized(samples.reshape(layout.batch, *slot.shape))
+
+
+def _summed_like(
+    g: Tensor, factor: Tensor | None, layout: RegularLayout, shape: tuple[int, ...]
+) -> Tensor:
+    """Sum of g * factor over the dims where `shape` is 1: `[batch, *shape]` or flat."""
+    is_last = all(size == 1 for size in shape[:-1]) and shape[-1] == g.shape[-1]
+    if is_last and layout.dim < g.dim() - 1:
+        if factor is None:
+            return broadcast.sum_over_time(layout.rows(g, 1))
+        return broadcast.product_over_time(layout.rows(g, 1), layout.rows(factor, 1))
+    is_channel = len(shape) > 2 and shape[1] == g.shape[1] and set(shape[2:]) == {1}
+    is_plain = layout.dim == 0 and layout.outer * layout.inner == 1
+    if factor is None and is_channel and is_plain:
+        return broadcast.sum_over_space(g.flatten(2))
+    samples = layout.isolate(g)
+    if factor is not None:
+        samples = samples * layout.isolate(factor)
+    dims = [i + 1 for i, size in enumerate(shape) if size == 1]
+    return samples.sum(dims, keepdim=True) if dims else samples
+
+
+def _add(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    found: Contributions = {}
+    for slot in slots:
+        if slot.number == 0 or node._saved_alpha == 1:
+            part = _elementwise(g, None, layout, slot)
+            if part is not None:
+                found[slot.number] = part
+    return found
+
+
+def _mul(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    found: Contributions = {}
+    if len(slots) > 1:
+        return found
+    other = node._saved_other if slots[0].number == 0 else node._saved_self
+    part = _elementwise(g, other, layout, slots[0])
+    return found if part is None else {slots[0].number: part}
+
+
+def _spread(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Expand and repeat over the batch alone: the output gradient is the answer."""
+    if not isinstance(layout, RegularLayout):
+        return {}
+    samples = layout.isolate(g)
+    slot = slots[0]
+    missing = samples.dim() - 1 - len(slot.shape)
+    shape = (1,) * missing + slot.shape
+    dims = [
+        i + 1
+        for i, (size, full) in enumerate(zip(shape, samples.shape[1:], strict=True))
+        if size == 1 and full != 1
+    ]
+    if dims:
+        samples = samples.sum(dims, keepdim=True)
+    if tuple(samples.shape[1:]) != shape:
+        return {}
+    return {0: Materialized(samples.reshape(len(samples), *slot.shape))}
+
+
+RULES: dict[str, Rule] = {
+    "AddmmBackward0": _addmm,
+    "MmBackward0": _mm,
+    "MvBackward0": _mv,
+    "BmmBackward0": _bmm,
+    "ConvolutionBackward0": _convolution,
+    "NativeLayerNormBackward0": _layer_norm,
+    "NativeGroupNormBackward0": _group_norm,
+    "NativeBatchNormBackward0": _batch_norm,
+    "CudnnBatchNormBackward0": _batch_norm,
+    "EmbeddingBackward0": _embedding,
+    "AddBackward0": _add,
+    "MulBackward0": _mul,
+    "ExpandBackward0": _spread,
+    "RepeatBackward0": _spread,
+}

@@ -1,0 +1,285 @@
+"""One backward pass under observation: hooks in, contributions out, hooks gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..ops import reduce
+from .contributions import (
+    Contribution,
+    ConvolutionBias,
+    Dense,
+    DenseBias,
+    Embedding,
+    Placed,
+    Pushed,
+    joined,
+)
+from .layout import RowLayout
+from .plan import EMBEDDING, Path, Plan, Slot, Use
+from .rules import contributions_of
+from .tape import Tape
+from .universal import Universal
+
+__all__ = ["Collected", "Session"]
+
+_BIASES = (DenseBias, ConvolutionBias)
+_TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
+_SAME_ORDER = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias"),
+        *("ToCopy", "Clone"),
+    )
+)
+
+
+@dataclass
+class Collected:
+    """What the hooks of one pass gathered, still in units of that pass' gradient."""
+
+    sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    second_moments: dict[str, Tensor] = field(default_factory=dict)
+    gram: Tensor | None = None
+    dots: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)  # sum over samples of g_n
+    grad_sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    rules: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Session:
+    """Hooks on the uses of one graph; what they see ends up in `collected`.
+
+    Args:
+        measure: any of "norms", "second_moments", "gram", "totals".
+        directions: `{name: {parameter: tensor}}`.
+        keep_grads: keep this pass' gradient itself.
+        announce: called with a message the first time a node has no rule.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        plan: Plan,
+        layouts: Sequence[Sequence[RowLayout | None]],
+        parameters: Mapping[str, Tensor],
+        batch: int,
+        *,
+        measure: frozenset[str],
+        directions: Mapping[str, Mapping[str, Tensor]],
+        keep_grads: bool,
+        announce: Callable[[str, Sequence[str]], None],
+    ) -> None:
+        self.collected = Collected()
+        self._parameters = parameters
+        self._batch = batch
+        self._measure = measure
+        self._directions = directions
+        self._keep_grads = keep_grads
+        self._announce = announce
+        self._missing = dict(plan.sources)
+        self._waiting: dict[str, list[Contribution]] = {}
+        self._handles: list[Any] = []
+        try:
+            for use, use_layouts in zip(plan.uses, layouts, strict=True):
+                self._hook_use(tape, use, use_layouts)
+            for name in plan.sources:
+                hook = self._gradient_hook(name)
+                node = tape.nodes[tape.leaves[name]]
+                self._handles.append(node.register_prehook(hook))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove every hook and let go of what waits."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._waiting.clear()
+
+    def finish(self) -> Collected:
+        """Complete the parameters some of whose uses got no gradient; remove hooks."""
+        with torch.no_grad():
+            for name in list(self._waiting):
+                self._complete(name)
+        self.close()
+        return self.collected
+
+    def _hook_use(
+        self, tape: Tape, use: Use, layouts: Sequence[RowLayout | None]
+    ) -> None:
+        # The closure holds the nodes between use and leaf, never the use itself: a
+        # cycle through the graph would keep it alive until the garbage collector runs.
+        deliver = [
+            (slot.number, path, self._delivery(tape, slot, path))
+            for slot in use.slots
+            for path in slot.paths
+        ]
+
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            if all(g is None for g in grads):
+                return
+            node = torch._C._current_autograd_node()
+            with torch.no_grad():
+                self._visit(use, node, grads, layouts, deliver)
+
+        self._handles.append(tape.nodes[use.node].register_prehook(hook))
+
+    def _visit(
+        self,
+        use: Use,
+        node: Any,
+        grads: Sequence[Tensor | None],
+        layouts: Sequence[RowLayout | None],
+        deliver: Sequence[tuple[int, Path, Callable[[Contribution], Contribution]]],
+    ) -> None:
+        found = contributions_of(use.name, node, grads, layouts, use.slots)
+        rest = [slot for slot in use.slots if slot.number not in found]
+        if rest:
+            self._announce(use.name, [p.parameter for s in rest for p in s.paths])
+            found |= Universal(node, grads, layouts, self._batch).contributions(rest)
+        # Weights first: they may compute their bias' norms in the same pass.
+        order = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
+        for number, path, delivered in order:
+            rule = "universal" if number in {s.number for s in rest} else use.name
+            self.collected.rules.setdefault(path.parameter, []).append(rule)
+            self._arrive(path.parameter, delivered(found[number]))
+
+    def _arrive(self, name: str, contribution: Contribution) -> None:
+        self._missing[name] -= 1
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(contribution)
+        if self._missing[name] == 0:
+            self._complete(name)
+        else:
+            waiting[-1] = contribution.settled()
+
+    def _complete(self, name: str) -> None:
+        parts = self._waiting.pop(name)
+        whole = parts[0] if len(parts) == 1 else joined(parts)
+        into = self.collected
+        if "gram" in self._measure:
+            gram = whole.gram()
+            into.sq_norms[name] = gram.diagonal().clone()
+            into.gram = gram if into.gram is None else into.gram + gram
+        else:
+            into.sq_norms[name] = whole.sq_norms()
+        if "second_moments" in self._measure:
+            into.second_moments[name] = whole.second_moment()
+        if "totals" in self._measure:
+            into.totals[name] = whole.total()
+        for direction, parts_of in self._directions.items():
+            if name in parts_of:
+                dots = whole.dots(parts_of[name])
+                sofar = into.dots.get(direction)
+                into.dots[direction] = dots if sofar is None else sofar + dots
+
+    def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[0]
+            if grad is not None:
+                with torch.no_grad():
+                    self.take_gradient(name, grad)
+
+        return hook
+
+    def take_gradient(self, name: str, grad: Tensor) -> None:
+        """Note the gradient of one parameter in this pass."""
+        if grad.layout != torch.strided:
+            grad = grad.coalesce() if grad.is_sparse else grad.to_dense()
+        values = grad.values() if grad.is_sparse else grad
+        self.collected.grad_sq_norms[name] = reduce.sq_norm(values)
+        if self._keep_grads:
+            kept = grad.to_dense() if grad.is_sparse else grad.clone()
+            self.collected.grads[name] = kept
+
+    def _delivery(
+        self, tape: Tape, slot: Slot, path: Path
+    ) -> Callable[[Contribution], Contribution]:
+        """How a contribution to a slot becomes one to the parameter behind it."""
+        parameter = self._parameters[path.parameter]
+        shape = tuple(parameter.shape)
+        if path.steps is None:
+            edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
+            return lambda inner: Pushed(inner, shape, _pusher(edge, parameter))
+        if not path.steps:
+            return lambda inner: inner
+        names = [tape.names[node] for node, _, _ in path.steps]
+        nodes = [tape.nodes[node] for node, _, _ in path.steps]
+        if names[-1] == EMBEDDING:
+            return _table_delivery(nodes, names, slot, shape, parameter)
+        place = _placer(nodes, names, path.steps)
+        is_transpose = len(names) == 1 and names[0] in _TRANSPOSE
+
+        def placed(inner: Contribution) -> Contribution:
+            if is_transpose and isinstance(inner, Dense):
+                return inner.transposed()
+            return Placed(inner, shape, place)
+
+        return placed
+
+
+def _table_delivery(
+    nodes: list[Any],
+    names: list[str],
+    slot: Slot,
+    shape: tuple[int, ...],
+    parameter: Tensor,
+) -> Callable[[Contribution], Contribution]:
+    """A table looked up once for all samples: the ids are the same in each."""
+    table = nodes[-1]
+    in_order = all(name in _SAME_ORDER for name in names[:-1])
+    edge = GradientEdge(nodes[0], 0)
+
+    def delivered(inner: Contribution) -> Contribution:
+        if not in_order or table._saved_scale_grad_by_freq:
+            return Pushed(inner, shape, _pusher(edge, parameter))
+        ids = table._saved_indices.flatten()
+        rows = inner.per_sample(0, inner.batch)
+        rows = rows.reshape(inner.batch, len(ids), shape[1])
+        ids = ids.expand(inner.batch, -1)
+        return Embedding(ids, rows, int(table._saved_padding_idx), shape[0])
+
+    return delivered
+
+
+def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    def push(grad: Tensor) -> Tensor:
+        (pushed,) = torch.autograd.grad(
+            edge, parameter, grad.to(_dtype_of(edge)), retain_graph=True
+        )
+        return pushed
+
+    return push
+
+
+def _dtype_of(edge: GradientEdge) -> torch.dtype:
+    return edge.node._input_metadata[edge.output_nr].dtype
+
+
+def _placer(
+    nodes: list[Any], names: list[str], steps: Sequence[tuple[int, int, int]]
+) -> Callable[[Tensor], Tensor]:
+    chain = [
+        (node, len(node._input_metadata), output, number)
+        for node, name, (_, output, number) in zip(nodes, names, steps, strict=True)
+        if name != "ToCopyBackward0"
+    ]
+
+    def place(t: Tensor) -> Tensor:
+        for node, outputs, output, number in chain:
+            grads: list[Tensor | None] = [None] * outputs
+            grads[output] = t
+            moved = node(*grads)
+            t = moved[number] if isinstance(moved, tuple) else moved
+        return t
+
+    return place

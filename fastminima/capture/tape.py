@@ -1,0 +1,119 @@
+"""The autograd graph of a loss as a list of numbered nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from torch.autograd.graph import Node
+
+__all__ = ["ACCUMULATE", "Tape"]
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+class Tape:
+    """One walk over the graph below `root`: nodes in order of discovery, and edges.
+
+    The same program gives the same numbers, so what was found out about a graph can be
+    kept under `key` and applied to the nodes of the next step.
+
+    Attributes:
+        nodes: the graph's nodes; `nodes[0]` is the root.
+        names: their names, and for a leaf the name of its parameter.
+        children: for each node, for each of its inputs, (node, output number) or None.
+        key: hashable; equal for graphs of equal structure over the same parameters.
+    """
+
+    def __init__(self, root: Node, parameter_names: Mapping[int, str]) -> None:
+        nodes, index, children = [root], {root: 0}, []
+        for node in nodes:
+            edges = []
+            for child, number in node.next_functions:
+                if child is None:
+                    edges.append(None)
+                    continue
+                i = index.get(child)
+                if i is None:
+                    i = index[child] = len(nodes)
+                    nodes.append(child)
+                edges.append((i, number))
+            children.append(tuple(edges))
+        names = [node.name() for node in nodes]
+        leaves = {}
+        for i, name in enumerate(names):
+            if name == ACCUMULATE:
+                parameter = parameter_names.get(id(nodes[i].variable))  # type: ignore[attr-defined]
+                if parameter is not None:
+                    leaves[parameter] = i
+                    names[i] = f"leaf {parameter}"
+        self.nodes: list[Any] = nodes
+        self.names: list[str] = names
+        self.leaves: dict[str, int] = leaves
+        self.children: list[tuple[tuple[int, int] | None, ...]] = children
+        self.key = (tuple(names), tuple(children))
+
+    @cached_property
+    def parents(self) -> list[list[tuple[int, int, int]]]:
+        """For each node its consumers: (node, input number there, output number here)."""
+        parents: list[list[tuple[int, int, int]]] = [[] for _ in self.nodes]
+        for i, edges in enumerate(self.children):
+            for slot, edge in enumerate(edges):
+                if edge is not None:
+                    parents[edge[0]].append((i, slot, edge[1]))
+        return parents
+
+    @cached_property
+    def leaves_first(self) -> list[int]:
+        """Node numbers ordered so that every node comes after its children."""
+        order: list[int] = []
+        stack = [(0, iter(self.children[0]))]
+        entered = {0}
+        while stack:
+            i, edges = stack[-1]
+            for edge in edges:
+                if edge is not None and edge[0] not in entered:
+                    entered.add(edge[0])
+                    stack.append((edge[0], iter(self.children[edge[0]])))
+                    break
+            else:
+                stack.pop()
+                order.append(i)
+        return order
+
+    def shapes(self, i: int) -> list[tuple[int, ...]]:
+        """Shapes of the outputs of node `i`."""
+        return [tuple(meta.shape) for meta in self.nodes[i]._input_metadata]
+
+    def is_leaf(self, i: int) -> bool:
+        """Whether node `i` accumulates the gradient of a leaf, tracked or not."""
+        return not self.children[i] and (
+            self.names[i].startswith("leaf ") or self.names[i] == ACCUMULATE
+        )
+
+    @cached_property
+    def is_parameter_side(self) -> list[bool]:
+        """Whether all that is known to flow into a node are leaves.
+
+        Inputs that need no gradient are not in the graph, so such a node may still
+        read data; `is_surely_parameter` has no such inputs.
+        """
+        side = [False] * len(self.nodes)
+        for i in self.leaves_first:
+            edges = [e for e in self.children[i] if e is not None]
+            side[i] = self.is_leaf(i) or (
+                bool(edges) and all(side[e[0]] for e in edges)
+            )
+        return side
+
+    @cached_property
+    def is_surely_parameter(self) -> list[bool]:
+        """Whether everything that flows into a node is a leaf."""
+        sure = [False] * len(self.nodes)
+        for i in self.leaves_first:
+            sure[i] = self.is_leaf(i) or (
+                bool(self.children[i])
+                and all(e is not None and sure[e[0]] for e in self.children[i])
+            )
+        return sure

@@ -1,0 +1,68 @@
+"""The rule for nodes without a rule: their backward, once per sample.
+
+A node's backward is linear in its output gradient, so with the rows of all samples but
+one set to zero it returns that sample's gradients. It costs the batch size times the
+node's own backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulation_dtype
+from .contributions import Contribution, Materialized
+from .layout import RowLayout
+from .plan import Slot
+
+__all__ = ["Universal"]
+
+
+class Universal:
+    """The sample gradients of one node's inputs, by calling the node itself."""
+
+    def __init__(
+        self,
+        node: Any,
+        grads: Sequence[Tensor | None],
+        layouts: Sequence[RowLayout | None],
+        batch: int,
+    ) -> None:
+        self.node, self.grads, self.layouts, self.batch = node, grads, layouts, batch
+
+    def contributions(self, slots: Sequence[Slot]) -> dict[int, Contribution]:
+        """A contribution for each slot, all of one sweep over the samples."""
+        samples: dict[int, list[Tensor]] = {slot.number: [] for slot in slots}
+        for n in range(self.batch):
+            found = self._backward_of(n)
+            for slot in slots:
+                samples[slot.number].append(
+                    _fitted(found[slot.number], slot, self._any)
+                )
+        return {i: Materialized(torch.stack(parts)) for i, parts in samples.items()}
+
+    @property
+    def _any(self) -> Tensor:
+        return next(g for g in self.grads if g is not None)
+
+    def _backward_of(self, n: int) -> tuple[Tensor | None, ...]:
+        masked = [
+            None if g is None or layout is None else layout.keep_only(g, n)
+            for g, layout in zip(self.grads, self.layouts, strict=True)
+        ]
+        # Python functions keep their backward in `apply`; calling the node is C++ only.
+        call = getattr(self.node, "apply", self.node)
+        found = call(*masked)
+        return found if isinstance(found, tuple) else (found,)
+
+
+def _fitted(grad: Tensor | None, slot: Slot, like: Tensor) -> Tensor:
+    """What the engine does with a node's result: undo broadcasting, accumulate."""
+    if grad is None:
+        return torch.zeros(slot.shape, dtype=like.dtype, device=like.device)
+    if tuple(grad.shape) != slot.shape:
+        grad = grad.sum_to_size(slot.shape)
+    return grad.to(accumulation_dtype(grad.dtype))

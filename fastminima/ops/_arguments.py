@@ -1,0 +1,27 @@
+"""How tensors become arguments of the native kernels."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulation_dtype
+
+__all__ = ["FLOATS", "SUFFIX", "accumulated", "contiguous_rows"]
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the accumulation dtype of all of them."""
+    dtypes = (x.dtype for x in tensors)
+    dtype = accumulation_dtype(reduce(torch.promote_types, dtypes))
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x`, copied unless its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

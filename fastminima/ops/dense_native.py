@@ -1,0 +1,110 @@
+"""Calls of the native kernels for dense weights, and which to use for which sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._arguments import SUFFIX, accumulated, contiguous_rows
+
+__all__ = [
+    "choose",
+    "direct_sq_norms",
+    "gram_sq_norms",
+    "guard",
+    "row_sq_norms",
+    "sequence_second_moment",
+    "sequence_sq_norms",
+]
+
+_GUARANTEED = {torch.float32: 1e-4, torch.float64: 1e-11}
+
+
+def choose(time: int, d_in: int, d_out: int) -> str:
+    """Which way is faster for one sample: "rows", "gram" or "direct"."""
+    if time == 1:
+        return "rows"
+    return "gram" if time * (d_in + d_out) < 2 * d_in * d_out else "direct"
+
+
+def guard(d_in: int, d_out: int, dtype: torch.dtype) -> float:
+    """Smallest share of the parts at which the Gram sum R is accurate enough."""
+    return torch.finfo(dtype).eps * (d_in + d_out) ** 0.5 / _GUARANTEED[dtype]
+
+
+def _numbers(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    a, g = accumulated(a, g)
+    a, g = contiguous_rows(a), contiguous_rows(g)
+    numbers = (
+        *(a.data_ptr(), a.stride(0), a.stride(1)),
+        *(g.data_ptr(), g.stride(0), g.stride(1)),
+        *(*g.shape[:2], a.shape[2], g.shape[2]),
+    )
+    return a, g, numbers  # the tensors must outlive the call
+
+
+def row_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fastminima.ops.dense.row_sq_norms`."""
+    a, g = accumulated(a, g)
+    a, g = contiguous_rows(a), contiguous_rows(g)
+    weight, bias = g.new_empty(2, len(g)).unbind()
+    getattr(kernels, f"row_sq_norms_{SUFFIX[g.dtype]}")(
+        *(a.data_ptr(), a.stride(0), g.data_ptr(), g.stride(0)),
+        *(len(g), a.shape[1], g.shape[1], weight.data_ptr(), bias.data_ptr()),
+        _native.threads(),
+    )
+    return weight, bias
+
+
+def _sequence(
+    kernels: Any, a: Tensor, g: Tensor, share: float | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By the Gram sum, or directly where `share` is None."""
+    a, g, numbers = _numbers(a, g)
+    weight, bias = g.new_empty(2, len(g)).unbind()
+    getattr(kernels, f"sequence_sq_norms_{SUFFIX[g.dtype]}")(
+        *(numbers, -1.0 if share is None else share, weight.data_ptr()),
+        *(bias.data_ptr() if with_bias else 0, _native.threads()),
+    )
+    return weight, bias if with_bias else None
+
+
+def sequence_sq_norms(
+    kernels: Any, a: Tensor, g: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `fastminima.ops.dense.sequence_sq_norms`."""
+    _, time, d_in = a.shape
+    d_out = g.shape[2]
+    way = choose(time, d_in, d_out)
+    if way == "rows":
+        weight, bias = row_sq_norms(kernels, a[:, 0], g[:, 0])
+        return weight, bias if with_bias else None
+    dtype = accumulated(a[:0], g[:0])[0].dtype
+    share = guard(d_in, d_out, dtype) if way == "gram" else None
+    return _sequence(kernels, a, g, share, with_bias)
+
+
+def gram_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    """See `fastminima.ops.dense.gram_sq_norms`."""
+    return _sequence(kernels, a, g, 0.0, False)[0]
+
+
+def direct_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    """See `fastminima.ops.dense.direct_sq_norms`."""
+    return _sequence(kernels, a, g, None, False)[0]
+
+
+def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    """See `fastminima.ops.dense.sequence_second_moment`."""
+    if g.shape[1] == 1:
+        a, g = accumulated(a[:, 0], g[:, 0])
+        return g.square().T @ a.square()
+    a, g, numbers = _numbers(a, g)
+    total = g.new_empty(g.shape[2], a.shape[2])
+    getattr(kernels, f"sequence_second_moment_{SUFFIX[g.dtype]}")(
+        numbers, total.data_ptr(), _native.threads()
+    )
+    return total

@@ -1,0 +1,272 @@
+"""What one backward pass says about the gradients of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["GradientStatistics"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientStatistics:
+    """Statistics of the per-sample gradients g_n of one batch.
+
+    g_n is the gradient of sample n's own loss (not divided by the batch size). Tensors
+    are in the accumulation dtype: float64 for float64 models, float32 otherwise.
+    Dictionaries hold the parameters that the loss reached; an absent one counts as zero.
+
+    Attributes:
+        count: number of samples N.
+        parameter_count: number of tracked scalars P, whether the loss reached them or not.
+        sq_norms: `[count]`, |g_n|^2, or None when norms were not measured.
+        mean_grad_sq_norm: 0-d, squared norm of the mean of the g_n.
+        sq_norms_by_parameter: `{name: [count]}`, with `per_parameter=True`.
+        second_moments: `{name: like the parameter}`, mean over n of g_n^2 elementwise.
+        gram: `[count, count]`, <g_n, g_m>.
+        dots: `{direction: [count]}`, <g_n, v>.
+        mean_grad: `{name: like the parameter}`, with `keep_mean=True`.
+    """
+
+    count: int
+    parameter_count: int
+    sq_norms: Float[Tensor, " count"] | None
+    mean_grad_sq_norm: Float[Tensor, ""]
+    sq_norms_by_parameter: dict[str, Tensor] | None = None
+    second_moments: dict[str, Tensor] | None = None
+    gram: Float[Tensor, "count count"] | None = None
+    dots: dict[str, Tensor] = field(default_factory=dict)
+    mean_grad: dict[str, Tensor] | None = None
+
+    @property
+    def covariance_trace(self) -> Float[Tensor, ""]:
+        """Trace of Sigma, the summed variance of the gradient over samples; unbiased.
+
+        (sum_n |g_n|^2 - N |mean|^2) / (N - 1).
+
+        Raises:
+            ValueError: for one sample, or when norms were not measured.
+        """
+        self._need_two("A covariance")
+        total = self._total_sq_norm() - self.count * self.mean_grad_sq_norm.double()
+        return (total / (self.count - 1)).to(self.mean_grad_sq_norm.dtype)
+
+    @property
+    def signal(self) -> Float[Tensor, ""]:
+        """|E g|^2, unbiased: |mean|^2 - tr Sigma / N. It may come out negative.
+
+        Source: McCandlish et al. (2018), arXiv:1812.06162, appendix A.1.
+        """
+        return self.mean_grad_sq_norm - self.covariance_trace / self.count
+
+    @property
+    def noise_scale(self) -> Float[Tensor, ""]:
+        """Trace of Sigma over |E g|^2, in samples: where gradient noise and signal are equal.
+
+        Numerator and denominator are unbiased, their ratio is not: average them over
+        steps before dividing. Negative when the batch is too small to see the signal.
+
+        Source: McCandlish et al. (2018), arXiv:1812.06162, "simple noise scale".
+        """
+        return self.covariance_trace / self.signal
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """Unbiased elementwise variance of g_n, `{name: like the parameter}`.
+
+        Raises:
+            ValueError: for one sample, or without second moments and the mean.
+        """
+        self._need_two("A variance")
+        if self.second_moments is None or self.mean_grad is None:
+            raise ValueError(
+                "A variance needs the second moments and the mean gradient; create "
+                "the probe with measure=('second_moments',) and keep_mean=True."
+            )
+        factor = self.count / (self.count - 1)
+        return {
+            name: (moment - self.mean_grad[name].square()).clamp_min(0) * factor
+            for name, moment in self.second_moments.items()
+        }
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number here is finite (waits for the device)."""
+        return all(bool(torch.isfinite(t).all()) for t in self._tensors())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and lists for a log line; tensors of parameter size stay out.
+
+        Quantities that need two samples are left out when there is one.
+        """
+        row: dict[str, Any] = {
+            "count": self.count,
+            "parameter_count": self.parameter_count,
+            "mean_grad_sq_norm": self.mean_grad_sq_norm.item(),
+        }
+        if self.sq_norms is not None:
+            row["sq_norms"] = self.sq_norms.tolist()
+            if self.count > 1:
+                for name in ("covariance_trace", "signal", "noise_scale"):
+                    row[name] = getattr(self, name).item()
+        if self.sq_norms_by_parameter is not None:
+            row["sq_norms_by_parameter"] = {
+                name: t.tolist() for name, t in self.sq_norms_by_parameter.items()
+            }
+        if self.dots:
+            row["dots"] = {name: t.tolist() for name, t in self.dots.items()}
+        return row
+
+    def __add__(self, other: GradientStatistics) -> GradientStatistics:
+        """Statistics of both sets of samples, taken at the same parameters.
+
+        The Gram matrix has no sum (its cross blocks were never seen): it is None.
+
+        Raises:
+            ValueError: without `keep_mean=True`, or for different measurements.
+        """
+        if not isinstance(other, GradientStatistics):
+            return NotImplemented
+        self._check_same_kind(other)
+        a, b = self.count, other.count
+        mean = _weighted(self._kept_mean(), a, other._kept_mean(), b)
+        return replace(
+            self,
+            count=a + b,
+            sq_norms=_concatenated(self.sq_norms, other.sq_norms),
+            mean_grad=mean,
+            mean_grad_sq_norm=_sq_norm(mean, self.mean_grad_sq_norm),
+            second_moments=None
+            if self.second_moments is None or other.second_moments is None
+            else _weighted(self.second_moments, a, other.second_moments, b),
+            sq_norms_by_parameter=_joined(
+                self.sq_norms_by_parameter, a, other.sq_norms_by_parameter, b
+            ),
+            gram=None,
+            dots=_joined(self.dots, a, other.dots, b) or {},
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> GradientStatistics:
+        """Statistics of the samples of all ranks of `group`, the same on each rank.
+
+        Samples come in rank order. Every rank must call it.
+
+        Raises:
+            ValueError: without `keep_mean=True`.
+        """
+        self._kept_mean()
+        parts: list[GradientStatistics | None] = [None] * dist.get_world_size(group)
+        small = replace(self, mean_grad={}, second_moments=None, gram=None)
+        dist.all_gather_object(parts, small, group=group)
+        ranks = [part for part in parts if part is not None]
+        total = ranks[0]
+        for part in ranks[1:]:
+            total = total + part
+        mean = self._reduced(self._kept_mean(), total.count, group)
+        moments = self.second_moments
+        if moments is not None:
+            moments = self._reduced(moments, total.count, group)
+        return replace(
+            total,
+            mean_grad=mean,
+            mean_grad_sq_norm=_sq_norm(mean, self.mean_grad_sq_norm),
+            second_moments=moments,
+        )
+
+    def _reduced(
+        self, part: Mapping[str, Tensor], count: int, group: dist.ProcessGroup | None
+    ) -> dict[str, Tensor]:
+        """Mean over all ranks' samples; ranks may have reached different parameters."""
+        names: list[list[tuple[str, torch.Size]]] = [[]] * dist.get_world_size(group)
+        mine = [(name, t.shape) for name, t in part.items()]
+        dist.all_gather_object(names, mine, group=group)
+        shapes = {name: shape for rank in names for name, shape in rank}
+        result = {}
+        for name, shape in shapes.items():
+            t = part[name] if name in part else self.mean_grad_sq_norm.new_zeros(shape)
+            result[name] = t * (self.count / count)
+            dist.all_reduce(result[name], group=group)
+        return result
+
+    def _total_sq_norm(self) -> Tensor:
+        if self.sq_norms is None:
+            raise ValueError(
+                "The gradient norms were not measured; add 'norms' to the probe's "
+                "`measure`."
+            )
+        return self.sq_norms.double().sum()
+
+    def _need_two(self, what: str) -> None:
+        if self.count < 2:
+            raise ValueError(
+                f"{what} needs at least 2 samples, got {self.count}. Use a larger "
+                "batch, or add the statistics of several (keep_mean=True)."
+            )
+
+    def _kept_mean(self) -> dict[str, Tensor]:
+        if self.mean_grad is None:
+            raise ValueError(
+                "Statistics can be added or reduced only with the mean gradient; "
+                "create the probe with keep_mean=True."
+            )
+        return self.mean_grad
+
+    def _check_same_kind(self, other: GradientStatistics) -> None:
+        for what, a, b in (
+            ("tracked parameters", self.parameter_count, other.parameter_count),
+            ("directions", sorted(self.dots), sorted(other.dots)),
+            ("norms", self.sq_norms is None, other.sq_norms is None),
+        ):
+            if a != b:
+                raise ValueError(
+                    f"These statistics differ in their {what} ({a} and {b}); add only "
+                    "statistics of one probe."
+                )
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.mean_grad_sq_norm, *self.dots.values()]
+        for part in (self.second_moments, self.mean_grad, self.sq_norms_by_parameter):
+            tensors += (part or {}).values()
+        return tensors + [t for t in (self.sq_norms, self.gram) if t is not None]
+
+
+def _sq_norm(vector: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=like.device)
+    for t in vector.values():
+        total = total + t.double().square().sum()
+    return total.to(like.dtype)
+
+
+def _concatenated(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.cat([a, b])
+
+
+def _weighted(
+    a: Mapping[str, Tensor], na: int, b: Mapping[str, Tensor], nb: int
+) -> dict[str, Tensor]:
+    total = na + nb
+    mean = {name: t * (na / total) for name, t in a.items()}
+    for name, t in b.items():
+        part = t * (nb / total)
+        mean[name] = mean[name] + part if name in mean else part
+    return mean
+
+
+def _joined(
+    a: Mapping[str, Tensor] | None, na: int, b: Mapping[str, Tensor] | None, nb: int
+) -> dict[str, Tensor] | None:
+    if a is None or b is None:
+        return None
+    joined = {}
+    for name in dict.fromkeys([*a, *b]):
+        like = a[name] if name in a else b[name]
+        left = a[name] if name in a else like.new_zeros(na)
+        right = b[name] if name in b else like.new_zeros(nb)
+        joined[name] = torch.cat([left, right])
+    return joined

@@ -1,0 +1,46 @@
+"""The loop over the implementations of an op."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastminima._dtypes import accumulation_dtype
+
+
+def _double(value):
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def _check(op, *args, dtype=None, rtol=None, atol=None, nonnegative=False):
+    """Compare every implementation with the reference in float64.
+
+    Results must come in the accumulation dtype of the first floating argument.
+    """
+    first = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    dtype = accumulation_dtype(first.dtype)
+    want = op.reference(*map(_double, args))
+    for backend in op.backends("cpu", args[0].dtype):
+        got = op.on(backend, "cpu", args[0].dtype)(*args)
+        many = isinstance(got, tuple)
+        for part, truth in zip(
+            *((got, want) if many else ([got], [want])), strict=True
+        ):
+            if truth is None:
+                assert part is None, backend
+                continue
+            assert part.dtype == dtype, backend
+            assert not nonnegative or bool((part >= 0).all()), backend
+            torch.testing.assert_close(
+                part,
+                truth.to(dtype),
+                rtol=rtol,
+                atol=atol,
+                msg=lambda m, b=backend: f"{op.name} by {b}: {m}",
+            )
+
+
+@pytest.fixture
+def check():
+    """Compare every implementation of an op with its reference in float64."""
+    return _check
