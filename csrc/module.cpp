@@ -4,6 +4,7 @@
 namespace fastminima {
 void bind_conv(py::module_& m);
 void bind_dense(py::module_& m);
+void bind_vector(py::module_& m);
 }
 
 namespace py = pybind11;
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_native_ext, m) {
 #endif
   fastminima::bind_conv(m);
   fastminima::bind_dense(m);
+  fastminima::bind_vector(m);
 }
