@@ -95,39 +95,43 @@ FM_INLINE typename Simd<scalar_t>::vec first_lanes(typename Simd<scalar_t>::vec 
   return index < splat(scalar_t(lanes)) ? v : zero;
 }
 
-// Lower and upper half of a0 b0 a1 b1 a2 b2 ...
-#define FM_INTERLEAVE(VEC, LOW, HIGH)                                                         \
-  FM_INLINE VEC interleave_low(VEC a, VEC b) { return __builtin_shufflevector(a, b, LOW); }   \
-  FM_INLINE VEC interleave_high(VEC a, VEC b) { return __builtin_shufflevector(a, b, HIGH); }
-#define FM_LIST(...) __VA_ARGS__
-#if FM_BYTES == 64
-FM_INTERLEAVE(vec_f32, FM_LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-              FM_LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
-FM_INTERLEAVE(vec_f64, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
-#elif FM_BYTES == 32
-FM_INTERLEAVE(vec_f32, FM_LIST(0, 8, 1, 9, 2, 10, 3, 11), FM_LIST(4, 12, 5, 13, 6, 14, 7, 15))
-FM_INTERLEAVE(vec_f64, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
+#if defined(__clang__)
+#define FM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-FM_INTERLEAVE(vec_f32, FM_LIST(0, 4, 1, 5), FM_LIST(2, 6, 3, 7))
-FM_INTERLEAVE(vec_f64, FM_LIST(0, 2), FM_LIST(1, 3))
+#define FM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (typename Simd<scalar_t>::index){__VA_ARGS__})
 #endif
-#undef FM_LIST
-#undef FM_INTERLEAVE
 
-// Transposes a square of vectors: log2(width) perfect shuffles of its rows.
+// a0 b0 a1 b1 ... of the lower halves, then of the upper halves.
+template <typename scalar_t>
+FM_INLINE void interleave(typename Simd<scalar_t>::vec a, typename Simd<scalar_t>::vec b,
+                          typename Simd<scalar_t>::vec& low, typename Simd<scalar_t>::vec& high) {
+  if constexpr (Simd<scalar_t>::width == 16) {
+    low = FM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = FM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (Simd<scalar_t>::width == 8) {
+    low = FM_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = FM_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else if constexpr (Simd<scalar_t>::width == 4) {
+    low = FM_SHUFFLE(a, b, 0, 4, 1, 5);
+    high = FM_SHUFFLE(a, b, 2, 6, 3, 7);
+  } else {
+    low = FM_SHUFFLE(a, b, 0, 2);
+    high = FM_SHUFFLE(a, b, 1, 3);
+  }
+}
+
+// Transposes a square of width x width: a perfect shuffle of the rows, log2(width) times.
 template <typename scalar_t>
 FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width]) {
   constexpr int W = Simd<scalar_t>::width;
-  typename Simd<scalar_t>::vec w[W];
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
+    typename Simd<scalar_t>::vec next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; i++)
+      interleave<scalar_t>(v[i], v[i + W / 2], next[2 * i], next[2 * i + 1]);
 #pragma GCC unroll 16
-    for (int i = 0; i < W / 2; i++) {
-      w[2 * i] = interleave_low(v[i], v[i + W / 2]);
-      w[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) v[i] = w[i];
+    for (int i = 0; i < W; i++) v[i] = next[i];
   }
 }
 

@@ -83,46 +83,6 @@ FM_INLINE void pack(const scalar_t* x, int64_t stride, int64_t depth, int64_t co
   }
 }
 
-#if defined(__clang__)
-#define FM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define FM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (typename Simd<scalar_t>::index){__VA_ARGS__})
-#endif
-
-// a0 b0 a1 b1 ... of the lower halves, then of the upper halves.
-template <typename scalar_t>
-FM_INLINE void interleave(typename Simd<scalar_t>::vec a, typename Simd<scalar_t>::vec b,
-                          typename Simd<scalar_t>::vec& low, typename Simd<scalar_t>::vec& high) {
-  if constexpr (Simd<scalar_t>::width == 16) {
-    low = FM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = FM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  } else if constexpr (Simd<scalar_t>::width == 8) {
-    low = FM_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    high = FM_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  } else if constexpr (Simd<scalar_t>::width == 4) {
-    low = FM_SHUFFLE(a, b, 0, 4, 1, 5);
-    high = FM_SHUFFLE(a, b, 2, 6, 3, 7);
-  } else {
-    low = FM_SHUFFLE(a, b, 0, 2);
-    high = FM_SHUFFLE(a, b, 1, 3);
-  }
-}
-
-// Transposes a square of width x width: a perfect shuffle of the rows, log2(width) times.
-template <typename scalar_t>
-FM_INLINE void transpose(typename Simd<scalar_t>::vec (&v)[Simd<scalar_t>::width]) {
-  constexpr int W = Simd<scalar_t>::width;
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    typename Simd<scalar_t>::vec next[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; i++)
-      interleave<scalar_t>(v[i], v[i + W / 2], next[2 * i], next[2 * i + 1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) v[i] = next[i];
-  }
-}
-
 // out[k * stride + i] = x[i * x_stride + k] for a full square of width x width.
 template <typename scalar_t>
 FM_INLINE void transpose_square(const scalar_t* x, int64_t x_stride, scalar_t* out,

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cpu/conv.h"
-#include "cpu/tile.h"
+#include "cpu/conv_tile.h"
 
 namespace fastminima {
 namespace FM_ISA {
