@@ -123,12 +123,13 @@ def _laptop(dataset: str) -> Settings:
         train_size=1440 if is_small else 12_000,
         validation_size=357 if is_small else 10_000,
         hidden=(50,) * 20,
-        pairs=_grid((6e-5, 1.2e-4, 2.5e-4, 5e-4, 1e-3), (50, 100, 200)),
+        pairs=_grid((5e-5, 1e-4, 2e-4, 5e-4), (16, 32, 64)),
         seeds=(0, 1),
-        epochs=60,
-        rungs=(0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05),
+        epochs=200 if is_small else 40,
+        rungs=(0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05),
         measure_size=1440 if is_small else 2000,
-        products=60,
+        products=50,
+        checks=2 if is_small else 4,
     )
 
 
