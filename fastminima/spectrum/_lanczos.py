@@ -16,6 +16,9 @@ __all__ = ["LanczosRun", "Ritz"]
 
 Multiply = Callable[[Tensor], Tensor]
 
+# Its reciprocal is finite in float32, so that a zero vector stays one.
+_TINY = torch.finfo(torch.float32).tiny
+
 
 class Ritz(NamedTuple):
     """Eigenpairs of the matrix restricted to the space, ascending, on the host."""
@@ -57,6 +60,7 @@ class LanczosRun:
         self.products = 0
         self.size = 0
         self.is_exhausted = False
+        self._norm = torch.zeros((), dtype=torch.float64, device=start.device)
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []  # not looked at yet
         self._matrix = np.zeros((0, 0))
         self._leaks = np.zeros((len(self._deflate), 0))
@@ -82,9 +86,7 @@ class LanczosRun:
             column, norm = result[:1], result[1]
         self._norm = norm
         self._steps.append((leak, column, norm))
-        self.basis.append(w.mul_(norm.clamp_min(1e-300).reciprocal().to(w.dtype)))
-
-    _norm = torch.zeros((), dtype=torch.float64)
+        self.basis.append(w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype)))
 
     def _look(self) -> None:
         """Bring the steps made since the last look to the host."""

@@ -65,8 +65,8 @@ def top_eigenpairs(
     Example:
         >>> import torch
         >>> pairs = top_eigenpairs(torch.diag(torch.tensor([1.0, 5.0, 5.0])), k=2)
-        >>> pairs.values, pairs.converged
-        (tensor([5., 5.]), True)
+        >>> [round(value, 3) for value in pairs.values.tolist()], pairs.converged
+        ([5.0, 5.0], True)
 
     Source: Lanczos (1950); Kuczynski and Wozniakowski (1992), SIAM J. Matrix Anal. Appl.
     13(4), theorem 4.2, for the probability.
