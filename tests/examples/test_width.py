@@ -24,7 +24,7 @@ from examples.three_factors import settings, width
 tiny = settings.Settings(
     preset="tiny", dataset="digits", train_size=512, validation_size=100,
     hidden=(12, 12), pairs=((0.02, 8), (0.04, 16), (0.08, 8), (0.16, 16)),
-    seeds=(0, 1, 2), epochs=8, rungs=(1.5, 1.0, 0.7), measure_size=256, products=4)
+    seeds=(0, 1, 2), epochs=6, rungs=(1.5, 1.0, 0.7), measure_size=128, products=4)
 if __name__ == "__main__":
     sys.exit(width.run(tiny, Path(sys.argv[1]), workers=2))
 """
@@ -142,6 +142,7 @@ def until(condition, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_interrupted_it_goes_on_and_loses_nothing(tmp_path):
     driver, path = tmp_path / "driver.py", tmp_path / "runs.jsonl"
@@ -191,6 +192,7 @@ def test_interrupted_it_goes_on_and_loses_nothing(tmp_path):
     assert output.strip().splitlines()[-1].startswith("The claim ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_dies_is_said(tmp_path):
     driver, path = tmp_path / "driver.py", tmp_path / "runs.jsonl"
