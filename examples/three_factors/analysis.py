@@ -127,11 +127,11 @@ def correlation(rows: Sequence[Row], name: str, *, sign: int = 1) -> Correlation
     keep = np.isfinite(y)
     x, y = _ranks(x[keep]), _ranks(y[keep])
     rng = np.random.default_rng(0)
-    rho = _pearson(x, y)
-    shuffled = np.array([_pearson(x, rng.permutation(y)) for _ in range(9_999)])
+    rho = float(_pearson(x, y))
+    shuffled = _pearson(x, rng.permuted(np.tile(y, (9_999, 1)), axis=1))
     extreme = int((np.abs(shuffled) >= abs(rho) - 1e-12).sum())
     draws = rng.integers(0, len(x), (2_000, len(x)))
-    boot = [_pearson(_ranks(x[d]), _ranks(y[d])) for d in draws]
+    boot = _pearson(_ranks(x[draws]), _ranks(y[draws]))
     low, high = np.nanpercentile(boot, [2.5, 97.5])
     return Correlation(rho, (1 + extreme) / 10_000, low, high, len(x))
 
@@ -215,15 +215,16 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    """Ranks from 0 along the last axis, equal values sharing their mean rank."""
+    one, other = values[..., :, None], values[..., None, :]
+    return (one > other).sum(-1) + ((one == other).sum(-1) - 1) / 2
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / scale if scale else math.nan
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation along the last axis; NaN where either does not vary."""
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    return (x * y).sum(-1) / np.where(scale > 0, scale, np.nan)
 
 
 def _p(value: float) -> str:

@@ -139,18 +139,22 @@ _STUDY = (
     *((0.01, 50), (0.01, 100), (0.02, 200), (0.005, 1000), (0.03, 50), (0.02, 50)),
     *((0.06, 75), (0.015, 100), (0.011, 100), (0.0075, 100)),
 )
+# And within the paper's range, three batch sizes for each of four ratios.
+_SCALINGS = (
+    *_grid((5e-5,), (100, 200, 500)),
+    *_grid((1e-4, 2e-4, 2.5e-4), (50, 100, 200)),
+)
 
 
 def _paper(dataset: str) -> Settings:
     is_small = dataset == "digits"
-    structured = _grid((5e-5, 1e-4, 2e-4, 5e-4), (50, 100, 200))
     return Settings(
         preset="paper",
         dataset=dataset,
         train_size=1440 if is_small else 50_000,
         validation_size=357 if is_small else 10_000,
         hidden=(50,) * 20,
-        pairs=tuple(dict.fromkeys(_STUDY + structured)),
+        pairs=tuple(dict.fromkeys(_STUDY + _SCALINGS)),
         seeds=(0, 1),
         epochs=15,
         rungs=(0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1),
