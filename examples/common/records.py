@@ -24,7 +24,8 @@ def append(path: Path, record: dict[str, Any]) -> None:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
+        os.lseek(file, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(file, 1) != b"\n":
             line = b"\n" + line
         written = os.write(file, line)
         if written != len(line):

@@ -127,7 +127,9 @@ def correlation(rows: Sequence[Row], name: str, *, sign: int = 1) -> Correlation
     keep = np.isfinite(y)
     x, y = _ranks(x[keep]), _ranks(y[keep])
     rng = np.random.default_rng(0)
-    rho = float(_pearson(x, y))
+    rho = float(_pearson(x, y)) if len(x) > 1 else math.nan
+    if math.isnan(rho):  # nothing varies
+        return Correlation(rho, math.nan, math.nan, math.nan, len(x))
     shuffled = _pearson(x, rng.permuted(np.tile(y, (9_999, 1)), axis=1))
     extreme = int((np.abs(shuffled) >= abs(rho) - 1e-12).sum())
     draws = rng.integers(0, len(x), (2_000, len(x)))

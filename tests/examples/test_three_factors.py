@@ -128,6 +128,13 @@ def test_correlation_is_spearman_with_ties():
     assert few.p == pytest.approx(exact.pvalue, abs=0.02)
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_where_nothing_varies_there_is_no_correlation(count):
+    rows = [analysis.Row(1.0, 1, 0.1, 0, {"v": float(i)}) for i in range(count)]
+    got = analysis.correlation(rows, "v")
+    assert math.isnan(got.rho) and math.isnan(got.p)
+
+
 def test_spread_is_the_factor_between_means_over_seeds():
     found = experiment(lambda ratio, size: (1e-4 / ratio) * (size / 8) ** 0.5)
     s = analysis.spread(analysis.at_end(found), "trace")
