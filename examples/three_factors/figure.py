@@ -116,7 +116,8 @@ def _few_ticks(ax: Axes, ratios: Sequence[float]) -> None:
     """The ratios of the grid where they are few; 1, 2, 5 where an axis is short."""
     low, high = ax.get_ylim()
     if high / low < 300:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     if len(ratios) <= 6:
         ax.xaxis.set_major_locator(FixedLocator(ratios))

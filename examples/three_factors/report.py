@@ -33,7 +33,7 @@ def report(settings: Settings, records: Sequence[dict[str, Any]]) -> str:
             sorted({f"({r['learning_rate']:g}, {r['batch_size']})" for r in diverged})
         )
         parts.append(f"{len(diverged)} runs diverged and are left out: {listed}.")
-    parts.append(_correlations(records, settings.rungs, end))
+    parts.append(_correlations(records, settings.rungs, end, loss))
     parts.append(_spreads(matched, end, loss))
     parts.append(_covariance_against_hessian(records, settings.rungs))
     parts.append(CRITERIA)
@@ -47,26 +47,26 @@ def _cells(matched: Sequence[Row], end: Sequence[Row], loss: float) -> str:
     head += ["train loss", "λ_max", "‖H‖_F", "valid. acc."]
     at_match, at_the_end = _by_cell(matched), _by_cell(end)
     lines = []
-    for key in sorted(at_the_end):
-        ratio, size = key
-        last = at_the_end[key]
-        lines.append([f"{ratio:.3g}", f"{last[0].learning_rate:.4g}", f"{size}"])
-        for name in ("lambda_max", "frobenius_norm", "trace", "covariance_trace"):
-            lines[-1].append(_mean(at_match.get(key, []), name))
-        lines[-1].append(_mean(at_match.get(key, []), "temperature"))
-        lines[-1].append(
-            _mean(at_match.get(key, []), "lambda_max", last[0].learning_rate)
-        )
-        for name in ("train_loss", "lambda_max", "frobenius_norm"):
-            lines[-1].append(_mean(last, name))
-        lines[-1].append(_mean(last, "validation_accuracy"))
+    for (ratio, size), last in sorted(at_the_end.items()):
+        then = at_match.get((ratio, size), [])
+        rate = last[0].learning_rate
+        lines.append([f"{ratio:.3g}", f"{rate:.3g}", f"{size}"])
+        lines[-1] += [_spanned(then, k) for k in ("lambda_max", "frobenius_norm")]
+        lines[-1] += [_mean(then, k) for k in ("trace", "covariance_trace")]
+        lines[-1] += [_mean(then, "temperature"), _mean(then, "lambda_max", rate)]
+        lines[-1] += [_mean(last, "train_loss"), _mean(last, "lambda_max")]
+        lines[-1] += [_spanned(last, "frobenius_norm")]
+        lines[-1] += [_spanned(last, "validation_accuracy")]
     title = "Mean ± half the range over seeds; left of the bar at train loss "
     title += f"{loss:g}, right at the end"
     return f"{title}\n{_align([head, *lines], bar_before=9)}"
 
 
 def _correlations(
-    records: Sequence[dict[str, Any]], rungs: Sequence[float], end: Sequence[Row]
+    records: Sequence[dict[str, Any]],
+    rungs: Sequence[float],
+    end: Sequence[Row],
+    loss: float,
 ) -> str:
     """Spearman correlation of log width with log eta/S, at each loss and at the end."""
     lines = ["Spearman correlation of log width with log eta/S"]
@@ -77,10 +77,11 @@ def _correlations(
             f"{_NAMES[k]} {correlation(rows, k, sign=-1).rho:+.2f}" for k in _NAMES
         )
         lines.append(f"  at {moment:<16} {'   '.join(found)}   ({len(rows)} runs)")
+    at_match = at_loss(records, loss)
     lines.append(f"  1/‖H‖_F at the end: {correlation(end, 'frobenius_norm', sign=-1)}")
-    lines.append(
-        f"  validation accuracy at the end: {correlation(end, 'validation_accuracy')}"
-    )
+    lines.append("Spearman correlation of validation accuracy with eta/S")
+    for moment, rows in ((f"train loss {loss:g}", at_match), ("the end", end)):
+        lines.append(f"  at {moment}: {correlation(rows, 'validation_accuracy')}")
     return "\n".join(lines)
 
 
@@ -124,15 +125,16 @@ def _by_cell(rows: Sequence[Row]) -> dict[tuple[float, int], list[Row]]:
 
 
 def _mean(rows: Sequence[Row], name: str, factor: float = 1.0) -> str:
-    """Mean ± half the range, the range to two digits and the mean to as many places."""
-    values = [factor * r.values[name] for r in rows]
+    return f"{factor * np.mean([r.values[name] for r in rows]):.3g}" if rows else "-"
+
+
+def _spanned(rows: Sequence[Row], name: str) -> str:
+    """Mean ± half the range, to the third digit of the mean."""
+    values = [r.values[name] for r in rows]
     if not values:
         return "-"
     middle, half = float(np.mean(values)), (max(values) - min(values)) / 2
-    scale = math.floor(math.log10(abs(middle))) if middle else 0
-    if not -3 <= scale <= 4:
-        return f"{middle / 10**scale:.2f} ± {half / 10**scale:.2f} e{scale}"
-    places = max(0, 2 - scale)
+    places = max(0, 2 - math.floor(math.log10(abs(middle)))) if middle else 0
     return f"{middle:.{places}f} ± {half:.{places}f}"
 
 

@@ -10,11 +10,11 @@ from .analysis import Correlation, Row, Spread, correlation, spread
 __all__ = ["CRITERIA", "Verdict", "judge"]
 
 CRITERIA = """\
-Criteria, at matched train loss except the last: (1) log width, 1/‖H‖_F and 1/λ_max, has
-a Spearman correlation with log eta/S that is positive with p < 0.01; (2) in the fit of
-width to (eta/S)^a beta^b over all runs |b| < a/2 (were it the ratio alone, b = 0; eta
-alone, b = a; S alone, a = 0); (3) validation accuracy at the end correlates with eta/S,
-positive with p < 0.01. HELD is all three, (1) and (2) alone HELD FOR THE WIDTH."""
+Criteria: (1) at matched train loss log width, 1/‖H‖_F and 1/λ_max, has a Spearman
+correlation with log eta/S that is positive with p < 0.01; (2) in the fit of that width
+to (eta/S)^a beta^b over all runs |b| < a/2 (were it the ratio alone, b = 0; eta alone,
+b = a; S alone, a = 0); (3) validation accuracy correlates with eta/S, positive with
+p < 0.01, at the end and at matched train loss. HELD is all three."""
 
 _MEASURES = ("frobenius_norm", "lambda_max")
 
@@ -27,6 +27,7 @@ class Verdict:
     width_at_end: dict[str, Correlation]
     spread: dict[str, Spread]
     accuracy: Correlation
+    accuracy_at_loss: Correlation
     loss: float
 
     @property
@@ -42,7 +43,7 @@ class Verdict:
     @property
     def accuracy_rises(self) -> bool:
         """Criterion 3."""
-        return _rises(self.accuracy)
+        return _rises(self.accuracy) and _rises(self.accuracy_at_loss)
 
     @property
     def sentence(self) -> str:
@@ -55,8 +56,9 @@ class Verdict:
             f"{end.rho:+.2f}), it goes as (eta/S)^{s.ratio_power:.2f} "
             f"beta^{s.beta_power:.2f} (a factor {s.across_ratio:.2f} between ratios, "
             f"{s.across_beta:.2f} between batch sizes at one ratio), and validation "
-            f"accuracy {_verb(self.accuracy)} with eta/S "
-            f"(Spearman {self.accuracy.rho:+.2f})."
+            f"accuracy {_verb(self.accuracy)} with it at the end (Spearman "
+            f"{self.accuracy.rho:+.2f}) and {_verb(self.accuracy_at_loss)} at train loss "
+            f"{self.loss:g} ({self.accuracy_at_loss.rho:+.2f})."
         )
 
     @property
@@ -75,6 +77,7 @@ def judge(matched: Sequence[Row], end: Sequence[Row], loss: float) -> Verdict:
         width_at_end={k: correlation(end, k, sign=-1) for k in _MEASURES},
         spread={k: spread(matched, k) for k in _MEASURES},
         accuracy=correlation(end, "validation_accuracy"),
+        accuracy_at_loss=correlation(matched, "validation_accuracy"),
         loss=loss,
     )
 
@@ -86,4 +89,4 @@ def _rises(c: Correlation) -> bool:
 def _verb(c: Correlation) -> str:
     if c.p < 0.01:
         return "rises" if c.rho > 0 else "falls"
-    return "has no clear trend"
+    return "does not clearly change"
