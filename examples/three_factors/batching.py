@@ -103,15 +103,15 @@ def medians(steps: dict[str, Callable], rounds: int = 15, each: int = 20) -> dic
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print(f"Microseconds a training step of one replica, {REPLICAS} replicas batched")
-    print(f"{'':16}{'plain loop':>12}{'torch.func':>12}{'written out':>12}")
+    print(f"A training step of one replica, {REPLICAS} replicas batched")
+    print(f"{'':16}{'plain loop':>12}{'torch.func':>12}{'written out':>13}")
     for name, (sizes, batch) in CASES.items():
         x, y = torch.randn(SAMPLES, sizes[0]), torch.randint(0, 10, (SAMPLES,))
         makers = {"plain": plain, "vmap": vmapped, "bmm": written_out}
         took = medians({k: make(sizes, batch, x, y) for k, make in makers.items()})
-        shares = {"plain": 1, "vmap": REPLICAS, "bmm": REPLICAS}
-        cells = (f"{1e6 * took[k] / shares[k]:12.0f}" for k in makers)
-        print(f"{name:16}{''.join(cells)}")
+        shares = {k: took[k] / took["plain"] / REPLICAS for k in ("vmap", "bmm")}
+        absolute, cells = f"{1e6 * took['plain']:.0f} us", shares.values()
+        print(f"{name:16}{absolute:>12}", *(f"{c:11.2f}x" for c in cells))
 
 
 if __name__ == "__main__":

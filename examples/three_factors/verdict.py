@@ -55,10 +55,10 @@ class Verdict:
             f"{_verb(norm)} with eta/S (Spearman {norm.rho:+.2f}; at the end "
             f"{end.rho:+.2f}), it goes as (eta/S)^{s.ratio_power:.2f} "
             f"beta^{s.beta_power:.2f} (a factor {s.across_ratio:.2f} between ratios, "
-            f"{s.across_beta:.2f} between batch sizes at one ratio), and validation "
-            f"accuracy {_verb(self.accuracy)} with it at the end (Spearman "
-            f"{self.accuracy.rho:+.2f}) and {_verb(self.accuracy_at_loss)} at train loss "
-            f"{self.loss:g} ({self.accuracy_at_loss.rho:+.2f})."
+            f"{s.across_beta:.2f} between batch sizes at one ratio); validation "
+            f"accuracy {_verb(self.accuracy)} with it at the end "
+            f"({self.accuracy.rho:+.2f}), {_verb(self.accuracy_at_loss)} with it at "
+            f"train loss {self.loss:g} ({self.accuracy_at_loss.rho:+.2f})."
         )
 
     @property
