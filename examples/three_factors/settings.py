@@ -101,7 +101,7 @@ def _grid(ratios: tuple[float, ...], sizes: tuple[int, ...]) -> tuple:
     return tuple((float(f"{r * s:.6g}"), s) for r, s in product(ratios, sizes))
 
 
-# Curvature on the 8x8 digits is a fifth of that on Fashion-MNIST, and where it times eta
+# Curvature on the 8x8 digits is a fifth of that on Fashion-MNIST; where it times eta
 # stays far below 1 the ratio hardly acts: higher ratios there, and shorter training.
 _DIGITS_RATIOS = (6.3e-4, 1.6e-3, 4e-3, 1e-2)
 

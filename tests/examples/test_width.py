@@ -42,7 +42,7 @@ def tiny(**changes):
         "epochs": 6,
         "rungs": (1.5, 1.0),
         "measure_size": 200,
-        "products": 300,
+        "products": 90,
     }
     return settings.Settings(**{**values, **changes})
 
@@ -63,7 +63,9 @@ def exact(model, batch):
         return torch.nn.functional.cross_entropy(scores, y)
 
     flat = torch.cat([p.detach().flatten() for p in params.values()])
-    hessian = torch.autograd.functional.hessian(lambda f: loss(f, x, y), flat)
+    hessian = torch.autograd.functional.hessian(
+        lambda f: loss(f, x, y), flat, vectorize=True
+    )
     single = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
     gradients = single(flat, x.unsqueeze(1), y.unsqueeze(1))
     return {
