@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_cut = options.quickest or os.environ.get("FASTMINIMA_QUICK", "") not in ("", "0")
     settings = preset(options.preset, dataset.name, quickest=is_cut)
     path = options.out / f"width-{settings.preset}-{settings.dataset}.jsonl"
-    print(_describe(settings, dataset, path))
+    print(_describe(settings, dataset, path, is_fallback=options.data == "auto"))
     return run(settings, path, workers=0 if options.plot_only else options.workers)
 
 
@@ -132,10 +132,12 @@ def _recorded(settings: Settings, path: Path) -> dict[Run, dict[str, Any]]:
     return found
 
 
-def _describe(settings: Settings, dataset: data.Dataset, path: Path) -> str:
+def _describe(
+    settings: Settings, dataset: data.Dataset, path: Path, *, is_fallback: bool
+) -> str:
     ratios = {run.ratio for run in settings.runs}
     note = ""
-    if dataset.name == "digits":
+    if is_fallback and dataset.name == "digits":
         note = (
             "\n(Fashion-MNIST was not found: digits of scikit-learn instead. "
             "See the README for where to put it.)"

@@ -218,20 +218,25 @@ def test_a_worker_that_dies_is_said(tmp_path):
     assert not any(is_running(w) for w in workers)
 
 
-def test_command_line(tmp_path):
-    command = [
-        sys.executable,
-        "examples/three_factors/width.py",
-        "--out",
-        str(tmp_path),
-    ]
-    nothing = subprocess.run(
-        [*command, "--data", "digits", "--plot-only"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_command_line_without_fashion_mnist(tmp_path, monkeypatch, capsys):
+    from examples.three_factors import width
+
+    monkeypatch.setattr(data, "_roots", list)
+    arguments = ["--plot-only", "--out", str(tmp_path)]
+    assert width.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "Data: digits (scikit-learn), 1440 to train" in printed
+    assert "Fashion-MNIST was not found" in printed
+    assert "No finished runs in" in printed
+    assert width.main([*arguments, "--data", "digits"]) == 1
+    assert "was not found" not in capsys.readouterr().out
+    with pytest.raises(data.DataNotFound, match="FASTMINIMA_DATA"):
+        width.main([*arguments, "--data", "cifar10"])
+
+
+def test_the_example_runs_as_a_script():
+    command = [sys.executable, "examples/three_factors/width.py", "--help"]
+    shown = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert nothing.returncode == 1
-    assert "Fashion-MNIST was not found" in nothing.stdout
-    assert "No finished runs in" in nothing.stdout
+    assert "--quickest" in shown.stdout and "FASTMINIMA_QUICK" in shown.stdout
