@@ -8,6 +8,7 @@ void bind_dense(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_reduce(py::module_& m);
+void bind_vector(py::module_& m);
 }  // namespace fastminima
 
 namespace py = pybind11;
@@ -48,4 +49,5 @@ PYBIND11_MODULE(_native_ext, m) {
   fastminima::bind_embedding(m);
   fastminima::bind_norm(m);
   fastminima::bind_reduce(m);
+  fastminima::bind_vector(m);
 }

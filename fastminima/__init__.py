@@ -1,6 +1,19 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
+from . import optim
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance
+from .curvature import GaussNewton, GradientCovariance, Hessian
+from .quantities import ThreeFactors, noise_scale, three_factors
+from .spectrum import (
+    Density,
+    Eigenpairs,
+    Estimate,
+    SharpnessProbe,
+    frobenius_norm,
+    spectral_density,
+    top_eigenpairs,
+    trace,
+)
 from .statistics import GradientStatistics
 
 __version__ = "0.1.0"
@@ -8,7 +21,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "CaptureError",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "GaussNewton",
+    "GradientCovariance",
     "GradientProbe",
     "GradientStatistics",
+    "Hessian",
     "MinibatchVariance",
+    "SharpnessProbe",
+    "ThreeFactors",
+    "frobenius_norm",
+    "noise_scale",
+    "optim",
+    "spectral_density",
+    "three_factors",
+    "top_eigenpairs",
+    "trace",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import batchnorm as batch_norms
+from .passes import run_pass
 from .reading import Reading
 from .session import Collected, Session
 
@@ -106,7 +107,7 @@ def audit_losses(
     whole = 0.0
     try:
         try:
-            grads = _grads(losses.mean(), tensors)
+            grads = run_pass(losses.mean(), tensors, session)
             collected = session.finish()
         finally:
             session.close()
@@ -116,14 +117,14 @@ def audit_losses(
         norm_errors: dict[str, float | None] = dict.fromkeys(names)
         if not (reading.mixing and batchnorm == "rows"):
             for n in chosen.tolist():
-                _compare_sample(
-                    collected, n, count, losses, names, tensors, norm_errors
-                )
+                singles = run_pass(losses[n], tensors, None)
+                _compare_sample(collected, n, count, names, singles, norm_errors)
     finally:
         for handle in handles:
             handle.remove()
     rows = []
-    for name, parameter, grad in zip(names, tensors, grads, strict=True):
+    tolerance = _tolerance(reading)
+    for name, grad in zip(names, grads, strict=True):
         if grad is None and name not in collected.totals:
             continue
         rows.append(
@@ -132,20 +133,20 @@ def audit_losses(
                 tuple(collected.rules.get(name, ())),
                 _sum_error(collected, name, grad, whole),
                 norm_errors[name],
-                _TOLERANCE.get(_narrowest(parameter, losses), _HALF_TOLERANCE),
+                tolerance,
             )
         )
     unreached = tuple(name for name in parameters if name not in reading.tape.leaves)
     return Audit(tuple(rows), unreached, tuple(chosen.tolist()))
 
 
-def _grads(output: Tensor, tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(output, tensors, retain_graph=True, allow_unused=True)
-
-
-def _narrowest(parameter: Tensor, losses: Tensor) -> torch.dtype:
-    dtypes = sorted((parameter.dtype, losses.dtype), key=lambda d: torch.finfo(d).bits)
-    return dtypes[0]
+def _tolerance(reading: Reading) -> float:
+    """That of the narrowest floating-point dtype the graph computes in."""
+    dtypes = {m.dtype for node in reading.tape.nodes for m in node._input_metadata}
+    narrowest = min(
+        (d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).bits
+    )
+    return _TOLERANCE.get(narrowest, _HALF_TOLERANCE)
 
 
 def _sum_error(
@@ -169,12 +170,10 @@ def _compare_sample(
     collected: Collected,
     n: int,
     count: int,
-    losses: Tensor,
     names: list[str],
-    tensors: list[Tensor],
+    grads: Sequence[Tensor | None],
     errors: dict[str, float | None],
 ) -> None:
-    grads = _grads(losses[n], tensors)
     whole = _norm(grads)
     for name, grad in zip(names, grads, strict=True):
         if name not in collected.sq_norms:

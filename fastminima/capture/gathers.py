@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +63,9 @@ def _saved(node: Any, guard: Guard) -> Tensor:
 
 
 def gather_nodes(tape: Tape) -> list[int]:
-    """Nodes that pick rows of data, not of parameters, by an index."""
-    return [
-        i
-        for i, name in enumerate(tape.names)
-        if (name in _BY_DIM or name in _BY_INDICES or name in _BY_ANYTHING)
-        and not tape.is_parameter_side[i]
-    ]
+    """Nodes that pick rows by an index."""
+    known = _BY_DIM | _BY_INDICES | _BY_ANYTHING
+    return [i for i, name in enumerate(tape.names) if name in known]
 
 
 def watched_sources(tape: Tape) -> list[int]:
@@ -82,11 +78,19 @@ def watched_sources(tape: Tape) -> list[int]:
 
 
 def find_guards(
-    tape: Tape, measured: Mapping[int, list[Measurement | None]], batch: int
+    tape: Tape,
+    measured: Mapping[int, list[Measurement | None]],
+    batch: int,
+    preparing: Container[int],
 ) -> list[Guard] | None:
-    """What must stay the same for a measured layout to hold, or None if unknowable."""
+    """What must stay the same for a measured layout to hold, or None if unknowable.
+
+    Nodes that prepare a parameter pick no rows of samples.
+    """
     guards: list[Guard] = []
     for i in gather_nodes(tape):
+        if i in preparing:
+            continue
         name, node = tape.names[i], tape.nodes[i]
         if name in _BY_ANYTHING:
             return None

@@ -43,8 +43,13 @@ class RegularLayout:
     def keep_only(self, t: Tensor, n: int) -> Tensor:
         """A copy of `t` with the rows of every sample but n set to zero."""
         kept = torch.zeros_like(t, memory_format=torch.contiguous_format)
-        self.isolate(kept)[n].copy_(self.isolate(t)[n])
+        self._one(kept, n).copy_(self._one(t, n))
         return kept
+
+    def _one(self, t: Tensor, n: int) -> Tensor:
+        """Sample n's rows, always a view."""
+        parts = (self.outer, self.batch, self.inner)
+        return t.unflatten(self.dim, parts).select(self.dim + 1, n)
 
     def transfer(
         self, old: tuple[int, ...], new: tuple[int, ...], batch: int

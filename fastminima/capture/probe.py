@@ -14,6 +14,7 @@ from ..statistics import GradientStatistics
 from . import batchnorm as batch_norms
 from .audit import Audit, audit_losses
 from .errors import CaptureError
+from .passes import run_pass
 from .reading import Reader, Reading
 from .session import Collected, Session
 
@@ -263,11 +264,10 @@ class GradientProbe:
         handles = batch_norms.freeze(reading.tape, reading.mixing)
         names = list(reading.tape.leaves)
         try:
-            grads = torch.autograd.grad(
+            grads = run_pass(
                 loss.mean() if loss.dim() else loss,
                 [self._parameters[name] for name in names],
-                retain_graph=True,
-                allow_unused=True,
+                session,
             )
             for name, grad in zip(names, grads, strict=True):
                 if grad is not None:

@@ -14,6 +14,7 @@ from .errors import CaptureError
 from .gathers import Guard, find_guards, watched_sources
 from .layout import RegularLayout, RowLayout
 from .measure import Measurement, measure_samples
+from .passes import run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
 from .tape import Tape
 
@@ -134,7 +135,7 @@ class Reader:
                 raise CaptureError(self._mixed_message(tape, i, batch))
         layouts, is_settled = self._layouts(tape, plan, measured, batch)
         reading = Reading(tape, plan, layouts, mixing)
-        guards = find_guards(tape, measured, batch)
+        guards = find_guards(tape, measured, batch, plan.preparing)
         if guards is None or not is_settled:
             self._known.pop(key, None)
             return reading
@@ -170,13 +171,7 @@ class Reader:
 
         def backward(weights: Tensor, leaves: list[Tensor]) -> None:
             weights = weights.to(device=device, dtype=loss.dtype)
-            torch.autograd.grad(
-                loss,
-                leaves,
-                grad_outputs=weights if loss.dim() else torch.ones_like(loss),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            run_pass(loss, leaves, self, weights if loss.dim() else None)
 
         has_half = any(
             meta.dtype == torch.float16

@@ -22,6 +22,7 @@ from .contributions import (
     joined,
 )
 from .layout import RowLayout
+from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
 from .rules import contributions_of
 from .tape import Tape, signed
@@ -125,7 +126,7 @@ class Session:
         ]
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if all(g is None for g in grads):
+            if all(g is None for g in grads) or belongs_to_another(self):
                 return
             node = torch._C._current_autograd_node()
             with torch.no_grad():
@@ -185,7 +186,7 @@ class Session:
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is not None:
+            if grad is not None and not belongs_to_another(self):
                 with torch.no_grad():
                     self.take_gradient(name, grad)
 

@@ -12,6 +12,11 @@ __all__ = ["ACCUMULATE", "Tape", "signed"]
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
+_READS_UNSEEN = (
+    *("Embedding", "Index", "Gather", "Where", "Masked", "Take", "Scatter"),
+    *("Nll", "Dropout", "NativeDropout", "CompiledFunction", "torch::autograd"),
+)
+
 
 def signed(number: int) -> int:
     """A saved integer as it was: autograd shows negative ones as unsigned."""
@@ -114,11 +119,15 @@ class Tape:
 
     @cached_property
     def is_surely_parameter(self) -> list[bool]:
-        """Whether everything that flows into a node is a leaf."""
+        """Whether everything that flows into a node is a leaf.
+
+        Tables and selections read indices or masks, which the graph does not show.
+        """
         sure = [False] * len(self.nodes)
         for i in self.leaves_first:
             sure[i] = self.is_leaf(i) or (
                 bool(self.children[i])
+                and not self.names[i].startswith(_READS_UNSEEN)
                 and all(e is not None and sure[e[0]] for e in self.children[i])
             )
         return sure

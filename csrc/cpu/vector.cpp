@@ -1,0 +1,303 @@
+// Steps of iterative eigensolvers on one flat vector, fused so that memory is passed over twice.
+//
+// Sums are made block by block: floats within a block, doubles between blocks, added in the order
+// of the blocks. So they do not depend on the number of threads.
+#include "cpu/vector.h"
+
+#include "simd.h"
+
+namespace fastminima {
+namespace FM_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // 16 KiB of floats: what is read twice stays in the L1 cache
+constexpr int64_t kMinParallel = 1 << 15;
+
+FM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FM_INLINE double add_up(const double* partials, int64_t blocks) {
+  double s = 0;
+  for (int64_t b = 0; b < blocks; b++) s += partials[b];
+  return s;
+}
+
+// w = w - beta u, returns <w, v>; without u, w stays.
+template <typename scalar_t>
+FM_INLINE double subtract_and_dot(scalar_t* w, const scalar_t* v, const scalar_t* u, scalar_t beta,
+                                  int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  using vec = typename Simd<scalar_t>::vec;
+  vec s0{}, s1{}, b = splat<scalar_t>(beta);
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    vec w0 = load(w + i), w1 = load(w + i + W);
+    if (u) {
+      w0 -= b * load(u + i), w1 -= b * load(u + i + W);
+      store(w + i, w0), store(w + i + W, w1);
+    }
+    s0 += w0 * load(v + i), s1 += w1 * load(v + i + W);
+  }
+  double s = sum<scalar_t>(s0 + s1);
+  for (; i < n; i++) {
+    if (u) w[i] -= beta * u[i];
+    s += double(w[i]) * v[i];
+  }
+  return s;
+}
+
+// w = w - alpha v, returns |w|^2.
+template <typename scalar_t>
+FM_INLINE double subtract_and_square(scalar_t* w, const scalar_t* v, scalar_t alpha, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  using vec = typename Simd<scalar_t>::vec;
+  vec s0{}, s1{}, a = splat<scalar_t>(alpha);
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    vec w0 = load(w + i) - a * load(v + i), w1 = load(w + i + W) - a * load(v + i + W);
+    store(w + i, w0), store(w + i + W, w1);
+    s0 += w0 * w0, s1 += w1 * w1;
+  }
+  double s = sum<scalar_t>(s0 + s1);
+  for (; i < n; i++) {
+    w[i] -= alpha * v[i];
+    s += double(w[i]) * w[i];
+  }
+  return s;
+}
+
+// w = w + a v.
+template <typename scalar_t>
+FM_INLINE void add_scaled(scalar_t* w, const scalar_t* v, scalar_t a, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  const typename Simd<scalar_t>::vec va = splat<scalar_t>(a);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(w + i, load(w + i) + va * load(v + i));
+  for (; i < n; i++) w[i] += a * v[i];
+}
+
+// |w - a v|^2, and next = scale (w - b v) unless next is null.
+template <typename scalar_t>
+FM_INLINE double distance(const scalar_t* w, const scalar_t* v, scalar_t a, scalar_t b,
+                          scalar_t scale, scalar_t* next, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  using vec = typename Simd<scalar_t>::vec;
+  vec s0{}, va = splat<scalar_t>(a), vb = splat<scalar_t>(b), vs = splat<scalar_t>(scale);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    vec w0 = load(w + i), v0 = load(v + i), r = w0 - va * v0;
+    s0 += r * r;
+    if (next) store(next + i, vs * (w0 - vb * v0));
+  }
+  double s = sum<scalar_t>(s0);
+  for (; i < n; i++) {
+    scalar_t r = w[i] - a * v[i];
+    s += double(r) * r;
+    if (next) next[i] = scale * (w[i] - b * v[i]);
+  }
+  return s;
+}
+
+// result = (<w - beta u, v>, |w'|^2) and w' = w - beta u - <w - beta u, v> v in place of w.
+template <typename scalar_t>
+void lanczos_step(scalar_t* w, const scalar_t* v, const scalar_t* u, const double* beta, int64_t n,
+                  double* partials, double* result, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const scalar_t b = u ? scalar_t(*beta) : scalar_t(0);
+  if (n < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock;
+    partials[k] = subtract_and_dot(w + at, v + at, u ? u + at : u, b, min(kBlock, n - at));
+  }
+  const double alpha = add_up(partials, blocks);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock;
+    partials[k] = subtract_and_square(w + at, v + at, scalar_t(alpha), min(kBlock, n - at));
+  }
+  result[0] = alpha;
+  result[1] = __builtin_sqrt(add_up(partials, blocks));
+}
+
+// result = (<w, v>, |w - <w, v> v|, |w - shift v|), next = (w - shift v) / |w - shift v|.
+template <typename scalar_t>
+void power_step(const scalar_t* w, const scalar_t* v, double shift, int64_t n, scalar_t* next,
+                double* partials, double* result, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const scalar_t sigma = scalar_t(shift);
+  if (n < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    scalar_t* const none = nullptr;
+    // subtract_and_dot leaves w alone when there is nothing to subtract.
+    partials[k] = subtract_and_dot(const_cast<scalar_t*>(w) + at, v + at,
+                                   static_cast<const scalar_t*>(nullptr), scalar_t(0), m);
+    partials[blocks + k] = distance(w + at, v + at, sigma, sigma, scalar_t(1), none, m);
+  }
+  const double theta = add_up(partials, blocks);
+  const double norm = __builtin_sqrt(add_up(partials + blocks, blocks));
+  const scalar_t scale = norm > 0 ? scalar_t(1 / norm) : scalar_t(1);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock;
+    partials[k] =
+        distance(w + at, v + at, scalar_t(theta), sigma, scale, next + at, min(kBlock, n - at));
+  }
+  result[0] = theta;
+  result[1] = __builtin_sqrt(add_up(partials, blocks));
+  result[2] = norm;
+}
+
+// w <- w - sum_i result[i] row_i with result[i] = <w, row_i>; `rows` are addresses.
+template <typename scalar_t>
+void project_out(scalar_t* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+                 double* result, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  if (n * count < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t i = 0; i < count; i++) {
+      const scalar_t* row = reinterpret_cast<const scalar_t*>(rows[i]) + at;
+      partials[i * blocks + k] =
+          subtract_and_dot(w + at, row, static_cast<const scalar_t*>(nullptr), scalar_t(0), m);
+    }
+  }
+  for (int64_t i = 0; i < count; i++) result[i] = add_up(partials + i * blocks, blocks);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t i = 0; i < count; i++)
+      add_scaled(w + at, reinterpret_cast<const scalar_t*>(rows[i]) + at, scalar_t(-result[i]), m);
+  }
+}
+
+// out[o] = sum_i weights[i, o] row_i.
+template <typename scalar_t>
+void linear_combinations(const int64_t* rows, int64_t count, const scalar_t* weights,
+                         int64_t outputs, int64_t n, scalar_t* out, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  if (n * count < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBlock, m = min(kBlock, n - at);
+    for (int64_t o = 0; o < outputs; o++) {
+      scalar_t* sum = out + o * n + at;
+      for (int64_t e = 0; e < m; e++) sum[e] = 0;
+      for (int64_t i = 0; i < count; i++)
+        add_scaled(sum, reinterpret_cast<const scalar_t*>(rows[i]) + at, weights[i * outputs + o],
+                   m);
+    }
+  }
+}
+
+}  // namespace
+
+// Whether n bytes are the same; stops looking soon after the first that differ.
+bool same_bytes(const char* a, const char* b, int64_t n, int threads) {
+  constexpr int64_t kBytes = 1 << 16;
+  const int64_t blocks = (n + kBytes - 1) / kBytes;
+  if (n < 4 * kBytes) threads = 1;
+  int different = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1) \
+    reduction(| : different)
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t at = k * kBytes;
+    if (!different) different |= memcmp(a + at, b + at, min(kBytes, n - at)) != 0;
+  }
+  return !different;
+}
+
+#define FM_DEFINE(scalar_t, suffix)                                                              \
+  void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* v_previous,         \
+                             const double* beta, int64_t n, double* partials, double* result,    \
+                             int threads) {                                                      \
+    lanczos_step(w, v, v_previous, beta, n, partials, result, threads);                          \
+  }                                                                                              \
+  void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,        \
+                           scalar_t* next, double* partials, double* result, int threads) {      \
+    power_step(w, v, shift, n, next, partials, result, threads);                                 \
+  }                                                                                              \
+  void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,          \
+                            double* partials, double* result, int threads) {                     \
+    project_out(w, rows, count, n, partials, result, threads);                                   \
+  }                                                                                              \
+  void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights, \
+                                    int64_t outputs, int64_t n, scalar_t* out, int threads) {    \
+    linear_combinations(rows, count, weights, outputs, n, out, threads);                         \
+  }
+FM_DEFINE(float, f32)
+FM_DEFINE(double, f64)
+#undef FM_DEFINE
+
+}  // namespace FM_ISA
+}  // namespace fastminima
+
+#ifdef FM_BASELINE
+#include "bind.h"
+
+namespace fastminima {
+
+// Doubles of scratch for `sums` sums over n elements.
+static int64_t vector_partials(int64_t n, int64_t sums) { return sums * ((n + 4095) / 4096); }
+
+template <typename scalar_t, typename kernel_t>
+static auto bound_lanczos(kernel_t kernel) {
+  return [kernel](uintptr_t w, uintptr_t v, uintptr_t v_previous, uintptr_t beta, int64_t n,
+                  uintptr_t partials, uintptr_t result, int threads) {
+    kernel(pointer<scalar_t>(w), pointer<scalar_t>(v), pointer<scalar_t>(v_previous),
+           pointer<double>(beta), n, pointer<double>(partials), pointer<double>(result), threads);
+  };
+}
+
+template <typename scalar_t, typename kernel_t>
+static auto bound_power(kernel_t kernel) {
+  return [kernel](uintptr_t w, uintptr_t v, double shift, int64_t n, uintptr_t next,
+                  uintptr_t partials, uintptr_t result, int threads) {
+    kernel(pointer<scalar_t>(w), pointer<scalar_t>(v), shift, n, pointer<scalar_t>(next),
+           pointer<double>(partials), pointer<double>(result), threads);
+  };
+}
+
+template <typename scalar_t, typename kernel_t>
+static auto bound_project(kernel_t kernel) {
+  return [kernel](uintptr_t w, uintptr_t rows, int64_t count, int64_t n, uintptr_t partials,
+                  uintptr_t result, int threads) {
+    kernel(pointer<scalar_t>(w), pointer<int64_t>(rows), count, n, pointer<double>(partials),
+           pointer<double>(result), threads);
+  };
+}
+
+template <typename scalar_t, typename kernel_t>
+static auto bound_combinations(kernel_t kernel) {
+  return [kernel](uintptr_t rows, int64_t count, uintptr_t weights, int64_t outputs, int64_t n,
+                  uintptr_t out, int threads) {
+    kernel(pointer<int64_t>(rows), count, pointer<scalar_t>(weights), outputs, n,
+           pointer<scalar_t>(out), threads);
+  };
+}
+
+void bind_vector(py::module_& m) {
+#define FM_BIND(ISA, handle)                                                                       \
+  {                                                                                                \
+    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                                 \
+    sub.def("vector_partials", &vector_partials);                                                  \
+    sub.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t n, int threads) {                   \
+      return ISA::same_bytes(pointer<char>(a), pointer<char>(b), n, threads);                      \
+    });                                                                                            \
+    sub.def("lanczos_step_f32", bound_lanczos<float>(&ISA::lanczos_step_f32));                     \
+    sub.def("lanczos_step_f64", bound_lanczos<double>(&ISA::lanczos_step_f64));                    \
+    sub.def("power_step_f32", bound_power<float>(&ISA::power_step_f32));                           \
+    sub.def("power_step_f64", bound_power<double>(&ISA::power_step_f64));                          \
+    sub.def("project_out_f32", bound_project<float>(&ISA::project_out_f32));                       \
+    sub.def("project_out_f64", bound_project<double>(&ISA::project_out_f64));                      \
+    sub.def("linear_combinations_f32", bound_combinations<float>(&ISA::linear_combinations_f32));  \
+    sub.def("linear_combinations_f64", bound_combinations<double>(&ISA::linear_combinations_f64)); \
+  }
+  FM_EACH_ISA(FM_BIND, m);
+#undef FM_BIND
+}
+
+}  // namespace fastminima
+#endif

@@ -1,0 +1,1 @@
+"""The papers' experiments, rerun with fastminima's probes."""

@@ -1,0 +1,1 @@
+"""What several examples share: data, result files, worker processes."""

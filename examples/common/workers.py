@@ -1,0 +1,88 @@
+"""A pool of worker processes that end with their parent, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any
+
+__all__ = ["run"]
+
+Report = Callable[[Any], None]
+
+
+def run(
+    work: Callable[[Any, Report], None], tasks: Sequence[Any], workers: int
+) -> Iterator[Any]:
+    """Do `work(task, report)` for each task, yielding whatever it reports, as it does.
+
+    Each worker is a fresh process that computes with one thread. A killed parent, even
+    by SIGKILL, takes its workers with it; so does leaving the loop early.
+
+    Raises:
+        RuntimeError: when a worker dies, or `work` raises there (which it prints).
+    """
+    # Read by the OpenMP runtime when a worker loads it.
+    os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(tasks))
+    processes: dict[connection.Connection, Any] = {}
+    try:
+        for _ in range(min(workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(work, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        while processes:
+            for pipe in connection.wait(list(processes)):
+                yield from _serve(pipe, processes, waiting)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Any, processes: dict[Any, Any], waiting: list[Any]) -> Iterator[Any]:
+    """Handle one message of one worker: a report, or that it is ready for a task."""
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, ConnectionError):
+        process = processes[pipe]
+        process.join()
+        raise RuntimeError(
+            f"A worker ended with exit code {process.exitcode} in the middle of a "
+            "task; what it printed says why."
+        ) from None
+    if kind == "report":
+        yield value
+    elif waiting:
+        pipe.send(waiting.pop())
+    else:
+        pipe.send(None)
+        processes.pop(pipe).join()
+
+
+def _worker(work: Callable[[Any, Report], None], pipe: Any) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    while True:
+        pipe.send(("ready", None))
+        task = pipe.recv()
+        if task is None:
+            return
+        work(task, lambda value: pipe.send(("report", value)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when the parent is gone
+        os._exit(1)

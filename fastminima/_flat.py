@@ -1,0 +1,101 @@
+"""One flat vector for the trainable parameters of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ._dtypes import accumulation_dtype
+
+__all__ = ["FlatLayout"]
+
+
+class FlatLayout:
+    """Where each trainable parameter lies in a flat vector.
+
+    Order and names are those of `model.named_parameters()`, only parameters that
+    require grad; a tied parameter appears once, under its first name. The vector's
+    dtype is the accumulation dtype of the widest parameter: float32 for half-precision
+    models.
+
+    Raises:
+        ValueError: No parameter requires grad, one is complex or not initialised, or
+            they lie on several devices.
+
+    Example:
+        >>> from torch import nn
+        >>> layout = FlatLayout(nn.Linear(3, 2))
+        >>> layout.names, layout.size
+        (('weight', 'bias'), 8)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        _check(model, named)
+        self.names = tuple(name for name, _ in named)
+        self.parameters = tuple(parameter for _, parameter in named)
+        self.sizes = tuple(p.numel() for p in self.parameters)
+        self.size = sum(self.sizes)
+        self.device = self.parameters[0].device
+        dtype = self.parameters[0].dtype
+        for parameter in self.parameters:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        self.dtype = accumulation_dtype(dtype)
+
+    def split(self, vector: Float[Tensor, " params"]) -> list[Tensor]:
+        """The parts of a flat vector, shaped and typed as the parameters."""
+        parts = torch.split(vector, self.sizes)
+        return [
+            part.view(p.shape).to(p.dtype)
+            for part, p in zip(parts, self.parameters, strict=True)
+        ]
+
+    def join(
+        self,
+        parts: Sequence[Tensor | None],
+        out: Float[Tensor, " params"] | None = None,
+    ) -> Float[Tensor, " params"]:
+        """The flat vector of tensors shaped as the parameters; None counts as zeros.
+
+        Written into `out` where given.
+        """
+        flat = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if part is None
+            else part.detach().reshape(-1).to(self.dtype)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return torch.cat(flat) if out is None else torch.cat(flat, out=out)
+
+    def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
+        """The parts of a flat vector under the parameters' names."""
+        return dict(zip(self.names, self.split(vector), strict=True))
+
+
+def _check(model: nn.Module, named: list[tuple[str, Tensor]]) -> None:
+    if not named:
+        total = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"The model has no trainable parameters: 0 of its {total} parameters "
+            "require grad. Call requires_grad_() on those to differentiate by."
+        )
+    for name, parameter in named:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Parameter {name!r} is not initialised yet. Run the model "
+                "once on a batch."
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"Parameter {name!r} is {parameter.dtype}; curvature is defined here "
+                "for real parameters. Store it as view_as_real, or freeze it."
+            )
+    devices = sorted({str(parameter.device) for _, parameter in named})
+    if len(devices) > 1:
+        raise ValueError(
+            f"Trainable parameters lie on {len(devices)} devices, {devices}; a flat "
+            "vector needs one. Move the model to one device, or freeze the rest."
+        )

@@ -1,0 +1,137 @@
+"""The covariance of per-sample gradients, without per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._operator import CurvatureOperator, Parts, check_tape, combine
+
+__all__ = ["GradientCovariance"]
+
+
+class GradientCovariance(CurvatureOperator):
+    """Sigma, the unbiased covariance of the per-sample gradients g_n over the data.
+
+    Sigma v = 1/(N - 1) sum_n (<g_n, v> - mean) g_n: all <g_n, v> at once by a
+    Jacobian-vector product of the losses, then one backward pass weighted with them. So
+    no gradient of a single sample is ever formed. A sample is an entry of the vector of
+    losses; where a layer mixes samples (batch norm in training), g_n is the gradient of
+    sample n's loss through all of them.
+
+    Args:
+        model: The model; its parameters that require grad are the variables.
+        loss: `loss(model, batch)`, the vector [batch] of the samples' losses.
+        data: One batch or a re-iterable of batches, as for `Hessian`.
+
+    Raises:
+        ValueError: As `Hessian`; losses that are not a vector; fewer than two samples.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> def losses(model, x):
+        ...     return model(x)[:, 0]
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+        >>> GradientCovariance(model, losses, x) @ torch.tensor([1.0, 1.0])
+        tensor([2., 0.])
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Any
+    ) -> None:
+        super().__init__(model, data, count=_one)  # the losses tell how many samples
+        self._loss = loss
+
+    def _record(self, batch: Any) -> _LossesTape:
+        losses = self._loss(self._model, batch)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            met = (
+                f"shape {tuple(losses.shape)}"
+                if isinstance(losses, Tensor)
+                else type(losses).__name__
+            )
+            raise ValueError(
+                "loss(model, batch) must return the vector [batch] of the samples' "
+                f"losses, got {met}. Use reduction='none', and the mean over time."
+            )
+        check_tape(losses, "loss(model, batch)")
+        if not torch.isfinite(losses).all():
+            bad = int((~torch.isfinite(losses)).sum())
+            raise ValueError(
+                f"{bad} of {len(losses)} losses are not finite. Check the batch and "
+                "the parameters."
+            )
+        return _LossesTape(losses, self._layout.parameters)
+
+    def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
+        split = [self._layout.split(column) for column in columns]
+        sums = [torch.zeros_like(column) for column in columns]
+        gradient = torch.zeros_like(columns[0])
+        shifts: list[Tensor] = []
+        excess = [0.0] * len(columns)
+        samples = 0
+        with self._recorded() as recordings:
+            for tape, _ in recordings:
+                slopes = [tape.directional(parts) for parts in split]
+                # Subtracting the first batch's mean at once avoids cancellation between
+                # sum_n <g_n, v> g_n and N times the mean gradient's part of it.
+                shifts = shifts or [slope.mean() for slope in slopes]
+                for i, slope in enumerate(slopes):
+                    centred = slope - shifts[i]
+                    sums[i] += self._layout.join(tape.weighted(centred))
+                    excess[i] = excess[i] + centred.sum()
+                if not self._batches.is_single:
+                    gradient += self._layout.join(tape.weighted(None))
+                samples += tape.samples
+                del tape
+        if samples < 2:
+            raise ValueError(
+                f"A covariance needs at least 2 samples, got {samples}. Pass a larger "
+                "batch, or several."
+            )
+        if not self._batches.is_single:
+            for s, e in zip(sums, excess, strict=True):
+                s -= gradient * (e / samples)
+        return [s.div_(samples - 1) for s in sums]
+
+    def _gradient(self) -> Tensor:
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        samples = 0
+        with self._recorded() as recordings:
+            for tape, _ in recordings:
+                total += self._layout.join(tape.weighted(None))
+                samples += tape.samples
+                del tape
+        return total.div_(samples)
+
+
+def _one(batch: Any) -> int:
+    return 1
+
+
+class _LossesTape:
+    """The losses of a batch, and sum_n u_n g_n as a function of u."""
+
+    def __init__(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> None:
+        self._losses = losses
+        self._parameters = parameters
+        self._weights = torch.zeros_like(losses, requires_grad=True)
+        self._weighted = torch.autograd.grad(
+            losses, parameters, self._weights, create_graph=True, allow_unused=True
+        )
+        self.samples = len(losses)
+
+    def directional(self, parts: list[Tensor]) -> Tensor:
+        """<g_n, v> of every sample, [batch]."""
+        (slopes,) = combine(self._weighted, [self._weights], parts)
+        return torch.zeros_like(self._losses) if slopes is None else slopes
+
+    def weighted(self, weights: Tensor | None) -> Parts:
+        """sum_n weights_n g_n; the sum of the gradients without weights."""
+        if weights is None:
+            weights = torch.ones_like(self._losses)
+        return combine([self._losses], self._parameters, [weights])

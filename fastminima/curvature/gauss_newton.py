@@ -1,0 +1,108 @@
+"""The generalised Gauss-Newton matrix: curvature of the loss through outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._operator import MeanOperator, Parts, check_mean, check_tape, combine
+
+__all__ = ["GaussNewton"]
+
+
+class GaussNewton(MeanOperator):
+    """G = J^T (d^2 loss / d outputs^2) J over the data, J = d outputs / d theta.
+
+    Positive semi-definite for a loss convex in the outputs, and then the Fisher matrix
+    of softmax cross-entropy and squared losses. A product is J v (the vector-Jacobian
+    product differentiated by its vector), the loss's own Hessian, and J^T: no second
+    derivative of the model is formed.
+
+    Args:
+        model: The model; its parameters that require grad are the variables.
+        outputs: `outputs(model, batch)`, the predictions, one tensor.
+        loss: `loss(predictions, batch)`, a scalar: the mean over the batch.
+        data: One batch or a re-iterable of batches, as for `Hessian`.
+        count: Number of samples of a batch; the leading size of its first tensor if
+            None.
+
+    Raises:
+        ValueError: As `Hessian`, and for predictions that are not one tensor with a
+            graph.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> def squared(predictions, batch):
+        ...     return 0.5 * predictions.square().mean()
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> G = GaussNewton(model, lambda model, x: model(x), squared, x)
+        >>> G @ torch.tensor([2.0, 2.0])
+        tensor([1., 9.])
+
+    Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order
+    gradient descent".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Callable[[Any, Any], Tensor],
+        loss: Callable[[Any, Any], Tensor],
+        data: Any,
+        count: Callable[[Any], int] | None = None,
+    ) -> None:
+        super().__init__(model, data, count)
+        self._outputs = outputs
+        self._loss = loss
+
+    def _record(self, batch: Any) -> _OutputsTape:
+        predictions = self._outputs(self._model, batch)
+        if not isinstance(predictions, Tensor):
+            raise ValueError(
+                "outputs(model, batch) must return one tensor of predictions, got "
+                f"{type(predictions).__name__}. Return e.g. its .logits."
+            )
+        check_tape(predictions, "outputs(model, batch)")
+        leaf = predictions.detach().requires_grad_()
+        loss = check_mean(self._loss(leaf, batch), "loss(predictions, batch)")
+        return _OutputsTape(predictions, leaf, loss, self._layout.parameters)
+
+
+class _OutputsTape:
+    """Predictions, the loss's gradient by them, and J^T u as a function of u."""
+
+    def __init__(
+        self,
+        predictions: Tensor,
+        leaf: Tensor,
+        loss: Tensor,
+        parameters: tuple[Tensor, ...],
+    ) -> None:
+        self._predictions = predictions
+        self._parameters = parameters
+        self._leaf = leaf
+        (self._slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        self._cotangent = torch.zeros_like(predictions, requires_grad=True)
+        self._pulled_back = torch.autograd.grad(
+            predictions,
+            parameters,
+            self._cotangent,
+            create_graph=True,
+            allow_unused=True,
+        )
+
+    def product(self, parts: list[Tensor]) -> Parts:
+        (pushed,) = combine(self._pulled_back, [self._cotangent], parts)
+        if pushed is None:
+            return [None] * len(self._parameters)
+        (curved,) = combine([self._slope], [self._leaf], [pushed])
+        if curved is None:
+            return [None] * len(self._parameters)
+        return combine([self._predictions], self._parameters, [curved])
+
+    def gradient(self) -> Parts:
+        return combine([self._predictions], self._parameters, [self._slope.detach()])

@@ -1,0 +1,172 @@
+"""Steps of iterative eigensolvers on one flat vector.
+
+Sums are accumulated in float64 and come back as float64 tensors on the vector's device,
+so that a solver looks at them on the host only when it wants to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from .. import _native
+from .table import Op
+
+__all__ = [
+    "lanczos_step",
+    "linear_combinations",
+    "power_step",
+    "project_out",
+    "same_values",
+]
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def _lanczos_step(
+    w: Float[Tensor, " params"],
+    v: Float[Tensor, " params"],
+    previous: Float[Tensor, " params"] | None,
+    beta: Float64[Tensor, ""],
+) -> Float64[Tensor, " 2"]:
+    """Three-term recurrence in place: w <- w - beta previous - alpha v.
+
+    alpha = <w - beta previous, v>. Returns (alpha, norm of the new w); without
+    `previous`, `beta` is not read.
+    """
+    if previous is not None:
+        w.sub_(previous * beta.to(w.dtype))
+    alpha = torch.dot(w.double(), v.double())
+    w.sub_(v * alpha.to(w.dtype))
+    return torch.stack([alpha, torch.linalg.vector_norm(w, dtype=torch.float64)])
+
+
+def _power_step(
+    w: Float[Tensor, " params"],
+    v: Float[Tensor, " params"],
+    shift: float,
+    out: Float[Tensor, " params"],
+) -> Float64[Tensor, " 3"]:
+    """One power step on a shifted matrix: out <- (w - shift v) / |w - shift v|.
+
+    `w` is the matrix times the unit vector `v`. Returns the Rayleigh quotient <w, v>,
+    the residual |w - <w, v> v| and |w - shift v|. A zero w - shift v leaves out = 0.
+    """
+    wide, unit = w.double(), v.double()
+    rayleigh = torch.dot(wide, unit)
+    shifted = wide - shift * unit
+    norm = shifted.norm()
+    out.copy_(torch.where(norm > 0, shifted / norm, shifted))
+    return torch.stack([rayleigh, (wide - rayleigh * unit).norm(), norm])
+
+
+def _project_out(
+    w: Float[Tensor, " params"], basis: Sequence[Float[Tensor, " params"]]
+) -> Float64[Tensor, " basis"]:
+    """Remove from w, in place, its part along each of some orthonormal vectors.
+
+    w <- w - sum_i c_i basis_i with c_i = <w, basis_i>, all from the first w. Returns c.
+    """
+    if not basis:
+        return w.new_zeros(0, dtype=torch.float64)
+    wide = w.double()
+    coefficients = torch.stack([torch.dot(wide, row.double()) for row in basis])
+    for c, row in zip(coefficients.to(w.dtype), basis, strict=True):
+        w.sub_(c * row)
+    return coefficients
+
+
+def _linear_combinations(
+    first: Float[Tensor, " params"],
+    rest: Sequence[Float[Tensor, " params"]],
+    weights: Float[Tensor, "basis outputs"],
+) -> Float[Tensor, "outputs params"]:
+    """Sums of the vectors (first, *rest), weighted with each column of `weights`."""
+    out = first.new_zeros(weights.shape[1], len(first))
+    for row, factors in zip((first, *rest), weights.to(first), strict=True):
+        out.addr_(factors, row)
+    return out
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal."""
+    return torch.equal(a, b)
+
+
+def _scratch(kernels: Any, n: int, sums: int, results: int) -> tuple[Tensor, Tensor]:
+    partials = torch.empty(kernels.vector_partials(n, sums), dtype=torch.float64)
+    return partials, torch.empty(results, dtype=torch.float64)
+
+
+def _addresses(basis: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([row.data_ptr() for row in basis], dtype=torch.int64)
+
+
+def _lanczos_step_native(
+    kernels: Any, w: Tensor, v: Tensor, previous: Tensor | None, beta: Tensor
+) -> Tensor:
+    partials, result = _scratch(kernels, len(w), 1, 2)
+    getattr(kernels, f"lanczos_step_{_SUFFIX[w.dtype]}")(
+        *(w.data_ptr(), v.data_ptr(), 0 if previous is None else previous.data_ptr()),
+        *(beta.data_ptr(), len(w), partials.data_ptr(), result.data_ptr()),
+        _native.threads(),
+    )
+    return result
+
+
+def _power_step_native(
+    kernels: Any, w: Tensor, v: Tensor, shift: float, out: Tensor
+) -> Tensor:
+    partials, result = _scratch(kernels, len(w), 2, 3)
+    getattr(kernels, f"power_step_{_SUFFIX[w.dtype]}")(
+        *(w.data_ptr(), v.data_ptr(), shift, len(w), out.data_ptr()),
+        *(partials.data_ptr(), result.data_ptr(), _native.threads()),
+    )
+    return result
+
+
+def _project_out_native(kernels: Any, w: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    partials, result = _scratch(kernels, len(w), len(basis), len(basis))
+    rows = _addresses(basis)
+    getattr(kernels, f"project_out_{_SUFFIX[w.dtype]}")(
+        *(w.data_ptr(), rows.data_ptr(), len(basis), len(w)),
+        *(partials.data_ptr(), result.data_ptr(), _native.threads()),
+    )
+    return result
+
+
+def _linear_combinations_native(
+    kernels: Any, first: Tensor, rest: Sequence[Tensor], weights: Tensor
+) -> Tensor:
+    basis = (first, *rest)
+    rows = _addresses(basis)
+    weights = weights.to(first).contiguous()
+    out = first.new_empty(weights.shape[1], len(first))
+    getattr(kernels, f"linear_combinations_{_SUFFIX[first.dtype]}")(
+        *(rows.data_ptr(), len(basis), weights.data_ptr(), weights.shape[1]),
+        *(len(first), out.data_ptr(), _native.threads()),
+    )
+    return out
+
+
+def _same_values_native(kernels: Any, a: Tensor, b: Tensor) -> bool:
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    size = a.numel() * a.element_size()
+    return kernels.same_bytes(a.data_ptr(), b.data_ptr(), size, _native.threads())
+
+
+lanczos_step = Op("lanczos_step", _lanczos_step)
+lanczos_step.add_native(_lanczos_step_native)
+power_step = Op("power_step", _power_step)
+power_step.add_native(_power_step_native)
+project_out = Op("project_out", _project_out)
+project_out.add_native(_project_out_native)
+linear_combinations = Op("linear_combinations", _linear_combinations)
+linear_combinations.add_native(_linear_combinations_native)
+same_values = Op("same_values", _same_values)
+same_values.add_native(_same_values_native)

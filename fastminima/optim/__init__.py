@@ -1,0 +1,5 @@
+"""Optimizers built on the three factors."""
+
+from .langevin import Langevin
+
+__all__ = ["Langevin"]

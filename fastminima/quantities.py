@@ -1,0 +1,226 @@
+"""Quantities of the paper, derived from an optimizer and gradient statistics."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["ThreeFactors", "noise_scale", "three_factors"]
+
+# Options that only optimizers have which rescale the gradient elementwise.
+_ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
+
+
+class _Statistics(Protocol):
+    """What is read from a `GradientStatistics`."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def parameter_count(self) -> int: ...
+    @property
+    def covariance_trace(self) -> Tensor: ...
+    @property
+    def mean_grad_sq_norm(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ThreeFactors:
+    """Learning rate, batch size and gradient variance: what decides where SGD ends.
+
+    Attributes:
+        learning_rate: eta, of the update theta <- theta - eta v.
+        batch_size: S, samples averaged in one gradient.
+        gradient_variance: sigma^2, variance of one sample's gradient *per parameter*,
+            tr(Sigma) / (number of parameters). May be NaN or infinite, and then so is
+            the temperature.
+        momentum: m of the heavy ball v <- m v + g (Nesterov's has the same ratio).
+        dataset_size: N when batches are drawn without replacement; None for a stream
+            or for drawing with replacement.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Example:
+        >>> import fastminima as fm
+        >>> factors = fm.ThreeFactors(0.1, 50, gradient_variance=2.0)
+        >>> round(factors.ratio, 6), round(factors.temperature, 6)
+        (0.002, 0.002)
+        >>> round(fm.ThreeFactors(0.1, 50, 2.0, momentum=0.9).ratio, 6)
+        0.02
+
+    Source: Jastrzebski et al. (2017), arXiv:1711.04623. Its two theorems differ by a
+    factor of two in the temperature; eta sigma^2 / 2S is the one that simulation
+    confirms (tests/theory/test_two_bowls.py).
+    """
+
+    learning_rate: float
+    batch_size: int
+    gradient_variance: float
+    momentum: float = 0.0
+    dataset_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(
+                f"learning_rate must be finite and not negative, got "
+                f"{self.learning_rate}."
+            )
+        if _index(self.batch_size, "batch_size") < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.gradient_variance < 0:
+            raise ValueError(
+                f"gradient_variance must not be negative, got {self.gradient_variance}."
+            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum must be at least 0 and below 1, got {self.momentum}."
+            )
+        if self.dataset_size is None:
+            return
+        if _index(self.dataset_size, "dataset_size") < self.batch_size:
+            raise ValueError(
+                f"dataset_size {self.dataset_size} is smaller than batch_size "
+                f"{self.batch_size}. Give the number of training samples, or None "
+                "for a stream."
+            )
+
+    @property
+    def ratio(self) -> float:
+        """The noise factor eta / (1 - m) * (1/S - 1/N).
+
+        The paper's eta / S, without momentum and for N much larger than S. Batches
+        drawn without replacement have covariance Sigma (1/S - 1/N), which vanishes
+        for the full batch; momentum m takes steps that add up to eta / (1 - m).
+        """
+        unseen = 0.0 if self.dataset_size is None else 1 / self.dataset_size
+        rate = self.learning_rate / (1 - self.momentum)
+        return rate * (1 / self.batch_size - unseen)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature n = ratio * sigma^2 / 2, in units of the loss.
+
+        Under isotropic gradient noise SGD samples the density exp(-L / n), as the
+        learning rate goes to 0.
+        """
+        return self.ratio * self.gradient_variance / 2
+
+
+def three_factors(
+    optimizer: torch.optim.Optimizer,
+    stats: _Statistics,
+    dataset_size: int | None = None,
+) -> ThreeFactors:
+    """The three factors of the step that `optimizer` takes with these statistics.
+
+    Dampening d scales every gradient that enters the velocity by 1 - d, so that
+    `learning_rate` is eta (1 - d). Nesterov's momentum moves each gradient by
+    eta (1 + m + m^2 + ...) in all, the same as the heavy ball. Noise that
+    `fm.optim.Langevin` adds is not counted.
+
+    Args:
+        optimizer: SGD, or one with its options "lr", "momentum" and "dampening".
+        stats: of one batch of the size trained with; needs two samples or more.
+        dataset_size: N, where batches are drawn without replacement.
+
+    Raises:
+        ValueError: if parameter groups differ in learning rate, momentum or
+            dampening, or the optimizer rescales gradients elementwise (Adam, RMSprop).
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> from types import SimpleNamespace
+        >>> sgd = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+        >>> stats = SimpleNamespace(count=10, parameter_count=3, covariance_trace=6.0)
+        >>> round(fm.three_factors(sgd, stats).temperature, 6)
+        0.01
+    """
+    rate, momentum, dampening = _common_options(optimizer)
+    trace = float(stats.covariance_trace)
+    # Unbiased, so rounding can take a vanishing variance just below zero.
+    trace = 0.0 if trace < 0 else trace
+    return ThreeFactors(
+        learning_rate=rate * (1 - dampening if momentum else 1),
+        batch_size=stats.count,
+        gradient_variance=trace / stats.parameter_count,
+        momentum=momentum,
+        dataset_size=dataset_size,
+    )
+
+
+def noise_scale(
+    stats: _Statistics | Iterable[_Statistics],
+) -> Float[Tensor, ""]:
+    """Batch size, in samples, at which gradient noise and signal have equal power.
+
+    tr(Sigma) / |G|^2, each estimated without bias. Their ratio is biased, so give the
+    statistics of several steps: numerator and denominator are averaged before they
+    are divided. It can come out negative when the batches are too small to see the
+    signal.
+
+    Raises:
+        ValueError: for statistics of a single sample, or none at all.
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> from types import SimpleNamespace
+        >>> stats = SimpleNamespace(count=4, covariance_trace=torch.tensor(8.0),
+        ...                         mean_grad_sq_norm=torch.tensor(3.0))
+        >>> fm.noise_scale([stats, stats])
+        tensor(8.)
+
+    Source: McCandlish et al. (2018), arXiv:1812.06162, "simple noise scale" and
+    appendix A.1.
+    """
+    steps = list(stats) if isinstance(stats, Iterable) else [stats]
+    if not steps:
+        raise ValueError("A noise scale needs the statistics of at least one step.")
+    noise = torch.stack([torch.as_tensor(s.covariance_trace) for s in steps])
+    signal = torch.stack(
+        [s.mean_grad_sq_norm - s.covariance_trace / s.count for s in steps]
+    )
+    return noise.mean() / signal.mean()
+
+
+def _common_options(optimizer: torch.optim.Optimizer) -> tuple[float, float, float]:
+    """Learning rate, momentum and dampening, the same for every parameter group."""
+    found: list[tuple[float, float, float]] = []
+    for group in optimizer.param_groups:
+        adaptive = [name for name in _ADAPTIVE_OPTIONS if name in group]
+        if adaptive:
+            raise ValueError(
+                f"{type(optimizer).__name__} rescales gradients (it has the option "
+                f"{adaptive[0]!r}), so eta / S does not describe its noise. Use SGD, "
+                "or build fm.ThreeFactors from an effective learning rate."
+            )
+        found.append(tuple(_option(group, n) for n in ("lr", "momentum", "dampening")))
+    for name, values in zip(
+        ("learning rates", "momenta", "dampenings"),
+        zip(*found, strict=True),
+        strict=True,
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"The parameter groups have different {name}: {values}. There is no "
+                "single ratio; make one fm.ThreeFactors for each group."
+            )
+    return found[0]
+
+
+def _option(group: dict[str, Any], name: str) -> float:
+    return float(group["lr"] if name == "lr" else group.get(name, 0.0))
+
+
+def _index(value: Any, name: str) -> int:
+    """`value` as an int, refusing anything that is not a whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}.") from None

@@ -1,0 +1,19 @@
+"""What a symmetric matrix known by its products tells: eigenvalues, trace, density."""
+
+from .density import spectral_density
+from .eigenpairs import ConvergenceWarning, top_eigenpairs
+from .probe import SharpnessProbe
+from .results import Density, Eigenpairs, Estimate
+from .trace import frobenius_norm, trace
+
+__all__ = [
+    "ConvergenceWarning",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "SharpnessProbe",
+    "frobenius_norm",
+    "spectral_density",
+    "top_eigenpairs",
+    "trace",
+]

@@ -1,0 +1,100 @@
+"""Which eigenpairs are wanted, and those found so far."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.vector import linear_combinations
+
+__all__ = ["Found", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """k eigenvalues at one end of the spectrum, to a tolerance."""
+
+    k: int
+    which: str
+    rtol: float
+
+    def rank(self, values: np.ndarray | list[float]) -> np.ndarray:
+        """Larger for what is wanted more."""
+        signed = np.asarray(values, dtype=float)
+        if self.which == "magnitude":
+            return np.abs(signed)
+        return signed if self.which == "largest" else -signed
+
+    def order(self, values: np.ndarray | list[float]) -> np.ndarray:
+        """Indices of the values, the most wanted first."""
+        return np.argsort(-self.rank(values), kind="stable")
+
+    def tolerance(self, value: float, scale: float) -> float:
+        """The residual that a value may have; `scale` estimates the norm."""
+        return self.rtol * max(abs(value), 1e-3 * scale)
+
+
+class Found:
+    """Eigenpairs found so far, the most wanted first."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self.values: list[float] = []
+        self.vectors: list[Tensor] = []
+        self.residuals: list[float] = []
+        self._images: list[Tensor] = []
+        self.scale = 0.0
+        self.is_converged = False
+
+    def add_only(self, value: float, vector: Tensor, residual: float) -> None:
+        """Take in the one pair that is wanted, with its residual."""
+        self.values, self.vectors = [value], [vector]
+        self.residuals = [residual]
+
+    def add(self, vectors: list[Tensor], images: list[Tensor]) -> None:
+        """Take in more vectors, with the matrix's products with them; keep k pairs.
+
+        All are combined anew (Rayleigh-Ritz), since the error of one is a part of
+        another: of vectors found one after the other, the later could never be better
+        than the earlier.
+        """
+        basis, images = [*self.vectors, *vectors], [*self._images, *images]
+        values, weights = _rayleigh_ritz(
+            _products(basis, basis), _products(basis, images)
+        )
+        order = self._wanted.order(values)[: self._wanted.k]
+        chosen = torch.from_numpy(np.ascontiguousarray(weights[:, order]))
+        rows = linear_combinations(basis[0], basis[1:], chosen)
+        moved = linear_combinations(images[0], images[1:], chosen)
+        self.values = values[order].tolist()
+        errors = moved - rows * torch.tensor(self.values).to(rows)[:, None]
+        self.residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
+        self.vectors, self._images = list(rows.unbind()), list(moved.unbind())
+
+    def are_within(self) -> bool:
+        """Whether there are k, each to its tolerance."""
+        return len(self.values) == self._wanted.k and all(
+            residual <= self._wanted.tolerance(value, self.scale)
+            for value, residual in zip(self.values, self.residuals, strict=True)
+        )
+
+
+def _products(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
+    rows = [
+        torch.stack([torch.linalg.vecdot(x.double(), y.double()) for y in right])
+        for x in left
+    ]
+    return torch.stack(rows).cpu().numpy()
+
+
+def _rayleigh_ritz(
+    gram: np.ndarray, matrix: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, and coordinates a column each, of matrix x = value gram x."""
+    factor = np.linalg.cholesky(gram)
+    half = np.linalg.solve(factor, (matrix + matrix.T) / 2)
+    white = np.linalg.solve(factor, half.T)
+    values, weights = np.linalg.eigh((white + white.T) / 2)
+    return values, np.linalg.solve(factor.T, weights)

@@ -1,0 +1,99 @@
+"""What the solvers return: values, how good they are, and what they cost."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Density", "Eigenpairs", "Estimate"]
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues, each with its residual: an eigenvalue lies within it of the value.
+
+    Attributes:
+        values: The eigenvalues, the wanted end of the spectrum first.
+        vectors: Their orthonormal eigenvectors, one a row.
+        residuals: |H v - value v| of each.
+        products: How many Hessian-vector products they took.
+        converged: Whether every residual is within the tolerance asked for.
+    """
+
+    values: Float[Tensor, " k"]
+    vectors: Float[Tensor, "k params"]
+    residuals: Float[Tensor, " k"]
+    products: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number estimated by sampling.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Its standard deviation over the random vectors; 0 if exact.
+        products: How many Hessian-vector products it took.
+    """
+
+    value: float
+    standard_error: float
+    products: int
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Density:
+    """The density of the eigenvalues, estimated by stochastic Lanczos quadrature.
+
+    Attributes:
+        grid: Values at which the density is given, ascending.
+        density: Share of the eigenvalues per unit; integrates to one.
+        standard_error: Of the density, from the spread of the probes; NaN with one
+            probe.
+        nodes: Ritz values of each probe, of which the density is made.
+        weights: The share of the spectrum that each node stands for; a probe's sum is
+            1.
+        width: Standard deviation of the Gaussian that stands for each node.
+        products: How many Hessian-vector products it took.
+    """
+
+    grid: Float[Tensor, " grid"]
+    density: Float[Tensor, " grid"]
+    standard_error: Float[Tensor, " grid"]
+    nodes: Float[Tensor, "probes steps"]
+    weights: Float[Tensor, "probes steps"]
+    width: float
+    products: int
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the density on a logarithmic scale into `ax` (matplotlib); returns it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        if ax is None:
+            ax = _pyplot().subplots()[1]
+        grid, density = self.grid.numpy(), self.density.numpy()
+        ax.semilogy(grid, density)
+        ax.set_ylim(max(density.max() * 1e-8, 1e-300), density.max() * 3)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel("density")
+        return ax
+
+
+def _pyplot() -> Any:
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ImportError(
+            "Density.plot() needs matplotlib, which is not installed. Run "
+            "`pip install matplotlib`, or draw .grid and .density yourself."
+        ) from error

@@ -1,0 +1,212 @@
+"""Closed forms for where SGD ends: bowls, stationary variances, edge of stability.
+
+Formulas, not measurements: they take a Hessian's eigenvalues and the three factors, and
+say what stochastic gradient descent does near a minimum if the model holds. Each is
+checked against simulation in tests/theory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = [
+    "bowl_occupancy",
+    "critical_learning_rate",
+    "crossover_temperature",
+    "stability_ratio",
+    "stationary_variances",
+]
+
+
+def bowl_occupancy(
+    losses: Float[Tensor, " bowls"],
+    log_determinants: Float[Tensor, " bowls"],
+    temperature: float,
+) -> Float[Tensor, " bowls"]:
+    """Probability of each minimum under the density exp(-L / temperature).
+
+    Every minimum counts as the quadratic bowl L + z'Hz / 2, and its mass is
+    proportional to exp(-L / n) / sqrt(det H): flat bowls win when it is hot, deep ones
+    when it is cold.
+
+    Args:
+        losses: at the minima.
+        log_determinants: log det H there, over the same directions in each.
+        temperature: n, above 0; `fm.three_factors(...).temperature`.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from fastminima.theory import bowl_occupancy
+        >>> flat_and_sharp = torch.tensor([1.0, 16.0]).log()
+        >>> bowl_occupancy(torch.tensor([0.05, 0.0]), flat_and_sharp, 0.05)
+        tensor([0.5954, 0.4046])
+
+    Source: Jastrzebski et al. (2017), arXiv:1711.04623, theorem on the probability of
+    ending in a minimum (Laplace's approximation of its basin).
+    """
+    if not temperature > 0:
+        raise ValueError(f"A temperature must be positive, got {temperature}.")
+    return torch.softmax(-losses / temperature - log_determinants / 2, dim=0)
+
+
+def crossover_temperature(
+    loss_difference: float, log_determinant_difference: float
+) -> float:
+    """Temperature above which a flatter but higher minimum is the more probable one.
+
+    (L_flat - L_sharp) / log sqrt(det H_sharp / det H_flat).
+
+    Args:
+        loss_difference: L_flat - L_sharp, not negative.
+        log_determinant_difference: log det H_sharp - log det H_flat, positive.
+
+    Raises:
+        ValueError: for differences of the other sign.
+
+    Example:
+        >>> import math
+        >>> from fastminima.theory import crossover_temperature
+        >>> round(crossover_temperature(0.05, math.log(16)), 4)
+        0.0361
+
+    Source: Jastrzebski et al. (2017), arXiv:1711.04623.
+    """
+    if loss_difference < 0 or not log_determinant_difference > 0:
+        raise ValueError(
+            "The first minimum must be higher and flatter than the second, got a loss "
+            f"difference of {loss_difference} and a log-determinant difference of "
+            f"{log_determinant_difference}. Exchange the two, or one always wins."
+        )
+    return 2 * loss_difference / log_determinant_difference
+
+
+def stability_ratio(
+    eigenvalues: Float[Tensor, " modes"],
+    learning_rate: float,
+    batch_size: int,
+    dataset_size: int | None = None,
+) -> float:
+    """The ratio K of the gradient noise that a minimum's own fluctuations make.
+
+    K = (1/S - 1/N) sum_i eta lambda_i / (2 - eta lambda_i). Near a minimum of the
+    squared loss the noise grows with the distance from it; 1 / (1 - K) is by how much
+    this feedback raises the stationary variance, and at K = 1 there is none: SGD
+    diverges. Infinite when eta lambda >= 2 for some mode, where plain gradient descent
+    diverges. For small learning rates K is (eta / S) tr H / 2.
+
+    Args:
+        eigenvalues: of the Hessian; those not positive are left out.
+        learning_rate: eta.
+        batch_size: S.
+        dataset_size: N, where batches are drawn without replacement.
+
+    Example:
+        >>> import torch
+        >>> from fastminima.theory import stability_ratio
+        >>> stability_ratio(torch.ones(20), learning_rate=0.5, batch_size=10)
+        0.666...
+
+    Source: the Gaussian case of the linear stability of SGD, Wu, Ma and E (2018),
+    "How SGD selects the global minima in over-parameterized learning"; the sum follows
+    from E[x x'Z x x'] = tr(HZ) H + 2 HZH with the last term, of relative order
+    1 / modes, left out.
+    """
+    rates = learning_rate * eigenvalues[eigenvalues > 0].double()
+    if bool((rates >= 2).any()):
+        return math.inf
+    return _noise_factor(batch_size, dataset_size) * (rates / (2 - rates)).sum().item()
+
+
+def critical_learning_rate(
+    eigenvalues: Float[Tensor, " modes"],
+    batch_size: int,
+    dataset_size: int | None = None,
+) -> float:
+    """Learning rate at which SGD on a squared loss starts to diverge, K = 1.
+
+    For small batches about 2 S / tr H; for the full batch 2 / lambda_max.
+
+    Raises:
+        ValueError: if no eigenvalue is positive.
+
+    Example:
+        >>> import torch
+        >>> from fastminima.theory import critical_learning_rate
+        >>> round(critical_learning_rate(torch.ones(400), batch_size=1), 4)
+        0.005
+        >>> critical_learning_rate(torch.ones(400), batch_size=50, dataset_size=50)
+        2.0
+
+    Source: see `stability_ratio`.
+    """
+    largest = eigenvalues.max().item() if len(eigenvalues) else 0.0
+    if not largest > 0:
+        raise ValueError(
+            f"The largest of {len(eigenvalues)} eigenvalues is {largest}. An edge of "
+            "stability needs a positive one."
+        )
+    low, high = 0.0, 2 / largest
+    if _noise_factor(batch_size, dataset_size) == 0:
+        return high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        below = stability_ratio(eigenvalues, middle, batch_size, dataset_size) < 1
+        low, high = (middle, high) if below else (low, middle)
+    return low
+
+
+def stationary_variances(
+    eigenvalues: Float[Tensor, " modes"],
+    learning_rate: float,
+    batch_size: int,
+    residual_variance: float = 1.0,
+    dataset_size: int | None = None,
+) -> Float[Tensor, " modes"]:
+    """Variance of the parameters along each Hessian eigenvector, at stationarity.
+
+    The gradient noise of a squared loss with residuals of variance sigma^2 has
+    covariance sigma^2 H at the minimum, so SGD is the Ornstein-Uhlenbeck process
+
+        E z_i^2 = eta sigma^2 (1/S - 1/N) / ((2 - eta lambda_i) (1 - K)),
+
+    eta sigma^2 / 2S for small learning rates, the same in every direction: the loss
+    above the minimum is then (eta sigma^2 / 4S) tr H. K is `stability_ratio`.
+
+    Raises:
+        ValueError: at or beyond the edge of stability, K >= 1, where there is no
+            stationary state.
+
+    Example:
+        >>> import torch
+        >>> from fastminima.theory import stationary_variances
+        >>> stationary_variances(torch.tensor([1.0, 0.1]), 0.1, 10)
+        tensor([0.0053, 0.0051])
+
+    Source: Jastrzebski et al. (2018), ICANN, "Width of Minima Reached by SGD is
+    Influenced by Learning Rate to Batch Size Ratio" (C = H, continuous time).
+    """
+    ratio = stability_ratio(eigenvalues, learning_rate, batch_size, dataset_size)
+    if ratio >= 1:
+        raise ValueError(
+            f"K = {ratio:.3g} at learning rate {learning_rate}: SGD diverges. Take one "
+            "below critical_learning_rate(...)."
+        )
+    noise = learning_rate * residual_variance * _noise_factor(batch_size, dataset_size)
+    return noise / (2 - learning_rate * eigenvalues) / (1 - ratio)
+
+
+def _noise_factor(batch_size: int, dataset_size: int | None) -> float:
+    """The factor 1/S - 1/N of the covariance of a mini-batch's mean."""
+    if batch_size < 1 or (dataset_size is not None and dataset_size < batch_size):
+        raise ValueError(
+            f"Batches need 1 <= batch_size <= dataset_size, got {batch_size} of "
+            f"{dataset_size}."
+        )
+    return 1 / batch_size - (0.0 if dataset_size is None else 1 / dataset_size)

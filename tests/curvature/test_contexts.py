@@ -1,0 +1,92 @@
+"""Ambient modes that a product may be asked for in."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastminima as fm
+
+from .cases import loss, make
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_product_is_the_same_in_any_mode(context):
+    model, batch = make("attention", torch.float32)
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    want = fm.Hessian(model, loss, batch) @ v
+    with context():
+        got = fm.Hessian(model, loss, batch) @ v
+    torch.testing.assert_close(got.clone(), want, rtol=0, atol=0)
+
+
+def test_autocast_inside_the_closure_counts():
+    model, batch = make("mlp", torch.float32)
+
+    def cast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model, batch)
+
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    want = fm.Hessian(model, loss, batch) @ v
+    got = fm.Hessian(model, cast, batch) @ v
+    assert 0 < (got - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stock_encoder_layers_in_every_mode(is_training, frozen):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2)).train(
+        is_training
+    )
+    model[1].requires_grad_(not frozen)
+    x = torch.randn(4, 5, 3)
+    H = fm.Hessian(model, lambda m, x: m(x).square().mean(), x)
+    u, v = torch.randn(2, H.shape[0])
+    left, right = u @ (H @ v), v @ (H @ u)
+    # Rounding of two float32 inner products.
+    torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_forced_to_be_fused_still_raises_elsewhere():
+    """The switch is local: outside, the backends are what they were."""
+    model, batch = make("attention", torch.float32)
+    fm.Hessian(model, loss, batch) @ torch.ones(
+        sum(p.numel() for p in model.parameters())
+    )
+    assert torch.backends.cuda.flash_sdp_enabled()
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    out = F.scaled_dot_product_attention(q, q, q)
+    assert "Flash" in type(out.grad_fn).__name__
+
+
+def test_checkpointed_layers():
+    model, batch = make("mlp")
+
+    def checkpointed(model, batch):
+        hidden = checkpoint(model[:2], batch[0], use_reentrant=False)
+        return F.cross_entropy(model[2](hidden), batch[1])
+
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    want = fm.Hessian(model, loss, batch) @ v
+    torch.testing.assert_close(fm.Hessian(model, checkpointed, batch) @ v, want)
+
+
+def test_compiled_model_runs_eagerly():
+    pytest.importorskip("torch._dynamo")
+    model, batch = make("mlp")
+    compiled = torch.compile(model, backend="aot_eager")
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    want = fm.Hessian(model, loss, batch) @ v
+    torch.testing.assert_close(fm.Hessian(compiled, loss, batch) @ v, want)

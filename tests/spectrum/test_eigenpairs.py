@@ -1,0 +1,240 @@
+"""Eigenpairs of matrices with known spectra: values, residuals, multiplicity, costs."""
+
+import warnings
+
+import pytest
+import torch
+
+import fastminima as fm
+from fastminima.spectrum import ConvergenceWarning
+from fastminima.spectrum._krylov import miss_probability
+
+from .matrices import SPECTRA, Counted, bulk, rotated, wanted
+
+WHICH = ["largest", "smallest", "magnitude"]
+CASES = [
+    (name, k)
+    for name in SPECTRA
+    for k in (1, 2, 3, len(SPECTRA[name]))
+    if k <= min(len(SPECTRA[name]), 12)
+]
+
+
+def check(matrix, eigenvalues, pairs, which, k, rtol):
+    """The answer is right, and says truly how right it is."""
+    assert pairs.converged
+    assert pairs.values.shape == pairs.residuals.shape == (k,)
+    assert pairs.vectors.shape == (k, len(eigenvalues))
+    values, vectors = pairs.values.double(), pairs.vectors.double()
+    errors = (vectors @ matrix.double() - values[:, None] * vectors).norm(dim=1)
+    scale = max(abs(e) for e in eigenvalues)
+    # float32 is good to 1e-7; 1e-5 |H| is lost before a run starts to reorthogonalise.
+    loose = 3e-5 * scale if pairs.values.dtype == torch.float32 else 1e-9 * scale
+    torch.testing.assert_close(
+        pairs.residuals.double(), errors, rtol=0.01, atol=loose + 1e-12
+    )
+    assert (errors <= rtol * values.abs().clamp_min(1e-3 * scale) + loose).all()
+    gram = vectors @ vectors.T
+    torch.testing.assert_close(gram, torch.eye(k).double(), rtol=0, atol=1e-4)
+    true = torch.tensor(wanted(eigenvalues, which, k), dtype=torch.float64)
+    got = values.abs() if which == "magnitude" else values
+    want = true.abs() if which == "magnitude" else true
+    # An eigenvalue lies within the residual of each value.
+    allowed = rtol * want.abs().clamp_min(1e-3 * scale) + loose
+    assert ((got.sort()[0] - want.sort()[0]).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_lanczos(name, k, which, dtype):
+    matrix = rotated(SPECTRA[name], dtype)
+    counted = Counted(matrix)
+    pairs = fm.top_eigenpairs(counted, k, which)
+    check(matrix, SPECTRA[name], pairs, which, k, 1e-2)
+    assert pairs.products == counted.products
+
+
+def _is_for_power(name, k, which):
+    """Not the edges of a bulk, where a ratio of 1.01 takes thousands of products."""
+    if k > 2 or (name == "dominant negative" and k == 2):
+        return False
+    return which != "smallest" or name not in (
+        "outliers",
+        "triple",
+        "dominant negative",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "which"),
+    [(n, k, w) for n, k in CASES for w in WHICH if _is_for_power(n, k, w)],
+)
+def test_power(name, k, which):
+    eigenvalues = SPECTRA[name]
+    matrix = rotated(eigenvalues)
+    pairs = fm.top_eigenpairs(
+        matrix, k, which, method="power", rtol=1e-3, max_products=3000
+    )
+    check(matrix, eigenvalues, pairs, which, k, 1e-3)
+
+
+def test_power_shifts_itself_when_a_negative_eigenvalue_dominates():
+    matrix = rotated([-9.0, 3.0, 0.5, 0.1])
+    pairs = fm.top_eigenpairs(matrix, method="power", rtol=1e-3)
+    assert pairs.values.item() == pytest.approx(3.0, rel=1e-5)
+    pairs = fm.top_eigenpairs(-matrix, which="smallest", method="power", rtol=1e-3)
+    assert pairs.values.item() == pytest.approx(-3.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("multiplicity", [2, 3, 5])
+def test_multiplicity(multiplicity):
+    """Every copy comes out, beside larger and smaller single eigenvalues."""
+    top = [8.0, *[6.0] * multiplicity, 4.0]
+    eigenvalues = [*top, *bulk(500, 0.2)]
+    matrix = rotated(eigenvalues)
+    for seed in range(5):
+        pairs = fm.top_eigenpairs(matrix, len(top), seed=seed)
+        check(matrix, eigenvalues, pairs, "largest", len(top), 1e-2)
+
+
+def test_value_that_the_start_does_not_see_is_found():
+    """The larger eigenvector is orthogonal to the gradient that the run starts from."""
+    eigenvalues = [5.0, 4.0, *bulk(300, 0.2)]
+    matrix = torch.diag(torch.tensor(eigenvalues).double())
+    gradient = torch.zeros(302).double()
+    gradient[1] = 1.0
+    for k in (1, 2):
+        pairs = fm.top_eigenpairs(Counted(matrix, gradient), k, rtol=1e-3)
+        assert pairs.values[0].item() == pytest.approx(5.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4, 1e-8])
+def test_tolerance_is_kept(rtol):
+    eigenvalues = SPECTRA["outliers"]
+    matrix = rotated(eigenvalues)
+    check(
+        matrix, eigenvalues, fm.top_eigenpairs(matrix, 3, rtol=rtol), "largest", 3, rtol
+    )
+
+
+def test_small_eigenvalues_are_measured_against_the_norm():
+    """Beside -100, a zero is known to 1e-3 of 100 times rtol, and that is enough."""
+    eigenvalues = [-100.0, *[0.0] * 30]
+    pairs = fm.top_eigenpairs(rotated(eigenvalues))
+    assert pairs.converged
+    assert abs(pairs.values.item()) <= 1e-2 * 1e-3 * 100
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_restarts_keep_what_was_found(monkeypatch, k):
+    """A basis that may hold few vectors is restarted, and the answer is the same."""
+    eigenvalues = [1.05, 1.04, 1.03, 1.02, *torch.linspace(-1, 1, 300).tolist()]
+    matrix = rotated(eigenvalues)
+    monkeypatch.setattr("fastminima.spectrum._krylov._BASIS_BYTES", 0)
+    pairs = fm.top_eigenpairs(matrix, k, rtol=1e-3, max_products=2000)
+    check(matrix, eigenvalues, pairs, "largest", k, 1e-3)
+
+
+def test_warm_start_costs_little():
+    eigenvalues = [9.0, 7.0, 5.0, *bulk(400, 0.3)]
+    matrix = rotated(eigenvalues)
+    cold = fm.top_eigenpairs(matrix, 1)
+    moved = matrix + 0.02 * rotated(bulk(403, 1.0, seed=5), seed=6)
+    warm = fm.top_eigenpairs(moved, 1, start=cold.vectors)
+    assert warm.converged
+    assert warm.products <= 4 < cold.products
+
+
+def test_start_may_hold_several_vectors_or_one():
+    matrix = rotated(SPECTRA["outliers"])
+    cold = fm.top_eigenpairs(matrix, 3)
+    warm = fm.top_eigenpairs(matrix, 3, start=cold.vectors)
+    check(matrix, SPECTRA["outliers"], warm, "largest", 3, 1e-2)
+    assert fm.top_eigenpairs(matrix, start=cold.vectors[0]).products <= 3
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_out_of_products_warns_and_returns_what_there_is(method):
+    matrix = rotated(torch.linspace(-1, 1, 200))
+    with pytest.warns(
+        ConvergenceWarning, match="stopped after 6 products.*max_products"
+    ):
+        pairs = fm.top_eigenpairs(matrix, 2, method=method, max_products=6)
+    assert not pairs.converged
+    assert pairs.products == 6
+    vectors, values = pairs.vectors, pairs.values
+    errors = (vectors @ matrix - values[:, None] * vectors).norm(dim=1)
+    torch.testing.assert_close(pairs.residuals, errors)
+
+
+def test_converged_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fm.top_eigenpairs(rotated(SPECTRA["outliers"]), 2)
+
+
+def test_global_generator_is_not_touched_and_seed_repeats():
+    matrix = rotated(SPECTRA["outliers"])
+    before = torch.get_rng_state()
+    first, again, other = (fm.top_eigenpairs(matrix, 2, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.vectors, again.vectors)
+    assert not torch.equal(first.vectors, other.vectors)
+
+
+def test_half_precision_matrix():
+    matrix = rotated([4.0, 1.0, 0.5, 0.2], torch.bfloat16)
+    pairs = fm.top_eigenpairs(matrix, rtol=0.05)
+    assert pairs.values.dtype == torch.float32
+    assert pairs.values.item() == pytest.approx(4.0, rel=0.05)
+
+
+def test_probability_bound_holds():
+    """The Kuczynski-Wozniakowski bound against how often Lanczos really falls short."""
+    from fastminima.spectrum._lanczos import LanczosRun
+
+    size, steps, gap = 200, 5, 0.3
+    matrix = torch.diag(torch.linspace(0, 0.69, size).double())
+    matrix[-1, -1] = 1.0
+    missed = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(size, generator=generator, dtype=torch.float64)
+        run = LanczosRun(lambda v: matrix @ v, start)
+        for _ in range(steps):
+            run.step()
+        missed += run.ritz().values[-1] <= 1 - gap
+    bound = miss_probability(size, gap, steps)
+    assert 0 < bound < 1
+    assert missed / 100 <= bound
+    assert miss_probability(size, gap, size) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k must be between 1 and the matrix's size 4, got 0"),
+        ({"k": 5}, "got 5"),
+        ({"which": "biggest"}, "'largest', 'smallest' or 'magnitude', got 'biggest'"),
+        ({"method": "qr"}, "'lanczos' or 'power', got 'qr'"),
+        ({"rtol": 0.0}, "rtol must be positive, got 0.0"),
+        ({"k": 2, "max_products": 1}, "at least 2 products, got max_products=1"),
+        ({"start": torch.ones(3)}, r"\[j, 4\], got \(3,\)"),
+        ({"start": torch.zeros(1, 4)}, "other than zero"),
+        ({"start": torch.full((1, 4), float("nan"))}, "finite"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fm.top_eigenpairs(torch.eye(4), **arguments)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_matrices_that_are_none(method):
+    with pytest.raises(ValueError, match=r"got \(2, 3\)"):
+        fm.top_eigenpairs(torch.ones(2, 3), method=method)
+    with pytest.raises(ValueError, match=r"got \(0, 0\)"):
+        fm.top_eigenpairs(torch.ones(0, 0), method=method)
+    with pytest.raises(ValueError, match="Product 1 with the matrix is not finite"):
+        fm.top_eigenpairs(torch.full((3, 3), float("nan")), method=method)
