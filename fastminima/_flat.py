@@ -47,7 +47,7 @@ class FlatLayout:
 
     def split(self, vector: Float[Tensor, " params"]) -> list[Tensor]:
         """The parts of a flat vector, shaped and typed as the parameters."""
-        parts = torch.split(vector, self.sizes)
+        parts = torch.split(vector, list(self.sizes))
         return [
             part.view(p.shape).to(p.dtype)
             for part, p in zip(parts, self.parameters, strict=True)
@@ -75,7 +75,7 @@ class FlatLayout:
         return dict(zip(self.names, self.split(vector), strict=True))
 
 
-def _check(model: nn.Module, named: list[tuple[str, Tensor]]) -> None:
+def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
     if not named:
         total = sum(1 for _ in model.parameters())
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ __all__ = ["ThreeFactors", "noise_scale", "three_factors"]
 _ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
 
 
+@runtime_checkable
 class _Statistics(Protocol):
     """What is read from a `GradientStatistics`."""
 
@@ -200,7 +201,10 @@ def _common_options(optimizer: torch.optim.Optimizer) -> tuple[float, float, flo
                 f"{adaptive[0]!r}), so eta / S does not describe its noise. Use SGD, "
                 "or build fm.ThreeFactors from an effective learning rate."
             )
-        found.append(tuple(_option(group, n) for n in ("lr", "momentum", "dampening")))
+        rate, momentum, dampening = (
+            _option(group, n) for n in ("lr", "momentum", "dampening")
+        )
+        found.append((rate, momentum, dampening))
     for name, values in zip(
         ("learning rates", "momenta", "dampenings"),
         zip(*found, strict=True),

@@ -101,6 +101,7 @@ def _re_iterable(data: Any) -> Iterable[Any]:
             f"The data are neither a batch nor iterable: {name}. Pass [batch] with "
             "count=, a function from a batch to its number of samples."
         )
-    if hasattr(data, "__len__") and len(data) == 0:
+    length = getattr(data, "__len__", None)
+    if length is not None and length() == 0:
         raise ValueError(f"The data are empty: {name} of length 0. Pass some batches.")
     return data

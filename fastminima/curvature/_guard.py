@@ -39,14 +39,14 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     modules = list(model.modules())
     modes = [module.training for module in modules]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    hooks = [(p, dict(p._backward_hooks)) for p, *_ in parameters if p._backward_hooks]
+    hooks = [(h, dict(h)) for p, *_ in parameters if (h := p._backward_hooks)]
     buffers = [
         (m, n, b) for m in modules for n, b in m._buffers.items() if b is not None
     ]
     random = RandomState(device)
     try:
-        for parameter, _ in hooks:
-            parameter._backward_hooks.clear()
+        for live, _ in hooks:
+            live.clear()
         _put_copies(buffers)
         yield
     finally:
@@ -56,8 +56,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         for parameter, grad, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for parameter, kept in hooks:
-            parameter._backward_hooks.update(kept)
+        for live, kept in hooks:
+            live.update(kept)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
 

@@ -145,9 +145,11 @@ class MeanTape(Protocol):
 
     def product(self, parts: list[Tensor]) -> Parts:
         """The operator on this batch, times a vector."""
+        ...
 
     def gradient(self) -> Parts:
         """The gradient of this batch's loss."""
+        ...
 
 
 class MeanOperator(CurvatureOperator):

@@ -73,8 +73,8 @@ class SharpnessProbe:
         """The eigenpairs on a batch (or several) at the present point."""
         operator = Hessian(self._model, self._loss, batch, self._count)
         start = self._vectors
-        is_cold = self._calls % self._cold_every == 0 or start is None
-        if is_cold or start.shape[1] != operator.shape[0]:
+        is_cold = self._calls % self._cold_every == 0
+        if is_cold or start is None or start.shape[1] != operator.shape[0]:
             start = None
         pairs = top_eigenpairs(
             operator,
