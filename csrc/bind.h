@@ -19,9 +19,9 @@ scalar_t* pointer(uintptr_t address) {
 
 // Runs BIND(namespace, submodule) for each instruction set in this build.
 #if defined(__x86_64__)
-#define FM_EACH_ISA(BIND, m)                    \
-  BIND(generic, m.attr("generic"));             \
-  BIND(avx2, m.attr("avx2"));                   \
+#define FM_EACH_ISA(BIND, m)        \
+  BIND(generic, m.attr("generic")); \
+  BIND(avx2, m.attr("avx2"));       \
   BIND(avx512, m.attr("avx512"))
 #else
 #define FM_EACH_ISA(BIND, m) BIND(generic, m.attr("generic"))

@@ -1,4 +1,4 @@
-"""Every Python block of README.md and docs/ runs, in order, as a reader would run it."""
+"""Every Python block of README.md and docs/ runs, in the order of its page."""
 
 import re
 from pathlib import Path
@@ -33,9 +33,9 @@ def test_blocks_run(page, capsys):
 
 def test_blocks_are_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(
-        "text\n```python\nx = 1\n```\n```sh\nls\n```\n```python\n1 / 0\n```\n"
-    )
+    fences = [("python", "x = 1"), ("sh", "ls"), ("python", "1 / 0")]
+    text = "".join(f"```{kind}\n{code}\n```\n" for kind, code in fences)
+    page.write_text("text\n" + text)
     first, second = blocks(page)
     assert first.split() == ["x", "=", "1"]
     with pytest.raises(ZeroDivisionError) as error:

@@ -199,8 +199,8 @@ def _frames(
         transposed=geometry.transposed,
         output_padding=(0, *geometry.output_padding),
     )
-    volumes = (layout.isolate(t).movedim(1, 2) for t in (x, g))
-    return Frames(Convolution(*volumes, deeper, with_bias=False))
+    inputs, grads = (layout.isolate(t).movedim(1, 2) for t in (x, g))
+    return Frames(Convolution(inputs, grads, deeper, with_bias=False))
 
 
 def _layer_norm(
