@@ -238,9 +238,8 @@ def test_frozen_and_unused_parameters_are_absent():
 def test_only_some_parameters_watched():
     model, losses = model_and_losses()
     named = dict(model.named_parameters())
-    stats = fm.GradientProbe({"w": named["2.weight"]}, per_parameter=True).backward(
-        losses
-    )
+    probe = fm.GradientProbe({"w": named["2.weight"]}, per_parameter=True)
+    stats = probe.backward(losses)
     assert list(stats.sq_norms_by_parameter) == ["w"]
     assert stats.parameter_count == 15
     assert all(p.grad is not None for p in model.parameters())

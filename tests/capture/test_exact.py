@@ -91,9 +91,8 @@ def test_all_statistics(case, dtype):
 
 
 def flat_of(parts, like):
-    """The parts as one vector, with zeros for what the loss did not reach."""
     zeros = {name: torch.zeros_like(g[0]) for name, g in like.items()}
-    return torch.cat([(zeros | parts)[name].flatten() for name in like])
+    return torch.cat([parts.get(name, zero).flatten() for name, zero in zeros.items()])
 
 
 def test_scalar_loss_and_sum(case):
