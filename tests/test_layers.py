@@ -11,7 +11,7 @@ import fastminima
 
 ROOT = Path(fastminima.__file__).parent
 LAYERS = (
-    {"statistics", "_native", "_dtypes", "_flat", "_parameters"},
+    {"statistics", "_native", "_dtypes", "_flat", "_memory", "_parameters"},
     {"ops"},
     {"capture", "curvature"},
     {"quantities", "spectrum", "theory"},

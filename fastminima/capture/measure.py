@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
+from .._memory import return_freed_memory
 from .layout import IrregularLayout, RowLayout, fit_layouts
 from .tape import Tape
 
@@ -68,7 +70,7 @@ class Measurement:
 
 @dataclass
 class _Fingerprints:
-    """Squared row norms of one node's output gradients, in each pass."""
+    """Row norms of one node's output gradients, in each pass."""
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     passes: list[list[tuple[Tensor, Tensor] | None]] = field(default_factory=list)
@@ -99,13 +101,18 @@ def measure_samples(
         passes.append(torch.exp2((level - levels // 2).float()))
     for weights in passes:
         handles = weighting(weights)
+        waiting = set(watched)
         try:
             for i, fingerprints in seen.items():
-                handles.append(tape.nodes[i].register_prehook(_recorder(fingerprints)))
+                hook = _recorder(fingerprints, waiting, i)
+                handles.append(tape.nodes[i].register_prehook(hook))
             backward(weights, leaves)
+        except _AllSeen:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
+            return_freed_memory()
     tolerance = _HALF_TOLERANCE if has_half else _TOLERANCE
     return {
         i: _decode(fingerprints, len(passes), levels, batch, tolerance)
@@ -113,27 +120,39 @@ def measure_samples(
     }
 
 
-def _recorder(fingerprints: _Fingerprints) -> Callable[[tuple], None]:
+class _AllSeen(Exception):  # noqa: N818
+    """Ends a pass whose last node need not run: nothing below it is of interest."""
+
+
+def _recorder(
+    fingerprints: _Fingerprints, waiting: set[int], i: int
+) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
         fingerprints.shapes = [() if g is None else tuple(g.shape) for g in grads]
-        fingerprints.passes.append(
-            [None if g is None else _row_norms(g) for g in grads]
-        )
+        fingerprints.passes.append([None if g is None else _row_norms(g) for g in grads])
+        waiting.discard(i)
+        if not waiting:
+            raise _AllSeen
 
     return record
 
 
 def _row_norms(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms over the last dim and over the first, in float64."""
+    """Sums of |g| over the last dim and over the first.
+
+    Multiplying a row by a power of two does the same to its sum, to the last bit, and
+    unlike a sum of squares it cannot underflow.
+    """
     with torch.no_grad():
         g = g.detach()
+        dtype = accumulation_dtype(g.dtype)
         if g.dim() < 2:
-            square = g.double().square()
-            return square, square
-        # vector_norm scales nothing: float32 rows of 1e-20 would underflow
-        last = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64)
-        first = torch.linalg.vector_norm(g, dim=0, dtype=torch.float64)
-        return last.square(), first.square()
+            magnitude = g.abs().to(dtype)
+            return magnitude, magnitude
+        last, first = (
+            torch.linalg.vector_norm(g, 1, dim=dim, dtype=dtype) for dim in (-1, 0)
+        )
+        return last, first
 
 
 def _decode(
@@ -158,6 +177,7 @@ def _decode(
 def _labels(
     norms: list[np.ndarray], levels: int, batch: int, tolerance: float
 ) -> np.ndarray | None:
+    norms = [n.astype(np.float64) for n in norms]
     plain = norms[0]
     label = np.zeros(plain.shape, dtype=np.int64)
     known = np.isfinite(plain) & (plain > 0)
@@ -165,7 +185,7 @@ def _labels(
         known &= np.isfinite(weighted) & (weighted > 0)
     for digit, weighted in enumerate(norms[1:]):
         with np.errstate(divide="ignore", invalid="ignore"):
-            growth = np.log2(weighted / plain) / 2
+            growth = np.log2(weighted / plain)
         growth = np.where(known, growth, 0)
         level = np.rint(growth)
         if (np.abs(growth - level) > tolerance).any():
