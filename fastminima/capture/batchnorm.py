@@ -10,22 +10,28 @@ from torch import Tensor
 from .rules import BATCH_NORM
 from .tape import Tape
 
-__all__ = ["freeze", "mixing_nodes"]
+__all__ = ["freeze", "mixing_nodes", "norm_nodes"]
 
 
-def mixing_nodes(tape: Tape, batch: int) -> list[int]:
+def norm_nodes(tape: Tape) -> list[int]:
+    """Batch-normalisation nodes in any mode."""
+    return [i for i, name in enumerate(tape.names) if name in BATCH_NORM]
+
+
+def mixing_nodes(
+    tape: Tape, batch: int, candidates: list[int] | None = None
+) -> list[int]:
     """Batch-normalisation nodes in training mode over more than one sample.
 
     InstanceNorm runs through the same node with the batch folded into its channels,
     as a batch of one, and does not mix.
     """
+    if batch == 1:
+        return []
     return [
         i
-        for i, name in enumerate(tape.names)
-        if name in BATCH_NORM
-        and batch > 1
-        and getattr(tape.nodes[i], "_saved_training", True)
-        and tape.shapes(i)[0][0] > 1
+        for i in (norm_nodes(tape) if candidates is None else candidates)
+        if getattr(tape.nodes[i], "_saved_training", True) and tape.shapes(i)[0][0] > 1
     ]
 
 

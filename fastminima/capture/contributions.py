@@ -165,7 +165,7 @@ class Dense(Contribution):
     def pair(self) -> tuple[Tensor, Tensor | None]:
         """Squared norms of the weight's gradients, and of the bias' if wanted."""
         if self.g.shape[1] == 1:
-            return dense.row_sq_norms(self.a[:, 0], self.g[:, 0])
+            return dense.row_sq_norms(self.a.squeeze(1), self.g.squeeze(1))
         return dense.sequence_sq_norms(self.a, self.g, self.with_bias)
 
     def sq_norms(self) -> Tensor:

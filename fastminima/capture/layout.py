@@ -37,6 +37,8 @@ class RegularLayout:
 
     def rows(self, t: Tensor, trailing: int) -> Tensor:
         """`[batch, time, *last trailing dims]`; all other dims are time."""
+        if self.outer == 1 and self.dim == 0 and t.dim() == trailing + 1:
+            return t.unflatten(0, (self.batch, self.inner))
         samples = self.isolate(t)
         return samples.flatten(1, samples.dim() - trailing - 1)
 

@@ -284,8 +284,7 @@ class GradientProbe:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
         norms = list(collected.sq_norms.values())
         to_mean = factor / count
-        grads = list(collected.grad_sq_norms.values())
-        total = torch.stack([g.to(norms[0].dtype) for g in grads]).sum()
+        total = torch.stack(list(collected.grad_sq_norms.values())).sum()
         return GradientStatistics(
             count=count,
             parameter_count=self._parameter_count,

@@ -41,6 +41,7 @@ class _Known:
     """What was found out about one graph structure."""
 
     plan: Plan
+    norms: list[int]  # batch normalisations, in whatever mode
     layouts: dict[tuple, Layouts] = field(default_factory=dict)
     measured: list[tuple] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
@@ -91,12 +92,14 @@ class Reader:
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
-        _refuse_compiled(tape)
-        mixing = batchnorm.mixing_nodes(tape, batch)
-        if mixing and self._batchnorm == "error":
-            raise CaptureError(self._mixing_message(tape, mixing))
         key = (tape.key, batch > 1, loss.dim())
         known = self._known.get(key)
+        if known is None:
+            _refuse_compiled(tape)
+        candidates = None if known is None else known.norms
+        mixing = batchnorm.mixing_nodes(tape, batch, candidates)
+        if mixing and self._batchnorm == "error":
+            raise CaptureError(self._mixing_message(tape, mixing))
         layouts = self._recall(known, tape, batch) if known is not None else None
         if layouts is None:
             return self._measure(key, tape, loss, batch, mixing)
@@ -125,7 +128,9 @@ class Reader:
         if batch == 1:
             plan = find_plan(tape, None)
             layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            self._known[key] = _Known(plan, {(1, plan.signature(tape)): layouts})
+            signature = (1, plan.signature(tape))
+            norms = batchnorm.norm_nodes(tape)
+            self._known[key] = _Known(plan, norms, {signature: layouts})
             return Reading(tape, plan, layouts, mixing)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
         measured = self._measured_samples(tape, watched, loss, batch, mixing)
@@ -141,7 +146,8 @@ class Reader:
             return reading
         known = self._known.get(key)
         if known is None or known.plan.uses != plan.uses or known.guards != guards:
-            known = self._known[key] = _Known(plan, guards=guards)
+            norms = batchnorm.norm_nodes(tape)
+            known = self._known[key] = _Known(plan, norms, guards=guards)
         signature = (batch, plan.signature(tape))
         if known.measured:
             known.follows &= _carried_over(known, signature) == layouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,17 @@ _SAME_ORDER = frozenset(
         *("ToCopy", "Clone"),
     )
 )
+
+
+_Delivery = Callable[[Contribution], Contribution]
+
+
+def _no_grad() -> AbstractContextManager[None]:
+    """No graph of what a hook computes, also under `create_graph=True`."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @dataclass
@@ -109,8 +121,8 @@ class Session:
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
         with torch.no_grad():
-            for name in list(self._waiting):
-                self._complete(name)
+            for name, parts in self._waiting.items():
+                self._complete(name, joined(parts))
         self.close()
         return self.collected
 
@@ -129,7 +141,7 @@ class Session:
             if all(g is None for g in grads) or belongs_to_another(self):
                 return
             node = torch._C._current_autograd_node()
-            with torch.no_grad():
+            with _no_grad():
                 self._visit(use, node, grads, layouts, deliver)
 
         self._handles.append(tape.nodes[use.node].register_prehook(hook))
@@ -140,32 +152,36 @@ class Session:
         node: Any,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
-        deliver: Sequence[tuple[int, Path, Callable[[Contribution], Contribution]]],
+        deliver: Sequence[tuple[int, Path, _Delivery | None]],
     ) -> None:
         found = contributions_of(use.name, node, grads, layouts, use.slots)
         rest = [slot for slot in use.slots if slot.number not in found]
         if rest:
             self._announce(use.name, [p.parameter for s in rest for p in s.paths])
             found |= Universal(node, grads, layouts, self._batch).contributions(rest)
-        # Weights first: they may compute their bias' norms in the same pass.
-        order = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
-        for number, path, delivered in order:
-            rule = "universal" if number in {s.number for s in rest} else use.name
-            self.collected.rules.setdefault(path.parameter, []).append(rule)
-            self._arrive(path.parameter, delivered(found[number]))
+        if len(deliver) > 1:
+            # Weights first: they may compute their bias' norms in the same pass.
+            deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
+        for number, path, delivered in deliver:
+            part = found[number]
+            self._arrive(path.parameter, part if delivered is None else delivered(part))
+        if "totals" in self._measure:
+            universal = {slot.number for slot in rest}
+            for number, path, _ in deliver:
+                rule = "universal" if number in universal else use.name
+                self.collected.rules.setdefault(path.parameter, []).append(rule)
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         self._missing[name] -= 1
-        waiting = self._waiting.setdefault(name, [])
-        waiting.append(contribution)
-        if self._missing[name] == 0:
-            self._complete(name)
+        waiting = self._waiting.pop(name, None)
+        if self._missing[name] > 0:
+            self._waiting[name] = [*(waiting or ()), contribution.settled()]
+        elif waiting is None:
+            self._complete(name, contribution)
         else:
-            waiting[-1] = contribution.settled()
+            self._complete(name, joined([*waiting, contribution]))
 
-    def _complete(self, name: str) -> None:
-        parts = self._waiting.pop(name)
-        whole = parts[0] if len(parts) == 1 else joined(parts)
+    def _complete(self, name: str, whole: Contribution) -> None:
         into = self.collected
         if "gram" in self._measure:
             gram = whole.gram()
@@ -187,7 +203,7 @@ class Session:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
             if grad is not None and not belongs_to_another(self):
-                with torch.no_grad():
+                with _no_grad():
                     self.take_gradient(name, grad)
 
         return hook
@@ -204,26 +220,29 @@ class Session:
 
     def _delivery(
         self, tape: Tape, slot: Slot, path: Path
-    ) -> Callable[[Contribution], Contribution]:
-        """How a contribution to a slot becomes one to the parameter behind it."""
+    ) -> _Delivery | None:
+        """How a contribution to a slot becomes one to the parameter behind it.
+
+        None where it is one already.
+        """
+        if path.steps == ():
+            return None
         parameter = self._parameters[path.parameter]
         shape = tuple(parameter.shape)
         if path.steps is None:
             edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
             return lambda inner: Pushed(inner, shape, _pusher(edge, parameter))
-        if not path.steps:
-            return lambda inner: inner
         names = [tape.names[node] for node, _, _ in path.steps]
         nodes = [tape.nodes[node] for node, _, _ in path.steps]
         if names[-1] == EMBEDDING:
             return _table_delivery(nodes, names, slot, shape, parameter)
-        place = _placer(nodes, names, path.steps)
         is_transpose = len(names) == 1 and names[0] in _TRANSPOSE
+        steps = path.steps
 
         def placed(inner: Contribution) -> Contribution:
             if is_transpose and isinstance(inner, Dense):
                 return inner.transpose_()
-            return Placed(inner, shape, place)
+            return Placed(inner, shape, _placer(nodes, names, steps))
 
         return placed
 
@@ -234,7 +253,7 @@ def _table_delivery(
     slot: Slot,
     shape: tuple[int, ...],
     parameter: Tensor,
-) -> Callable[[Contribution], Contribution]:
+) -> _Delivery:
     """A table looked up once for all samples: the ids are the same in each."""
     table = nodes[-1]
     in_order = all(name in _SAME_ORDER for name in names[:-1])

@@ -17,6 +17,9 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the accumulation dtype of all of them."""
+    first = tensors[0].dtype
+    if first in SUFFIX and all(x.dtype == first for x in tensors):
+        return tensors
     dtypes = (x.dtype for x in tensors)
     dtype = accumulation_dtype(reduce(torch.promote_types, dtypes))
     return tuple(x.to(dtype) for x in tensors)
