@@ -120,7 +120,7 @@ def measure_samples(
     }
 
 
-class _AllSeen(Exception):  # noqa: N818
+class _AllSeen(Exception):
     """Ends a pass whose last node need not run: nothing below it is of interest."""
 
 
@@ -129,7 +129,9 @@ def _recorder(
 ) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
         fingerprints.shapes = [() if g is None else tuple(g.shape) for g in grads]
-        fingerprints.passes.append([None if g is None else _row_norms(g) for g in grads])
+        fingerprints.passes.append(
+            [None if g is None else _row_norms(g) for g in grads]
+        )
         waiting.discard(i)
         if not waiting:
             raise _AllSeen
