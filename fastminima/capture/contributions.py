@@ -125,19 +125,17 @@ class Dense(Contribution):
     """Gradient of a matrix: sum over time of inputs and output gradients.
 
     Args:
-        a: `[batch, time, d_in]` inputs, g: `[batch, time, d_out]` output gradients.
+        a: `[batch, time, d_in]` inputs, g: `[batch, time, d_out]` output gradients; or
+            both without the time axis, one row a sample.
         out_first: whether the matrix is `[d_out, d_in]`, else `[d_in, d_out]`.
-        with_bias: compute the bias' norms in the same pass.
     """
 
-    def __init__(
-        self, a: Tensor, g: Tensor, *, out_first: bool, with_bias: bool = False
-    ) -> None:
-        self.a, self.g = a, g
+    def __init__(self, a: Tensor, g: Tensor, *, out_first: bool) -> None:
+        self._a, self._g = a, g
         self.out_first = out_first
-        self.with_bias = with_bias
+        self.with_bias = False  # compute the bias' norms in the same pass
         self.batch = len(g)
-        d_in, d_out = a.shape[2], g.shape[2]
+        d_in, d_out = a.shape[-1], g.shape[-1]
         self.shape = (d_out, d_in) if out_first else (d_in, d_out)
 
     def transpose_(self) -> Dense:
@@ -150,12 +148,23 @@ class Dense(Contribution):
         return self
 
     @property
+    def a(self) -> Tensor:
+        """`[batch, time, d_in]`."""
+        return self._a if self._a.dim() == 3 else self._a.unsqueeze(1)
+
+    @property
+    def g(self) -> Tensor:
+        """`[batch, time, d_out]`."""
+        return self._g if self._g.dim() == 3 else self._g.unsqueeze(1)
+
+    @property
     def left(self) -> Tensor:
         """What gives the matrix its rows, `[batch, time, shape[0]]`."""
         return self.g if self.out_first else self.a
 
     @property
     def right(self) -> Tensor:
+        """What gives the matrix its columns, `[batch, time, shape[1]]`."""
         return self.a if self.out_first else self.g
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
@@ -164,9 +173,9 @@ class Dense(Contribution):
     @cached_property
     def pair(self) -> tuple[Tensor, Tensor | None]:
         """Squared norms of the weight's gradients, and of the bias' if wanted."""
-        if self.g.shape[1] == 1:
-            return dense.row_sq_norms(self.a.squeeze(1), self.g.squeeze(1))
-        return dense.sequence_sq_norms(self.a, self.g, self.with_bias)
+        if self._g.dim() == 2:
+            return dense.row_sq_norms(self._a, self._g)
+        return dense.sequence_sq_norms(self._a, self._g, self.with_bias)
 
     def sq_norms(self) -> Tensor:
         return self.pair[0]
@@ -175,7 +184,7 @@ class Dense(Contribution):
         return dense.sequence_second_moment(self.right, self.left)
 
     def total(self) -> Tensor:
-        dtype = accumulation_dtype(self.g.dtype)
+        dtype = accumulation_dtype(self._g.dtype)
         left, right = (x.flatten(0, 1).to(dtype) for x in (self.left, self.right))
         return left.t() @ right
 

@@ -24,6 +24,11 @@ class RegularLayout:
     batch: int
     inner: int
 
+    @property
+    def is_one_row(self) -> bool:
+        """Whether the dimension is the batch itself."""
+        return self.outer == 1 and self.inner == 1
+
     def isolate(self, t: Tensor) -> Tensor:
         """`[batch, *shape of one sample]`, a view where strides allow it.
 

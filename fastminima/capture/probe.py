@@ -130,16 +130,32 @@ class GradientProbe:
                 gradients and hooks are then as before.
             ValueError: for a loss of two dimensions or a scalar without batch size.
         """
-        self.attach(loss, batch_size, reduction, scale=scale)
+        # With no gradient there before, what is there afterwards is this pass'. (Under
+        # DistributedDataParallel it is the mean over ranks by then.)
+        is_fresh = not _is_distributed() and all(
+            p.grad is None and not p._post_accumulate_grad_hooks
+            for p in self._parameters.values()
+        )
+        self._attach(loss, batch_size, reduction, scale, hook_gradients=not is_fresh)
         try:
             total = loss.mean() if loss.dim() else loss
             if loss.dim() and scale != 1.0:
                 total = total * scale
             total.backward(retain_graph=retain_graph)
+            assert self._attached is not None
+            if is_fresh and self._attached.session is not None:
+                self._attached.session.take_gradients(
+                    {
+                        name: p.grad
+                        for name, p in self._parameters.items()
+                        if p.grad is not None
+                    }
+                )
             return self.collect()
         except RuntimeError as error:
-            if _SPENT_GRAPH in str(error):
-                raise _spent() from error
+            known = _explained(error)
+            if known is not None:
+                raise known from error
             raise
         finally:
             self._detach()
@@ -160,6 +176,17 @@ class GradientProbe:
         Raises:
             CaptureError, ValueError: as `backward`.
         """
+        self._attach(loss, batch_size, reduction, scale, hook_gradients=True)
+
+    def _attach(
+        self,
+        loss: Tensor,
+        batch_size: int | None,
+        reduction: str,
+        scale: float,
+        *,
+        hook_gradients: bool,
+    ) -> None:
         self._detach()
         count = _count(loss, batch_size)
         _check_word("reduction", reduction, ("mean", "sum"))
@@ -175,12 +202,15 @@ class GradientProbe:
             else:
                 factor = (count if is_mean else 1.0) / scale
         except RuntimeError as error:
-            if _SPENT_GRAPH in str(error):
-                raise _spent() from error
+            known = _explained(error)
+            if known is not None:
+                raise known from error
             raise
         session = None
         if frozen is None:
-            session = self._session(reading, count, self._measure, self._directions)
+            session = self._session(
+                reading, count, self._measure, self._directions, hook_gradients
+            )
         self._attached = _Attached(session, frozen, count, factor)
 
     def collect(self) -> GradientStatistics:
@@ -231,8 +261,9 @@ class GradientProbe:
         try:
             reading = self._reader.read(losses, count)
         except RuntimeError as error:
-            if _SPENT_GRAPH in str(error):
-                raise _spent() from error
+            known = _explained(error)
+            if known is not None:
+                raise known from error
             raise
         session = self._session(reading, count, frozenset(["norms", "totals"]), {})
         return audit_losses(
@@ -245,6 +276,7 @@ class GradientProbe:
         count: int,
         measure: frozenset[str],
         directions: Mapping[str, Mapping[str, Tensor]],
+        hook_gradients: bool = False,
     ) -> Session:
         return Session(
             reading.tape,
@@ -255,6 +287,7 @@ class GradientProbe:
             measure=measure,
             directions=directions,
             keep_grads=self._keep_mean,
+            hook_gradients=hook_gradients,
             announce=self._announce,
         )
 
@@ -269,9 +302,8 @@ class GradientProbe:
                 [self._parameters[name] for name in names],
                 session,
             )
-            for name, grad in zip(names, grads, strict=True):
-                if grad is not None:
-                    session.take_gradient(name, grad)
+            found = zip(names, grads, strict=True)
+            session.take_gradients({name: g for name, g in found if g is not None})
             return session.finish()
         finally:
             session.close()
@@ -284,7 +316,8 @@ class GradientProbe:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
         norms = list(collected.sq_norms.values())
         to_mean = factor / count
-        total = torch.stack(list(collected.grad_sq_norms.values())).sum()
+        parts = collected.grad_sq_norms
+        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         return GradientStatistics(
             count=count,
             parameter_count=self._parameter_count,
@@ -343,11 +376,24 @@ class _Attached:
         self.count, self.factor = count, factor
 
 
-def _spent() -> CaptureError:
-    return CaptureError(
-        "The backward pass of this loss has already run and its graph is gone. Compute "
-        "the loss again, or keep the graph with retain_graph=True."
-    )
+def _explained(error: RuntimeError) -> CaptureError | None:
+    """What an error of the engine means for a probe."""
+    if _SPENT_GRAPH in str(error):
+        return CaptureError(
+            "The backward pass of this loss has already run and its graph is gone. "
+            "Compute the loss again, or keep the graph with retain_graph=True."
+        )
+    if "torch.utils.checkpoint" in str(error):
+        return CaptureError(
+            "The loss was computed under activation checkpointing "
+            "(torch.utils.checkpoint), which lets its tensors be read only once. Run "
+            "the model without it on the steps that you probe."
+        )
+    return None
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_word(what: str, word: object, allowed: Sequence[str]) -> None:

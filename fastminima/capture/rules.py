@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..ops import broadcast, norm
 from ..ops.conv_geometry import ConvGeometry
@@ -66,40 +66,32 @@ def _has_rows(layout: RowLayout) -> bool:
     return not isinstance(layout, RegularLayout) or layout.dim == 0
 
 
-def _matrix(
-    first: Callable[[], Tensor],
-    second: Callable[[], Tensor],
-    g: Tensor,
-    layout: RowLayout,
-    numbers: tuple[int, int],
-    wanted: set[int],
-    with_bias: bool = False,
-) -> Contributions:
-    """`first @ second` with a parameter on either side; `g` is of its output."""
-    found: Contributions = {}
-    if numbers[1] in wanted and _has_rows(layout):
-        found[numbers[1]] = Dense(
-            layout.rows(first(), 1),
-            layout.rows(g, 1),
-            out_first=False,
-            with_bias=with_bias,
-        )
+def _product(
+    first: Tensor | None, second: Tensor | None, g: Tensor, layout: RowLayout
+) -> Dense | None:
+    """The right factor's gradient given the left, or the left's given the right."""
+    if first is not None:
+        if not _has_rows(layout):
+            return None
+        if isinstance(layout, RegularLayout) and layout.is_one_row:
+            return Dense(first, g, out_first=False)
+        return Dense(layout.rows(first, 1), layout.rows(g, 1), out_first=False)
     columns = _swapped(layout)
-    if numbers[0] in wanted and columns is not None:
-        found[numbers[0]] = Dense(
-            columns.rows(second().t(), 1), columns.rows(g.t(), 1), out_first=True
-        )
-    return found
+    if columns is None or second is None:
+        return None
+    return Dense(columns.rows(second.t(), 1), columns.rows(g.t(), 1), out_first=True)
 
 
 def _mm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    return _matrix(
-        lambda: node._saved_self,
-        lambda: node._saved_mat2,
-        *(g, layout, (0, 1), _numbers(slots)),
-    )
+    found: Contributions = {}
+    for slot in slots:
+        factors = (node._saved_self, None) if slot.number else (None, node._saved_mat2)
+        part = _product(*factors, g, layout)
+        if part is not None:
+            found[slot.number] = part
+    return found
 
 
 def _addmm(
@@ -107,16 +99,22 @@ def _addmm(
 ) -> Contributions:
     if node._saved_alpha != 1 or node._saved_beta != 1:
         return {}
-    bias = next((slot for slot in slots if slot.number == 0), None)
-    is_row = bias is not None and bias.shape in {(g.shape[1],), (1, g.shape[1])}
-    found = _matrix(
-        lambda: node._saved_mat1,
-        lambda: node._saved_mat2,
-        *(g, layout, (1, 2), _numbers(slots), is_row),
-    )
-    if bias is not None and is_row and _has_rows(layout):
+    found: Contributions = {}
+    bias = None
+    for slot in slots:
+        part = None
+        if slot.number == 2:
+            part = _product(node._saved_mat1, None, g, layout)
+        elif slot.number == 1:
+            part = _product(None, node._saved_mat2, g, layout)
+        elif slot.shape[-1:] == g.shape[1:] and Size(slot.shape).numel() == g.shape[1]:
+            bias = slot
+        if part is not None:
+            found[slot.number] = part
+    if bias is not None and _has_rows(layout):
         weight = found.get(2)
         if isinstance(weight, Dense):
+            weight.with_bias = True
             found[0] = DenseBias(weight, bias.shape)
         else:
             summed = broadcast.sum_over_time(layout.rows(g, 1))

@@ -62,7 +62,7 @@ class Collected:
     gram: Tensor | None = None
     dots: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[str, Tensor] = field(default_factory=dict)  # sum over samples of g_n
-    grad_sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
     grads: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
 
@@ -74,6 +74,8 @@ class Session:
         measure: any of "norms", "second_moments", "gram", "totals".
         directions: `{name: {parameter: tensor}}`.
         keep_grads: keep this pass' gradient itself.
+        hook_gradients: read the gradient when it is about to be accumulated, for
+            passes after which nobody calls `take_gradients`.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -88,6 +90,7 @@ class Session:
         measure: frozenset[str],
         directions: Mapping[str, Mapping[str, Tensor]],
         keep_grads: bool,
+        hook_gradients: bool,
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
         self.collected = Collected()
@@ -103,7 +106,7 @@ class Session:
         try:
             for use, use_layouts in zip(plan.uses, layouts, strict=True):
                 self._hook_use(tape, use, use_layouts)
-            for name in plan.sources:
+            for name in plan.sources if hook_gradients else ():
                 hook = self._gradient_hook(name)
                 node = tape.nodes[tape.leaves[name]]
                 self._handles.append(node.register_prehook(hook))
@@ -204,23 +207,24 @@ class Session:
             grad = grads[0]
             if grad is not None and not belongs_to_another(self):
                 with _no_grad():
-                    self.take_gradient(name, grad)
+                    self.take_gradients({name: grad})
 
         return hook
 
-    def take_gradient(self, name: str, grad: Tensor) -> None:
-        """Note the gradient of one parameter in this pass."""
-        if grad.layout != torch.strided:
-            grad = grad.coalesce() if grad.is_sparse else grad.to_dense()
-        values = grad.values() if grad.is_sparse else grad
-        self.collected.grad_sq_norms[name] = reduce.sq_norm(values)
-        if self._keep_grads:
-            kept = grad.to_dense() if grad.is_sparse else grad.clone()
-            self.collected.grads[name] = kept
+    def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
+        """Note the gradients of some parameters in this pass."""
+        values = []
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                grad = grad.coalesce() if grad.is_sparse else grad.to_dense()
+            values.append(grad.values() if grad.is_sparse else grad)
+            if self._keep_grads:
+                kept = grad.to_dense() if grad.is_sparse else grad.clone()
+                self.collected.grads[name] = kept
+        if values:
+            self.collected.grad_sq_norms.append(reduce.joint_sq_norm(values))
 
-    def _delivery(
-        self, tape: Tape, slot: Slot, path: Path
-    ) -> _Delivery | None:
+    def _delivery(self, tape: Tape, slot: Slot, path: Path) -> _Delivery | None:
         """How a contribution to a slot becomes one to the parameter behind it.
 
         None where it is one already.

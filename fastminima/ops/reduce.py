@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .._dtypes import accumulation_dtype
 from ._arguments import FLOATS, SUFFIX, accumulated
 from .table import Op
 
-__all__ = ["sq_norm"]
+__all__ = ["joint_sq_norm", "sq_norm"]
 
 
 def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
@@ -37,3 +39,16 @@ def _sq_norm_native(kernels: Any, x: Tensor) -> Tensor:
 
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
+
+
+def joint_sq_norm(tensors: Sequence[Float[Tensor, ...]]) -> Float[Tensor, ""]:
+    """Squared norm of all the tensors together, in the accumulation dtype of the first.
+
+    The small ones are joined before they are summed: a call costs more than they do.
+    """
+    dtype = accumulation_dtype(tensors[0].dtype)
+    parts = [sq_norm(x).to(dtype) for x in tensors if x.numel() >= _SMALL]
+    small = [x.flatten().to(dtype) for x in tensors if x.numel() < _SMALL]
+    if small:
+        parts.append(torch.cat(small).square().sum())
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
