@@ -149,6 +149,34 @@ class RowLoop(nn.Module):
         return torch.stack([self.layer(sample) for sample in x])
 
 
+class ImageLoop(nn.Module):
+    """A loop over images, with every normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.group = nn.GroupNorm(2, 4)
+        self.layer = nn.LayerNorm((3, 3))
+
+    def forward(self, x):
+        images = [self.layer(self.group(self.conv(image[None]))) for image in x]
+        return torch.cat(images)
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell, used once a time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(6, 3)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return h
+
+
 class LastToken(nn.Module):
     def __init__(self):
         super().__init__()
@@ -371,6 +399,8 @@ CASES = [
     Case("prelu", lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4)), rows(5, 6), universal=True),
     Case("experts", Experts, rows(4, 5, 6)),
     Case("loop over samples", RowLoop, rows(4, 6)),
+    Case("loop over images", ImageLoop, rows(3, 3, 5, 5), universal=True),
+    Case("unrolled", Unrolled, rows(4, 5, 6)),
     Case(
         "last token",
         LastToken,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import batchnorm
 from .errors import CaptureError
 from .gathers import Guard, find_guards, watched_sources
-from .layout import RegularLayout, RowLayout
+from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, measure_samples
 from .passes import run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
@@ -24,6 +24,7 @@ Layouts = list[list[RowLayout | None]]
 # Sizes of a graph are measured this often before a layout is carried over to new ones.
 _MEASURED_SIZES = 3
 _MOST_SIZES = 256
+_MOST_STRUCTURES = 64
 
 
 @dataclass
@@ -96,6 +97,8 @@ class Reader:
         known = self._known.get(key)
         if known is None:
             _refuse_compiled(tape)
+            while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
+                self._known.pop(next(iter(self._known)))
         candidates = None if known is None else known.norms
         mixing = batchnorm.mixing_nodes(tape, batch, candidates)
         if mixing and self._batchnorm == "error":
@@ -329,7 +332,8 @@ def _scaled(g: Tensor, weights: Tensor, batch: int, dim: int) -> Tensor:
 
 def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
     """Layouts of a batch of one: all rows belong to the sample."""
-    return [RegularLayout(0, 1, 1, s[0]) if s else None for s in shapes]
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
+    return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
 
 
 def _carried_over(known: _Known, signature: tuple) -> Layouts | None:

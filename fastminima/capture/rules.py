@@ -205,7 +205,11 @@ def _layer_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     trailing = len(node._saved_normalized_shape)
-    if isinstance(layout, RegularLayout) and layout.dim >= g.dim() - trailing:
+    if isinstance(layout, RegularLayout):
+        is_covered = layout.dim < g.dim() - trailing
+    else:
+        is_covered = trailing == 1
+    if not is_covered:
         return {}
 
     def rows(t: Tensor) -> Tensor:
@@ -235,7 +239,8 @@ def _channels(
     layout: RowLayout,
     slots: Sequence[Slot],
 ) -> Contributions:
-    if not _has_rows(layout):
+    # Irregular labels are those of rows of the last dim, not of whole images.
+    if not isinstance(layout, RegularLayout) or layout.dim != 0:
         return {}
     g, x = (t.reshape(t.shape[0], t.shape[1], -1) for t in (g, x))
     pair = norm.channel_norm_gradients(g, x, mean, rstd)

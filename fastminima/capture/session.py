@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .contributions import (
     Pushed,
     joined,
 )
+from .errors import CaptureError
 from .layout import RowLayout
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
@@ -157,6 +159,13 @@ class Session:
         layouts: Sequence[RowLayout | None],
         deliver: Sequence[tuple[int, Path, _Delivery | None]],
     ) -> None:
+        for grad, layout in zip_longest(grads, layouts):
+            if grad is not None and layout is None:
+                raise CaptureError(
+                    f"A gradient of shape {tuple(grad.shape)} reached {use.name} "
+                    f"(parameters {use.parameters}) where none came when its rows were "
+                    "measured. Make a new probe; please report it if that does not help."
+                )
         found = contributions_of(use.name, node, grads, layouts, use.slots)
         rest = [slot for slot in use.slots if slot.number not in found]
         if rest:

@@ -96,8 +96,6 @@ def flat_of(parts, like):
 
 
 def test_scalar_loss_and_sum(case):
-    if case.name in {"loop over samples", "mha time first", "frames", "windows"}:
-        pytest.skip("its tensors do not start with the batch axis; see test_loops")
     model, batch = case.make()
     want = probed(model, case.losses(model, batch)).sq_norms
     for reduction in ("mean", "sum"):
