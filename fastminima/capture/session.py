@@ -164,7 +164,7 @@ class Session:
                 raise CaptureError(
                     f"A gradient of shape {tuple(grad.shape)} reached {use.name} "
                     f"(parameters {use.parameters}) where none came when its rows were "
-                    "measured. Make a new probe; please report it if that does not help."
+                    "measured. Make a new probe; report it if that does not help."
                 )
         found = contributions_of(use.name, node, grads, layouts, use.slots)
         rest = [slot for slot in use.slots if slot.number not in found]
