@@ -68,9 +68,15 @@ def _ops() -> Iterator[str]:
         importlib.import_module(f"{ops.__name__}.{module.name}")
     for device in dict.fromkeys(torch.device(d.split()[0]).type for d in _devices()):
         for name in sorted(REGISTRY):
-            used = REGISTRY[name].backends(device, _DTYPE)[0]
+            used = REGISTRY[name].backends(device, _dtype_of(REGISTRY[name]))[0]
             others = "; ".join(_others(REGISTRY[name], device))
             yield f"  {name:<24}{device + ' ' + used:<15}{others}"
+
+
+def _dtype_of(op: Op) -> torch.dtype:
+    """What decides in a float32 model: the ids of a table come first, in int64."""
+    dtypes = {dtype for implementation in op for dtype in implementation.dtypes}
+    return torch.int64 if dtypes == {torch.int64} else _DTYPE
 
 
 def _others(op: Op, device: str) -> Iterator[str]:
@@ -82,7 +88,7 @@ def _others(op: Op, device: str) -> Iterator[str]:
 
 
 def _not_chosen(op: Op, device: str) -> Iterator[tuple[str, str]]:
-    used, *others = op.backends(device, _DTYPE)
+    used, *others = op.backends(device, _dtype_of(op))
     for backend in others:
         if backend.startswith("native-"):
             yield backend, "narrower vectors, kept for tests"
@@ -97,8 +103,8 @@ def _not_there(op: Op, device: str) -> Iterator[tuple[str, str]]:
         if device not in implementation.devices:
             needed = " or ".join(sorted(implementation.devices))
             yield implementation.backend, f"for {needed} tensors"
-        elif _DTYPE not in implementation.dtypes:
-            yield implementation.backend, f"not for {_DTYPE}"
+        elif _dtype_of(op) not in implementation.dtypes:
+            yield implementation.backend, f"not for {_dtype_of(op)}"
     found = {i.backend for i in op}
     if _native.missing_reason is not None:
         yield "native", _native.missing_reason
