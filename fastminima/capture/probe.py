@@ -89,8 +89,7 @@ class GradientProbe:
                 'mode="fused" needs kernels that this version does not have yet; use '
                 'mode="observe".'
             )
-        if batch_dim < 0:
-            raise ValueError(f"batch_dim must not be negative, got {batch_dim}.")
+        self._batch_dim = _dim(batch_dim)
         self._measure = frozenset(words)
         self._directions = {
             name: _direction(name, v, self._parameters)
@@ -101,7 +100,7 @@ class GradientProbe:
         self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
         module = model if isinstance(model, nn.Module) else None
-        self._reader = Reader(self._parameters, batchnorm, batch_dim, module)
+        self._reader = Reader(self._parameters, batchnorm, module)
         self._announced: set[str] = set()
         self._attached: _Attached | None = None
 
@@ -113,6 +112,7 @@ class GradientProbe:
         *,
         scale: float = 1.0,
         retain_graph: bool = False,
+        batch_dim: int | None = None,
     ) -> GradientStatistics:
         """Run the backward pass and return the statistics of its samples.
 
@@ -124,6 +124,7 @@ class GradientProbe:
             scale: what a GradScaler multiplied a scalar loss with, or will multiply the
                 mean of `loss` with, as `scaler.get_scale()`.
             retain_graph: keep the graph for another backward pass.
+            batch_dim: for this loss, in place of the probe's own.
 
         Raises:
             CaptureError: when the graph cannot be read exactly; the model, its
@@ -136,7 +137,9 @@ class GradientProbe:
             p.grad is None and not p._post_accumulate_grad_hooks
             for p in self._parameters.values()
         )
-        self._attach(loss, batch_size, reduction, scale, hook_gradients=not is_fresh)
+        self._attach(
+            loss, batch_size, reduction, scale, batch_dim, hook_gradients=not is_fresh
+        )
         try:
             total = loss.mean() if loss.dim() else loss
             if loss.dim() and scale != 1.0:
@@ -167,6 +170,7 @@ class GradientProbe:
         reduction: str = "mean",
         *,
         scale: float = 1.0,
+        batch_dim: int | None = None,
     ) -> None:
         """Prepare the graph of `loss`, for loops that call `loss.backward()`.
 
@@ -176,7 +180,7 @@ class GradientProbe:
         Raises:
             CaptureError, ValueError: as `backward`.
         """
-        self._attach(loss, batch_size, reduction, scale, hook_gradients=True)
+        self._attach(loss, batch_size, reduction, scale, batch_dim, hook_gradients=True)
 
     def _attach(
         self,
@@ -184,6 +188,7 @@ class GradientProbe:
         batch_size: int | None,
         reduction: str,
         scale: float,
+        batch_dim: int | None,
         *,
         hook_gradients: bool,
     ) -> None:
@@ -192,9 +197,10 @@ class GradientProbe:
         _check_word("reduction", reduction, ("mean", "sum"))
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}.")
+        batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
         is_mean = bool(loss.dim()) or reduction == "mean"
         try:
-            reading = self._reader.read(loss, count)
+            reading = self._reader.read(loss, count, batch_dim)
             frozen = None
             if reading.mixing and self._batchnorm == "frozen":
                 frozen = self._frozen_pass(reading, loss, count)
@@ -259,7 +265,7 @@ class GradientProbe:
             )
         count = _count(losses, None)
         try:
-            reading = self._reader.read(losses, count)
+            reading = self._reader.read(losses, count, 0)
         except RuntimeError as error:
             known = _explained(error)
             if known is not None:
@@ -423,6 +429,12 @@ def _count(loss: Tensor, batch_size: int | None) -> int:
     if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     return int(batch_size)
+
+
+def _dim(batch_dim: int) -> int:
+    if batch_dim < 0:
+        raise ValueError(f"batch_dim must not be negative, got {batch_dim}.")
+    return batch_dim
 
 
 def _direction(

@@ -13,7 +13,7 @@ from . import batchnorm
 from .errors import CaptureError
 from .gathers import Guard, find_guards, watched_sources
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, measure_samples
+from .measure import Measurement, Weighting, measure_samples
 from .passes import run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
 from .tape import Tape
@@ -55,7 +55,6 @@ class Reader:
     Args:
         parameters: the tracked parameters by name.
         batchnorm: "error", "rows" or "frozen".
-        batch_dim: the batch dimension of the tensors a scalar loss is made of.
         model: the module, if there is one: names its parts in messages, and tells its
             buffers from data.
     """
@@ -64,18 +63,18 @@ class Reader:
         self,
         parameters: Mapping[str, Tensor],
         batchnorm: str,
-        batch_dim: int,
         model: nn.Module | None,
     ) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
-        self._batch_dim = batch_dim
         self._model = model
         self._modules = {} if model is None else _owners(model)
         self._known: dict[tuple, _Known] = {}
 
-    def read(self, loss: Tensor, batch: int) -> Reading:
+    def read(self, loss: Tensor, batch: int, batch_dim: int) -> Reading:
         """Walk the graph of `loss` and say how to read it for `batch` samples.
+
+        `batch_dim` is the batch dimension of the tensors a scalar loss is made of.
 
         Raises:
             CaptureError: for a graph that cannot be read exactly.
@@ -93,7 +92,7 @@ class Reader:
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
-        key = (tape.key, batch > 1, loss.dim())
+        key = (tape.key, batch > 1, batch_dim if loss.dim() == 0 else None)
         known = self._known.get(key)
         if known is None:
             _refuse_compiled(tape)
@@ -105,7 +104,7 @@ class Reader:
             raise CaptureError(self._mixing_message(tape, mixing))
         layouts = self._recall(known, tape, batch) if known is not None else None
         if layouts is None:
-            return self._measure(key, tape, loss, batch, mixing)
+            return self._measure(key, tape, loss, batch, batch_dim, mixing)
         assert known is not None
         return Reading(tape, known.plan, layouts, mixing)
 
@@ -126,7 +125,13 @@ class Reader:
         known.layouts[signature] = layouts
 
     def _measure(
-        self, key: tuple, tape: Tape, loss: Tensor, batch: int, mixing: list[int]
+        self,
+        key: tuple,
+        tape: Tape,
+        loss: Tensor,
+        batch: int,
+        batch_dim: int,
+        mixing: list[int],
     ) -> Reading:
         if batch == 1:
             plan = find_plan(tape, None)
@@ -136,7 +141,14 @@ class Reader:
             self._known[key] = _Known(plan, norms, {signature: layouts})
             return Reading(tape, plan, layouts, mixing)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
-        measured = self._measured_samples(tape, watched, loss, batch, mixing)
+        roots = [] if loss.dim() else self._roots(tape, batch, batch_dim)
+
+        def weighting(weights: Tensor) -> list[Any]:
+            hook = _scaled_rows(weights, batch, batch_dim)
+            handles = [tape.nodes[i].register_prehook(hook) for i in roots]
+            return handles + batchnorm.freeze(tape, mixing)
+
+        measured = self._measured_samples(tape, watched, loss, batch, weighting)
         plan = find_plan(tape, measured)
         for i in plan.preparing:
             if reads_data(tape, i, self._storages()):
@@ -164,22 +176,10 @@ class Reader:
         watched: list[int],
         loss: Tensor,
         batch: int,
-        mixing: list[int],
+        weighting: Weighting,
     ) -> dict[int, list[Measurement | None]]:
-        roots = [] if loss.dim() else self._roots(tape, batch)
-        device = loss.device
-
-        def weighting(weights: Tensor) -> list[Any]:
-            handles = [
-                tape.nodes[i].register_prehook(
-                    _scaled_rows(weights, batch, self._batch_dim)
-                )
-                for i in roots
-            ]
-            return handles + batchnorm.freeze(tape, mixing)
-
         def backward(weights: Tensor, leaves: list[Tensor]) -> None:
-            weights = weights.to(device=device, dtype=loss.dtype)
+            weights = weights.to(device=loss.device, dtype=loss.dtype)
             run_pass(loss, leaves, self, weights if loss.dim() else None)
 
         has_half = any(
@@ -189,7 +189,7 @@ class Reader:
         )
         return measure_samples(tape, watched, batch, weighting, backward, has_half)
 
-    def _roots(self, tape: Tape, batch: int) -> list[int]:
+    def _roots(self, tape: Tape, batch: int, batch_dim: int) -> list[int]:
         """Where the batch axis of a scalar loss first appears, on every way down."""
         roots, met = [], []
         stack, entered = [0], {0}
@@ -197,14 +197,14 @@ class Reader:
             i = stack.pop()
             shapes = tape.shapes(i)
             if (
-                any(self._is_batched(shape, batch) for shape in shapes)
+                any(_is_batched(shape, batch, batch_dim) for shape in shapes)
                 and not (tape.is_surely_parameter[i])
             ):
                 roots.append(i)
                 continue
             if tape.names[i].startswith("leaf "):
                 raise CaptureError(
-                    self._no_batch_message(tape.names[i][5:], batch, met)
+                    _no_batch_message(tape.names[i][5:], batch, batch_dim, met)
                 )
             met += [shape for shape in shapes if shape]
             for edge in tape.children[i]:
@@ -219,9 +219,6 @@ class Reader:
             return set()
         held = (*self._model.parameters(), *self._model.buffers())
         return {t.untyped_storage().data_ptr() for t in held}
-
-    def _is_batched(self, shape: tuple[int, ...], batch: int) -> bool:
-        return len(shape) > self._batch_dim and shape[self._batch_dim] == batch
 
     def _layouts(
         self,
@@ -268,19 +265,6 @@ class Reader:
             "MinibatchVariance."
         )
 
-    def _no_batch_message(
-        self, parameter: str, batch: int, met: Sequence[tuple[int, ...]]
-    ) -> str:
-        shapes = (
-            ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
-        )
-        return (
-            f"No batch axis of size {batch} (dimension {self._batch_dim}) on the way "
-            f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
-            "name the axis with batch_dim, keep penalties on parameters out of this "
-            "loss, or pass the vector of per-sample losses."
-        )
-
     def _module_at(self, tape: Tape, i: int) -> str:
         for edge in tape.children[i]:
             if edge is not None and tape.names[edge[0]].startswith("leaf "):
@@ -288,6 +272,22 @@ class Reader:
                 return self._modules.get(parameter, parameter)
         below = _nearest_parameter(tape, i)
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
+
+
+def _is_batched(shape: tuple[int, ...], batch: int, batch_dim: int) -> bool:
+    return len(shape) > batch_dim and shape[batch_dim] == batch
+
+
+def _no_batch_message(
+    parameter: str, batch: int, batch_dim: int, met: Sequence[tuple[int, ...]]
+) -> str:
+    shapes = ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
+    return (
+        f"No batch axis of size {batch} (dimension {batch_dim}) on the way "
+        f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
+        "name the axis with batch_dim, keep penalties on parameters out of this "
+        "loss, or pass the vector of per-sample losses."
+    )
 
 
 def _nearest_parameter(tape: Tape, i: int) -> str | None:

@@ -17,7 +17,7 @@ def read(case_name):
     model, batch = BY_NAME[case_name].make()
     probe = fm.GradientProbe(model)
     losses = BY_NAME[case_name].losses(model, batch)
-    return probe._reader.read(losses, len(losses))
+    return probe._reader.read(losses, len(losses), 0)
 
 
 def layouts(found):
@@ -208,3 +208,29 @@ def test_one_extra_measurement_a_structure(monkeypatch):
     for _ in range(5):
         probe.backward(model(x).square().sum(1))
     assert count == 1
+
+
+def test_batch_dim_of_a_time_major_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x = torch.randn(5, 3, 4)  # [time, batch, features]
+
+    def losses():
+        return model(x).square().mean((0, 2))
+
+    want = fm.GradientProbe(model).backward(losses()).sq_norms
+    always = fm.GradientProbe(model, batch_dim=1)
+    torch.testing.assert_close(
+        always.backward(model(x).square().mean(), batch_size=3).sq_norms, want
+    )
+    once = fm.GradientProbe(model)
+    loss = model(x).square().mean()
+    torch.testing.assert_close(
+        once.backward(loss, batch_size=3, batch_dim=1).sq_norms, want
+    )
+    loss = model(x).square().mean()
+    once.attach(loss, batch_size=3, batch_dim=1)
+    loss.backward()
+    torch.testing.assert_close(once.collect().sq_norms, want)
+    with pytest.raises(fm.CaptureError, match="batch_dim"):
+        once.backward(model(x).square().mean(), batch_size=3)
