@@ -90,6 +90,10 @@ def measure(options: argparse.Namespace) -> dict:
         except KeyboardInterrupt:
             bar.write(f"Stopped at {table} {column}; what came before is kept.")
             break
+        except Exception as error:
+            bar.write(f"{table} {column} failed: {type(error).__name__}: {error}")
+            record.setdefault("failed", {})[f"{table} {column}"] = repr(error)
+            continue
         record["tables"].setdefault(table, {})[column] = cells
         bar.update()
     bar.close()

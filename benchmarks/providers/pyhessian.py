@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from benchmarks.providers.base import Provider, math_attention, split
@@ -27,8 +29,8 @@ def _product(workload, vector):
 
 
 def _power(workload):
-    import pyhessian.hessian as library
-
+    # Not `import pyhessian.hessian as ...`: the package hides that module behind its class.
+    library = importlib.import_module("pyhessian.hessian")
     product = library.hessian_vector_product
 
     def solve(seed):
