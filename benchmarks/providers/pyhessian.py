@@ -29,7 +29,7 @@ def _product(workload, vector):
 
 
 def _power(workload):
-    # Not `import pyhessian.hessian as ...`: the package hides that module behind its class.
+    # The package hides this module behind its class of the same name.
     library = importlib.import_module("pyhessian.hessian")
     product = library.hessian_vector_product
 

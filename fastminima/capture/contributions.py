@@ -412,7 +412,8 @@ class Pushed(Contribution):
         return torch.stack([self.push(g).to(g.dtype) for g in samples])
 
     def settled(self) -> Contribution:
-        return Pushed(self.inner.settled(), self.shape, self.push)
+        # The nodes that `push` runs through are freed as the pass goes on.
+        return Materialized(self.per_sample(0, self.batch))
 
 
 class Joined(Contribution):

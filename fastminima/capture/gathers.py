@@ -13,7 +13,13 @@ from .layout import RegularLayout
 from .measure import Measurement
 from .tape import Tape, signed
 
-__all__ = ["Guard", "find_guards", "watched_sources"]
+__all__ = [
+    "Guard",
+    "find_guards",
+    "placing_numbers",
+    "read_numbers",
+    "watched_sources",
+]
 
 # Along one dim, `_saved_dim`: harmless unless that is the batch dim.
 _BY_DIM = frozenset(
@@ -30,7 +36,8 @@ _BY_INDICES = frozenset(
 _BY_ANYTHING = frozenset(
     [
         *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
-        *("PutBackward0", "PackPaddedSequenceBackward0"),
+        *("PutBackward0", "PackPaddedSequenceBackward0", "SegmentReduceBackward0"),
+        *("IndexReduceBackward0", "torch::autograd::CopySlices"),
     ]
 )
 
@@ -62,9 +69,82 @@ def _saved(node: Any, guard: Guard) -> Tensor:
     return value if guard.number is None else value[guard.number]
 
 
+# Numbers that a program may change from step to step and that move rows. A node is
+# looked at only where data flows through it.
+_PLACING = {
+    "SplitBackward0": ("split_size", "dim"),
+    "SplitWithSizesBackward0": ("split_sizes", "dim"),
+    "UnsafeSplitBackward0": ("split_size", "dim"),
+    "SliceBackward0": ("dim", "start", "end", "step"),
+    "SelectBackward0": ("dim", "index"),
+    "UnbindBackward0": ("dim",),
+    "RollBackward0": ("shifts", "dims"),
+    "FlipBackward0": ("dims",),
+    "TransposeBackward0": ("dim0", "dim1"),
+    "PermuteBackward0": ("dims",),
+    "StackBackward0": ("dim",),
+    "CatBackward0": ("dim",),
+    "SumBackward1": ("dim",),
+    "MeanBackward1": ("dim",),
+    "AmaxBackward0": ("dim",),
+    "MaxBackward0": ("dim",),
+    "LogsumexpBackward0": ("dim",),
+}
+# Where a matrix from outside the graph may combine rows of any samples.
+_PRODUCTS = {
+    "MmBackward0": (0, 1),
+    "BmmBackward0": (0, 1),
+    "MvBackward0": (0, 1),
+    "AddmmBackward0": (1, 2),
+    "BaddbmmBackward0": (1, 2),
+}
+
+
+def placing_numbers(
+    tape: Tape, preparing: Container[int]
+) -> list[tuple[int, tuple[str, ...]]]:
+    """Nodes, and the attributes of them, that say where rows go."""
+    return [
+        (i, tuple(f"_saved_{word}" for word in _PLACING[name]))
+        for i, name in enumerate(tape.names)
+        if name in _PLACING and i not in preparing
+    ]
+
+
+def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tuple:
+    """The values of those attributes in this graph."""
+    values = []
+    for i, names in placing:
+        node = tape.nodes[i]
+        for name in names:
+            value = getattr(node, name)
+            values.append(tuple(value) if isinstance(value, list) else value)
+    return tuple(values)
+
+
+def _is_data(
+    tape: Tape, edge: tuple[int, int] | None, preparing: Container[int]
+) -> bool:
+    """Whether rows of samples come along an edge, and not a parameter."""
+    return edge is not None and edge[0] not in preparing and not tape.is_leaf(edge[0])
+
+
+def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
+    """Whether a node moves rows of data by something that cannot be watched."""
+    name, edges = tape.names[i], tape.children[i]
+    if name in _BY_ANYTHING:
+        return True
+    if name == "EmbeddingBagBackward0":
+        return _is_data(tape, edges[0], preparing)
+    if name not in _PRODUCTS:
+        return False
+    left, right = (edges[number] for number in _PRODUCTS[name])
+    return left is None and _is_data(tape, right, preparing)
+
+
 def gather_nodes(tape: Tape) -> list[int]:
     """Nodes that pick rows by an index."""
-    known = _BY_DIM | _BY_INDICES | _BY_ANYTHING
+    known = _BY_DIM | _BY_INDICES
     return [i for i, name in enumerate(tape.names) if name in known]
 
 
@@ -88,12 +168,18 @@ def find_guards(
     Nodes that prepare a parameter pick no rows of samples.
     """
     guards: list[Guard] = []
+    if any(_moves_unseen(tape, i, preparing) for i in range(len(tape.names))):
+        return None
+    for i, name in enumerate(tape.names):
+        if name == "EmbeddingBackward0" and _is_data(
+            tape, tape.children[i][0], preparing
+        ):
+            index = tape.nodes[i]._saved_indices
+            guards.append(Guard(i, "_saved_indices", None, index.clone()))
     for i in gather_nodes(tape):
         if i in preparing:
             continue
         name, node = tape.names[i], tape.nodes[i]
-        if name in _BY_ANYTHING:
-            return None
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
         if name in _BY_INDICES:

@@ -101,12 +101,14 @@ class IrregularLayout:
         """`[batch, time, *last trailing dims]`, short samples padded with zeros."""
         index, real = (x.to(t.device) for x in self._padded)
         flat = t.flatten(0, t.dim() - trailing - 1)
-        return flat[index] * real.reshape(*real.shape, *[1] * trailing)
+        if len(flat) == 0:  # an expert without tokens
+            return flat.new_zeros(self.batch, 1, *flat.shape[1:])
+        return flat[index] * real.reshape((*real.shape, *[1] * trailing))
 
     def keep_only(self, t: Tensor, n: int) -> Tensor:
         """A copy of `t` with the rows of every sample but n set to zero."""
         keep = (self.labels == n).to(t.device)
-        return t * keep.reshape(*keep.shape, *[1] * (t.dim() - keep.dim()))
+        return t * keep.reshape((*keep.shape, *[1] * (t.dim() - keep.dim())))
 
 
 RowLayout = RegularLayout | IrregularLayout

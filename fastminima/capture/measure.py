@@ -51,10 +51,13 @@ class Measurement:
         """Whether no reading gives every row to one sample."""
         return self.leading is None and self.trailing is None
 
-    @property
-    def is_silent(self) -> bool:
-        """Whether the gradient was zero (or not finite) everywhere."""
-        return self.leading is not None and bool((self.leading < 0).all())
+    def shows_all(self, batch: int) -> bool:
+        """Whether every sample was seen, so that what fits will fit again.
+
+        A gradient that was zero, or not finite, for some samples fits too much.
+        """
+        labels = self.trailing if self.leading is None else self.leading
+        return labels is not None and len(np.unique(labels[labels >= 0])) == batch
 
     def layouts(self, batch: int) -> list[RowLayout]:
         """Regular layouts that fit, else the irregular one; empty when mixed."""

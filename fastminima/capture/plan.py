@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Size, Tensor
 
@@ -57,7 +57,7 @@ class Slot:
 
     number: int
     child: tuple[int, int]  # the input is this node's output number ...
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = field(compare=False)  # may differ from step to step
     paths: tuple[Path, ...]
 
 
@@ -96,6 +96,30 @@ class Plan:
         """Shapes of all output gradients that the plan reads."""
         return tuple(tuple(tape.shapes(use.node)) for use in self.uses)
 
+    def sized(self, tape: Tape) -> Plan:
+        """The same plan with the shapes that parameters have in this graph."""
+        uses = []
+        for use in self.uses:
+            shapes = [tape.shapes(s.child[0])[s.child[1]] for s in use.slots]
+            if all(
+                s.shape == shape for s, shape in zip(use.slots, shapes, strict=True)
+            ):
+                uses.append(use)
+                continue
+            slots = zip(use.slots, shapes, strict=True)
+            sized = tuple(replace(slot, shape=shape) for slot, shape in slots)
+            uses.append(replace(use, slots=sized))
+        return Plan(tuple(uses), self.preparing)
+
+    def entrances(self, tape: Tape) -> tuple[tuple[int, ...], ...]:
+        """Shapes in which prepared parameters enter."""
+        return tuple(
+            tape.shapes(slot.child[0])[slot.child[1]]
+            for use in self.uses
+            for slot in use.slots
+            if any(path.steps != () for path in slot.paths)
+        )
+
 
 def watched_nodes(tape: Tape) -> list[int]:
     """Nodes whose rows tell uses from preparations: all near a tracked parameter."""
@@ -123,22 +147,33 @@ def find_plan(
     """
     arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
     preparing: set[int] = set()
+    several: set[str] = set()
     for parameter, leaf in tape.leaves.items():
         stack: list[tuple[int, int | None, tuple[Step, ...]]] = [(leaf, None, ())]
+        met: set[int] = set()
         while stack:
             i, leaves_by, below = stack.pop()
             for parent, number, output in tape.parents[i]:
                 steps = below if leaves_by is None else ((i, output, leaves_by), *below)
                 if _is_preparation(tape, parent, measured):
-                    stack.append((parent, number, steps))
                     preparing.add(parent)
+                    if parent in met:  # several ways: none of them is a simple chain
+                        several.add(parameter)
+                    else:
+                        met.add(parent)
+                        stack.append((parent, number, steps))
                     continue
                 _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
                 chains.setdefault(parameter, []).append(steps)
     slots: dict[int, list[Slot]] = {}
     for (node, number), (child, chains) in sorted(arrivals.items()):
         paths = tuple(
-            Path(name, _simple(tape, found, alone=len(chains) == 1))
+            Path(
+                name,
+                None
+                if name in several and found != [()]
+                else _simple(tape, found, alone=len(chains) == 1),
+            )
             for name, found in chains.items()
         )
         shape = tape.shapes(child[0])[child[1]]
@@ -151,7 +186,6 @@ def find_plan(
 _OPERANDS = {
     "MmBackward0": ("self", "mat2"),
     "BmmBackward0": ("self", "mat2"),
-    "MulBackward0": ("self", "other"),
     "MvBackward0": ("self", None),  # a vector has no rows to give to samples
     "AddmmBackward0": (None, "mat1", "mat2"),
     "BaddbmmBackward0": (None, "batch1", "batch2"),

@@ -204,7 +204,8 @@ class GradientProbe:
             frozen = None
             if reading.mixing and self._batchnorm == "frozen":
                 frozen = self._frozen_pass(reading, loss, count)
-                factor = float(count) if is_mean else 1.0
+                # The pass over a vector of losses was not scaled.
+                factor = (count if is_mean else 1.0) / (1.0 if loss.dim() else scale)
             else:
                 factor = (count if is_mean else 1.0) / scale
         except RuntimeError as error:
@@ -341,7 +342,12 @@ class GradientProbe:
             if "second_moments" in self._measure
             else None,
             gram=None if collected.gram is None else collected.gram * factor**2,
-            dots={name: t * factor for name, t in collected.dots.items()},
+            dots={
+                name: collected.dots[name] * factor
+                if name in collected.dots
+                else norms[0].new_zeros(count)  # it names only what was not reached
+                for name in self._directions
+            },
             mean_grad={
                 name: t.to(accumulation_dtype(t.dtype)) * to_mean
                 for name, t in collected.grads.items()

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import Guard, find_guards, watched_sources
+from .gathers import (
+    Guard,
+    find_guards,
+    placing_numbers,
+    read_numbers,
+    watched_sources,
+)
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, Weighting, measure_samples
 from .passes import run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
+from .roots import batch_edges, weigh_edges
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -43,6 +50,7 @@ class _Known:
 
     plan: Plan
     norms: list[int]  # batch normalisations, in whatever mode
+    placing: list[tuple[int, tuple[str, ...]]]  # numbers that say where rows go
     layouts: dict[tuple, Layouts] = field(default_factory=dict)
     measured: list[tuple] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
@@ -96,6 +104,7 @@ class Reader:
         known = self._known.get(key)
         if known is None:
             _refuse_compiled(tape)
+            _refuse_complex(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
         candidates = None if known is None else known.norms
@@ -106,12 +115,12 @@ class Reader:
         if layouts is None:
             return self._measure(key, tape, loss, batch, batch_dim, mixing)
         assert known is not None
-        return Reading(tape, known.plan, layouts, mixing)
+        return Reading(tape, known.plan.sized(tape), layouts, mixing)
 
     def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
         if not all(guard.holds(tape) for guard in known.guards):
             return None
-        signature = (batch, known.plan.signature(tape))
+        signature = _signature(tape, known.plan, known.placing, batch)
         layouts = known.layouts.get(signature)
         if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
             layouts = _carried_over(known, signature)
@@ -136,16 +145,15 @@ class Reader:
         if batch == 1:
             plan = find_plan(tape, None)
             layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            signature = (1, plan.signature(tape))
             norms = batchnorm.norm_nodes(tape)
-            self._known[key] = _Known(plan, norms, {signature: layouts})
+            signature = _signature(tape, plan, [], 1)
+            self._known[key] = _Known(plan, norms, [], {signature: layouts})
             return Reading(tape, plan, layouts, mixing)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
-        roots = [] if loss.dim() else self._roots(tape, batch, batch_dim)
+        roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
 
         def weighting(weights: Tensor) -> list[Any]:
-            hook = _scaled_rows(weights, batch, batch_dim)
-            handles = [tape.nodes[i].register_prehook(hook) for i in roots]
+            handles = weigh_edges(tape, roots, weights, batch_dim)
             return handles + batchnorm.freeze(tape, mixing)
 
         measured = self._measured_samples(tape, watched, loss, batch, weighting)
@@ -162,8 +170,9 @@ class Reader:
         known = self._known.get(key)
         if known is None or known.plan.uses != plan.uses or known.guards != guards:
             norms = batchnorm.norm_nodes(tape)
-            known = self._known[key] = _Known(plan, norms, guards=guards)
-        signature = (batch, plan.signature(tape))
+            placing = placing_numbers(tape, plan.preparing)
+            known = self._known[key] = _Known(plan, norms, placing, guards=guards)
+        signature = _signature(tape, plan, known.placing, batch)
         if known.measured:
             known.follows &= _carried_over(known, signature) == layouts
         known.measured.append(signature)
@@ -188,30 +197,6 @@ class Reader:
             for meta in tape.nodes[i]._input_metadata
         )
         return measure_samples(tape, watched, batch, weighting, backward, has_half)
-
-    def _roots(self, tape: Tape, batch: int, batch_dim: int) -> list[int]:
-        """Where the batch axis of a scalar loss first appears, on every way down."""
-        roots, met = [], []
-        stack, entered = [0], {0}
-        while stack:
-            i = stack.pop()
-            shapes = tape.shapes(i)
-            if (
-                any(_is_batched(shape, batch, batch_dim) for shape in shapes)
-                and not (tape.is_surely_parameter[i])
-            ):
-                roots.append(i)
-                continue
-            if tape.names[i].startswith("leaf "):
-                raise CaptureError(
-                    _no_batch_message(tape.names[i][5:], batch, batch_dim, met)
-                )
-            met += [shape for shape in shapes if shape]
-            for edge in tape.children[i]:
-                if edge is not None and edge[0] not in entered:
-                    entered.add(edge[0])
-                    stack.append(edge[0])
-        return roots
 
     def _storages(self) -> set[int]:
         """Addresses of all that the model itself holds."""
@@ -239,6 +224,7 @@ class Reader:
                 if not found:
                     raise CaptureError(self._mixed_message(tape, use.node, batch))
                 is_settled &= len(found) == 1 and isinstance(found[0], RegularLayout)
+                is_settled &= measurement.shows_all(batch)
                 of_use.append(found[0])
             layouts.append(of_use)
         return layouts, is_settled
@@ -274,22 +260,6 @@ class Reader:
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
 
 
-def _is_batched(shape: tuple[int, ...], batch: int, batch_dim: int) -> bool:
-    return len(shape) > batch_dim and shape[batch_dim] == batch
-
-
-def _no_batch_message(
-    parameter: str, batch: int, batch_dim: int, met: Sequence[tuple[int, ...]]
-) -> str:
-    shapes = ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
-    return (
-        f"No batch axis of size {batch} (dimension {batch_dim}) on the way "
-        f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
-        "name the axis with batch_dim, keep penalties on parameters out of this "
-        "loss, or pass the vector of per-sample losses."
-    )
-
-
 def _nearest_parameter(tape: Tape, i: int) -> str | None:
     queue, entered = [i], {i}
     for j in queue:
@@ -313,21 +283,14 @@ def _refuse_compiled(tape: Tape) -> None:
             )
 
 
-def _scaled_rows(weights: Tensor, batch: int, dim: int) -> Any:
-    def hook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(
-            None if g is None else _scaled(g, weights, batch, dim) for g in grads
-        )
-
-    return hook
-
-
-def _scaled(g: Tensor, weights: Tensor, batch: int, dim: int) -> Tensor:
-    if g.dim() <= dim or g.shape[dim] != batch:
-        return g
-    shape = [1] * g.dim()
-    shape[dim] = batch
-    return g * weights.to(device=g.device, dtype=g.dtype).view(shape)
+def _refuse_complex(tape: Tape) -> None:
+    for i, node in enumerate(tape.nodes):
+        if any(meta.dtype.is_complex for meta in node._input_metadata):
+            raise CaptureError(
+                f"The loss computes with complex numbers ({tape.names[i]}), which are "
+                "not supported; write that part with real ones, as in a matrix product "
+                "with cosines and sines."
+            )
 
 
 def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
@@ -336,9 +299,21 @@ def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
     return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
 
 
+def _signature(
+    tape: Tape, plan: Plan, placing: list[tuple[int, tuple[str, ...]]], batch: int
+) -> tuple:
+    """All by which two graphs of one structure can differ in their layouts."""
+    numbers = read_numbers(tape, placing)
+    return batch, plan.signature(tape), plan.entrances(tape), numbers
+
+
 def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
-    old_shapes = known.measured[0][1]
-    batch, new_shapes = signature
+    _, old_shapes, old_entrances, old_numbers = known.measured[0]
+    batch, new_shapes, entrances, numbers = signature
+    if numbers != old_numbers or [[size == 1 for size in e] for e in entrances] != [
+        [size == 1 for size in e] for e in old_entrances
+    ]:
+        return None
     layouts: Layouts = []
     for of_use, old, new in zip(
         known.layouts[known.measured[0]], old_shapes, new_shapes, strict=True

@@ -185,6 +185,11 @@ class Session:
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         self._missing[name] -= 1
+        if self._missing[name] < 0:
+            raise CaptureError(
+                f"A second backward pass reached {name!r} since the probe was "
+                "attached. Attach before each backward pass, and collect after it."
+            )
         waiting = self._waiting.pop(name, None)
         if self._missing[name] > 0:
             self._waiting[name] = [*(waiting or ()), contribution.settled()]

@@ -119,13 +119,13 @@ class Tape:
 
     @cached_property
     def is_surely_parameter(self) -> list[bool]:
-        """Whether everything that flows into a node is a leaf.
+        """Whether everything that flows into a node is a tracked parameter.
 
         Tables and selections read indices or masks, which the graph does not show.
         """
         sure = [False] * len(self.nodes)
         for i in self.leaves_first:
-            sure[i] = self.is_leaf(i) or (
+            sure[i] = self.names[i].startswith("leaf ") or (
                 bool(self.children[i])
                 and not self.names[i].startswith(_READS_UNSEEN)
                 and all(e is not None and sure[e[0]] for e in self.children[i])

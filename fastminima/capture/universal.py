@@ -63,6 +63,8 @@ def _fitted(grad: Tensor | None, slot: Slot, like: Tensor) -> Tensor:
     """What the engine does with a node's result: undo broadcasting, accumulate."""
     if grad is None:
         return torch.zeros(slot.shape, dtype=like.dtype, device=like.device)
+    if grad.is_sparse:
+        grad = grad.to_dense()
     if tuple(grad.shape) != slot.shape:
         grad = grad.sum_to_size(slot.shape)
     return grad.to(accumulation_dtype(grad.dtype))

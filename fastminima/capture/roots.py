@@ -1,0 +1,142 @@
+"""Where the batch axis of a scalar loss first appears on the way down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .errors import CaptureError
+from .tape import Tape, signed
+
+__all__ = ["batch_edges", "weigh_edges"]
+
+Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
+
+# Reductions over some dims: what remains of the axis may be another one of that size.
+_REDUCTIONS = frozenset(
+    [
+        *("SumBackward1", "MeanBackward1", "ProdBackward1", "NormBackward1"),
+        *("NormBackward2", "LinalgVectorNormBackward0", "LogsumexpBackward0"),
+        *("AmaxBackward0", "AminBackward0", "MaxBackward0", "MinBackward0"),
+        *("VarBackward0", "StdBackward0"),
+    ]
+)
+_JOINS = frozenset(["StackBackward0", "CatBackward0"])
+
+
+def batch_edges(tape: Tape, batch: int, batch_dim: int) -> Edges:
+    """Edges of the graph from tensors without the batch axis to tensors with it.
+
+    Raises:
+        CaptureError: when a parameter is reached before the axis, or when a tensor has
+            the right size there for a reason that cannot be told.
+    """
+    edges: Edges = {}
+    met: list[tuple[int, ...]] = []
+    stack, entered = [0], {0}
+    while stack:
+        i = stack.pop()
+        met += [shape for shape in tape.shapes(i) if shape]
+        for number, edge in enumerate(tape.children[i]):
+            if edge is None:
+                continue
+            child, _ = edge
+            if _starts(tape, child, batch, batch_dim):
+                edges.setdefault(i, []).append(number)
+                continue
+            if tape.names[child].startswith("leaf "):
+                raise CaptureError(
+                    _message(tape.names[child][5:], batch, batch_dim, met)
+                )
+            if child not in entered:
+                entered.add(child)
+                stack.append(child)
+    return edges
+
+
+def _starts(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
+    """Whether the batch axis of the samples is in the output of node i."""
+    if not _is_batched(tape, i, batch, batch_dim) or tape.is_surely_parameter[i]:
+        return False
+    name, node = tape.names[i], tape.nodes[i]
+    if name in _REDUCTIONS:
+        return batch_dim not in _reduced(tape, i)
+    if name in _JOINS and signed(node._saved_dim) % len(tape.shapes(i)[0]) == batch_dim:
+        pieces = sum(edge is not None for edge in tape.children[i])
+        if name == "StackBackward0" or pieces == batch:
+            raise CaptureError(
+                f"Dimension {batch_dim} of a tensor of shape {tape.shapes(i)[0]} below "
+                f"the loss was made by joining {pieces} tensors: whether these are the "
+                f"{batch} samples (or layers, or heads) cannot be told. Pass the vector "
+                "of per-sample losses."
+            )
+    return True
+
+
+def _is_batched(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
+    shapes = tape.shapes(i)
+    return any(len(s) > batch_dim and s[batch_dim] == batch for s in shapes)
+
+
+def _reduced(tape: Tape, i: int) -> set[int]:
+    """Dims of the input that a reduction takes away or leaves with size one."""
+    dims = getattr(tape.nodes[i], "_saved_dim", None)
+    edge = tape.children[i][0]
+    rank = len(tape.shapes(edge[0])[edge[1]]) if edge else len(tape.shapes(i)[0]) + 1
+    if dims is None or dims == ():
+        return set(range(rank))
+    listed = dims if isinstance(dims, (list, tuple)) else [dims]
+    return {signed(dim) % rank for dim in listed}
+
+
+def weigh_edges(
+    tape: Tape, edges: Mapping[int, Sequence[int]], weights: Tensor, batch_dim: int
+) -> list[Any]:
+    """Weight the samples in the gradients that pass those edges; returns handles."""
+    return [
+        tape.nodes[i].register_hook(_weigher(tape, i, numbers, weights, batch_dim))
+        for i, numbers in edges.items()
+    ]
+
+
+def _weigher(
+    tape: Tape, i: int, numbers: Sequence[int], weights: Tensor, batch_dim: int
+) -> Callable[[Any, Any], Any]:
+    shapes = {}
+    for number in numbers:
+        edge = tape.children[i][number]
+        assert edge is not None
+        shapes[number] = tape.shapes(edge[0])[edge[1]]
+
+    def hook(
+        grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        weighed = list(grad_inputs)
+        for number, shape in shapes.items():
+            g = weighed[number]
+            if g is None:
+                continue
+            if tuple(g.shape) != shape:
+                g = g.sum_to_size(shape)
+            column = [1] * len(shape)
+            column[batch_dim] = len(weights)
+            weighed[number] = g * weights.to(device=g.device, dtype=g.dtype).view(
+                column
+            )
+        return tuple(weighed)
+
+    return hook
+
+
+def _message(
+    parameter: str, batch: int, batch_dim: int, met: Sequence[tuple[int, ...]]
+) -> str:
+    shapes = ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
+    return (
+        f"No batch axis of size {batch} (dimension {batch_dim}) on the way "
+        f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
+        "name the axis with batch_dim, keep penalties on parameters out of this "
+        "loss, or pass the vector of per-sample losses."
+    )
