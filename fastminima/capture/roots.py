@@ -57,22 +57,39 @@ def batch_edges(tape: Tape, batch: int, batch_dim: int) -> Edges:
 
 
 def _starts(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
-    """Whether the batch axis of the samples is in the output of node i."""
+    """Whether the batch axis of the samples is in the output of node i.
+
+    The size alone does not say so: where the tensor, or one of its shape that it was
+    made of, came from a reduction of that dim, it is another axis of that size.
+    """
     if not _is_batched(tape, i, batch, batch_dim) or tape.is_surely_parameter[i]:
         return False
-    name, node = tape.names[i], tape.nodes[i]
-    if name in _REDUCTIONS:
-        return batch_dim not in _reduced(tape, i)
-    if name in _JOINS and signed(node._saved_dim) % len(tape.shapes(i)[0]) == batch_dim:
-        pieces = sum(edge is not None for edge in tape.children[i])
-        if name == "StackBackward0" or pieces == batch:
-            raise CaptureError(
-                f"Dimension {batch_dim} of a tensor of shape {tape.shapes(i)[0]} below "
-                f"the loss was made by joining {pieces} tensors: whether these are the "
-                f"{batch} samples (or layers, or heads) cannot be told. Pass the vector "
-                "of per-sample losses."
-            )
+    shape = tape.shapes(i)[0]
+    below: int | None = i
+    while below is not None:
+        name = tape.names[below]
+        if name in _REDUCTIONS:
+            return batch_dim not in _reduced(tape, below)
+        if name in _JOINS:
+            _refuse_joined(tape, below, batch, batch_dim)
+        edges = (edge for edge in tape.children[below] if edge is not None)
+        alike = (j for j, output in edges if tape.shapes(j)[output] == shape)
+        below = next((j for j in alike if not tape.is_surely_parameter[j]), None)
     return True
+
+
+def _refuse_joined(tape: Tape, i: int, batch: int, batch_dim: int) -> None:
+    """Raise where the dim was made by joining as many tensors as there are samples."""
+    if signed(tape.nodes[i]._saved_dim) % len(tape.shapes(i)[0]) != batch_dim:
+        return
+    pieces = sum(edge is not None for edge in tape.children[i])
+    if tape.names[i] == "StackBackward0" or pieces == batch:
+        raise CaptureError(
+            f"Dimension {batch_dim} of a tensor of shape {tape.shapes(i)[0]} below the "
+            f"loss was made by joining {pieces} tensors: whether these are the {batch} "
+            "samples (or layers, or heads) cannot be told. Pass the vector of "
+            "per-sample losses."
+        )
 
 
 def _is_batched(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
