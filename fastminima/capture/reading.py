@@ -248,7 +248,8 @@ class Reader:
             f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do "
             f"not each belong to one of the {batch} samples: a layer after it mixes "
             "samples, or the losses do. Leave the mixing layer out, or use "
-            "MinibatchVariance."
+            "MinibatchVariance. (In float16, gradients so small that they round do not "
+            "scale either: multiply the loss and pass scale=.)"
         )
 
     def _module_at(self, tape: Tape, i: int) -> str:
