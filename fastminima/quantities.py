@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ __all__ = ["ThreeFactors", "noise_scale", "three_factors"]
 _ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
 
 
+@runtime_checkable
 class _Statistics(Protocol):
     """What is read from a `GradientStatistics`."""
 
