@@ -35,7 +35,7 @@ def run(
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(work, theirs), daemon=True)
-            process.start()
+            _start_deaf(process)
             theirs.close()
             processes[ours] = process
         while processes:
@@ -45,6 +45,15 @@ def run(
         for process in processes.values():
             process.kill()
             process.join()
+
+
+def _start_deaf(process: Any) -> None:
+    """Start a process that ignores Ctrl-C from its first moment: the parent answers."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _serve(pipe: Any, processes: dict[Any, Any], waiting: list[Any]) -> Iterator[Any]:
@@ -70,7 +79,6 @@ def _serve(pipe: Any, processes: dict[Any, Any], waiting: list[Any]) -> Iterator
 def _worker(work: Callable[[Any, Report], None], pipe: Any) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:

@@ -163,14 +163,18 @@ def test_interrupted_it_goes_on_and_loses_nothing(tmp_path):
     def stop(how, at_least):
         """Interrupt once that many runs are finished: code, output and records."""
         process = start()
+        until(lambda: len(children(process.pid)) >= 3 or process.poll() is not None)
         until(lambda: len(records.read(path)) >= at_least or process.poll() is not None)
-        workers = children(process.pid)
+        workers = children(process.pid)  # two, and multiprocessing's resource tracker
         how(process)
         output = process.communicate(timeout=60)[0]
         until(lambda: not any(is_running(w) for w in workers), seconds=20)
         return process.returncode, output, records.read(path)
 
-    # Ctrl-C in a terminal goes to every process of the group.
+    # Ctrl-C in a terminal goes to every process of the group; here while they start.
+    code, output, _ = stop(lambda p: os.killpg(p.pid, signal.SIGINT), at_least=0)
+    assert code == 130 and "Traceback" not in output, output
+
     code, output, kept = stop(lambda p: os.killpg(p.pid, signal.SIGINT), at_least=2)
     assert code == 130, output
     assert f"Interrupted: {len(kept)} of 12 runs are kept" in output
