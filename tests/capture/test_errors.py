@@ -299,7 +299,6 @@ class Troubled(nn.Module):
 def test_exception_in_backward_leaves_nothing(error, attach):
     model = nn.Sequential(nn.Linear(4, 5), Troubled(), nn.Linear(5, 3))
     probe = fm.GradientProbe(model)
-    held = [p.grad_fn for p in ()]
     accumulators = [
         p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters()
     ]  # kept alive, as DistributedDataParallel does
@@ -320,7 +319,7 @@ def test_exception_in_backward_leaves_nothing(error, attach):
         with pytest.raises(fm.CaptureError):
             # The loss that was attached never ran to its end.
             probe.attach(torch.zeros(3), None)
-    del losses, held
+    del losses
     model.zero_grad()
     model(X).square().sum(1).mean().backward()
     assert probe._attached is None
