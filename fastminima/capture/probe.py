@@ -51,9 +51,13 @@ class GradientProbe:
             which sum to the gradient; "frozen", batch statistics as constants, at the
             price of a second backward pass, which do not sum to it.
         batch_dim: the batch dimension of the tensors that a scalar loss is made of.
+        every: probe only every so many steps, the first one included. On the others
+            `backward` is a plain backward pass, `attach` does nothing, and `backward`
+            and `collect` return None.
 
     Raises:
-        ValueError: for an unknown word, an unknown direction, or no parameter at all.
+        ValueError: for an unknown word, an unknown direction, no parameter at all, or
+            an `every` below one.
 
     Example:
         >>> import torch, fastminima as fm
@@ -77,6 +81,7 @@ class GradientProbe:
         batchnorm: str = "error",
         *,
         batch_dim: int = 0,
+        every: int = 1,
     ) -> None:
         self._parameters = tracked_parameters(model)
         words = (measure,) if isinstance(measure, str) else tuple(measure)
@@ -89,6 +94,11 @@ class GradientProbe:
                 'mode="fused" needs kernels that this version does not have yet; use '
                 'mode="observe".'
             )
+        if isinstance(every, bool) or int(every) != every or every < 1:
+            raise ValueError(f"every must be a positive integer, got {every!r}.")
+        self._every = int(every)
+        self._steps = 0  # backward passes announced so far, probed or not
+        self._is_resting = False
         self._batch_dim = _dim(batch_dim)
         self._measure = frozenset(words)
         self._directions = {
@@ -113,8 +123,10 @@ class GradientProbe:
         scale: float = 1.0,
         retain_graph: bool = False,
         batch_dim: int | None = None,
-    ) -> GradientStatistics:
+    ) -> GradientStatistics | None:
         """Run the backward pass and return the statistics of its samples.
+
+        None on the steps that `every` leaves out.
 
         Args:
             loss: the vector `[batch]` of per-sample losses, whose mean is
@@ -131,6 +143,10 @@ class GradientProbe:
                 gradients and hooks are then as before.
             ValueError: for a loss of two dimensions or a scalar without batch size.
         """
+        if self._rests():
+            _check_loss(loss, batch_size, reduction, scale)
+            _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+            return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
         is_fresh = not _is_distributed() and all(
@@ -141,10 +157,7 @@ class GradientProbe:
             loss, batch_size, reduction, scale, batch_dim, hook_gradients=not is_fresh
         )
         try:
-            total = loss.mean() if loss.dim() else loss
-            if loss.dim() and scale != 1.0:
-                total = total * scale
-            total.backward(retain_graph=retain_graph)
+            _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
             assert self._attached is not None
             if is_fresh and self._attached.session is not None:
                 self._attached.session.take_gradients(
@@ -154,7 +167,7 @@ class GradientProbe:
                         if p.grad is not None
                     }
                 )
-            return self.collect()
+            return self._collected()
         except RuntimeError as error:
             known = _explained(error)
             if known is not None:
@@ -180,7 +193,17 @@ class GradientProbe:
         Raises:
             CaptureError, ValueError: as `backward`.
         """
+        self._is_resting = self._rests()
+        if self._is_resting:
+            self._detach()
+            _check_loss(loss, batch_size, reduction, scale)
+            return
         self._attach(loss, batch_size, reduction, scale, batch_dim, hook_gradients=True)
+
+    def _rests(self) -> bool:
+        """Whether `every` leaves this step out; counts the step."""
+        step, self._steps = self._steps, self._steps + 1
+        return step % self._every != 0
 
     def _attach(
         self,
@@ -193,10 +216,7 @@ class GradientProbe:
         hook_gradients: bool,
     ) -> None:
         self._detach()
-        count = _count(loss, batch_size)
-        _check_word("reduction", reduction, ("mean", "sum"))
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}.")
+        count = _check_loss(loss, batch_size, reduction, scale)
         batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
         is_mean = bool(loss.dim()) or reduction == "mean"
         try:
@@ -220,12 +240,20 @@ class GradientProbe:
             )
         self._attached = _Attached(session, frozen, count, factor)
 
-    def collect(self) -> GradientStatistics:
+    def collect(self) -> GradientStatistics | None:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
+
+        None on the steps that `every` leaves out.
 
         Raises:
             CaptureError: when nothing was attached, or no backward pass reached it.
         """
+        if self._is_resting:
+            self._is_resting = False
+            return None
+        return self._collected()
+
+    def _collected(self) -> GradientStatistics:
         if self._attached is None:
             raise CaptureError(
                 "Nothing is attached to this probe; call probe.attach(loss, ...) "
@@ -402,6 +430,24 @@ def _explained(error: RuntimeError) -> CaptureError | None:
             "the model without it on the steps that you probe."
         )
     return None
+
+
+def _check_loss(
+    loss: Tensor, batch_size: int | None, reduction: str, scale: float
+) -> int:
+    """The number of samples behind a loss, when all that was said of it makes sense."""
+    count = _count(loss, batch_size)
+    _check_word("reduction", reduction, ("mean", "sum"))
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
+    return count
+
+
+def _scaled_mean(loss: Tensor, scale: float) -> Tensor:
+    """What is backpropagated: a scalar as it is, a vector as its mean, scaled."""
+    if not loss.dim():
+        return loss
+    return loss.mean() if scale == 1.0 else loss.mean() * scale
 
 
 def _is_distributed() -> bool:
