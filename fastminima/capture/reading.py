@@ -21,7 +21,7 @@ from .gathers import (
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, Weighting, measure_samples
 from .passes import run_pass
-from .plan import Plan, find_plan, reads_data, watched_nodes
+from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
 from .roots import batch_edges, weigh_edges
 from .tape import Tape
 
@@ -158,10 +158,11 @@ class Reader:
 
         measured = self._measured_samples(tape, watched, loss, batch, weighting)
         plan = find_plan(tape, measured)
-        for i in plan.preparing:
-            if reads_data(tape, i, self._storages()):
-                raise CaptureError(self._mixed_message(tape, i, batch))
         layouts, is_settled = self._layouts(tape, plan, measured, batch)
+        own = self._storages()
+        for i in plan.preparing:
+            if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
+                raise CaptureError(self._mixed_message(tape, i, batch))
         reading = Reading(tape, plan, layouts, mixing)
         guards = find_guards(tape, measured, batch, plan.preparing)
         if guards is None or not is_settled:
