@@ -224,7 +224,8 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
 
 # Uses whose operands are spread along the dims where they have size one.
 _BROADCASTING = frozenset(
-    f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where", "Expand", "Repeat")
+    f"{name}Backward0"
+    for name in ("Add", "Sub", "Mul", "Div", "Where", "Expand", "Repeat")
 )
 
 
