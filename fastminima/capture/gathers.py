@@ -33,6 +33,14 @@ _BY_DIM = frozenset(
 _BY_INDICES = frozenset(
     ["IndexBackward0", "IndexPutBackward0", "IndexPutImplBackward0"]
 )
+# The input whose rows an index moves; where that is a parameter no sample's row is.
+_MOVED = {
+    "IndexBackward0": 0,
+    "IndexSelectBackward0": 0,
+    "IndexPutBackward0": 1,
+    "IndexPutImplBackward0": 1,
+    "IndexAddBackward0": 1,
+}
 _BY_ANYTHING = frozenset(
     [
         *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
@@ -162,10 +170,12 @@ def find_guards(
     measured: Mapping[int, list[Measurement | None]],
     batch: int,
     preparing: Container[int],
+    routed: Container[int] = (),
 ) -> list[Guard] | None:
     """What must stay the same for a measured layout to hold, or None if unknowable.
 
-    Nodes that prepare a parameter pick no rows of samples.
+    Nodes that prepare a parameter pick no rows of samples, nor do those that look up a
+    table; `routed` ones are followed in each step.
     """
     guards: list[Guard] = []
     if any(_moves_unseen(tape, i, preparing) for i in range(len(tape.names))):
@@ -177,9 +187,12 @@ def find_guards(
             index = tape.nodes[i]._saved_indices
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
     for i in gather_nodes(tape):
-        if i in preparing:
-            continue
         name, node = tape.names[i], tape.nodes[i]
+        if i in preparing or i in routed:
+            continue
+        moved = _MOVED.get(name)
+        if moved is not None and not _is_data(tape, tape.children[i][moved], preparing):
+            continue
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
         if name in _BY_INDICES:

@@ -23,6 +23,7 @@ from .contributions import (
 )
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
+from .routes import index_positions
 
 __all__ = ["GATHERED"]
 
@@ -66,7 +67,7 @@ def _index(
     indices = list(node._saved_indices)
     if not indices or any(index is None for index in indices):
         return {}
-    return _looked_up(_positions(indices, slots[0].shape), g, layout, slots[0])
+    return _looked_up(index_positions(indices, slots[0].shape), g, layout, slots[0])
 
 
 def _index_select(
@@ -75,18 +76,6 @@ def _index_select(
     if node._saved_dim != 0:
         return {}
     return _looked_up([node._saved_index], g, layout, slots[0])
-
-
-def _positions(indices: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
-    """Indices as numbers, none negative."""
-    numbers: list[Tensor] = []
-    for index in indices:
-        is_mask = index.dtype in (torch.bool, torch.uint8)
-        numbers += index.nonzero().unbind(1) if is_mask else [index.long()]
-    return [
-        torch.where(number < 0, number + size, number)
-        for number, size in zip(numbers, shape, strict=False)
-    ]
 
 
 def _looked_up(
@@ -132,12 +121,12 @@ def _index_put(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """One value put in many places, as a mask token."""
-    indices = node._saved_indices
+    indices = list(node._saved_indices)
     if [slot.number for slot in slots] != [1] or not isinstance(layout, RegularLayout):
         return {}
     if any(index is None for index in indices):
         return {}
-    positions = _positions(indices, g.shape)
+    positions = index_positions(indices, tuple(g.shape))
     if layout.dim >= len(positions):
         return {}
     picked = g[tuple(positions)].to(accumulation_dtype(g.dtype))
