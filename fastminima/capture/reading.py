@@ -148,6 +148,7 @@ class Reader:
     ) -> None:
         if len(known.layouts) >= _MOST_SIZES:
             known.layouts = {s: known.layouts[s] for s in known.measured}
+            known.routes = {s: r for s, r in known.routes.items() if s in known.layouts}
         known.layouts[signature] = layouts
         if routes is not None:
             known.routes[signature] = routes

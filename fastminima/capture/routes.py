@@ -200,26 +200,47 @@ def find_routes(
     Crossings that are not understood are left out, for guards to hold.
     """
     stretch = _stretches(tape, preparing)
-    crossings = [c for c in _crossings(tape, stretch, preparing) if c is not None]
+    crossings = list(_crossings(tape, stretch, preparing))
     if not crossings:
         return None
     regular = _regular_stretches(tape, stretch, measured, batch)
     met = {s for c in crossings for s in (c.whole, c.part)}
-    routed = met - set(regular)
-    for s in routed & _leaking(tape, stretch, routed, crossings, preparing):
-        routed.discard(s)
-    known = routed | set(regular)
-    crossings = [c for c in crossings if c.whole in known and c.part in known]
-    nodes = {i: s for i, s in stretch.items() if s in routed}
-    fixed = {s: r for s, r in regular.items() if s in met}
-    routes = Routes(nodes, tuple(crossings), fixed)
+    routed = met - _leaking(tape, stretch, crossings, preparing)
+    while True:
+        known = _labelled(routed | (met & set(regular)), met - routed, crossings)
+        lost = {
+            s
+            for c in crossings
+            for s, other in ((c.whole, c.part), (c.part, c.whole))
+            if s in routed and not {s, other} <= known
+        }
+        if not lost:
+            break
+        routed -= lost
+    routes = Routes(
+        {i: s for i, s in stretch.items() if s in routed},
+        tuple(c for c in crossings if {c.whole, c.part} <= known),
+        {s: regular[s] for s in known - routed},
+    )
     return routes if _reproduces(routes, tape, measured) else None
 
 
-def _is_data(
-    tape: Tape, edge: tuple[int, int] | None, preparing: Container[int]
-) -> bool:
-    return edge is not None and edge[0] not in preparing and not tape.is_leaf(edge[0])
+def _labelled(
+    candidates: set[int], fixed: set[int], crossings: list[_Crossing]
+) -> set[int]:
+    """Those stretches whose labels follow from the fixed ones among them."""
+    known = candidates & fixed
+    size = -1
+    while len(known) > size:
+        size = len(known)
+        for c in crossings:
+            if {c.whole, c.part} <= candidates and {c.whole, c.part} & known:
+                known |= {c.whole, c.part}
+    return known
+
+
+def _is_data(tape: Tape, child: int, preparing: Container[int]) -> bool:
+    return child not in preparing and not tape.is_leaf(child)
 
 
 def _stretches(tape: Tape, preparing: Container[int]) -> dict[int, int]:
@@ -234,9 +255,9 @@ def _stretches(tape: Tape, preparing: Container[int]) -> dict[int, int]:
 
     for i, edges in enumerate(tape.children):
         for number, edge in enumerate(edges):
-            if edge is not None and _is_data(tape, edge, preparing):
-                if keeps_rows(tape, i, number):
-                    top[find(edge[0])] = find(i)
+            is_data = edge is not None and _is_data(tape, edge[0], preparing)
+            if edge is not None and is_data and keeps_rows(tape, i, number):
+                top[find(edge[0])] = find(i)
     return {
         i: find(i)
         for i in range(len(tape.nodes))
@@ -246,14 +267,14 @@ def _stretches(tape: Tape, preparing: Container[int]) -> dict[int, int]:
 
 def _crossings(
     tape: Tape, stretch: Mapping[int, int], preparing: Container[int]
-) -> Iterator[_Crossing | None]:
+) -> Iterator[_Crossing]:
     for i, name in enumerate(tape.names):
         takes = name in _TAKES
         if i not in stretch or not (takes or name in _PUTS):
             continue
         number = 0 if takes else 1
         edge = tape.children[i][number]
-        if edge is None or not _is_data(tape, edge, preparing):
+        if edge is None or not _is_data(tape, edge[0], preparing):
             continue
         if keeps_rows(tape, i, number) or not _picks_first(tape, i):
             continue
@@ -296,22 +317,20 @@ def _regular_stretches(
 def _leaking(
     tape: Tape,
     stretch: Mapping[int, int],
-    routed: Container[int],
     crossings: list[_Crossing],
     preparing: Container[int],
 ) -> set[int]:
-    """Routed stretches that rows leave, or enter, by other ways than a crossing."""
-    open_edges = {(c.node, 0 if c.takes else 1) for c in crossings}
-    leaking: set[int] = set()
+    """Stretches that rows leave, or enter, by other ways than a crossing."""
+    crossed = {(c.node, 0 if c.takes else 1) for c in crossings}
+    leaking = {stretch[0]} if 0 in stretch else set()
     for i, edges in enumerate(tape.children):
         for number, edge in enumerate(edges):
-            if edge is None or not _is_data(tape, edge, preparing):
+            if edge is None or not _is_data(tape, edge[0], preparing):
                 continue
-            if (i, number) in open_edges or i not in stretch:
-                continue
-            ends = {stretch[i], stretch[edge[0]]}
-            if len(ends) > 1 or not keeps_rows(tape, i, number):
-                leaking |= {s for s in ends if s in routed}
+            if i in stretch and (i, number) not in crossed:
+                ends = {stretch[i], stretch[edge[0]]}
+                if len(ends) > 1 or not keeps_rows(tape, i, number):
+                    leaking |= ends
     return leaking
 
 
