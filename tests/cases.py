@@ -310,6 +310,23 @@ class SortedExperts(nn.Module):
         return out[order.argsort()].view(*choice.shape, 4).sum(1).view(*x.shape[:2], 4)
 
 
+class Packed(nn.Module):
+    """Parts of one matrix, apart or with rows in common."""
+
+    def __init__(self, *cuts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.cuts = cuts
+
+    def forward(self, x):
+        for cut in self.cuts:
+            w = self.weight[cut]
+            x = torch.cat(
+                [x, (x[..., :6] @ (w.t() if w.dim() == 2 else w[:, None])).tanh()], -1
+            )
+        return x
+
+
 def attention(model, x):
     return model(x, x, x, need_weights=False)[0]
 
@@ -471,6 +488,9 @@ CASES = [
     Case("experts", Experts, rows(4, 5, 6)),
     Case("experts grouped", lambda: SortedExperts(True), rows(4, 5, 8)),
     Case("experts selected", lambda: SortedExperts(False), rows(4, 5, 8)),
+    Case("rows apart", lambda: Packed(slice(0, 2), 2, slice(3, 6)), rows(4, 5, 6)),
+    Case("rows in common", lambda: Packed(slice(0, 4), slice(2, 6), 3), rows(4, 5, 6)),
+    Case("last row twice", lambda: Packed(-1, slice(0, 2), slice(-2, None), 5), rows(4, 5, 6)),
     Case("relative positions", RelativePositions, rows(4, 5, 6)),
     Case("relative positions, as many samples", RelativePositions, rows(5, 5, 6)),
     Case("relative positions masked", lambda: RelativePositions(where=True), rows(4, 5, 6)),
