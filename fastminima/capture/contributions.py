@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -499,7 +500,7 @@ def _are_apart(parts: Sequence[Contribution]) -> bool:
     known = sorted(span for span in spans if span is not None)
     if len(known) < len(spans):
         return False
-    return all(a[1] <= b[0] for a, b in zip(known, known[1:], strict=False))
+    return all(a[1] <= b[0] for a, b in pairwise(known))
 
 
 def _concatenated(parts: list[Dense]) -> Dense:

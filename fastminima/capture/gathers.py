@@ -45,9 +45,10 @@ _BY_ANYTHING = frozenset(
     [
         *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
         *("PutBackward0", "PackPaddedSequenceBackward0", "SegmentReduceBackward0"),
-        *("IndexReduceBackward0", "torch::autograd::CopySlices"),
+        "IndexReduceBackward0",
     ]
 )
+ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +160,10 @@ def gather_nodes(tape: Tape) -> list[int]:
 def watched_sources(tape: Tape) -> list[int]:
     """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
     gathers = gather_nodes(tape)
-    sources = (tape.children[i][0] for i in gathers)
+    assigned = [i for i, name in enumerate(tape.names) if name == ASSIGNMENT]
+    sources = [tape.children[i][0] for i in gathers]
+    sources += [edge for i in assigned for edge in tape.children[i]]
+    gathers += assigned
     return gathers + [
         edge[0] for edge in sources if edge is not None and not tape.is_leaf(edge[0])
     ]
@@ -181,6 +185,8 @@ def find_guards(
     if any(_moves_unseen(tape, i, preparing) for i in range(len(tape.names))):
         return None
     for i, name in enumerate(tape.names):
+        if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch):
+            return None
         if name == "EmbeddingBackward0" and _is_data(
             tape, tape.children[i][0], preparing
         ):
@@ -212,6 +218,30 @@ def find_guards(
             return None
         guards.append(Guard(i, saved, None, getattr(node, saved).clone()))
     return guards
+
+
+def _fills_rows(
+    tape: Tape,
+    measured: Mapping[int, list[Measurement | None]],
+    i: int,
+    batch: int,
+) -> bool:
+    """Whether an assignment into a slice leaves the samples where they are.
+
+    The slice itself is not shown. It takes in all of the batch dim if what is assigned
+    is as long there, and no other dim of that length can be meant.
+    """
+    dim = _batch_dim(measured, i, batch)
+    edge = tape.children[i][-1]
+    if dim is None or edge is None:
+        return False
+    whole, part = tape.shapes(i)[0], tape.shapes(edge[0])[edge[1]]
+    return (
+        len(part) == len(whole)
+        and part[dim] == whole[dim]
+        and whole.count(whole[dim]) == 1
+        and _batch_dim(measured, edge[0], batch) == dim
+    )
 
 
 _INDEX_NAMES = ("_saved_index", "_saved_indices", "_saved_result1")
