@@ -361,7 +361,7 @@ def _like_views(
             continue
         fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
         strides = {x.stride(seen.shape) for x in fitting}
-        common = [
+        common: list[RowLayout] = [
             x
             for x in found
             if isinstance(x, RegularLayout) and x.stride(shape) in strides
