@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Size, Tensor
 
 from .measure import Measurement
+from .saved import saved_tensor
 from .tape import Tape
 
 __all__ = [
@@ -203,14 +204,14 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     if name in PLACEMENT:
         return False
     if name == EMBEDDING:
-        ids = node._saved_indices
+        ids = saved_tensor(node, "_saved_indices")
         return ids.dim() > 1 and len(ids) > 1
     operands = _OPERANDS.get(name, ())
     for number, edge in enumerate(tape.children[i]):
         if edge is not None:
             continue
         operand = operands[number] if number < len(operands) else None
-        tensor = getattr(node, f"_saved_{operand}") if operand else None
+        tensor = saved_tensor(node, f"_saved_{operand}") if operand else None
         if isinstance(tensor, Tensor):
             is_own = tensor.untyped_storage().data_ptr() in own
             if tensor.numel() > 1 and not is_own:

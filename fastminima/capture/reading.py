@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,20 +14,24 @@ from .errors import CaptureError
 from .gathers import (
     Guard,
     find_guards,
+    gather_nodes,
     placing_numbers,
     read_numbers,
     watched_sources,
 )
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Weighting, measure_samples
-from .passes import run_pass
+from .measure import Measurement, Measurements, Scheme, Weighting, measure_samples
+from .passes import is_distributed, run_pass, run_whole_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
+from .regions import Region, Survey, block_leaves, region_nodes, watch
 from .roots import batch_edges, weigh_edges
+from .saved import frames_of
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
 
 Layouts = list[list[RowLayout | None]]
+Regions = dict[int, Region | None]  # node of a checkpoint -> how to read what it reruns
 # Sizes of a graph are measured this often before a layout is carried over to new ones.
 _MEASURED_SIZES = 3
 _MOST_SIZES = 256
@@ -42,6 +46,7 @@ class Reading:
     plan: Plan
     layouts: Layouts
     mixing: list[int]
+    regions: Regions = field(default_factory=dict)
 
 
 @dataclass
@@ -51,9 +56,11 @@ class _Known:
     plan: Plan
     norms: list[int]  # batch normalisations, in whatever mode
     placing: list[tuple[int, tuple[str, ...]]]  # numbers that say where rows go
+    recomputed: list[int]  # reentrant checkpoints
     layouts: dict[tuple, Layouts] = field(default_factory=dict)
     measured: list[tuple] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
+    regions: dict[tuple, Regions] = field(default_factory=dict)
     follows: bool = True  # measured layouts were those carried over from the first
 
 
@@ -93,8 +100,8 @@ class Reader:
                 "it, or it was computed under torch.no_grad(). Compute it with "
                 "gradients on."
             )
-        tape = Tape(loss.grad_fn, self._names)
-        if not tape.leaves:
+        tape = Tape([loss.grad_fn], self._names)
+        if not tape.leaves and not region_nodes(tape):
             raise CaptureError(
                 f"The loss reaches none of the {len(self._names)} tracked parameters. "
                 "Check that it was computed with this model, and that the parameters "
@@ -115,23 +122,34 @@ class Reader:
         if layouts is None:
             return self._measure(key, tape, loss, batch, batch_dim, mixing)
         assert known is not None
-        return Reading(tape, known.plan.sized(tape), layouts, mixing)
+        found, regions = layouts
+        return Reading(tape, known.plan.sized(tape), found, mixing, regions)
 
-    def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
+    def _recall(
+        self, known: _Known, tape: Tape, batch: int
+    ) -> tuple[Layouts, Regions] | None:
         if not all(guard.holds(tape) for guard in known.guards):
             return None
-        signature = _signature(tape, known.plan, known.placing, batch)
+        signature = _signature(tape, known.plan, known.placing, known.recomputed, batch)
         layouts = known.layouts.get(signature)
+        regions = known.regions.get(signature, {})
         if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
             layouts = _carried_over(known, signature)
             if layouts is not None:
-                self._remember(known, signature, layouts)
-        return layouts
+                self._remember(known, signature, layouts, {})
+        return None if layouts is None else (layouts, regions)
 
-    def _remember(self, known: _Known, signature: tuple, layouts: Layouts) -> None:
+    def _remember(
+        self, known: _Known, signature: tuple, layouts: Layouts, regions: Regions
+    ) -> None:
         if len(known.layouts) >= _MOST_SIZES:
             known.layouts = {s: known.layouts[s] for s in known.measured}
+            known.regions = {
+                s: r for s, r in known.regions.items() if s in known.layouts
+            }
         known.layouts[signature] = layouts
+        if regions:
+            known.regions[signature] = regions
 
     def _measure(
         self,
@@ -142,41 +160,58 @@ class Reader:
         batch_dim: int,
         mixing: list[int],
     ) -> Reading:
-        if batch == 1:
-            plan = find_plan(tape, None)
-            layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            norms = batchnorm.norm_nodes(tape)
-            signature = _signature(tape, plan, [], 1)
-            self._known[key] = _Known(plan, norms, [], {signature: layouts})
-            return Reading(tape, plan, layouts, mixing)
+        surveys = self._surveys(tape)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
+        scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
 
         def weighting(weights: Tensor) -> list[Any]:
             handles = weigh_edges(tape, roots, weights, batch_dim)
-            return handles + batchnorm.freeze(tape, mixing)
+            handles += batchnorm.freeze(tape, mixing)
+            for i, survey in surveys.items():
+                node = tape.nodes[i]
+                handles += [survey, watch(node, survey)]
+                handles.append(node.register_hook(survey.free_inputs))
+            return handles + (block_leaves(tape) if surveys else [])
 
-        measured = self._measured_samples(tape, watched, loss, batch, weighting)
+        measured: Measurements | None = None
+        if batch > 1 or surveys:
+            measured = self._measured_samples(
+                tape, watched, loss, scheme, weighting, is_whole=bool(surveys)
+            )
+        regions, is_settled = self._regions(surveys, scheme)
+        if batch == 1:
+            plan = find_plan(tape, None)
+            layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
+            norms = batchnorm.norm_nodes(tape)
+            signature = _signature(tape, plan, [], regions, 1)
+            known = self._known[key] = _Known(plan, norms, [], list(regions))
+            self._remember(known, signature, layouts, regions)
+            return Reading(tape, plan, layouts, mixing, regions)
+        assert measured is not None
         plan = find_plan(tape, measured)
         for i in plan.preparing:
             if reads_data(tape, i, self._storages()):
                 raise CaptureError(self._mixed_message(tape, i, batch))
-        layouts, is_settled = self._layouts(tape, plan, measured, batch)
-        reading = Reading(tape, plan, layouts, mixing)
+        layouts, is_fitted = self._layouts(tape, plan, measured, batch)
+        reading = Reading(tape, plan, layouts, mixing, regions)
         guards = find_guards(tape, measured, batch, plan.preparing)
-        if guards is None or not is_settled:
+        if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
             return reading
         known = self._known.get(key)
         if known is None or known.plan.uses != plan.uses or known.guards != guards:
             norms = batchnorm.norm_nodes(tape)
             placing = placing_numbers(tape, plan.preparing)
-            known = self._known[key] = _Known(plan, norms, placing, guards=guards)
-        signature = _signature(tape, plan, known.placing, batch)
+            known = self._known[key] = _Known(
+                plan, norms, placing, list(regions), guards=guards
+            )
+        signature = _signature(tape, plan, known.placing, regions, batch)
         if known.measured:
             known.follows &= _carried_over(known, signature) == layouts
+        known.follows &= not regions  # what a region does with other sizes is not known
         known.measured.append(signature)
-        self._remember(known, signature, layouts)
+        self._remember(known, signature, layouts, regions)
         return reading
 
     def _measured_samples(
@@ -184,19 +219,69 @@ class Reader:
         tape: Tape,
         watched: list[int],
         loss: Tensor,
-        batch: int,
+        scheme: Scheme,
         weighting: Weighting,
-    ) -> dict[int, list[Measurement | None]]:
-        def backward(weights: Tensor, leaves: list[Tensor]) -> None:
-            weights = weights.to(device=loss.device, dtype=loss.dtype)
-            run_pass(loss, leaves, self, weights if loss.dim() else None)
+        *,
+        is_whole: bool,
+    ) -> Measurements:
+        frames = frames_of(tape.nodes)
 
-        has_half = any(
-            meta.dtype == torch.float16
-            for i in watched
-            for meta in tape.nodes[i]._input_metadata
+        def backward(weights: Tensor, leaves: list[Tensor]) -> None:
+            of_losses = None
+            if loss.dim():
+                of_losses = weights.to(device=loss.device, dtype=loss.dtype)
+            if is_whole:
+                run_whole_pass(loss, self, of_losses, frames)
+            else:
+                run_pass(loss, leaves, self, of_losses, frames)
+
+        return measure_samples(
+            tape, watched, scheme, weighting, backward, is_whole=is_whole
         )
-        return measure_samples(tape, watched, batch, weighting, backward, has_half)
+
+    def _surveys(self, tape: Tape) -> dict[int, Survey]:
+        """Who looks at each region that the backward pass will compute again."""
+        found = region_nodes(tape)
+        if found and is_distributed():
+            raise CaptureError(
+                "The loss was computed under checkpoint(use_reentrant=True) in a "
+                "distributed run, where its rows cannot be measured without a "
+                "reduction of gradients. Use use_reentrant=False."
+            )
+        return {i: Survey(self._names, self._storages()) for i in found}
+
+    def _regions(
+        self, surveys: Mapping[int, Survey], scheme: Scheme
+    ) -> tuple[Regions, bool]:
+        regions: Regions = {}
+        is_settled = True
+        for i, survey in surveys.items():
+            tape = survey.tape
+            if tape is None:  # no gradient came there
+                regions[i] = None
+                continue
+            _refuse_compiled(tape)
+            _refuse_complex(tape)
+            if mixing := batchnorm.mixing_nodes(tape, scheme.batch):
+                raise CaptureError(
+                    self._mixing_message(tape, mixing)
+                    + " (Under use_reentrant=True it is refused in any case.)"
+                )
+            if scheme.batch == 1:
+                plan = find_plan(tape, None)
+                layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
+            else:
+                measured = scheme.decode(survey.seen)
+                plan = find_plan(tape, measured)
+                for j in survey.reads & plan.preparing:
+                    raise CaptureError(self._mixed_message(tape, j, scheme.batch))
+                layouts, fits = self._layouts(tape, plan, measured, scheme.batch)
+                is_settled &= fits and not gather_nodes(tape)
+                if is_settled:
+                    guards = find_guards(tape, measured, scheme.batch, plan.preparing)
+                    is_settled = guards == []
+            regions[i] = Region(tape.key, plan, layouts, plan.signature(tape))
+        return regions, is_settled
 
     def _storages(self) -> set[int]:
         """Addresses of all that the model itself holds."""
@@ -294,6 +379,15 @@ def _refuse_complex(tape: Tape) -> None:
             )
 
 
+def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
+    """Whether a gradient in float16 reaches one of these nodes."""
+    return any(
+        meta.dtype == torch.float16
+        for i in nodes
+        for meta in tape.nodes[i]._input_metadata
+    )
+
+
 def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
     """Layouts of a batch of one: all rows belong to the sample."""
     scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
@@ -301,16 +395,22 @@ def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
 
 
 def _signature(
-    tape: Tape, plan: Plan, placing: list[tuple[int, tuple[str, ...]]], batch: int
+    tape: Tape,
+    plan: Plan,
+    placing: list[tuple[int, tuple[str, ...]]],
+    regions: Iterable[int],
+    batch: int,
 ) -> tuple:
     """All by which two graphs of one structure can differ in their layouts."""
     numbers = read_numbers(tape, placing)
-    return batch, plan.signature(tape), plan.entrances(tape), numbers
+    shapes = plan.signature(tape)
+    outputs = tuple(tuple(tape.shapes(i)) for i in regions)
+    return batch, shapes, plan.entrances(tape), numbers, outputs
 
 
 def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
-    _, old_shapes, old_entrances, old_numbers = known.measured[0]
-    batch, new_shapes, entrances, numbers = signature
+    _, old_shapes, old_entrances, old_numbers, _ = known.measured[0]
+    batch, new_shapes, entrances, numbers, _ = signature
     if numbers != old_numbers or [[size == 1 for size in e] for e in entrances] != [
         [size == 1 for size in e] for e in old_entrances
     ]:

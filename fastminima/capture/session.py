@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -27,7 +27,10 @@ from .errors import CaptureError
 from .layout import RowLayout
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
+from .reading import Reading
+from .regions import Region, Watcher, watch
 from .rules import contributions_of
+from .saved import readable, saved_tensor
 from .tape import Tape, signed
 from .universal import Universal
 
@@ -83,9 +86,7 @@ class Session:
 
     def __init__(
         self,
-        tape: Tape,
-        plan: Plan,
-        layouts: Sequence[Sequence[RowLayout | None]],
+        reading: Reading,
         parameters: Mapping[str, Tensor],
         batch: int,
         *,
@@ -102,16 +103,23 @@ class Session:
         self._directions = directions
         self._keep_grads = keep_grads
         self._announce = announce
-        self._missing = dict(plan.sources)
+        plans = [reading.plan, *(r.plan for r in reading.regions.values() if r)]
+        self._missing = _added(plan.sources for plan in plans)
+        # Gradients of parameters that several graphs reach come in as many parts.
+        self._split = {
+            n for n in self._missing if sum(n in p.sources for p in plans) > 1
+        }
+        self._parts: dict[str, Tensor] = {}
+        self._accumulators: dict[str, Any] = {}
+        self._hook_gradients = hook_gradients
         self._waiting: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         try:
-            for use, use_layouts in zip(plan.uses, layouts, strict=True):
-                self._hook_use(tape, use, use_layouts)
-            for name in plan.sources if hook_gradients else ():
-                hook = self._gradient_hook(name)
-                node = tape.nodes[tape.leaves[name]]
-                self._handles.append(node.register_prehook(hook))
+            self._hook_graph(reading.tape, reading.plan, reading.layouts)
+            for i, region in reading.regions.items():
+                self._handles.append(
+                    watch(reading.tape.nodes[i], self._region_watcher(region))
+                )
         except BaseException:
             self.close()
             raise
@@ -122,14 +130,44 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._waiting.clear()
+        self._accumulators.clear()
 
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
         with torch.no_grad():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
+            self.take_gradients(self._parts)
         self.close()
         return self.collected
+
+    def _hook_graph(
+        self, tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]]
+    ) -> None:
+        for use, use_layouts in zip(plan.uses, layouts, strict=True):
+            self._hook_use(tape, use, use_layouts)
+        for name in plan.sources if self._hook_gradients else ():
+            node = tape.nodes[tape.leaves[name]]
+            if self._accumulators.get(name) is not node:  # one for all graphs alive
+                self._accumulators[name] = node
+                hook = self._gradient_hook(name)
+                self._handles.append(node.register_prehook(hook))
+
+    def _region_watcher(self, region: Region | None) -> Watcher:
+        names = {id(p): name for name, p in self._parameters.items()}
+
+        def watcher(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+            if belongs_to_another(self):
+                return
+            if region is None:
+                raise CaptureError(
+                    "A gradient reached a region under checkpoint(use_reentrant=True) "
+                    "where none came when its rows were measured. Make a new probe."
+                )
+            tape = region.read(outputs, names)
+            self._hook_graph(tape, region.plan.sized(tape), region.layouts)
+
+        return watcher
 
     def _hook_use(
         self, tape: Tape, use: Use, layouts: Sequence[RowLayout | None]
@@ -145,7 +183,7 @@ class Session:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if all(g is None for g in grads) or belongs_to_another(self):
                 return
-            node = torch._C._current_autograd_node()
+            node = readable(torch._C._current_autograd_node())
             with _no_grad():
                 self._visit(use, node, grads, layouts, deliver)
 
@@ -219,8 +257,13 @@ class Session:
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is not None and not belongs_to_another(self):
-                with _no_grad():
+            if grad is None or belongs_to_another(self):
+                return
+            with _no_grad():
+                if name in self._split:
+                    sofar = self._parts.get(name)
+                    self._parts[name] = grad.clone() if sofar is None else sofar + grad
+                else:
                     self.take_gradients({name: grad})
 
         return hook
@@ -265,6 +308,14 @@ class Session:
         return placed
 
 
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for name, count in part.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
 def _table_delivery(
     nodes: list[Any],
     names: list[str],
@@ -280,7 +331,7 @@ def _table_delivery(
     def delivered(inner: Contribution) -> Contribution:
         if not in_order or table._saved_scale_grad_by_freq:
             return Pushed(inner, shape, _pusher(edge, parameter))
-        ids = table._saved_indices.flatten()
+        ids = saved_tensor(table, "_saved_indices").flatten()
         rows = inner.per_sample(0, inner.batch)
         rows = rows.reshape(inner.batch, len(ids), shape[1])
         ids = ids.expand(inner.batch, -1)
