@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import (
-    Guard,
-    find_guards,
-    gather_nodes,
-    placing_numbers,
-    read_numbers,
-    watched_sources,
-)
+from .gathers import find_guards, gather_nodes, watched_sources
+from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, Measurements, Scheme, Weighting, measure_samples
 from .passes import is_distributed, run_pass, run_whole_pass
@@ -30,38 +24,16 @@ from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
 
-Layouts = list[list[RowLayout | None]]
-Regions = dict[int, Region | None]  # node of a checkpoint -> how to read what it reruns
-# Sizes of a graph are measured this often before a layout is carried over to new ones.
-_MEASURED_SIZES = 3
-_MOST_SIZES = 256
 _MOST_STRUCTURES = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
     """A graph that is understood: what to hook and how to read it."""
 
     tape: Tape
-    plan: Plan
-    layouts: Layouts
+    found: Found
     mixing: list[int]
-    regions: Regions = field(default_factory=dict)
-
-
-@dataclass
-class _Known:
-    """What was found out about one graph structure."""
-
-    plan: Plan
-    norms: list[int]  # batch normalisations, in whatever mode
-    placing: list[tuple[int, tuple[str, ...]]]  # numbers that say where rows go
-    recomputed: list[int]  # reentrant checkpoints
-    layouts: dict[tuple, Layouts] = field(default_factory=dict)
-    measured: list[tuple] = field(default_factory=list)
-    guards: list[Guard] = field(default_factory=list)
-    regions: dict[tuple, Regions] = field(default_factory=dict)
-    follows: bool = True  # measured layouts were those carried over from the first
 
 
 class Reader:
@@ -84,7 +56,7 @@ class Reader:
         self._batchnorm = batchnorm
         self._model = model
         self._modules = {} if model is None else _owners(model)
-        self._known: dict[tuple, _Known] = {}
+        self._known: dict[tuple, Known] = {}
 
     def read(self, loss: Tensor, batch: int, batch_dim: int) -> Reading:
         """Walk the graph of `loss` and say how to read it for `batch` samples.
@@ -118,38 +90,10 @@ class Reader:
         mixing = batchnorm.mixing_nodes(tape, batch, candidates)
         if mixing and self._batchnorm == "error":
             raise CaptureError(self._mixing_message(tape, mixing))
-        layouts = self._recall(known, tape, batch) if known is not None else None
-        if layouts is None:
-            return self._measure(key, tape, loss, batch, batch_dim, mixing)
-        assert known is not None
-        found, regions = layouts
-        return Reading(tape, known.plan.sized(tape), found, mixing, regions)
-
-    def _recall(
-        self, known: _Known, tape: Tape, batch: int
-    ) -> tuple[Layouts, Regions] | None:
-        if not all(guard.holds(tape) for guard in known.guards):
-            return None
-        signature = _signature(tape, known.plan, known.placing, known.recomputed, batch)
-        layouts = known.layouts.get(signature)
-        regions = known.regions.get(signature, {})
-        if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
-            layouts = _carried_over(known, signature)
-            if layouts is not None:
-                self._remember(known, signature, layouts, {})
-        return None if layouts is None else (layouts, regions)
-
-    def _remember(
-        self, known: _Known, signature: tuple, layouts: Layouts, regions: Regions
-    ) -> None:
-        if len(known.layouts) >= _MOST_SIZES:
-            known.layouts = {s: known.layouts[s] for s in known.measured}
-            known.regions = {
-                s: r for s, r in known.regions.items() if s in known.layouts
-            }
-        known.layouts[signature] = layouts
-        if regions:
-            known.regions[signature] = regions
+        found = None if known is None else known.recall(tape, batch)
+        if found is None:
+            found = self._measure(key, tape, loss, batch, batch_dim, mixing)
+        return Reading(tape, found, mixing)
 
     def _measure(
         self,
@@ -159,7 +103,7 @@ class Reader:
         batch: int,
         batch_dim: int,
         mixing: list[int],
-    ) -> Reading:
+    ) -> Found:
         surveys = self._surveys(tape)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
@@ -182,37 +126,28 @@ class Reader:
         regions, is_settled = self._regions(surveys, scheme)
         if batch == 1:
             plan = find_plan(tape, None)
-            layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            norms = batchnorm.norm_nodes(tape)
-            signature = _signature(tape, plan, [], regions, 1)
-            known = self._known[key] = _Known(plan, norms, [], list(regions))
-            self._remember(known, signature, layouts, regions)
-            return Reading(tape, plan, layouts, mixing, regions)
+            found = Found(plan, _all_of_one(tape, plan), regions)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = Known(tape, found, [], moves_rows=False)
+            known.remember(tape, batch, found)
+            return found
         assert measured is not None
         plan = find_plan(tape, measured)
         for i in plan.preparing:
             if reads_data(tape, i, self._storages()):
                 raise CaptureError(self._mixed_message(tape, i, batch))
         layouts, is_fitted = self._layouts(tape, plan, measured, batch)
-        reading = Reading(tape, plan, layouts, mixing, regions)
+        found = Found(plan, layouts, regions)
         guards = find_guards(tape, measured, batch, plan.preparing)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
-            return reading
+            return found
         known = self._known.get(key)
-        if known is None or known.plan.uses != plan.uses or known.guards != guards:
-            norms = batchnorm.norm_nodes(tape)
-            placing = placing_numbers(tape, plan.preparing)
-            known = self._known[key] = _Known(
-                plan, norms, placing, list(regions), guards=guards
-            )
-        signature = _signature(tape, plan, known.placing, regions, batch)
-        if known.measured:
-            known.follows &= _carried_over(known, signature) == layouts
-        known.follows &= not regions  # what a region does with other sizes is not known
-        known.measured.append(signature)
-        self._remember(known, signature, layouts, regions)
-        return reading
+        if known is None or not known.fits(found, guards):
+            known = self._known[key] = Known(tape, found, guards)
+        known.remember(tape, batch, found)
+        return found
 
     def _measured_samples(
         self,
@@ -252,8 +187,8 @@ class Reader:
 
     def _regions(
         self, surveys: Mapping[int, Survey], scheme: Scheme
-    ) -> tuple[Regions, bool]:
-        regions: Regions = {}
+    ) -> tuple[dict[int, Region | None], bool]:
+        regions: dict[int, Region | None] = {}
         is_settled = True
         for i, survey in surveys.items():
             tape = survey.tape
@@ -269,7 +204,7 @@ class Reader:
                 )
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
-                layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
+                layouts = _all_of_one(tape, plan)
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
@@ -388,49 +323,16 @@ def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
     )
 
 
-def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
+def _all_of_one(tape: Tape, plan: Plan) -> Layouts:
     """Layouts of a batch of one: all rows belong to the sample."""
     scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
-    return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
-
-
-def _signature(
-    tape: Tape,
-    plan: Plan,
-    placing: list[tuple[int, tuple[str, ...]]],
-    regions: Iterable[int],
-    batch: int,
-) -> tuple:
-    """All by which two graphs of one structure can differ in their layouts."""
-    numbers = read_numbers(tape, placing)
-    shapes = plan.signature(tape)
-    outputs = tuple(tuple(tape.shapes(i)) for i in regions)
-    return batch, shapes, plan.entrances(tape), numbers, outputs
-
-
-def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
-    _, old_shapes, old_entrances, old_numbers, _ = known.measured[0]
-    batch, new_shapes, entrances, numbers, _ = signature
-    if numbers != old_numbers or [[size == 1 for size in e] for e in entrances] != [
-        [size == 1 for size in e] for e in old_entrances
-    ]:
-        return None
-    layouts: Layouts = []
-    for of_use, old, new in zip(
-        known.layouts[known.measured[0]], old_shapes, new_shapes, strict=True
-    ):
-        moved: list[RowLayout | None] = []
-        for layout, was, now in zip(of_use, old, new, strict=True):
-            if layout is None:
-                moved.append(None)
-                continue
-            assert isinstance(layout, RegularLayout)
-            carried = layout.transfer(was, now, batch)
-            if carried is None:
-                return None
-            moved.append(carried)
-        layouts.append(moved)
-    return layouts
+    return [
+        [
+            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
+            for shape in tape.shapes(use.node)
+        ]
+        for use in plan.uses
+    ]
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

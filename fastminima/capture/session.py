@@ -103,7 +103,8 @@ class Session:
         self._directions = directions
         self._keep_grads = keep_grads
         self._announce = announce
-        plans = [reading.plan, *(r.plan for r in reading.regions.values() if r)]
+        found = reading.found
+        plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
         self._missing = _added(plan.sources for plan in plans)
         # Gradients of parameters that several graphs reach come in as many parts.
         self._split = {
@@ -115,8 +116,8 @@ class Session:
         self._waiting: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         try:
-            self._hook_graph(reading.tape, reading.plan, reading.layouts)
-            for i, region in reading.regions.items():
+            self._hook_graph(reading.tape, found.plan, found.layouts)
+            for i, region in found.regions.items():
                 self._handles.append(
                     watch(reading.tape.nodes[i], self._region_watcher(region))
                 )
