@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import SavedTensor
 from torch.utils import checkpoint
 
 __all__ = ["CheckpointedNode", "forget_pass", "frames_of", "readable", "saved_tensor"]
@@ -24,8 +25,13 @@ def readable(node: Any) -> Any:
     """The node, or a stand-in whose saved tensors can be read any number of times."""
     names = _raw_names(node)
     for raw_name in names:
-        if any(_frame(raw) is not None for raw in _each(getattr(node, raw_name))):
-            return CheckpointedNode(node, names)
+        raws = getattr(node, raw_name)
+        if isinstance(raws, SavedTensor):  # most often so; this runs once a use and step
+            if raws.unpack_hook is None or _frame(raws) is None:
+                continue
+        elif all(_frame(raw) is None for raw in raws):
+            continue
+        return CheckpointedNode(node, names)
     return node
 
 
