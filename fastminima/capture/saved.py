@@ -26,7 +26,9 @@ def readable(node: Any) -> Any:
     names = _raw_names(node)
     for raw_name in names:
         raws = getattr(node, raw_name)
-        if isinstance(raws, SavedTensor):  # most often so; this runs once a use and step
+        if isinstance(
+            raws, SavedTensor
+        ):  # most often so; this runs once a use and step
             if raws.unpack_hook is None or _frame(raws) is None:
                 continue
         elif all(_frame(raw) is None for raw in raws):
