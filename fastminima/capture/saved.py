@@ -28,7 +28,7 @@ def readable(node: Any) -> Any:
         raws = getattr(node, raw_name)
         if isinstance(
             raws, SavedTensor
-        ):  # most often so; this runs once a use and step
+        ):  # most often so, and this runs often
             if raws.unpack_hook is None or _frame(raws) is None:
                 continue
         elif all(_frame(raw) is None for raw in raws):
