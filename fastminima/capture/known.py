@@ -9,7 +9,7 @@ from . import batchnorm
 from .gathers import Guard, placing_numbers, read_numbers
 from .layout import RegularLayout, RowLayout
 from .plan import Plan
-from .regions import Region
+from .regions import Region, region_shapes
 from .tape import Tape
 
 __all__ = ["Found", "Known", "Layouts"]
@@ -97,7 +97,7 @@ class Known:
             self._plan.signature(tape),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),
-            tuple(tuple(tape.shapes(i)) for i in self._regions),
+            tuple(region_shapes(tape, i) for i in self._regions),
         )
 
     def _carried_over(self, signature: tuple) -> Layouts | None:

@@ -27,6 +27,7 @@ __all__ = [
     "Measurements",
     "Scheme",
     "Weighting",
+    "leaves_below",
     "measure_samples",
 ]
 
@@ -134,20 +135,20 @@ def measure_samples(
     weighting: Weighting,
     backward: Callable[[Tensor, list[Tensor]], None],
     *,
-    is_whole: bool = False,
+    regions: Sequence[int] = (),
 ) -> Measurements:
     """Labels of every output of the watched nodes.
 
     `weighting` hooks the given sample weights into the graph, `backward(weights,
     leaves)` runs a pass that reaches `leaves`. A pass ends with the last watched node,
-    unless `is_whole`.
+    unless there are `regions`, which see to their graphs themselves.
     """
-    leaves = _leaves_below(tape, watched)
+    leaves = leaves_below(tape, [*watched, *regions])
     seen = {i: Fingerprints() for i in watched}
     for weights in scheme.weights:
         handles = weighting(weights)
         waiting = set(watched)
-        if is_whole:
+        if regions:
             waiting.add(-1)
         try:
             for i, fingerprints in seen.items():
@@ -240,7 +241,7 @@ def _labels(norms: list[np.ndarray], scheme: Scheme) -> np.ndarray | None:
     return np.where(known, label, -1)
 
 
-def _leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
+def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
     """Few and small leaves such that every watched node lies above one of them."""
     rank = {i: r for r, i in enumerate(tape.leaves_first)}
     covered: set[int] = set()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import keeping_graphs
 from .saved import forget_pass
 
 __all__ = ["belongs_to_another", "is_distributed", "run_pass", "run_whole_pass"]
@@ -68,7 +69,8 @@ def _owned(output: Tensor, owner: object, frames: Sequence[Any]) -> Iterator[Ten
 
     top.grad_fn.register_prehook(mark)
     try:
-        yield top
+        with keeping_graphs():
+            yield top
     finally:
         for i in number:
             _owners.pop(i, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batchnorm
+from .compiled import NODE as COMPILED
 from .errors import CaptureError
 from .gathers import find_guards, gather_nodes, watched_sources
 from .known import Found, Known, Layouts
@@ -17,7 +18,16 @@ from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, Measurements, Scheme, Weighting, measure_samples
 from .passes import is_distributed, run_pass, run_whole_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
-from .regions import Region, Survey, block_leaves, region_nodes, watch
+from .regions import (
+    Region,
+    Survey,
+    block_leaves,
+    identity,
+    is_reentrant,
+    named_inputs,
+    region_nodes,
+    watch,
+)
 from .roots import batch_edges, weigh_edges
 from .saved import frames_of
 from .tape import Tape
@@ -73,16 +83,22 @@ class Reader:
                 "gradients on."
             )
         tape = Tape([loss.grad_fn], self._names)
-        if not tape.leaves and not region_nodes(tape):
+        regions = region_nodes(tape)
+        if not tape.leaves and not regions:
             raise CaptureError(
                 f"The loss reaches none of the {len(self._names)} tracked parameters. "
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
-        key = (tape.key, batch > 1, batch_dim if loss.dim() == 0 else None)
+        key = (
+            tape.key,
+            batch > 1,
+            batch_dim if loss.dim() == 0 else None,
+            tuple(identity(tape, i) for i in regions),
+        )
         known = self._known.get(key)
         if known is None:
-            _refuse_compiled(tape)
+            _refuse_compiled(tape, regions)
             _refuse_complex(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
@@ -92,7 +108,7 @@ class Reader:
             raise CaptureError(self._mixing_message(tape, mixing))
         found = None if known is None else known.recall(tape, batch)
         if found is None:
-            found = self._measure(key, tape, loss, batch, batch_dim, mixing)
+            found = self._measure(key, tape, loss, batch, batch_dim, mixing, regions)
         return Reading(tape, found, mixing)
 
     def _measure(
@@ -103,29 +119,32 @@ class Reader:
         batch: int,
         batch_dim: int,
         mixing: list[int],
+        inner: list[int],
     ) -> Found:
-        surveys = self._surveys(tape)
-        watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
+        surveys = self._surveys(tape, inner)
+        watched = sorted({*watched_nodes(tape, inner), *watched_sources(tape)})
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
+        accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
 
         def weighting(weights: Tensor) -> list[Any]:
             handles = weigh_edges(tape, roots, weights, batch_dim)
             handles += batchnorm.freeze(tape, mixing)
             for i, survey in surveys.items():
                 node = tape.nodes[i]
-                handles += [survey, watch(node, survey)]
+                handles += [survey, watch(node, survey, self)]
                 handles.append(node.register_hook(survey.free_inputs))
-            return handles + (block_leaves(tape) if surveys else [])
+            return handles + (block_leaves(tape) if accumulates else [])
 
         measured: Measurements | None = None
         if batch > 1 or surveys:
             measured = self._measured_samples(
-                tape, watched, loss, scheme, weighting, is_whole=bool(surveys)
+                tape, watched, loss, scheme, weighting, inner, accumulates
             )
         regions, is_settled = self._regions(surveys, scheme)
         if batch == 1:
-            plan = find_plan(tape, None)
+            plan = find_plan(tape, None, inner)
+            _refuse_hidden(plan)
             found = Found(plan, _all_of_one(tape, plan), regions)
             known = self._known.get(key)
             if known is None:
@@ -133,7 +152,8 @@ class Reader:
             known.remember(tape, batch, found)
             return found
         assert measured is not None
-        plan = find_plan(tape, measured)
+        plan = find_plan(tape, measured, inner)
+        _refuse_hidden(plan)
         for i in plan.preparing:
             if reads_data(tape, i, self._storages()):
                 raise CaptureError(self._mixed_message(tape, i, batch))
@@ -156,8 +176,8 @@ class Reader:
         loss: Tensor,
         scheme: Scheme,
         weighting: Weighting,
-        *,
-        is_whole: bool,
+        inner: list[int],
+        accumulates: bool,
     ) -> Measurements:
         frames = frames_of(tape.nodes)
 
@@ -165,25 +185,33 @@ class Reader:
             of_losses = None
             if loss.dim():
                 of_losses = weights.to(device=loss.device, dtype=loss.dtype)
-            if is_whole:
+            if accumulates:
                 run_whole_pass(loss, self, of_losses, frames)
             else:
                 run_pass(loss, leaves, self, of_losses, frames)
 
         return measure_samples(
-            tape, watched, scheme, weighting, backward, is_whole=is_whole
+            tape, watched, scheme, weighting, backward, regions=inner
         )
 
-    def _surveys(self, tape: Tape) -> dict[int, Survey]:
-        """Who looks at each region that the backward pass will compute again."""
-        found = region_nodes(tape)
-        if found and is_distributed():
+    def _surveys(self, tape: Tape, inner: list[int]) -> dict[int, Survey]:
+        """Who looks at each region that will be computed again."""
+        accumulating = [i for i in inner if is_reentrant(tape.nodes[i])]
+        if accumulating and is_distributed():
             raise CaptureError(
                 "The loss was computed under checkpoint(use_reentrant=True) in a "
                 "distributed run, where its rows cannot be measured without a "
                 "reduction of gradients. Use use_reentrant=False."
             )
-        return {i: Survey(self._names, self._storages()) for i in found}
+        return {
+            i: Survey(
+                self._names,
+                named_inputs(tape, i),
+                self._storages(),
+                accumulates=i in accumulating,
+            )
+            for i in inner
+        }
 
     def _regions(
         self, surveys: Mapping[int, Survey], scheme: Scheme
@@ -195,12 +223,13 @@ class Reader:
             if tape is None:  # no gradient came there
                 regions[i] = None
                 continue
-            _refuse_compiled(tape)
+            _refuse_compiled(tape, [])
             _refuse_complex(tape)
             if mixing := batchnorm.mixing_nodes(tape, scheme.batch):
                 raise CaptureError(
                     self._mixing_message(tape, mixing)
-                    + " (Under use_reentrant=True it is refused in any case.)"
+                    + " (In a region that runs again in the backward pass, a reentrant "
+                    "checkpoint or a compiled one, it is refused in any case.)"
                 )
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
@@ -215,7 +244,9 @@ class Reader:
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
                     is_settled = guards == []
-            regions[i] = Region(tape.key, plan, layouts, plan.signature(tape))
+            regions[i] = Region(
+                tape.key, plan, layouts, plan.signature(tape), survey.inputs
+            )
         return regions, is_settled
 
     def _storages(self) -> set[int]:
@@ -293,15 +324,26 @@ def _nearest_parameter(tape: Tape, i: int) -> str | None:
     return None
 
 
-def _refuse_compiled(tape: Tape) -> None:
-    for name in tape.names:
-        if name.startswith("CompiledFunction"):
+def _refuse_compiled(tape: Tape, regions: list[int]) -> None:
+    for i, name in enumerate(tape.names):
+        if name.startswith(COMPILED) and i not in regions:
             raise CaptureError(
                 "The loss was computed by a region compiled with torch.compile, which "
-                "is one opaque node here. Probe the uncompiled module (for a compiled "
-                "`fast = torch.compile(model)`, run `model` itself) on the steps that "
-                "you probe."
+                "is one opaque node here. Compile with fastminima.compile(model), or "
+                "probe the uncompiled module (for a compiled `fast = "
+                "torch.compile(model)`, run `model` itself) on the steps that you "
+                "probe."
             )
+
+
+def _refuse_hidden(plan: Plan) -> None:
+    for name in plan.hidden:
+        raise CaptureError(
+            f"Parameter {name!r} is changed (cast, reshaped, normalised) before it "
+            "enters a region that runs again in the backward pass, a reentrant "
+            "checkpoint or a compiled one. Do that inside the region, or use "
+            "use_reentrant=False or the uncompiled module."
+        )
 
 
 def _refuse_complex(tape: Tape) -> None:

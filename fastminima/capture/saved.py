@@ -25,11 +25,9 @@ def readable(node: Any) -> Any:
     """The node, or a stand-in whose saved tensors can be read any number of times."""
     names = _raw_names(node)
     for raw_name in names:
-        raws = getattr(node, raw_name)
-        if isinstance(
-            raws, SavedTensor
-        ):  # most often so, and this runs often
-            if raws.unpack_hook is None or _frame(raws) is None:
+        raws: Any = getattr(node, raw_name)
+        if isinstance(raws, SavedTensor):  # most often so, and this runs often
+            if _frame(raws) is None:
                 continue
         elif all(_frame(raw) is None for raw in raws):
             continue
@@ -117,7 +115,7 @@ def _each(raws: Any) -> Iterator[Any]:
 
 def _frame(raw: Any) -> Any:
     """The checkpointed region behind a saved tensor, if there is one."""
-    hook = getattr(raw, "unpack_hook", None)
+    hook = raw.unpack_hook
     if hook is None or hook.__module__ != checkpoint.__name__:
         return None
     while hook is not None:

@@ -25,10 +25,11 @@ from .contributions import (
 )
 from .errors import CaptureError
 from .layout import RowLayout
+from .measure import leaves_below
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
 from .reading import Reading
-from .regions import Region, Watcher, watch
+from .regions import Region, Watcher, is_reentrant, own_name, watch
 from .rules import contributions_of
 from .saved import readable, saved_tensor
 from .tape import Tape, signed
@@ -105,22 +106,29 @@ class Session:
         self._announce = announce
         found = reading.found
         plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
-        self._missing = _added(plan.sources for plan in plans)
-        # Gradients of parameters that several graphs reach come in as many parts.
-        self._split = {
-            n for n in self._missing if sum(n in p.sources for p in plans) > 1
-        }
+        self._missing = _added(plan.sources for plan in plans)  # by own names
+        # A parameter whose gradient comes from several graphs gets it in parts.
+        arrivals = [
+            set(reading.tape.leaves),
+            *(
+                set(region.plan.sources)
+                for i, region in found.regions.items()
+                if region is not None and is_reentrant(reading.tape.nodes[i])
+            ),
+        ]
+        self._split = {n for n in self._missing if sum(n in a for a in arrivals) > 1}
         self._parts: dict[str, Tensor] = {}
         self._accumulators: dict[str, Any] = {}
-        self._hook_gradients = hook_gradients
+        self._reads_gradients = hook_gradients
         self._waiting: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         try:
             self._hook_graph(reading.tape, found.plan, found.layouts)
             for i, region in found.regions.items():
-                self._handles.append(
-                    watch(reading.tape.nodes[i], self._region_watcher(region))
-                )
+                node = reading.tape.nodes[i]
+                self._handles.append(watch(node, self._region_watcher(region), self))
+            if hook_gradients:
+                self._hook_gradients(reading.tape)
         except BaseException:
             self.close()
             raise
@@ -147,8 +155,13 @@ class Session:
     ) -> None:
         for use, use_layouts in zip(plan.uses, layouts, strict=True):
             self._hook_use(tape, use, use_layouts)
-        for name in plan.sources if self._hook_gradients else ():
-            node = tape.nodes[tape.leaves[name]]
+
+    def _hook_gradients(self, tape: Tape) -> None:
+        """Read the gradients of the parameters that are leaves of this graph."""
+        for name, i in tape.leaves.items():
+            if name not in self._missing:  # unused, or a copy given to a region
+                continue
+            node = tape.nodes[i]
             if self._accumulators.get(name) is not node:  # one for all graphs alive
                 self._accumulators[name] = node
                 hook = self._gradient_hook(name)
@@ -157,16 +170,19 @@ class Session:
     def _region_watcher(self, region: Region | None) -> Watcher:
         names = {id(p): name for name, p in self._parameters.items()}
 
-        def watcher(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-            if belongs_to_another(self):
-                return
+        def watcher(
+            inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        ) -> list[Tensor]:
             if region is None:
                 raise CaptureError(
-                    "A gradient reached a region under checkpoint(use_reentrant=True) "
+                    "A gradient reached a region that runs again in the backward pass "
                     "where none came when its rows were measured. Make a new probe."
                 )
-            tape = region.read(outputs, names)
+            tape = region.read(inputs, outputs, names)
             self._hook_graph(tape, region.plan.sized(tape), region.layouts)
+            if self._reads_gradients:
+                self._hook_gradients(tape)
+            return leaves_below(tape, [use.node for use in region.plan.uses])
 
         return watcher
 
@@ -215,12 +231,15 @@ class Session:
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
         for number, path, delivered in deliver:
             part = found[number]
-            self._arrive(path.parameter, part if delivered is None else delivered(part))
+            self._arrive(
+                own_name(path.parameter), part if delivered is None else delivered(part)
+            )
         if "totals" in self._measure:
             universal = {slot.number for slot in rest}
             for number, path, _ in deliver:
                 rule = "universal" if number in universal else use.name
-                self.collected.rules.setdefault(path.parameter, []).append(rule)
+                name = own_name(path.parameter)
+                self.collected.rules.setdefault(name, []).append(rule)
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         self._missing[name] -= 1
@@ -289,7 +308,7 @@ class Session:
         """
         if path.steps == ():
             return None
-        parameter = self._parameters[path.parameter]
+        parameter = self._parameters[own_name(path.parameter)]
         shape = tuple(parameter.shape)
         if path.steps is None:
             edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
@@ -312,7 +331,8 @@ class Session:
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for part in counts:
-        for name, count in part.items():
+        for leaf, count in part.items():
+            name = own_name(leaf)
             total[name] = total.get(name, 0) + count
     return total
 

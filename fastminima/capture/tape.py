@@ -14,7 +14,14 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 _READS_UNSEEN = (
     *("Embedding", "Index", "Gather", "Where", "Masked", "Take", "Scatter"),
-    *("Nll", "Dropout", "NativeDropout", "CompiledFunction", "torch::autograd"),
+    *(
+        "Nll",
+        "Dropout",
+        "NativeDropout",
+        "CompiledFunction",
+        "CheckpointFunction",
+        "torch::autograd",
+    ),
 )
 
 

@@ -371,3 +371,55 @@ def test_packed_tensors_are_unpacked_by_the_users_hooks():
     ]
     want = torch.stack([sum(g.square().sum() for g in gs) for gs in singles])
     torch.testing.assert_close(probe.backward(losses).sq_norms, want)
+
+
+class Given(nn.Module):
+    """A region that is given a parameter as an argument."""
+
+    def __init__(self, is_prepared):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 2)
+        self.is_prepared = is_prepared
+        self.runs_again = False
+
+    def forward(self, x):
+        def region(x, weight):
+            return self.head((x @ weight).tanh()) * self.weight.sum()
+
+        weight = self.weight.t() if self.is_prepared else self.weight
+        if not self.runs_again:
+            return region(x, weight)
+        return checkpoint(region, x, weight, use_reentrant=True)
+
+
+@pytest.mark.parametrize("way", ["backward", "attach"])
+def test_a_parameter_given_to_a_region(way):
+    model = Given(is_prepared=False)
+    x = torch.randn(5, 4)
+    want = fm.GradientProbe(model, keep_mean=True).backward(model(x).square().sum(1))
+    grads = grads_of(model)
+    model.runs_again = True
+    probe = fm.GradientProbe(model, keep_mean=True)
+    for _ in range(2):
+        losses = model(x).square().sum(1)
+        if way == "backward":
+            got = probe.backward(losses)
+        else:
+            probe.attach(losses)
+            losses.mean().backward()
+            got = probe.collect()
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+        for name, mean in want.mean_grad.items():
+            torch.testing.assert_close(got.mean_grad[name], mean)
+        for g, h in zip(grads_of(model), grads, strict=True):
+            torch.testing.assert_close(g, h)
+
+
+def test_a_parameter_changed_on_its_way_into_a_region():
+    model = Given(is_prepared=True)
+    model.runs_again = True
+    losses = model(torch.randn(5, 4)).square().sum(1)
+    with pytest.raises(fm.CaptureError, match="'weight' is changed"):
+        fm.GradientProbe(model).backward(losses)
+    assert all(p.grad is None for p in model.parameters())
