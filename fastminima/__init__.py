@@ -1,7 +1,7 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
 from . import optim
-from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance
+from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
 from .curvature import GaussNewton, GradientCovariance, Hessian
 from .quantities import ThreeFactors, noise_scale, three_factors
 from .spectrum import (
@@ -32,6 +32,7 @@ __all__ = [
     "MinibatchVariance",
     "SharpnessProbe",
     "ThreeFactors",
+    "compile",
     "frobenius_norm",
     "noise_scale",
     "optim",

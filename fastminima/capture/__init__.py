@@ -1,8 +1,9 @@
 """Reading per-sample gradient statistics off the autograd graph."""
 
 from .audit import Audit
+from .compiled import compile
 from .errors import CaptureError
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
 
-__all__ = ["Audit", "CaptureError", "GradientProbe", "MinibatchVariance"]
+__all__ = ["Audit", "CaptureError", "GradientProbe", "MinibatchVariance", "compile"]

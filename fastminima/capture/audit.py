@@ -13,6 +13,7 @@ from torch import Tensor
 from . import batchnorm as batch_norms
 from .passes import run_pass
 from .reading import Reading
+from .saved import frames_of
 from .session import Collected, Session
 
 __all__ = ["Audit", "AuditRow", "audit_losses"]
@@ -101,13 +102,14 @@ def audit_losses(
     names = list(reading.tape.leaves)
     tensors = [parameters[name] for name in names]
     count = len(losses)
+    frames = frames_of(reading.tape.nodes)
     handles: list[Any] = []
     if reading.mixing and batchnorm == "frozen":
         handles = batch_norms.freeze(reading.tape, reading.mixing)
     whole = 0.0
     try:
         try:
-            grads = run_pass(losses.mean(), tensors, session)
+            grads = run_pass(losses.mean(), tensors, session, frames=frames)
             collected = session.finish()
         finally:
             session.close()
@@ -117,7 +119,7 @@ def audit_losses(
         norm_errors: dict[str, float | None] = dict.fromkeys(names)
         if not (reading.mixing and batchnorm == "rows"):
             for n in chosen.tolist():
-                singles = run_pass(losses[n], tensors, None)
+                singles = run_pass(losses[n], tensors, None, frames=frames)
                 _compare_sample(collected, n, count, names, singles, norm_errors)
     finally:
         for handle in handles:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .rules import BATCH_NORM
+from .saved import saved_tensor
 from .tape import Tape
 
 __all__ = ["freeze", "mixing_nodes", "norm_nodes"]
@@ -44,7 +45,7 @@ def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
 
 
 def _frozen(node: Any) -> Callable[[Any, Any], Any]:
-    weight, rstd = node._saved_weight, node._saved_result2
+    weight, rstd = (saved_tensor(node, f"_saved_{w}") for w in ("weight", "result2"))
     scale = rstd if weight is None else rstd * weight
 
     def hook(

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .layout import RegularLayout
 from .measure import Measurement
+from .saved import saved_tensor
 from .tape import Tape, signed
 
 __all__ = [
     "Guard",
     "find_guards",
+    "gather_nodes",
     "placing_numbers",
     "read_numbers",
     "watched_sources",
@@ -74,7 +76,7 @@ class Guard:
 
 
 def _saved(node: Any, guard: Guard) -> Tensor:
-    value = getattr(node, guard.saved)
+    value = saved_tensor(node, guard.saved)
     return value if guard.number is None else value[guard.number]
 
 
@@ -192,7 +194,7 @@ def find_guards(
         if name == "EmbeddingBackward0" and _is_data(
             tape, tape.children[i][0], preparing
         ):
-            index = tape.nodes[i]._saved_indices
+            index = saved_tensor(tape.nodes[i], "_saved_indices")
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
     for i in gather_nodes(tape):
         name, node = tape.names[i], tape.nodes[i]
@@ -204,7 +206,7 @@ def find_guards(
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
         if name in _BY_INDICES:
-            indices = enumerate(node._saved_indices)
+            indices = enumerate(saved_tensor(node, "_saved_indices"))
             guards += [
                 Guard(i, "_saved_indices", number, index.clone())
                 for number, index in indices
@@ -218,7 +220,7 @@ def find_guards(
         saved = next((s for s in _INDEX_NAMES if hasattr(node, s)), None)
         if saved is None:
             return None
-        guards.append(Guard(i, saved, None, getattr(node, saved).clone()))
+        guards.append(Guard(i, saved, None, saved_tensor(node, saved).clone()))
     return guards
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,13 +18,20 @@ __all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
 class RegularLayout:
     """Dimension `dim` runs over (outer, batch, inner) and the middle is the sample.
 
-    Batch-major rows are (1, B, T), time-major rows (T, B, 1).
+    Batch-major rows are (1, B, T), time-major rows (T, B, 1). Where `chosen` is given,
+    only those samples are read, in that order.
     """
 
     dim: int
     outer: int
     batch: int
     inner: int
+    chosen: Tensor | None = field(default=None, compare=False)  # int64
+
+    @property
+    def count(self) -> int:
+        """Number of samples that are read."""
+        return self.batch if self.chosen is None else len(self.chosen)
 
     @property
     def is_one_row(self) -> bool:
@@ -33,7 +40,7 @@ class RegularLayout:
 
     @property
     def labels(self) -> Tensor:
-        """The sample of each position along `dim`."""
+        """The sample of each position along `dim`, read or not."""
         place = torch.arange(self.outer * self.batch * self.inner)
         return place // self.inner % self.batch
 
@@ -44,26 +51,46 @@ class RegularLayout:
         """
         return self.inner * math.prod(shape[self.dim + 1 :])
 
+    def listed(self) -> IrregularLayout:
+        """The layout of the positions along `dim`, as a list of labels."""
+        listed = IrregularLayout(self.labels, self.batch)
+        return listed if self.chosen is None else listed.choose(self.chosen)
+
+    def choose(self, samples: Tensor) -> RegularLayout:
+        """The same layout, reading some samples only."""
+        return replace(self, chosen=samples)
+
+    def along(self, dim: int) -> RegularLayout:
+        """The same layout along another dimension, as in a transposed tensor."""
+        return replace(self, dim=dim)
+
+    def pick(self, t: Tensor) -> Tensor:
+        """The samples that are read, of a tensor whose first dim is the batch."""
+        if self.chosen is None:
+            return t
+        return t.index_select(0, self.chosen.to(t.device))
+
     def isolate(self, t: Tensor) -> Tensor:
-        """`[batch, *shape of one sample]`, a view where strides allow it.
+        """`[count, *shape of one sample]`, a view where strides allow it.
 
         The sample's own extent of `dim`, outer * inner, stays in its place.
         """
         if self.outer == 1 and self.inner == 1:
-            return t.movedim(self.dim, 0).unsqueeze(self.dim + 1)
+            return self.pick(t.movedim(self.dim, 0)).unsqueeze(self.dim + 1)
         parts = (self.outer, self.batch, self.inner)
         split = t.unflatten(self.dim, parts).movedim(self.dim + 1, 0)
-        return split.flatten(self.dim + 1, self.dim + 2)
+        return self.pick(split.flatten(self.dim + 1, self.dim + 2))
 
     def rows(self, t: Tensor, trailing: int) -> Tensor:
-        """`[batch, time, *last trailing dims]`; all other dims are time."""
+        """`[count, time, *last trailing dims]`; all other dims are time."""
         if self.outer == 1 and self.dim == 0 and t.dim() == trailing + 1:
-            return t.unflatten(0, (self.batch, self.inner))
+            return self.pick(t.unflatten(0, (self.batch, self.inner)))
         samples = self.isolate(t)
         return samples.flatten(1, samples.dim() - trailing - 1)
 
     def keep_only(self, t: Tensor, n: int) -> Tensor:
-        """A copy of `t` with the rows of every sample but n set to zero."""
+        """A copy of `t` with the rows of all but the n-th sample read set to zero."""
+        n = n if self.chosen is None else int(self.chosen[n])
         kept = torch.zeros_like(t, memory_format=torch.contiguous_format)
         self._one(kept, n).copy_(self._one(t, n))
         return kept
@@ -98,6 +125,17 @@ class IrregularLayout:
 
     labels: Tensor  # [*leading], int64
     batch: int
+
+    @property
+    def count(self) -> int:
+        """Number of samples that are read."""
+        return self.batch
+
+    def choose(self, samples: Tensor) -> IrregularLayout:
+        """The same layout, reading some samples only."""
+        place = torch.full((self.batch + 1,), -1)  # the last one is nobody's
+        place[samples.cpu()] = torch.arange(len(samples))
+        return IrregularLayout(place[self.labels], len(samples))
 
     @cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:

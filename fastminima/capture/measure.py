@@ -9,7 +9,7 @@ other samples on its way. Nothing here touches `.grad`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,15 @@ from .._memory import return_freed_memory
 from .layout import IrregularLayout, RowLayout, fit_layouts
 from .tape import Tape
 
-__all__ = ["Measurement", "Weighting", "measure_samples"]
+__all__ = [
+    "Fingerprints",
+    "Measurement",
+    "Measurements",
+    "Scheme",
+    "Weighting",
+    "leaves_below",
+    "measure_samples",
+]
 
 # Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
 _LEVELS = 16
@@ -32,6 +40,7 @@ _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2  # rows that touch float16's subnormal range
 
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
+Measurements = dict[int, list["Measurement | None"]]  # node -> each of its outputs
 
 
 @dataclass
@@ -72,39 +81,75 @@ class Measurement:
 
 
 @dataclass
-class _Fingerprints:
-    """Row norms of one node's output gradients, in each pass."""
+class Fingerprints:
+    """Row norms of one node in each pass; notes them when called as a hook."""
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     passes: list[list[tuple[Tensor, Tensor] | None]] = field(default_factory=list)
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Note the gradients of one pass."""
+        self.shapes = [() if g is None else tuple(g.shape) for g in grads]
+        self.passes.append([None if g is None else _row_norms(g) for g in grads])
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The weights of all passes over a batch, and how to read what comes back.
+
+    One plain pass and one more per digit of the batch size in base `levels`.
+    """
+
+    batch: int
+    levels: int
+    tolerance: float
+
+    @classmethod
+    def of(cls, batch: int, has_half: bool) -> Scheme:
+        """For a graph that computes in float16 somewhere, or does not."""
+        if has_half:
+            return cls(batch, _HALF_LEVELS, _HALF_TOLERANCE)
+        return cls(batch, _LEVELS, _TOLERANCE)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """`[batch]` for each pass."""
+        digits = max(1, math.ceil(math.log(self.batch, self.levels) - 1e-9))
+        sample = torch.arange(self.batch)
+        passes = [torch.ones(self.batch)]
+        for digit in range(digits):
+            level = sample // self.levels**digit % self.levels
+            passes.append(torch.exp2((level - self.levels // 2).float()))
+        return passes
+
+    def decode(self, seen: Mapping[int, Fingerprints]) -> Measurements:
+        """Labels of every output of the nodes whose gradients were seen."""
+        passes = len(self.weights)
+        return {i: _decode(prints, passes, self) for i, prints in seen.items()}
 
 
 def measure_samples(
     tape: Tape,
     watched: Sequence[int],
-    batch: int,
+    scheme: Scheme,
     weighting: Weighting,
     backward: Callable[[Tensor, list[Tensor]], None],
-    has_half: bool,
-) -> dict[int, list[Measurement | None]]:
+    *,
+    regions: Sequence[int] = (),
+) -> Measurements:
     """Labels of every output of the watched nodes.
 
     `weighting` hooks the given sample weights into the graph, `backward(weights,
-    leaves)` runs a pass that reaches `leaves`. Costs one pass and one more per digit of
-    the batch size in base 16, without weight gradients.
+    leaves)` runs a pass that reaches `leaves`. A pass ends with the last watched node,
+    unless there are `regions`, which see to their graphs themselves.
     """
-    levels = _HALF_LEVELS if has_half else _LEVELS
-    digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
-    leaves = _leaves_below(tape, watched)
-    seen = {i: _Fingerprints() for i in watched}
-    sample = torch.arange(batch)
-    passes = [torch.ones(batch)]
-    for digit in range(digits):
-        level = sample // levels**digit % levels
-        passes.append(torch.exp2((level - levels // 2).float()))
-    for weights in passes:
+    leaves = leaves_below(tape, [*watched, *regions])
+    seen = {i: Fingerprints() for i in watched}
+    for weights in scheme.weights:
         handles = weighting(weights)
         waiting = set(watched)
+        if regions:
+            waiting.add(-1)
         try:
             for i, fingerprints in seen.items():
                 hook = _recorder(fingerprints, waiting, i)
@@ -116,11 +161,7 @@ def measure_samples(
             for handle in handles:
                 handle.remove()
             return_freed_memory()
-    tolerance = _HALF_TOLERANCE if has_half else _TOLERANCE
-    return {
-        i: _decode(fingerprints, len(passes), levels, batch, tolerance)
-        for i, fingerprints in seen.items()
-    }
+    return scheme.decode(seen)
 
 
 class _AllSeen(Exception):
@@ -128,13 +169,10 @@ class _AllSeen(Exception):
 
 
 def _recorder(
-    fingerprints: _Fingerprints, waiting: set[int], i: int
+    fingerprints: Fingerprints, waiting: set[int], i: int
 ) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
-        fingerprints.shapes = [() if g is None else tuple(g.shape) for g in grads]
-        fingerprints.passes.append(
-            [None if g is None else _row_norms(g) for g in grads]
-        )
+        fingerprints(grads)
         waiting.discard(i)
         if not waiting:
             raise _AllSeen
@@ -161,7 +199,7 @@ def _row_norms(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode(
-    fingerprints: _Fingerprints, passes: int, levels: int, batch: int, tolerance: float
+    fingerprints: Fingerprints, passes: int, scheme: Scheme
 ) -> list[Measurement | None]:
     if len(fingerprints.passes) != passes:
         return [None]
@@ -172,16 +210,15 @@ def _decode(
             found.append(None)
             continue
         leading, trailing = (
-            _labels([r[side].cpu().numpy() for r in rows], levels, batch, tolerance)  # type: ignore[index]
+            _labels([r[side].cpu().numpy() for r in rows], scheme)  # type: ignore[index]
             for side in (0, 1)
         )
         found.append(Measurement(shape, leading, trailing))
     return found
 
 
-def _labels(
-    norms: list[np.ndarray], levels: int, batch: int, tolerance: float
-) -> np.ndarray | None:
+def _labels(norms: list[np.ndarray], scheme: Scheme) -> np.ndarray | None:
+    levels = scheme.levels
     norms = [n.astype(np.float64) for n in norms]
     plain = norms[0]
     label = np.zeros(plain.shape, dtype=np.int64)
@@ -193,18 +230,18 @@ def _labels(
             growth = np.log2(weighted / plain)
         growth = np.where(known, growth, 0)
         level = np.rint(growth)
-        if (np.abs(growth - level) > tolerance).any():
+        if (np.abs(growth - level) > scheme.tolerance).any():
             return None
         level = np.where(known, level + levels // 2, 0)
         if (level < 0).any() or (level >= levels).any():
             return None
         label += level.astype(np.int64) * levels**digit
-    if (label[known] >= batch).any():
+    if (label[known] >= scheme.batch).any():
         return None
     return np.where(known, label, -1)
 
 
-def _leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
+def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
     """Few and small leaves such that every watched node lies above one of them."""
     rank = {i: r for r, i in enumerate(tape.leaves_first)}
     covered: set[int] = set()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["belongs_to_another", "run_pass"]
+from .compiled import keeping_graphs
+from .saved import forget_pass
+
+__all__ = ["belongs_to_another", "is_distributed", "run_pass", "run_whole_pass"]
 
 # Engine pass -> whose it is. A pass that is not here is the user's own.
 _owners: dict[int, object] = {}
@@ -18,11 +23,42 @@ def run_pass(
     leaves: Sequence[Tensor],
     owner: object,
     weights: Tensor | None = None,
+    frames: Sequence[Any] = (),
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `output` for `leaves`; hooks of sessions other than `owner` rest.
 
-    The graph stays usable and no `.grad` changes.
+    The graph stays usable and no `.grad` changes. `frames` are the checkpointed regions
+    of the graph, which would keep what they recompute as long as the graph is kept.
     """
+    with _owned(output, owner, frames) as top:
+        return torch.autograd.grad(
+            top,
+            leaves,
+            grad_outputs=torch.ones_like(top) if weights is None else weights,
+            retain_graph=True,
+            allow_unused=True,
+        )
+
+
+def run_whole_pass(
+    output: Tensor,
+    owner: object,
+    weights: Tensor | None = None,
+    frames: Sequence[Any] = (),
+) -> None:
+    """The same by `backward`, for graphs that allow nothing else.
+
+    Gradients accumulate in every leaf that the caller has not blocked.
+    """
+    with _owned(output, owner, frames) as top:
+        top.backward(
+            torch.ones_like(top) if weights is None else weights, retain_graph=True
+        )
+
+
+@contextmanager
+def _owned(output: Tensor, owner: object, frames: Sequence[Any]) -> Iterator[Tensor]:
+    """A copy of `output` whose backward pass belongs to `owner`."""
     top = output.clone()  # its node comes before every hook on the graph
     assert top.grad_fn is not None
     number: list[int] = []
@@ -33,16 +69,12 @@ def run_pass(
 
     top.grad_fn.register_prehook(mark)
     try:
-        return torch.autograd.grad(
-            top,
-            leaves,
-            grad_outputs=torch.ones_like(top) if weights is None else weights,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with keeping_graphs():
+            yield top
     finally:
         for i in number:
             _owners.pop(i, None)
+            forget_pass(frames, i)
 
 
 def belongs_to_another(session: object) -> bool:
@@ -50,3 +82,8 @@ def belongs_to_another(session: object) -> bool:
     if not _owners:
         return False
     return _owners.get(torch._C._current_graph_task_id(), session) is not session
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from .layout import RegularLayout, RowLayout
 from .measure import Measurement
+from .saved import saved_tensor
 from .tape import Tape
 
 __all__ = [
@@ -84,10 +85,17 @@ class Plan:
         uses: every node where tracked parameters meet data.
         sources: for each parameter, how many slots it enters by.
         preparing: nodes fed by parameters alone, above which the uses are.
+        hidden: parameters that are prepared for a region that has its own graph.
     """
 
-    def __init__(self, uses: tuple[Use, ...], preparing: frozenset[int]) -> None:
+    def __init__(
+        self,
+        uses: tuple[Use, ...],
+        preparing: frozenset[int],
+        hidden: frozenset[str] = frozenset(),
+    ) -> None:
         self.uses = uses
+        self.hidden = hidden
         self.preparing = preparing
         self.sources: dict[str, int] = {}
         for use in uses:
@@ -123,14 +131,17 @@ class Plan:
         )
 
 
-def watched_nodes(tape: Tape) -> list[int]:
-    """Nodes whose rows tell uses from preparations: all near a tracked parameter."""
+def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:
+    """Nodes whose rows tell uses from preparations: all near a tracked parameter.
+
+    `regions` have graphs of their own and are no uses.
+    """
     side = tape.is_parameter_side
     near: set[int] = set()
     stack = list(tape.leaves.values())
     while stack:
         for parent, _, _ in tape.parents[stack.pop()]:
-            if parent not in near:
+            if parent not in near and parent not in regions:
                 near.add(parent)
                 if side[parent]:
                     stack.append(parent)
@@ -138,24 +149,32 @@ def watched_nodes(tape: Tape) -> list[int]:
 
 
 def find_plan(
-    tape: Tape, measured: Mapping[int, list[Measurement | None]] | None
+    tape: Tape,
+    measured: Mapping[int, list[Measurement | None]] | None,
+    regions: Container[int] = (),
 ) -> Plan:
     """Find the first node above each parameter that meets data.
 
     A node fed by leaves alone is a preparation (weight norm, `1 + w`, a table looked up
     once for all samples) when its output gradient mixes samples, and a use when each of
     its rows belongs to one sample. `measured` is None for a batch of one, where every
-    row belongs to the one sample and any such node may count as a use.
+    row belongs to the one sample and any such node may count as a use. A parameter that
+    is prepared for one of the `regions` is `hidden`.
     """
     arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
     preparing: set[int] = set()
     several: set[str] = set()
+    hidden: set[str] = set()
     for parameter, leaf in tape.leaves.items():
         stack: list[tuple[int, int | None, tuple[Step, ...]]] = [(leaf, None, ())]
         met: set[int] = set()
         while stack:
             i, leaves_by, below = stack.pop()
             for parent, number, output in tape.parents[i]:
+                if parent in regions:
+                    if leaves_by is not None:
+                        hidden.add(parameter)
+                    continue
                 steps = below if leaves_by is None else ((i, output, leaves_by), *below)
                 if _is_preparation(tape, parent, measured):
                     preparing.add(parent)
@@ -181,7 +200,7 @@ def find_plan(
         shape = tape.shapes(child[0])[child[1]]
         slots.setdefault(node, []).append(Slot(number, child, shape, paths))
     uses = (Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
-    return Plan(tuple(uses), frozenset(preparing))
+    return Plan(tuple(uses), frozenset(preparing), frozenset(hidden))
 
 
 # Where a node keeps the operand that came in by each of its inputs.
@@ -205,14 +224,14 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     if name in PLACEMENT:
         return False
     if name == EMBEDDING:
-        ids = node._saved_indices
+        ids = saved_tensor(node, "_saved_indices")
         return ids.dim() > 1 and len(ids) > 1
     operands = _OPERANDS.get(name, ())
     for number, edge in enumerate(tape.children[i]):
         if edge is not None:
             continue
         operand = operands[number] if number < len(operands) else None
-        tensor = getattr(node, f"_saved_{operand}") if operand else None
+        tensor = saved_tensor(node, f"_saved_{operand}") if operand else None
         if isinstance(tensor, Tensor):
             is_own = tensor.untyped_storage().data_ptr() in own
             if tensor.numel() > 1 and not is_own:

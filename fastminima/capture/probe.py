@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,17 @@ from ..statistics import GradientStatistics
 from . import batchnorm as batch_norms
 from .audit import Audit, audit_losses
 from .errors import CaptureError
-from .passes import run_pass
+from .passes import is_distributed, run_pass
 from .reading import Reader, Reading
+from .saved import frames_of
 from .session import Collected, Session
 
 __all__ = ["GradientProbe"]
 
 _MEASURES = ("norms", "second_moments", "gram")
+# What PyTorch says when ...
 _SPENT_GRAPH = "backward through the graph a second time"
+_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible"
 
 
 class GradientProbe:
@@ -149,7 +153,7 @@ class GradientProbe:
             return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
-        is_fresh = not _is_distributed() and all(
+        is_fresh = not is_distributed() and all(
             p.grad is None and not p._post_accumulate_grad_hooks
             for p in self._parameters.values()
         )
@@ -157,7 +161,8 @@ class GradientProbe:
             loss, batch_size, reduction, scale, batch_dim, hook_gradients=not is_fresh
         )
         try:
-            _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+            with _explaining():
+                _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
             assert self._attached is not None
             if is_fresh and self._attached.session is not None:
                 self._attached.session.take_gradients(
@@ -168,11 +173,6 @@ class GradientProbe:
                     }
                 )
             return self._collected()
-        except RuntimeError as error:
-            known = _explained(error)
-            if known is not None:
-                raise known from error
-            raise
         finally:
             self._detach()
 
@@ -219,7 +219,7 @@ class GradientProbe:
         count = _check_loss(loss, batch_size, reduction, scale)
         batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
         is_mean = bool(loss.dim()) or reduction == "mean"
-        try:
+        with _explaining():
             reading = self._reader.read(loss, count, batch_dim)
             frozen = None
             if reading.mixing and self._batchnorm == "frozen":
@@ -228,11 +228,6 @@ class GradientProbe:
                 factor = (count if is_mean else 1.0) / (1.0 if loss.dim() else scale)
             else:
                 factor = (count if is_mean else 1.0) / scale
-        except RuntimeError as error:
-            known = _explained(error)
-            if known is not None:
-                raise known from error
-            raise
         session = None
         if frozen is None:
             session = self._session(
@@ -293,17 +288,18 @@ class GradientProbe:
                 f"{tuple(losses.shape)}. Use reduction='none' in the loss."
             )
         count = _count(losses, None)
-        try:
+        with _explaining():
             reading = self._reader.read(losses, count, 0)
-        except RuntimeError as error:
-            known = _explained(error)
-            if known is not None:
-                raise known from error
-            raise
-        session = self._session(reading, count, frozenset(["norms", "totals"]), {})
-        return audit_losses(
-            session, losses, self._parameters, samples, seed, reading, self._batchnorm
-        )
+            session = self._session(reading, count, frozenset(["norms", "totals"]), {})
+            return audit_losses(
+                session,
+                losses,
+                self._parameters,
+                samples,
+                seed,
+                reading,
+                self._batchnorm,
+            )
 
     def _session(
         self,
@@ -314,9 +310,7 @@ class GradientProbe:
         hook_gradients: bool = False,
     ) -> Session:
         return Session(
-            reading.tape,
-            reading.plan,
-            reading.layouts,
+            reading,
             self._parameters,
             count,
             measure=measure,
@@ -336,6 +330,7 @@ class GradientProbe:
                 loss.mean() if loss.dim() else loss,
                 [self._parameters[name] for name in names],
                 session,
+                frames=frames_of(reading.tape.nodes),
             )
             found = zip(names, grads, strict=True)
             session.take_gradients({name: g for name, g in found if g is not None})
@@ -416,6 +411,18 @@ class _Attached:
         self.count, self.factor = count, factor
 
 
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Say of the engine's errors what they mean for a probe."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = _explained(error)
+        if known is not None:
+            raise known from error
+        raise
+
+
 def _explained(error: RuntimeError) -> CaptureError | None:
     """What an error of the engine means for a probe."""
     if _SPENT_GRAPH in str(error):
@@ -423,11 +430,11 @@ def _explained(error: RuntimeError) -> CaptureError | None:
             "The backward pass of this loss has already run and its graph is gone. "
             "Compute the loss again, or keep the graph with retain_graph=True."
         )
-    if "torch.utils.checkpoint" in str(error):
+    if _REENTRANT in str(error):
         return CaptureError(
-            "The loss was computed under activation checkpointing "
-            "(torch.utils.checkpoint), which lets its tensors be read only once. Run "
-            "the model without it on the steps that you probe."
+            "An audit and a pass with frozen statistics differentiate through "
+            "torch.autograd.grad, which checkpoint(use_reentrant=True) does not allow. "
+            "Use use_reentrant=False for it."
         )
     return None
 
@@ -448,10 +455,6 @@ def _scaled_mean(loss: Tensor, scale: float) -> Tensor:
     if not loss.dim():
         return loss
     return loss.mean() if scale == 1.0 else loss.mean() * scale
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_word(what: str, word: object, allowed: Sequence[str]) -> None:

@@ -2,63 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import batchnorm
+from .compiled import NODE as COMPILED
 from .errors import CaptureError
-from .gathers import (
-    Guard,
-    find_guards,
-    placing_numbers,
-    read_numbers,
-    watched_sources,
-)
+from .gathers import find_guards, gather_nodes, watched_sources
+from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Weighting, measure_samples
-from .passes import run_pass
+from .measure import Measurement, Measurements, Scheme, Weighting, measure_samples
+from .passes import is_distributed, run_pass, run_whole_pass
 from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
+from .regions import (
+    Region,
+    Survey,
+    block_leaves,
+    identity,
+    is_reentrant,
+    named_inputs,
+    region_nodes,
+    watch,
+)
 from .roots import batch_edges, weigh_edges
-from .routes import Routes, find_routes
+from .routes import find_routes
+from .saved import frames_of
 from .stretches import VIEWS
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
 
-Layouts = list[list[RowLayout | None]]
-# Sizes of a graph are measured this often before a layout is carried over to new ones.
-_MEASURED_SIZES = 3
-_MOST_SIZES = 256
 _MOST_STRUCTURES = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
     """A graph that is understood: what to hook and how to read it."""
 
     tape: Tape
-    plan: Plan
-    layouts: Layouts
+    found: Found
     mixing: list[int]
-
-
-@dataclass
-class _Known:
-    """What was found out about one graph structure."""
-
-    plan: Plan
-    norms: list[int]  # batch normalisations, in whatever mode
-    placing: list[tuple[int, tuple[str, ...]]]  # numbers that say where rows go
-    layouts: dict[tuple, Layouts] = field(default_factory=dict)
-    routes: dict[tuple, Routes] = field(default_factory=dict)  # where rows are routed
-    routed: frozenset[int] = frozenset()  # uses whose layouts the routes give
-    measured: list[tuple] = field(default_factory=list)
-    guards: list[Guard] = field(default_factory=list)
-    follows: bool = True  # measured layouts were those carried over from the first
 
 
 class Reader:
@@ -81,7 +68,7 @@ class Reader:
         self._batchnorm = batchnorm
         self._model = model
         self._modules = {} if model is None else _owners(model)
-        self._known: dict[tuple, _Known] = {}
+        self._known: dict[tuple, Known] = {}
 
     def read(self, loss: Tensor, batch: int, batch_dim: int) -> Reading:
         """Walk the graph of `loss` and say how to read it for `batch` samples.
@@ -97,17 +84,23 @@ class Reader:
                 "it, or it was computed under torch.no_grad(). Compute it with "
                 "gradients on."
             )
-        tape = Tape(loss.grad_fn, self._names)
-        if not tape.leaves:
+        tape = Tape([loss.grad_fn], self._names)
+        regions = region_nodes(tape)
+        if not tape.leaves and not regions:
             raise CaptureError(
                 f"The loss reaches none of the {len(self._names)} tracked parameters. "
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
-        key = (tape.key, batch > 1, batch_dim if loss.dim() == 0 else None)
+        key = (
+            tape.key,
+            batch > 1,
+            batch_dim if loss.dim() == 0 else None,
+            tuple(identity(tape, i) for i in regions),
+        )
         known = self._known.get(key)
         if known is None:
-            _refuse_compiled(tape)
+            _refuse_compiled(tape, regions)
             _refuse_complex(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
@@ -115,44 +108,10 @@ class Reader:
         mixing = batchnorm.mixing_nodes(tape, batch, candidates)
         if mixing and self._batchnorm == "error":
             raise CaptureError(self._mixing_message(tape, mixing))
-        layouts = self._recall(known, tape, batch) if known is not None else None
-        if layouts is None:
-            return self._measure(key, tape, loss, batch, batch_dim, mixing)
-        assert known is not None
-        return Reading(tape, known.plan.sized(tape), layouts, mixing)
-
-    def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
-        if not all(guard.holds(tape) for guard in known.guards):
-            return None
-        signature = _signature(tape, known, batch)
-        layouts = known.layouts.get(signature)
-        if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
-            layouts = _carried_over(known, signature)
-            routes = known.routes.get(known.measured[0])
-            if layouts is not None and routes is not None:
-                routes = routes.resized(tape, batch)
-                layouts = layouts if routes is not None else None
-            if layouts is not None:
-                self._remember(known, signature, layouts, routes)
-        if layouts is None:
-            return None
-        return _with_routed(
-            tape, known.plan, layouts, known.routes.get(signature), batch
-        )
-
-    def _remember(
-        self,
-        known: _Known,
-        signature: tuple,
-        layouts: Layouts,
-        routes: Routes | None,
-    ) -> None:
-        if len(known.layouts) >= _MOST_SIZES:
-            known.layouts = {s: known.layouts[s] for s in known.measured}
-            known.routes = {s: r for s, r in known.routes.items() if s in known.layouts}
-        known.layouts[signature] = layouts
-        if routes is not None:
-            known.routes[signature] = routes
+        found = None if known is None else known.recall(tape, batch)
+        if found is None:
+            found = self._measure(key, tape, loss, batch, batch_dim, mixing, regions)
+        return Reading(tape, found, mixing)
 
     def _measure(
         self,
@@ -162,72 +121,143 @@ class Reader:
         batch: int,
         batch_dim: int,
         mixing: list[int],
-    ) -> Reading:
-        if batch == 1:
-            plan = find_plan(tape, None)
-            layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            known = self._known[key] = _Known(plan, batchnorm.norm_nodes(tape), [])
-            known.layouts[_signature(tape, known, 1)] = layouts
-            return Reading(tape, plan, layouts, mixing)
-        near = watched_nodes(tape)
+        inner: list[int],
+    ) -> Found:
+        surveys = self._surveys(tape, inner)
+        near = watched_nodes(tape, inner)
         views = [view for i in near for view in _views_of(tape, i)]
         watched = sorted({*near, *views, *watched_sources(tape)})
+        scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
+        accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
 
         def weighting(weights: Tensor) -> list[Any]:
             handles = weigh_edges(tape, roots, weights, batch_dim)
-            return handles + batchnorm.freeze(tape, mixing)
+            handles += batchnorm.freeze(tape, mixing)
+            for i, survey in surveys.items():
+                node = tape.nodes[i]
+                handles += [survey, watch(node, survey, self)]
+                handles.append(node.register_hook(survey.free_inputs))
+            return handles + (block_leaves(tape) if accumulates else [])
 
-        measured = self._measured_samples(tape, watched, loss, batch, weighting)
-        plan = find_plan(tape, measured)
+        measured: Measurements | None = None
+        if batch > 1 or surveys:
+            measured = self._measured_samples(
+                tape, watched, loss, scheme, weighting, inner, accumulates
+            )
+        regions, is_settled = self._regions(surveys, scheme)
+        if batch == 1:
+            plan = find_plan(tape, None, inner)
+            _refuse_hidden(plan)
+            found = Found(plan, _all_of_one(tape, plan), regions)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = Known(tape, found, [], moves_rows=False)
+            known.remember(tape, batch, found)
+            return found
+        assert measured is not None
+        plan = find_plan(tape, measured, inner)
+        _refuse_hidden(plan)
         routes = find_routes(tape, measured, batch, plan.preparing)
-        routed = frozenset(routes.nodes if routes else ())
-        layouts, is_settled = self._layouts(tape, plan, measured, batch, routed)
+        routed = routes.nodes if routes else ()
+        layouts, is_fitted = self._layouts(tape, plan, measured, batch, routed)
         own = self._storages()
         for i in plan.preparing:
             if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
                 raise CaptureError(self._mixed_message(tape, i, batch))
-        complete = _with_routed(tape, plan, layouts, routes, batch)
+        found = Found(plan, layouts, regions, routes)
+        complete = found.followed(tape, batch)
         assert complete is not None  # the routes agree with this very graph
-        reading = Reading(tape, plan, complete, mixing)
         covered = routes.covered if routes else ()
         guards = find_guards(tape, measured, batch, plan.preparing, covered)
-        if guards is None or not is_settled:
+        if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
-            return reading
+            return complete
         known = self._known.get(key)
-        learned = (plan.uses, guards, routed)
-        if known is None or (known.plan.uses, known.guards, known.routed) != learned:
-            norms = batchnorm.norm_nodes(tape)
-            placing = placing_numbers(tape, plan.preparing)
-            known = self._known[key] = _Known(plan, norms, placing, guards=guards)
-            known.routed = routed
-        signature = _signature(tape, known, batch)
-        if known.measured:
-            known.follows &= _carried_over(known, signature) == layouts
-        if signature not in known.layouts:
-            known.measured.append(signature)
-        self._remember(known, signature, layouts, routes)
-        return reading
+        if known is None or not known.fits(found, guards):
+            known = self._known[key] = Known(tape, found, guards)
+        known.remember(tape, batch, found)
+        return complete
 
     def _measured_samples(
         self,
         tape: Tape,
         watched: list[int],
         loss: Tensor,
-        batch: int,
+        scheme: Scheme,
         weighting: Weighting,
-    ) -> dict[int, list[Measurement | None]]:
-        def backward(weights: Tensor, leaves: list[Tensor]) -> None:
-            weights = weights.to(device=loss.device, dtype=loss.dtype)
-            run_pass(loss, leaves, self, weights if loss.dim() else None)
+        inner: list[int],
+        accumulates: bool,
+    ) -> Measurements:
+        frames = frames_of(tape.nodes)
 
-        has_half = any(
-            meta.dtype == torch.float16
-            for i in watched
-            for meta in tape.nodes[i]._input_metadata
+        def backward(weights: Tensor, leaves: list[Tensor]) -> None:
+            of_losses = None
+            if loss.dim():
+                of_losses = weights.to(device=loss.device, dtype=loss.dtype)
+            if accumulates:
+                run_whole_pass(loss, self, of_losses, frames)
+            else:
+                run_pass(loss, leaves, self, of_losses, frames)
+
+        return measure_samples(
+            tape, watched, scheme, weighting, backward, regions=inner
         )
-        return measure_samples(tape, watched, batch, weighting, backward, has_half)
+
+    def _surveys(self, tape: Tape, inner: list[int]) -> dict[int, Survey]:
+        """Who looks at each region that will be computed again."""
+        accumulating = [i for i in inner if is_reentrant(tape.nodes[i])]
+        if accumulating and is_distributed():
+            raise CaptureError(
+                "The loss was computed under checkpoint(use_reentrant=True) in a "
+                "distributed run, where its rows cannot be measured without a "
+                "reduction of gradients. Use use_reentrant=False."
+            )
+        return {
+            i: Survey(
+                self._names,
+                named_inputs(tape, i),
+                self._storages(),
+                accumulates=i in accumulating,
+            )
+            for i in inner
+        }
+
+    def _regions(
+        self, surveys: Mapping[int, Survey], scheme: Scheme
+    ) -> tuple[dict[int, Region | None], bool]:
+        regions: dict[int, Region | None] = {}
+        is_settled = True
+        for i, survey in surveys.items():
+            tape = survey.tape
+            if tape is None:  # no gradient came there
+                regions[i] = None
+                continue
+            _refuse_compiled(tape, [])
+            _refuse_complex(tape)
+            if mixing := batchnorm.mixing_nodes(tape, scheme.batch):
+                raise CaptureError(
+                    self._mixing_message(tape, mixing)
+                    + " (In a region that runs again in the backward pass, a reentrant "
+                    "checkpoint or a compiled one, it is refused in any case.)"
+                )
+            if scheme.batch == 1:
+                plan = find_plan(tape, None)
+                layouts = _all_of_one(tape, plan)
+            else:
+                measured = scheme.decode(survey.seen)
+                plan = find_plan(tape, measured)
+                for j in survey.reads & plan.preparing:
+                    raise CaptureError(self._mixed_message(tape, j, scheme.batch))
+                layouts, fits = self._layouts(tape, plan, measured, scheme.batch)
+                is_settled &= fits and not gather_nodes(tape)
+                if is_settled:
+                    guards = find_guards(tape, measured, scheme.batch, plan.preparing)
+                    is_settled = guards == []
+            regions[i] = Region(
+                tape.key, plan, layouts, plan.signature(tape), survey.inputs
+            )
+        return regions, is_settled
 
     def _storages(self) -> set[int]:
         """Addresses of all that the model itself holds."""
@@ -242,7 +272,7 @@ class Reader:
         plan: Plan,
         measured: Mapping[int, list[Measurement | None]],
         batch: int,
-        routed: Container[int],
+        routed: Container[int] = (),
     ) -> tuple[Layouts, bool]:
         """Layouts of all uses but the routed ones, and whether they may be kept."""
         layouts: Layouts = []
@@ -308,15 +338,26 @@ def _nearest_parameter(tape: Tape, i: int) -> str | None:
     return None
 
 
-def _refuse_compiled(tape: Tape) -> None:
-    for name in tape.names:
-        if name.startswith("CompiledFunction"):
+def _refuse_compiled(tape: Tape, regions: list[int]) -> None:
+    for i, name in enumerate(tape.names):
+        if name.startswith(COMPILED) and i not in regions:
             raise CaptureError(
                 "The loss was computed by a region compiled with torch.compile, which "
-                "is one opaque node here. Probe the uncompiled module (for a compiled "
-                "`fast = torch.compile(model)`, run `model` itself) on the steps that "
-                "you probe."
+                "is one opaque node here. Compile with fastminima.compile(model), or "
+                "probe the uncompiled module (for a compiled `fast = "
+                "torch.compile(model)`, run `model` itself) on the steps that you "
+                "probe."
             )
+
+
+def _refuse_hidden(plan: Plan) -> None:
+    for name in plan.hidden:
+        raise CaptureError(
+            f"Parameter {name!r} is changed (cast, reshaped, normalised) before it "
+            "enters a region that runs again in the backward pass, a reentrant "
+            "checkpoint or a compiled one. Do that inside the region, or use "
+            "use_reentrant=False or the uncompiled module."
+        )
 
 
 def _refuse_complex(tape: Tape) -> None:
@@ -329,10 +370,13 @@ def _refuse_complex(tape: Tape) -> None:
             )
 
 
-def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
-    """Layouts of a batch of one: all rows belong to the sample."""
-    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
-    return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
+def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
+    """Whether a gradient in float16 reaches one of these nodes."""
+    return any(
+        meta.dtype == torch.float16
+        for i in nodes
+        for meta in tape.nodes[i]._input_metadata
+    )
 
 
 def _views_of(tape: Tape, i: int) -> list[int]:
@@ -356,7 +400,7 @@ def _like_views(
     """
     shape = tape.shapes(i)[0]
     for view in _views_of(tape, i):
-        seen = measured[view][0]
+        seen = measured[view][0] if view in measured else None
         if seen is None:
             continue
         fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
@@ -370,57 +414,16 @@ def _like_views(
     return found
 
 
-def _with_routed(
-    tape: Tape, plan: Plan, layouts: Layouts, routes: Routes | None, batch: int
-) -> Layouts | None:
-    """Complete layouts; None where the routes of this graph do not agree."""
-    if routes is None:
-        return layouts
-    labels = routes.labels(tape)
-    if labels is None:
-        return None
+def _all_of_one(tape: Tape, plan: Plan) -> Layouts:
+    """Layouts of a batch of one: all rows belong to the sample."""
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
     return [
-        routes.layouts(tape, labels, use.node, batch)
-        if use.node in routes.nodes
-        else of_use
-        for use, of_use in zip(plan.uses, layouts, strict=True)
+        [
+            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
+            for shape in tape.shapes(use.node)
+        ]
+        for use in plan.uses
     ]
-
-
-def _signature(tape: Tape, known: _Known, batch: int) -> tuple:
-    """All by which two graphs of one structure can differ in their layouts."""
-    plan = known.plan
-    shapes = tuple(
-        () if use.node in known.routed else of_use
-        for use, of_use in zip(plan.uses, plan.signature(tape), strict=True)
-    )
-    numbers = read_numbers(tape, known.placing)
-    return batch, shapes, plan.entrances(tape), numbers
-
-
-def _carried_over(known: _Known, signature: tuple) -> Layouts | None:
-    _, old_shapes, old_entrances, old_numbers = known.measured[0]
-    batch, new_shapes, entrances, numbers = signature
-    if numbers != old_numbers or [[size == 1 for size in e] for e in entrances] != [
-        [size == 1 for size in e] for e in old_entrances
-    ]:
-        return None
-    layouts: Layouts = []
-    for of_use, old, new in zip(
-        known.layouts[known.measured[0]], old_shapes, new_shapes, strict=True
-    ):
-        moved: list[RowLayout | None] = []
-        for layout, was, now in zip(of_use, old, new, strict=True):
-            if layout is None:
-                moved.append(None)
-                continue
-            assert isinstance(layout, RegularLayout)
-            carried = layout.transfer(was, now, batch)
-            if carried is None:
-                return None
-            moved.append(carried)
-        layouts.append(moved)
-    return layouts
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement
+from .saved import saved_tensor
 from .stretches import keeps_rows, number_of
 from .tape import Tape
 
@@ -166,7 +167,7 @@ def _picked_rows(tape: Tape, crossing: _Crossing) -> Tensor | None:
     """The rows that an index picks, one for each row of the part."""
     node, name = tape.nodes[crossing.node], tape.names[crossing.node]
     word = (_TAKES if crossing.takes else _PUTS)[name]
-    saved = getattr(node, f"_saved_{word}")
+    saved = saved_tensor(node, f"_saved_{word}")
     indices = list(saved) if word == "indices" else [saved]
     shape = tape.shapes(_whole_node(tape, crossing))[0]
     first, *others = index_positions(_leading(indices), shape)
@@ -288,7 +289,7 @@ def _picks_first(tape: Tape, i: int) -> bool:
     """Whether the index of node `i` is one of the first dim."""
     node = tape.nodes[i]
     if hasattr(node, "_saved_indices"):
-        return bool(_leading(list(node._saved_indices)))
+        return bool(_leading(list(saved_tensor(node, "_saved_indices"))))
     return number_of(tape, i, node._saved_dim) == 0
 
 

@@ -59,7 +59,7 @@ def _numbers(slots: Sequence[Slot]) -> set[int]:
 def _swapped(layout: RowLayout) -> RowLayout | None:
     """The layout of the transpose of a matrix whose columns belong to samples."""
     if isinstance(layout, RegularLayout) and layout.dim == 1:
-        return RegularLayout(0, layout.outer, layout.batch, layout.inner)
+        return layout.along(0)
     return None
 
 
@@ -75,7 +75,7 @@ def _product(
         if not _has_rows(layout):
             return None
         if isinstance(layout, RegularLayout) and layout.is_one_row:
-            return Dense(first, g, out_first=False)
+            return Dense(layout.pick(first), layout.pick(g), out_first=False)
         return Dense(layout.rows(first, 1), layout.rows(g, 1), out_first=False)
     columns = _swapped(layout)
     if columns is None or second is None:
@@ -140,7 +140,7 @@ def _bmm(
     """Only when samples are rows of each product, not products of the batch."""
     if not isinstance(layout, RegularLayout) or layout.dim != 1:
         return {}
-    rows = RegularLayout(0, layout.outer, layout.batch, layout.inner)
+    rows = layout.along(0)
     if 1 not in _numbers(slots):
         return {}
     return {
@@ -172,6 +172,7 @@ def _convolution(
     found: Contributions = {}
     if 1 in _numbers(slots):
         if frames == 1:
+            x, g = layout.pick(x), layout.pick(g)
             found[1] = Convolution(x, g, geometry, with_bias=2 in _numbers(slots))
         elif g.dim() < 5:
             found[1] = _frames(x, g, geometry, layout)
@@ -244,6 +245,11 @@ def _channels(
     if not isinstance(layout, RegularLayout) or layout.dim != 0:
         return {}
     g, x = (t.reshape(t.shape[0], t.shape[1], -1) for t in (g, x))
+    if layout.is_one_row:
+        g, x = layout.pick(g), layout.pick(x)
+        if len(mean) == layout.batch:  # of each image; else of the whole population
+            mean, rstd = layout.pick(mean), layout.pick(rstd)
+        return _affine(norm.channel_norm_gradients(g, x, mean, rstd), slots)
     pair = norm.channel_norm_gradients(g, x, mean, rstd)
     weight, bias = (layout.rows(t, 1).sum(1) for t in pair)
     return _affine((weight, bias), slots)
@@ -292,7 +298,7 @@ def _elementwise(
     if factor is not None:
         factor = factor.expand(g.shape)
     samples = _summed_like(g, factor, layout, shape)
-    return Materialized(samples.reshape(layout.batch, *slot.shape))
+    return Materialized(samples.reshape(layout.count, *slot.shape))
 
 
 def _summed_like(
@@ -307,7 +313,7 @@ def _summed_like(
     is_channel = len(shape) > 2 and shape[1] == g.shape[1] and set(shape[2:]) == {1}
     is_plain = layout.dim == 0 and layout.outer * layout.inner == 1
     if factor is None and is_channel and is_plain:
-        return broadcast.sum_over_space(g.flatten(2))
+        return broadcast.sum_over_space(layout.pick(g).flatten(2))
     samples = layout.isolate(g)
     if factor is not None:
         samples = samples * layout.isolate(factor)

@@ -38,26 +38,26 @@ def _grouped_mm(
     Rows beyond the last run belong to no expert.
     """
     rows, ends = node._saved_self, node._saved_offs
-    labels = _row_labels(layout)
+    listed = _listed(layout)
     is_matrix = {slot.number for slot in slots} == {1}
-    if not is_matrix or labels is None or ends is None:
+    if not is_matrix or listed is None or ends is None:
         return {}
     if rows.dim() != 2 or len(slots[0].shape) != 3:
         return {}
     experts, start = [], 0
     for end in ends.tolist():
-        own = IrregularLayout(labels[start:end], layout.batch)
+        own = IrregularLayout(listed.labels[start:end], listed.batch)
         a, b = (own.rows(t[start:end], 1) for t in (rows, g))
         experts.append(Dense(a, b, out_first=False))
         start = end
     return {1: Stacked(experts)}
 
 
-def _row_labels(layout: RowLayout) -> Tensor | None:
+def _listed(layout: RowLayout) -> IrregularLayout | None:
     """The sample of each row of a matrix."""
-    if isinstance(layout, RegularLayout):
-        return layout.labels if layout.dim == 0 else None
-    return layout.labels
+    if isinstance(layout, IrregularLayout):
+        return layout
+    return layout.listed() if layout.dim == 0 else None
 
 
 def _index(
@@ -135,12 +135,12 @@ def _index_put(
     spread = positions[0].dim()
     if set(shape[:spread]) != {1} or shape[spread:] != picked.shape[spread:]:
         return {}
-    labels = layout.labels.to(g.device)[positions[layout.dim]].expand(
-        picked.shape[:spread]
-    )
-    samples = picked.new_zeros(layout.batch, *picked.shape[spread:])
-    samples.index_add_(0, labels.flatten(), picked.flatten(0, spread - 1))
-    return {1: Materialized(samples.reshape(layout.batch, *own))}
+    labels = layout.listed().labels.to(g.device)[positions[layout.dim]]
+    labels = labels.expand(picked.shape[:spread]).flatten()
+    is_read = labels >= 0
+    samples = picked.new_zeros(layout.count, *picked.shape[spread:])
+    samples.index_add_(0, labels[is_read], picked.flatten(0, spread - 1)[is_read])
+    return {1: Materialized(samples.reshape(layout.count, *own))}
 
 
 GATHERED = {

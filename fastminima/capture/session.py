@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -25,9 +25,13 @@ from .contributions import (
 )
 from .errors import CaptureError
 from .layout import RowLayout
+from .measure import leaves_below
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
+from .reading import Reading
+from .regions import Region, Watcher, is_reentrant, own_name, watch
 from .rules import contributions_of
+from .saved import readable, saved_tensor
 from .tape import Tape, signed
 from .universal import Universal
 
@@ -83,9 +87,7 @@ class Session:
 
     def __init__(
         self,
-        tape: Tape,
-        plan: Plan,
-        layouts: Sequence[Sequence[RowLayout | None]],
+        reading: Reading,
         parameters: Mapping[str, Tensor],
         batch: int,
         *,
@@ -102,16 +104,31 @@ class Session:
         self._directions = directions
         self._keep_grads = keep_grads
         self._announce = announce
-        self._missing = dict(plan.sources)
+        found = reading.found
+        plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
+        self._missing = _added(plan.sources for plan in plans)  # by own names
+        # A parameter whose gradient comes from several graphs gets it in parts.
+        arrivals = [
+            set(reading.tape.leaves),
+            *(
+                set(region.plan.sources)
+                for i, region in found.regions.items()
+                if region is not None and is_reentrant(reading.tape.nodes[i])
+            ),
+        ]
+        self._split = {n for n in self._missing if sum(n in a for a in arrivals) > 1}
+        self._parts: dict[str, Tensor] = {}
+        self._accumulators: dict[str, Any] = {}
+        self._reads_gradients = hook_gradients
         self._waiting: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         try:
-            for use, use_layouts in zip(plan.uses, layouts, strict=True):
-                self._hook_use(tape, use, use_layouts)
-            for name in plan.sources if hook_gradients else ():
-                hook = self._gradient_hook(name)
-                node = tape.nodes[tape.leaves[name]]
-                self._handles.append(node.register_prehook(hook))
+            self._hook_graph(reading.tape, found.plan, found.layouts)
+            for i, region in found.regions.items():
+                node = reading.tape.nodes[i]
+                self._handles.append(watch(node, self._region_watcher(region), self))
+            if hook_gradients:
+                self._hook_gradients(reading.tape)
         except BaseException:
             self.close()
             raise
@@ -122,14 +139,52 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._waiting.clear()
+        self._accumulators.clear()
 
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
         with torch.no_grad():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
+            self.take_gradients(self._parts)
         self.close()
         return self.collected
+
+    def _hook_graph(
+        self, tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]]
+    ) -> None:
+        for use, use_layouts in zip(plan.uses, layouts, strict=True):
+            self._hook_use(tape, use, use_layouts)
+
+    def _hook_gradients(self, tape: Tape) -> None:
+        """Read the gradients of the parameters that are leaves of this graph."""
+        for name, i in tape.leaves.items():
+            if name not in self._missing:  # unused, or a copy given to a region
+                continue
+            node = tape.nodes[i]
+            if self._accumulators.get(name) is not node:  # one for all graphs alive
+                self._accumulators[name] = node
+                hook = self._gradient_hook(name)
+                self._handles.append(node.register_prehook(hook))
+
+    def _region_watcher(self, region: Region | None) -> Watcher:
+        names = {id(p): name for name, p in self._parameters.items()}
+
+        def watcher(
+            inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        ) -> list[Tensor]:
+            if region is None:
+                raise CaptureError(
+                    "A gradient reached a region that runs again in the backward pass "
+                    "where none came when its rows were measured. Make a new probe."
+                )
+            tape = region.read(inputs, outputs, names)
+            self._hook_graph(tape, region.plan.sized(tape), region.layouts)
+            if self._reads_gradients:
+                self._hook_gradients(tape)
+            return leaves_below(tape, [use.node for use in region.plan.uses])
+
+        return watcher
 
     def _hook_use(
         self, tape: Tape, use: Use, layouts: Sequence[RowLayout | None]
@@ -145,7 +200,7 @@ class Session:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if all(g is None for g in grads) or belongs_to_another(self):
                 return
-            node = torch._C._current_autograd_node()
+            node = readable(torch._C._current_autograd_node())
             with _no_grad():
                 self._visit(use, node, grads, layouts, deliver)
 
@@ -176,12 +231,15 @@ class Session:
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
         for number, path, delivered in deliver:
             part = found[number]
-            self._arrive(path.parameter, part if delivered is None else delivered(part))
+            self._arrive(
+                own_name(path.parameter), part if delivered is None else delivered(part)
+            )
         if "totals" in self._measure:
             universal = {slot.number for slot in rest}
             for number, path, _ in deliver:
                 rule = "universal" if number in universal else use.name
-                self.collected.rules.setdefault(path.parameter, []).append(rule)
+                name = own_name(path.parameter)
+                self.collected.rules.setdefault(name, []).append(rule)
 
     def _arrive(self, name: str, contribution: Contribution) -> None:
         self._missing[name] -= 1
@@ -219,8 +277,13 @@ class Session:
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is not None and not belongs_to_another(self):
-                with _no_grad():
+            if grad is None or belongs_to_another(self):
+                return
+            with _no_grad():
+                if name in self._split:
+                    sofar = self._parts.get(name)
+                    self._parts[name] = grad.clone() if sofar is None else sofar + grad
+                else:
                     self.take_gradients({name: grad})
 
         return hook
@@ -245,7 +308,7 @@ class Session:
         """
         if path.steps == ():
             return None
-        parameter = self._parameters[path.parameter]
+        parameter = self._parameters[own_name(path.parameter)]
         shape = tuple(parameter.shape)
         if path.steps is None:
             edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
@@ -288,6 +351,15 @@ def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
     return None
 
 
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for leaf, count in part.items():
+            name = own_name(leaf)
+            total[name] = total.get(name, 0) + count
+    return total
+
+
 def _table_delivery(
     nodes: list[Any],
     names: list[str],
@@ -303,7 +375,7 @@ def _table_delivery(
     def delivered(inner: Contribution) -> Contribution:
         if not in_order or table._saved_scale_grad_by_freq:
             return Pushed(inner, shape, _pusher(edge, parameter))
-        ids = table._saved_indices.flatten()
+        ids = saved_tensor(table, "_saved_indices").flatten()
         rows = inner.per_sample(0, inner.batch)
         rows = rows.reshape(inner.batch, len(ids), shape[1])
         ids = ids.expand(inner.batch, -1)

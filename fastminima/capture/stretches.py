@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .saved import saved_tensor
 from .tape import Tape, signed
 
 __all__ = ["VIEWS", "keeps_rows", "number_of"]
@@ -79,7 +80,7 @@ def _dims(tape: Tape, i: int, rank: int) -> Iterable[int]:
 
 def _is_within_rows(tape: Tape, i: int) -> bool:
     """Whether an index leaves the first dim alone, and in its place."""
-    indices = list(tape.nodes[i]._saved_indices)
+    indices = list(saved_tensor(tape.nodes[i], "_saved_indices"))
     indexed = [n for n, index in enumerate(indices) if index is not None]
     is_together = indexed[-1] - indexed[0] == len(indexed) - 1
     return indices[0] is None and is_together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,14 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 _READS_UNSEEN = (
     *("Embedding", "Index", "Gather", "Where", "Masked", "Take", "Scatter"),
-    *("Nll", "Dropout", "NativeDropout", "CompiledFunction", "torch::autograd"),
+    *(
+        "Nll",
+        "Dropout",
+        "NativeDropout",
+        "CompiledFunction",
+        "CheckpointFunction",
+        "torch::autograd",
+    ),
 )
 
 
@@ -24,20 +31,24 @@ def signed(number: int) -> int:
 
 
 class Tape:
-    """One walk over the graph below `root`: nodes in order of discovery, and edges.
+    """One walk over the graph below its roots: nodes in order of discovery, and edges.
 
     The same program gives the same numbers, so what was found out about a graph can be
     kept under `key` and applied to the nodes of the next step.
 
     Attributes:
-        nodes: the graph's nodes; `nodes[0]` is the root.
+        nodes: the graph's nodes; the roots come first.
         names: their names, and for a leaf the name of its parameter.
         children: for each node, for each of its inputs, (node, output number) or None.
         key: hashable; equal for graphs of equal structure over the same parameters.
     """
 
-    def __init__(self, root: Node, parameter_names: Mapping[int, str]) -> None:
-        nodes, index, children = [root], {root: 0}, []
+    def __init__(
+        self, roots: Iterable[Node], parameter_names: Mapping[int, str]
+    ) -> None:
+        nodes = list(dict.fromkeys(roots))
+        index = {node: i for i, node in enumerate(nodes)}
+        children = []
         for node in nodes:
             edges = []
             for child, number in node.next_functions:
@@ -78,18 +89,22 @@ class Tape:
     def leaves_first(self) -> list[int]:
         """Node numbers ordered so that every node comes after its children."""
         order: list[int] = []
-        stack = [(0, iter(self.children[0]))]
-        entered = {0}
-        while stack:
-            i, edges = stack[-1]
-            for edge in edges:
-                if edge is not None and edge[0] not in entered:
-                    entered.add(edge[0])
-                    stack.append((edge[0], iter(self.children[edge[0]])))
-                    break
-            else:
-                stack.pop()
-                order.append(i)
+        entered: set[int] = set()
+        for root in range(len(self.nodes)):  # all lie below the roots, which come first
+            if root in entered:
+                continue
+            entered.add(root)
+            stack = [(root, iter(self.children[root]))]
+            while stack:
+                i, edges = stack[-1]
+                for edge in edges:
+                    if edge is not None and edge[0] not in entered:
+                        entered.add(edge[0])
+                        stack.append((edge[0], iter(self.children[edge[0]])))
+                        break
+                else:
+                    stack.pop()
+                    order.append(i)
         return order
 
     def shapes(self, i: int) -> list[tuple[int, ...]]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
 
@@ -185,25 +184,6 @@ def test_penalty_in_every_samples_loss():
         warnings.simplefilter("ignore")
         audit = probe.audit(losses + penalty)
     assert audit.ok, str(audit)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
-    model, _ = model_and_losses()
-
-    def losses(run):
-        hidden = model[0](X)
-        return F.cross_entropy(run(model[1:], hidden), Y, reduction="none")
-
-    def checkpointed(part, x):
-        return checkpoint(part, x, use_reentrant=use_reentrant)
-
-    probe = fm.GradientProbe(model)
-    for _ in range(2):
-        with pytest.raises(fm.CaptureError, match="checkpoint"):
-            probe.backward(losses(checkpointed))
-        assert untouched(model)
-    assert probe.audit(losses(lambda part, x: part(x))).ok
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,14 +1,19 @@
 """Nothing is left behind: hooks, graphs, memory."""
 
 import gc
+import os
+import random
 import tracemalloc
+import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fastminima as fm
+from fastminima.capture.session import Session
 
 
 def setup():
@@ -120,6 +125,146 @@ def test_many_steps_keep_memory_flat():
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert grown < 20_000, f"{grown} bytes more after 300 steps"
+
+
+class Broken(Exception):
+    pass
+
+
+def network():
+    """Some seventy nodes: a table, attention, a norm, a convolution, a tied head."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(11, 8),
+            "block": nn.TransformerEncoderLayer(
+                8, 2, 12, dropout=0.0, batch_first=True
+            ),
+            "conv": nn.Conv1d(8, 8, 3, padding=1),
+            "recurrent": nn.GRU(8, 8, batch_first=True),
+        }
+    )
+    ids = torch.randint(11, (4, 5))
+
+    def losses():
+        x = model["block"](model["table"](ids))
+        x = model["recurrent"](model["conv"](x.mT).mT)[0]
+        logits = x @ model["table"].weight.t()
+        return nn.functional.cross_entropy(logits.mT, ids, reduction="none").mean(1)
+
+    return model, losses
+
+
+def interrupt(nodes, rng, passes):
+    """Raise at a random node after some passes, when a pass comes there or leaves."""
+    node = nodes[rng.randrange(len(nodes))]
+    error = rng.choice([Broken, RuntimeError, KeyboardInterrupt, MemoryError])
+    left = [passes]
+
+    def fail(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error("interrupted")
+
+    is_leaf = "AccumulateGrad" in node.name()
+    register = node.register_prehook if is_leaf or rng.random() < 0.5 else None
+    return (register or node.register_hook)(fail), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["backward", "attach"])
+def test_interrupted_at_random_500_times(way, monkeypatch):
+    """No hook, no session, no graph and no byte is left, and the next step is exact."""
+    rng = random.Random(0)
+    model, losses = network()
+    parameters = list(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = fm.GradientProbe(model).backward(losses()).sq_norms
+    grads = [p.grad.clone() for p in parameters]
+    # These outlive each graph, as under DistributedDataParallel: a hook left on one of
+    # them would still be there in the next step.
+    accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]
+    sessions: list[weakref.ref] = []
+    made = Session.__init__
+
+    def noting(self, *args, **kwargs):
+        sessions.append(weakref.ref(self))
+        made(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "__init__", noting)
+    probe = fm.GradientProbe(model)
+    interrupted = 0
+    sizes = []
+    tracemalloc.start()
+    while interrupted < 500:
+        passes = 0
+        if rng.random() < 0.3:  # the measuring passes of a new structure
+            probe = fm.GradientProbe(model)
+            passes = rng.choice([0, 1, 2])
+        loss = losses()
+        root = weakref.ref(loss)
+        handle, error = interrupt(graph_of(loss), rng, passes)
+        model.zero_grad()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if way == "backward":
+                    probe.backward(loss)
+                else:
+                    probe.attach(loss)
+                    loss.mean().backward()
+                    probe.collect()
+        except error:
+            interrupted += 1
+        finally:
+            handle.remove()
+        if way == "attach":  # whoever catches the error and goes on attaches anew
+            probe._detach()
+        del loss
+        assert root() is None
+        assert all(session() is None for session in sessions), interrupted
+        sessions.clear()
+        if rng.random() < 0.2:
+            model.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got = probe.backward(losses())
+            assert torch.equal(got.sq_norms, want)
+            for p, g in zip(parameters, grads, strict=True):
+                assert torch.equal(p.grad, g)
+        if interrupted >= (250, 500, 1000)[len(sizes)]:
+            gc.collect()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    del accumulators
+    assert sizes[1] - sizes[0] < 50_000, sizes
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_keep_memory_flat():
+    """Resident memory of the process, not only what Python knows of."""
+    model, x = setup()
+    probe = fm.GradientProbe(model, measure=("norms", "gram"), per_parameter=True)
+
+    def steps(count):
+        for step in range(count):
+            batch = x[: 5 + step % 4]  # sizes change
+            probe.backward(model(batch).square().sum(1))
+            model.zero_grad()
+
+    steps(2_000)
+    gc.collect()
+    before = resident_bytes()
+    steps(10_000)
+    gc.collect()
+    grown = resident_bytes() - before
+    assert grown < 2 << 20, f"{grown} bytes more after 10 000 steps"
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_probe_leaves_no_hook_on_the_model():

@@ -20,9 +20,9 @@ def measured(monkeypatch):
     calls = []
     measure = reading.measure_samples
 
-    def counting(*args):
+    def counting(*args, **options):
         calls.append(args)
-        return measure(*args)
+        return measure(*args, **options)
 
     monkeypatch.setattr(reading, "measure_samples", counting)
     return calls

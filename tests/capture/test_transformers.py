@@ -174,9 +174,12 @@ def test_experts_are_measured_once(label, monkeypatch):
     """Tokens go to other experts in each step."""
     calls = []
     measure = reading.measure_samples
-    monkeypatch.setattr(
-        reading, "measure_samples", lambda *args: calls.append(1) or measure(*args)
-    )
+
+    def counting(*args, **options):
+        calls.append(args)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(reading, "measure_samples", counting)
     model, _ = MODELS[label].make()
     probe = fm.GradientProbe(model, per_parameter=True)
     for seed in range(4):

@@ -1,0 +1,162 @@
+"""What was found out about a graph structure, for the steps that repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from . import batchnorm
+from .gathers import Guard, placing_numbers, read_numbers
+from .layout import RegularLayout, RowLayout
+from .plan import Plan
+from .regions import Region, region_shapes
+from .routes import Routes
+from .tape import Tape
+
+__all__ = ["Found", "Known", "Layouts"]
+
+Layouts = list[list[RowLayout | None]]  # of each use, of each of its outputs
+# Sizes of a graph are measured this often before a layout is carried over to new ones.
+_MEASURED_SIZES = 3
+_MOST_SIZES = 256
+
+
+@dataclass(frozen=True)
+class Found:
+    """How to read a graph: the uses, whose rows are whose, and what runs again.
+
+    `regions` has for the node of a reentrant checkpoint how to read what it runs, or
+    None where no gradient came when its rows were measured. `routes` say whose rows are
+    whose at the uses that have no layouts, in each graph anew.
+    """
+
+    plan: Plan
+    layouts: Layouts
+    regions: dict[int, Region | None] = field(default_factory=dict)
+    routes: Routes | None = None
+
+    def followed(self, tape: Tape, batch: int) -> Found | None:
+        """The same with the layouts of all uses; None where the routes do not agree."""
+        if self.routes is None:
+            return self
+        labels = self.routes.labels(tape)
+        if labels is None:
+            return None
+        layouts = [
+            self.routes.layouts(tape, labels, use.node, batch)
+            if use.node in self.routes.nodes
+            else of_use
+            for use, of_use in zip(self.plan.uses, self.layouts, strict=True)
+        ]
+        return replace(self, layouts=layouts)
+
+
+class Known:
+    """One graph structure in all the sizes it was met in."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        found: Found,
+        guards: Sequence[Guard],
+        *,
+        moves_rows: bool = True,
+    ) -> None:
+        self.norms = batchnorm.norm_nodes(tape)
+        self._uses = found.plan.uses
+        self._guards = tuple(guards)
+        self._plan = found.plan
+        self._regions = tuple(found.regions)
+        self._routed = _routed(found)
+        preparing = found.plan.preparing
+        self._placing = placing_numbers(tape, preparing) if moves_rows else []
+        self._found: dict[tuple, Found] = {}
+        self._measured: list[tuple] = []
+        self._follows = True  # measured layouts were those carried over from the first
+
+    def fits(self, found: Found, guards: Sequence[Guard]) -> bool:
+        """Whether a new measurement speaks of the same uses under the same guards."""
+        return (
+            self._uses == found.plan.uses
+            and self._guards == tuple(guards)
+            and self._routed == _routed(found)
+        )
+
+    def recall(self, tape: Tape, batch: int) -> Found | None:
+        """What holds for this graph, or None when it has to be measured."""
+        if not all(guard.holds(tape) for guard in self._guards):
+            return None
+        signature = self._signature(tape, batch)
+        found = self._found.get(signature)
+        if found is not None:
+            return found.followed(tape, batch)
+        if len(self._measured) < _MEASURED_SIZES or not self._follows:
+            return None
+        layouts = self._carried_over(signature)
+        if layouts is None:
+            return None
+        routes = self._found[self._measured[0]].routes
+        if routes is not None:
+            routes = routes.resized(tape, batch)
+            if routes is None:
+                return None
+        found = Found(self._plan.sized(tape), layouts, routes=routes)
+        self._keep(signature, found)
+        return found.followed(tape, batch)
+
+    def remember(self, tape: Tape, batch: int, found: Found) -> None:
+        """Keep what was measured on a graph."""
+        signature = self._signature(tape, batch)
+        if self._measured:
+            self._follows &= self._carried_over(signature) == found.layouts
+        self._follows &= not found.regions  # they may compute anything in other sizes
+        if signature not in self._found:
+            self._measured.append(signature)
+        self._keep(signature, found)
+
+    def _keep(self, signature: tuple, found: Found) -> None:
+        if len(self._found) >= _MOST_SIZES:
+            self._found = {s: self._found[s] for s in self._measured}
+        self._found[signature] = found
+
+    def _signature(self, tape: Tape, batch: int) -> tuple:
+        """All by which two graphs of one structure can differ in their layouts."""
+        shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
+        return (
+            batch,
+            tuple(() if use.node in self._routed else s for use, s in shapes),
+            self._plan.entrances(tape),
+            read_numbers(tape, self._placing),
+            tuple(region_shapes(tape, i) for i in self._regions),
+        )
+
+    def _carried_over(self, signature: tuple) -> Layouts | None:
+        """The layouts of the first measurement in the sizes of another graph."""
+        _, old_shapes, old_entrances, old_numbers, _ = self._measured[0]
+        batch, new_shapes, entrances, numbers, _ = signature
+        if numbers != old_numbers or _ones(entrances) != _ones(old_entrances):
+            return None
+        first = self._found[self._measured[0]].layouts
+        layouts: Layouts = []
+        for of_use, old, new in zip(first, old_shapes, new_shapes, strict=True):
+            moved: list[RowLayout | None] = []
+            for layout, was, now in zip(of_use, old, new, strict=True):
+                if layout is None:
+                    moved.append(None)
+                    continue
+                assert isinstance(layout, RegularLayout)
+                carried = layout.transfer(was, now, batch)
+                if carried is None:
+                    return None
+                moved.append(carried)
+            layouts.append(moved)
+        return layouts
+
+
+def _routed(found: Found) -> frozenset[int]:
+    """Nodes whose layouts the routes give."""
+    return frozenset(found.routes.nodes if found.routes is not None else ())
+
+
+def _ones(shapes: Sequence[Sequence[int]]) -> list[list[bool]]:
+    return [[size == 1 for size in shape] for shape in shapes]

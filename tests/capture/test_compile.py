@@ -1,0 +1,261 @@
+"""Compiled modules: what `compile` keeps is enough to read them, exactly."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch import nn
+
+import fastminima as fm
+
+BY_NAME = {case.name: case for case in CASES}
+# One of each kind: what a compiler makes of it is not the point, the graph is.
+NAMES = (
+    "linear 3d",
+    "conv2d",
+    "mha batch first",
+    "tied head",
+    "group norm",
+    "rms norm",
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)  # it compiles something else then
+    yield
+    torch._dynamo.reset()
+
+
+class Blocks(nn.Module):
+    def __init__(self, width=8, dropout=0.0):
+        super().__init__()
+        self.table = nn.Embedding(11, width)
+        self.first = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)
+        )
+        self.second = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return x @ self.table.weight.t()
+
+
+def batch(n=5, t=4, seed=0):
+    return torch.randint(11, (n, t), generator=torch.Generator().manual_seed(seed))
+
+
+def losses_of(run, ids):
+    return F.cross_entropy(run(ids).mT, ids, reduction="none").mean(1)
+
+
+def take_grads(model):
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_model_reads_as_the_plain_one(name):
+    case = BY_NAME[name]
+    model, inputs = case.make()
+    options = {"measure": ("norms", "gram"), "per_parameter": True}
+    want = fm.GradientProbe(model, **options).backward(case.losses(model, inputs))
+    take_grads(model)
+    fast = fm.compile(model, backend="aot_eager", fullgraph=True)
+    case.losses(fast, inputs).mean().backward()
+    grads = take_grads(model)
+    probe = fm.GradientProbe(model, **options)
+    for way in ("backward", "backward", "attach"):
+        losses = case.losses(fast, inputs)
+        if way == "backward":
+            got = probe.backward(losses)
+        else:
+            probe.attach(losses)
+            losses.mean().backward()
+            got = probe.collect()
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+        torch.testing.assert_close(got.gram, want.gram)
+        torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
+        for parameter, norms in want.sq_norms_by_parameter.items():
+            torch.testing.assert_close(got.sq_norms_by_parameter[parameter], norms)
+        for g, h in zip(take_grads(model), grads, strict=True):
+            assert torch.equal(g, h)  # the compiled code's own, to the last bit
+    losses = case.losses(fast, inputs)
+    assert probe.audit(losses).ok
+    losses.mean().backward()
+
+
+@pytest.mark.slow
+def test_inductor_trains_the_same_and_is_read():
+    """The real compiler: a run with and without the probe, bit by bit the same."""
+    torch.manual_seed(0)
+    plain = Blocks()
+    probed = copy.deepcopy(plain)
+    want = fm.GradientProbe(plain).backward(losses_of(plain, batch()))
+    plain.zero_grad()
+    runs = {}
+    for model in (plain, probed):
+        fast = fm.compile(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = fm.GradientProbe(model, every=2)
+        for step in range(5):
+            losses = losses_of(fast, batch())
+            optimizer.zero_grad()
+            if model is probed:
+                stats = probe.backward(losses)
+                assert (stats is None) == (step % 2 == 1)
+                if step == 0:
+                    torch.testing.assert_close(stats.sq_norms, want.sq_norms)
+            else:
+                losses.mean().backward()
+            optimizer.step()
+        runs[model] = [p.detach().clone() for p in model.parameters()]
+    for a, b in zip(*runs.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_sizes_and_graph_breaks():
+    """Dynamic shapes, batches of one, several regions and plain layers between them."""
+    model = Blocks()
+    parts = copy.copy(model)
+    parts.first, parts.second = (
+        fm.compile(part, backend="aot_eager") for part in (model.first, model.second)
+    )
+    whole = fm.compile(model, backend="aot_eager", dynamic=True)
+    plain, first, second = (fm.GradientProbe(model) for _ in range(3))
+    for n, t in [(5, 4), (3, 4), (5, 6), (1, 4), (5, 4), (2, 2)]:
+        ids = batch(n, t)
+        want = plain.backward(losses_of(model, ids)).sq_norms
+        for run, probe in ((whole, first), (parts, second)):
+            got = probe.backward(losses_of(run, ids)).sq_norms
+            torch.testing.assert_close(got, want)
+
+
+def test_losses_inside_the_region():
+    model = Blocks()
+    ids = batch()
+    want = fm.GradientProbe(model).backward(losses_of(model, ids))
+    fast = fm.compile(lambda ids: losses_of(model, ids), backend="aot_eager")
+    got = fm.GradientProbe(model).backward(fast(ids))
+    torch.testing.assert_close(got.sq_norms, want.sq_norms)
+
+
+def test_autocast_around_a_region():
+    model = Blocks()
+    fast = fm.compile(model, backend="aot_eager")
+    ids = batch()
+
+    def losses(run):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = run(ids)
+        return F.cross_entropy(logits.float().mT, ids, reduction="none").mean(1)
+
+    want = fm.GradientProbe(model).backward(losses(model)).sq_norms
+    got = fm.GradientProbe(model).backward(losses(fast)).sq_norms
+    # Compilers may leave out the rounding between operations: one unit each way.
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=0)
+
+
+def test_mixed_samples_inside_a_region():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second((y - y.mean(0)).tanh()).flatten()
+
+    model = Centred()
+    fast = fm.compile(model, backend="aot_eager")
+    with pytest.raises(fm.CaptureError, match="samples"):
+        fm.GradientProbe(model).backward(fast(torch.randn(6, 4)))
+
+
+def test_what_cannot_run_again_is_refused():
+    ids = batch()
+    model = Blocks(dropout=0.5)
+    fast = fm.compile(model, backend="aot_eager")
+    state = torch.get_rng_state()
+    losses = losses_of(fast, ids)
+    after = torch.get_rng_state()
+    with pytest.raises(fm.CaptureError, match="random"):
+        fm.GradientProbe(model).backward(losses)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(state, after)
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    stats = fm.GradientProbe(model).backward(losses_of(fast, ids))
+    assert stats.is_finite
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.layer(x).tanh() * self.seen
+
+    counting = Counting()
+    fast = fm.compile(counting, backend="aot_eager")
+    losses = fast(torch.randn(3, 4)).sum(1)
+    with pytest.raises(fm.CaptureError, match=r"changed in place|torch\.compile"):
+        fm.GradientProbe(counting).backward(losses)
+    assert counting.seen == 1
+
+
+def test_a_model_compiled_by_others():
+    model = Blocks()
+    fast = torch.compile(model, backend="aot_eager")
+    with pytest.raises(fm.CaptureError, match=r"fastminima\.compile"):
+        fm.GradientProbe(model).backward(losses_of(fast, batch()))
+
+
+def test_every_kth_step_on_the_uncompiled_module():
+    """The other way, without `fastminima.compile`: two lines."""
+    torch.manual_seed(0)
+    model = Blocks()
+    fast = torch.compile(model, backend="aot_eager")
+    probe = fm.GradientProbe(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(5):
+        optimizer.zero_grad()
+        run = model if step % 2 == 0 else fast
+        losses = losses_of(run, batch())
+        if run is model:
+            found.append(probe.backward(losses))
+        else:
+            losses.mean().backward()
+        optimizer.step()
+    assert len(found) == 3
+    assert all(stats.is_finite for stats in found)
+
+
+def test_inference_and_unprobed_steps_are_plain():
+    model = Blocks()
+    fast = fm.compile(model, backend="aot_eager")
+    ids = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids), model(ids))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses_of(fast, ids).mean().backward()
+    grads = take_grads(model)
+    losses_of(model, ids).mean().backward()
+    for p, g in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g)
