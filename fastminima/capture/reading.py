@@ -247,9 +247,10 @@ class Reader:
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
-                for j in survey.reads & plan.preparing:
-                    raise CaptureError(self._mixed_message(tape, j, scheme.batch))
                 layouts, fits = self._layouts(tape, plan, measured, scheme.batch)
+                for j in survey.reads & plan.preparing:
+                    if not is_spread(tape, plan, layouts, j):
+                        raise CaptureError(self._mixed_message(tape, j, scheme.batch))
                 is_settled &= fits and not gather_nodes(tape)
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
