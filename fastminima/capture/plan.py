@@ -251,11 +251,14 @@ _BROADCASTING = frozenset(
 def is_spread(
     tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]], i: int
 ) -> bool:
-    """Whether what node `i` prepares meets the samples as one thing for all of them.
+    """Whether node `i` looks up rows that meet all samples as one and the same thing.
 
-    So do relative positions, whatever numbers they were looked up with: at each use the
-    operand has size one along the dim of the samples.
+    So do relative positions, whatever numbers they were looked up with: nothing but
+    rearrangements and sums come in between, and at each use the operand has size one
+    along the dim of the samples.
     """
+    if tape.names[i] != EMBEDDING:
+        return False
     spread = {
         (use.node, slot.number)
         for use, (layout, *_) in zip(plan.uses, layouts, strict=True)
@@ -270,6 +273,8 @@ def is_spread(
             if parent not in plan.preparing:
                 if (parent, number) not in spread:
                     return False
+            elif tape.names[parent] not in PLACEMENT | _BROADCASTING:
+                return False
             elif parent not in entered:
                 entered.add(parent)
                 stack.append(parent)

@@ -240,3 +240,15 @@ def test_activation_in_place(measured):
     for _ in range(3):
         autograd_agrees(probe, model, model(torch.randn(4, 3, 6)).sin().sum((1, 2)))
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "words"])
+def test_distances_between_samples_are_refused(kind):
+    """The second tower meets each sample of the first as one thing, but is data."""
+    torch.manual_seed(0)
+    ids, x = torch.randint(9, (4, 3)), torch.randn(4, 6)
+    towers = nn.ModuleList([nn.Linear(6, 5), nn.Embedding(9, 5), nn.Linear(6, 5)])
+    second = towers[1](ids).mean(1) if kind == "words" else towers[2](x)
+    distances = (towers[0](x)[:, None] - second[None]).square().sum(2)
+    with pytest.raises(fm.CaptureError, match="do not each belong"):
+        fm.GradientProbe(towers).backward(distances.logsumexp(1))
