@@ -269,9 +269,10 @@ class GradientProbe:
     def audit(self, losses: Tensor, samples: int = 4, seed: int = 0) -> Audit:
         """Check this probe against plain autograd on the graph of `losses`.
 
-        Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, and the
-        worst relative difference of |g_n|^2 to `autograd.grad(losses[n])` over up to
-        `samples` random n. No `.grad` changes and the graph stays usable.
+        Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, the worst
+        relative difference of |g_n|^2 to `autograd.grad(losses[n])` over up to
+        `samples` random n, and the cost of its norms. No `.grad` changes and the graph
+        stays usable. The first thing to run on a new model.
 
         Args:
             losses: the vector `[batch]` of per-sample losses.
@@ -290,9 +291,9 @@ class GradientProbe:
         count = _count(losses, None)
         with _explaining():
             reading = self._reader.read(losses, count, 0)
-            session = self._session(reading, count, frozenset(["norms", "totals"]), {})
+            measure = frozenset(["norms", "totals"])
             return audit_losses(
-                session,
+                lambda: self._session(reading, count, measure, {}),
                 losses,
                 self._parameters,
                 samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -71,13 +72,20 @@ class Collected:
     grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
     grads: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on the norms
+
+    def spent(self, names: Sequence[str], seconds: float) -> None:
+        """Note time spent on the statistics of some parameters together."""
+        for name in names:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(names)
 
 
 class Session:
     """Hooks on the uses of one graph; what they see ends up in `collected`.
 
     Args:
-        measure: any of "norms", "second_moments", "gram", "totals".
+        measure: any of "norms", "second_moments", "gram", "totals"; with the last one
+            rules are noted and the norms are timed too.
         directions: `{name: {parameter: tensor}}`.
         keep_grads: keep this pass' gradient itself.
         hook_gradients: read the gradient when it is about to be accumulated, for
@@ -221,11 +229,15 @@ class Session:
                     f"(parameters {use.parameters}) where none came when its rows were "
                     "measured. Make a new probe; report it if that does not help."
                 )
+        started = self._clock(grads)
         found = contributions_of(use.name, node, grads, layouts, use.slots)
         rest = [slot for slot in use.slots if slot.number not in found]
         if rest:
             self._announce(use.name, [p.parameter for s in rest for p in s.paths])
             found |= Universal(node, grads, layouts, self._batch).contributions(rest)
+        if "totals" in self._measure:
+            spent = self._clock(grads) - started
+            self.collected.spent([own_name(p) for p in use.parameters], spent)
         if len(deliver) > 1:
             # Weights first: they may compute their bias' norms in the same pass.
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
@@ -263,7 +275,10 @@ class Session:
             into.sq_norms[name] = gram.diagonal().clone()
             into.gram = gram if into.gram is None else into.gram + gram
         else:
-            into.sq_norms[name] = whole.sq_norms()
+            started = self._clock()
+            into.sq_norms[name] = norms = whole.sq_norms()
+            if "totals" in self._measure:
+                into.spent([name], self._clock([norms]) - started)
         if "second_moments" in self._measure:
             into.second_moments[name] = whole.second_moment()
         if "totals" in self._measure:
@@ -273,6 +288,14 @@ class Session:
                 dots = whole.dots(parts_of[name])
                 sofar = into.dots.get(direction)
                 into.dots[direction] = dots if sofar is None else sofar + dots
+
+    def _clock(self, tensors: Sequence[Tensor | None] = ()) -> float:
+        """Seconds, once the device has done what it was told; 0 where nobody asks."""
+        if "totals" not in self._measure:
+            return 0.0
+        for device in {t.device for t in tensors if t is not None and t.is_cuda}:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
