@@ -50,7 +50,7 @@ def watch_accelerator(
         nonlocal steps
         if accelerator.is_main_process:
             observer.batch(samples)
-            observer.before(module, loss, scale_of(accelerator))
+            observer.before(module, loss, 1.0, scale_of(accelerator))
         try:
             result = original(loss, **kwargs)
             observer.after(

@@ -60,9 +60,7 @@ class LightningProbe:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LightningProbe:
         """An instance that is a callback of the Lightning in use."""
-        if cls is LightningProbe:
-            cls = _for_bases(_callbacks())
-        return super().__new__(cls)
+        return object.__new__(_made_for(cls, _callbacks()))
 
     def __init__(
         self,
@@ -152,5 +150,8 @@ def _callbacks() -> tuple[type, ...]:
 
 
 @functools.cache
-def _for_bases(bases: tuple[type, ...]) -> type[LightningProbe]:
-    return type("LightningProbe", (LightningProbe, *bases), {"__module__": __name__})
+def _made_for(cls: type[LightningProbe], bases: tuple[type, ...]) -> type:
+    """`cls` as a subclass of `bases`, which it may be already."""
+    if issubclass(cls, bases):
+        return cls
+    return type(cls.__name__, (cls, *bases), {"__module__": cls.__module__})

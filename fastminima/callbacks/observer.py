@@ -93,14 +93,17 @@ class Observer:
         self._samples = samples() if is_due else None
         return is_due
 
-    def before(self, model: nn.Module, loss: Tensor, scale: float) -> None:
+    def before(
+        self, model: nn.Module, loss: Tensor, given: float, later: float = 1.0
+    ) -> None:
         """A backward pass over `loss` is about to run.
 
         Args:
             model: whose parameters are tracked.
-            loss: the scalar that is given to backward.
-            scale: the factor between the mean of the samples' losses and what is
-                differentiated: of a GradScaler, over the accumulation steps.
+            loss: a scalar.
+            given: what the batch's loss has been multiplied with to make `loss`: a
+                GradScaler's scale, one over the accumulated batches.
+            later: what `loss` will be multiplied with before it is differentiated.
 
         Raises:
             CaptureError: as `GradientProbe.attach`.
@@ -110,11 +113,11 @@ class Observer:
         if self._samples is None:
             return
         try:
-            self._probe_of(model).attach(loss, self._samples, scale=scale)
+            self._probe_of(model).attach(loss, self._samples, scale=given * later)
         except CaptureError as error:
             self._fail(error)
         else:
-            self._waiting = scale, loss.detach()
+            self._waiting = given, loss.detach()
 
     def after(
         self,
@@ -134,7 +137,7 @@ class Observer:
         if self._waiting is None:
             return
         assert self._probe is not None
-        scale, loss = self._waiting
+        given, loss = self._waiting
         try:
             stats = self._probe.collect()
         except CaptureError as error:
@@ -149,7 +152,7 @@ class Observer:
         self._monitor.log(
             step,
             stats,
-            loss=loss.double() / scale,
+            loss=loss.double() / given,
             optimizer=optimizer,
             batch_size=stats.count * parts,
             extra={"batch": self._batches - 1, "backward": self._passes},

@@ -33,7 +33,7 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
         # The loss was divided by the accumulated batches, or by all their tokens.
         parts = trainer.current_gradient_accumulation_steps
-        observer.before(trainer.model, loss, scale_of(trainer.accelerator) / parts)
+        observer.before(trainer.model, loss, 1 / parts, scale_of(trainer.accelerator))
         result = original(loss, **kwargs)
         observer.after(
             trainer.state.global_step,
