@@ -109,9 +109,9 @@ def test_every_and_batch_size():
     seen = train(accelerator, model, optimizer, loader)
     check(rows, seen[::2])
     rows.watch.close()
-    with fm.callbacks.watch(accelerator, model, to=Rows(), batch_size=5):
-        with pytest.raises(fm.CaptureError, match="No batch axis of size 5"):
-            train(accelerator, model, optimizer, loader)
+    fm.callbacks.watch(accelerator, model, to=Rows(), batch_size=5)
+    with pytest.raises(fm.CaptureError, match="No batch axis of size 5"):
+        train(accelerator, model, optimizer, loader)
 
 
 def test_two_watches_closed_in_any_order():
@@ -150,13 +150,14 @@ def test_loss_that_cannot_be_read_stops_training():
     accelerator, _, _, _ = prepared()
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
     x, y = dataset()[:]
-    with fm.callbacks.watch(accelerator, model, to=Rows()):
-        with pytest.raises(fm.CaptureError, match=r"[Bb]atch norm"):
-            accelerator.backward(losses(model, (x, y)).mean())
+    watch = fm.callbacks.watch(accelerator, model, to=Rows())
+    with pytest.raises(fm.CaptureError, match=r"[Bb]atch norm"):
+        accelerator.backward(losses(model, (x, y)).mean())
+    watch.close()
     rows = Rows()
-    with fm.callbacks.watch(accelerator, model, to=rows, on_error="warn"):
-        with pytest.warns(UserWarning, match="no gradient statistics"):
-            accelerator.backward(losses(model, (x, y)).mean())
+    fm.callbacks.watch(accelerator, model, to=rows, on_error="warn")
+    with pytest.warns(UserWarning, match="no gradient statistics"):
+        accelerator.backward(losses(model, (x, y)).mean())
     assert model[0].weight.grad is not None
     assert not rows.rows
 
@@ -192,9 +193,9 @@ def test_wrong_arguments(monkeypatch):
     accelerator, model, _, _ = prepared()
     with pytest.raises(TypeError, match="pass the one to watch"):
         fm.callbacks.watch(accelerator)
-    with fm.callbacks.watch(accelerator, nn.Linear(2, 2), to=Rows()):
-        with pytest.raises(ValueError, match="called before the model"):
-            accelerator.backward(losses(model, dataset()[:]).mean())
+    fm.callbacks.watch(accelerator, nn.Linear(2, 2), to=Rows())
+    with pytest.raises(ValueError, match="called before the model"):
+        accelerator.backward(losses(model, dataset()[:]).mean())
     fsdp = accelerate.DistributedType.FSDP
     monkeypatch.setattr(type(accelerator), "distributed_type", fsdp)
     with pytest.raises(ValueError, match="Under FSDP no process"):
