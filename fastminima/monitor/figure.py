@@ -6,40 +6,73 @@ import importlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 __all__ = ["plot", "read"]
 
-_NAN = math.nan
-# Title, then lines: name, label, style.
-_SOLID, _LIGHT = {"lw": 1.8}, {"lw": 0, "marker": ".", "ms": 4, "alpha": 0.45}
+_DECAY = 0.9  # of the bold line, an average over some ten rows
+_BOLD, _THIN = {"lw": 1.8}, {"lw": 0.8, "alpha": 0.35}
+_DOTS = {"lw": 0, "marker": ".", "ms": 4, "alpha": 0.45}
 _DASHED = {"lw": 1.2, "ls": "--", "color": "0.4"}
-_PANELS: tuple[tuple[str, tuple[tuple[str, str, dict[str, Any]], ...]], ...] = (
-    ("loss", (("loss", "loss", _SOLID),)),
-    (
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One column of the rows; without a style, thin with its running average bold.
+
+    What is averaged is the column over the one named `per`, if any: where that one
+    jumps, so does the bold line.
+    """
+
+    name: str
+    label: str
+    style: Mapping[str, Any] | None = None
+    per: str | None = None
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Drawn if the rows have the first of its lines."""
+
+    title: str
+    lines: Sequence[_Line]
+    scale: str = "log"
+
+
+_PANELS = (
+    _Panel("loss", [_Line("loss", "loss")]),
+    _Panel(
         "gradient norms",
-        (
-            ("gradient/norm_max", "largest |g_n|", _LIGHT),
-            ("gradient/norm_median", "median |g_n|", _SOLID),
-            ("gradient/mean_grad_sq_norm", "|mean g|", _SOLID),
-        ),
+        [
+            _Line("gradient/mean_grad_sq_norm", "of the mean gradient"),
+            _Line("gradient/norm_median", "of samples: median"),
+            _Line("gradient/norm_max", "of samples: largest", _DOTS),
+        ],
     ),
-    ("tr Σ", (("gradient/covariance_trace", "tr Σ", _SOLID),)),
-    (
-        "noise scale [samples]",
-        (
-            ("gradient/noise_scale", "one step", _LIGHT),
-            ("gradient/noise_scale_smoothed", "ratio of averages", _SOLID),
-            ("factors/batch_size", "batch size", _DASHED),
-        ),
+    _Panel(
+        "tr Σ, variance of the gradient over samples",
+        [_Line("gradient/covariance_trace", "tr Σ")],
     ),
-    (
-        "temperature, η/S · σ²/2 [loss]",
-        (("factors/temperature", "temperature", _SOLID),),
+    _Panel(
+        "noise scale, in samples",
+        [
+            _Line("gradient/noise_scale", "single steps", _DOTS),
+            _Line("gradient/noise_scale_smoothed", "ratio of averages", _BOLD),
+            _Line("factors/batch_size", "batch size", _DASHED),
+        ],
     ),
-    ("sharpness", (("sharpness/eigenvalue_1", "largest eigenvalue", _SOLID),)),
+    _Panel(
+        "temperature, in units of the loss",
+        [_Line("factors/temperature", "", per="factors/ratio")],
+    ),
+    _Panel(
+        "sharpness, largest eigenvalue of the Hessian",
+        [_Line("sharpness/eigenvalue_1", "", {**_BOLD, "marker": "."})],
+        scale="linear",
+    ),
 )
 
 
@@ -50,7 +83,7 @@ def read(path: str | PathLike[str]) -> list[dict[str, float]]:
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: _NAN if v is None else v for k, v in row.items()} for row in rows]
+    return [{k: math.nan if v is None else v for k, v in r.items()} for r in rows]
 
 
 def plot(
@@ -59,9 +92,9 @@ def plot(
 ) -> Any:
     """Draw rows against their step, a panel for each group that they have.
 
-    Axes of values are logarithmic: what is not positive, such as the noise scale of a
-    batch too small to see the signal, is not drawn. A step that goes back (a second
-    run in the same file) starts a new line.
+    Bold lines are running averages of the thin ones. On logarithmic axes what is not
+    positive is not drawn, such as the noise scale of a batch too small to see the
+    signal. A step that goes back (a second run in the file) starts a new line.
 
     Args:
         rows: what `Monitor.log` returned, or a file of JSON lines.
@@ -76,63 +109,95 @@ def plot(
     """
     found = read(rows) if isinstance(rows, (str, PathLike)) else list(rows)
     names = {name for row in found for name in row}
-    panels = [
-        (title, [line for line in lines if line[0] in names])
-        for title, lines in _PANELS
-        if lines[-1][0] in names or lines[0][0] in names
-    ]
+    panels = [panel for panel in _PANELS if panel.lines[0].name in names]
     if not panels:
         raise ValueError(
             f"Nothing to draw in {len(found)} rows; their names: {sorted(names)}."
         )
     height = (len(panels) + 1) // 2
-    figure = _figure()(figsize=(10, 2.6 * height), layout="constrained")
+    figure = _figure()(figsize=(10, 2.5 * height), layout="constrained")
     axes = list(figure.subplots(height, 2, sharex=True, squeeze=False).flat)
-    for ax, (title, lines) in zip(axes, panels, strict=False):
-        for name, label, style in lines:
-            _draw(ax, found, name, label, style)
-        _finish(ax, title, len(lines) > 1)
+    for ax, panel in zip(axes, panels, strict=False):
+        _fill(ax, panel, [line for line in panel.lines if line.name in names], found)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
+    for ax in axes[max(0, len(panels) - 2) : len(panels)]:
+        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.set_xlabel("step")
     if to is not None:
         figure.savefig(Path(to), dpi=120)
     return figure
 
 
-def _draw(
-    ax: Any, rows: Sequence[Mapping[str, float]], name: str, label: str, style: Any
+def _fill(
+    ax: Any,
+    panel: _Panel,
+    lines: Sequence[_Line],
+    rows: Sequence[Mapping[str, float]],
 ) -> None:
-    steps, values = _series(rows, name)
-    if name.endswith("_sq_norm"):
-        values = [math.sqrt(v) for v in values]
-    ax.plot(steps, [v if v > 0 else _NAN for v in values], label=label, **style)
+    for number, line in enumerate(lines):
+        steps, values = _series(rows, line.name)
+        color = {"color": f"C{number}"}
+        if line.style is None:
+            _curve(ax, panel, steps, values, **_THIN, **color)
+            values = _bold(values, line, rows)
+        style = color | dict(line.style or _BOLD)
+        _curve(ax, panel, steps, values, **style, label=line.label)
+    ax.set_title(panel.title, fontsize=10, loc="left")
+    ax.set_yscale(panel.scale)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def _curve(
+    ax: Any, panel: _Panel, steps: list[float], values: list[float], **style: Any
+) -> None:
+    if panel.scale == "log":
+        values = [v if v > 0 else math.nan for v in values]
+    ax.plot(steps, values, **style)
 
 
 def _series(
     rows: Sequence[Mapping[str, float]], name: str
 ) -> tuple[list[float], list[float]]:
-    """Steps and values, with a gap where the step goes back."""
+    """Steps and values, with a gap where the step goes back; norms as their roots."""
     steps: list[float] = []
     values: list[float] = []
     for row in rows:
         if name in row:
             if steps and row["step"] < steps[-1]:
-                steps.append(_NAN)
-                values.append(_NAN)
+                steps.append(math.nan)
+                values.append(math.nan)
+            value = row[name]
             steps.append(row["step"])
-            values.append(row[name])
+            values.append(math.sqrt(value) if name.endswith("_sq_norm") else value)
     return steps, values
 
 
-def _finish(ax: Any, title: str, has_several: bool) -> None:
-    ax.set_title(title, fontsize=10, loc="left")
-    ax.set_yscale("log")
-    ax.set_xlabel("step")
-    ax.xaxis.set_tick_params(labelbottom=True)
-    ax.grid(alpha=0.25, which="major")
-    ax.spines[["top", "right"]].set_visible(False)
-    if has_several:
-        ax.legend(frameon=False, fontsize=8)
+def _bold(
+    values: Sequence[float], line: _Line, rows: Sequence[Mapping[str, float]]
+) -> list[float]:
+    if line.per is None:
+        return _averages(values)
+    units = _series([row for row in rows if line.name in row], line.per)[1]
+    each = [v / u if u else math.nan for v, u in zip(values, units, strict=True)]
+    return [v * u for v, u in zip(_averages(each), units, strict=True)]
+
+
+def _averages(values: Sequence[float]) -> list[float]:
+    """Exponential averages, each over the values since the last gap."""
+    found: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        if math.isfinite(value):
+            total = _DECAY * total + value
+            weight = _DECAY * weight + 1
+        else:
+            total = weight = 0.0
+        found.append(total / weight if weight else math.nan)
+    return found
 
 
 def _figure() -> Any:
