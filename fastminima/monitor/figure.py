@@ -135,6 +135,7 @@ def _fill(
     lines: Sequence[_Line],
     rows: Sequence[Mapping[str, float]],
 ) -> None:
+    ax.set_yscale(panel.scale)
     for number, line in enumerate(lines):
         steps, values = _series(rows, line.name)
         color = {"color": f"C{number}"}
@@ -144,7 +145,6 @@ def _fill(
         style = color | dict(line.style or _BOLD)
         _curve(ax, panel, steps, values, **style, label=line.label)
     ax.set_title(panel.title, fontsize=10, loc="left")
-    ax.set_yscale(panel.scale)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
