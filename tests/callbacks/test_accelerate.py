@@ -1,6 +1,11 @@
 """watch(accelerator, model) in a training loop, against single-sample gradients."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -12,11 +17,11 @@ from training import (
     BATCH,
     BATCHES,
     Rows,
-    Trouble,
     accumulators,
     check,
     classifier,
     dataset,
+    fail_in_backward,
     losses,
 )
 
@@ -46,9 +51,9 @@ def train(accelerator, model, optimizer, loader, cast=None):
         with accelerator.accumulate(model):
             bare = copy.deepcopy(accelerator.unwrap_model(model, False))
             seen.append((bare, (x, y)))
+            loss = losses(model, (x, y)).mean()
             with torch.no_grad():
                 model(x[:2])  # such as an evaluation: not the batch
-            loss = losses(model, (x, y)).mean()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -128,16 +133,16 @@ def test_two_watches_closed_in_any_order():
     assert len(first.rows) == BATCHES
 
 
-def test_nothing_stays_behind_after_an_exception(monkeypatch):
+def test_nothing_stays_behind_after_an_exception():
     accelerator, model, optimizer, loader = prepared()
     rows = Rows()
     rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
     kept = accumulators(model)
-    monkeypatch.setattr(Trouble, "error", KeyboardInterrupt())
+    failing = fail_in_backward(model[2].weight, KeyboardInterrupt())
     x, y = dataset()[:]
     with pytest.raises(KeyboardInterrupt):
-        accelerator.backward(Trouble.apply(losses(model, (x, y)).mean()))
-    monkeypatch.undo()
+        accelerator.backward(losses(model, (x, y)).mean())
+    failing.remove()
     assert rows.watch._observer._probe._attached is None
     for _ in range(2):  # a hook left would take the second one for an error
         losses(model, (x, y)).mean().backward()
@@ -187,6 +192,41 @@ def test_own_trackers_of_the_accelerator():
         train(accelerator, model, optimizer, loader)
     assert [step for step, _ in tracker.rows] == [4, 6]
     assert tracker.rows[0][1]["gradient/count"] == BATCH
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_two_processes():
+    here = Path(__file__).parent
+    paths = (here, here.parent, Path(fm.__file__).parents[1])
+    shared = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(here / "two_processes.py")],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("checked" in output for output in outputs), "\n".join(outputs)
 
 
 def test_wrong_arguments(monkeypatch):
