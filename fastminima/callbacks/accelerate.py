@@ -48,8 +48,7 @@ def watch_accelerator(
 
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
         nonlocal steps
-        if accelerator.is_main_process:
-            observer.batch(samples)
+        if accelerator.is_main_process and observer.batch(samples):
             observer.before(module, loss, 1.0, scale_of(accelerator))
         try:
             result = original(loss, **kwargs)

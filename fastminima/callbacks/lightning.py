@@ -96,7 +96,7 @@ class LightningProbe:
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Attach to a loss that has been scaled and divided already."""
-        if trainer.is_global_zero:
+        if self._observer.is_due:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
             scale /= trainer.accumulate_grad_batches
@@ -104,7 +104,7 @@ class LightningProbe:
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Collect, and log."""
-        if trainer.is_global_zero:
+        if self._observer.is_due:
             optimizers = trainer.optimizers
             self._observer.after(
                 trainer.global_step,

@@ -66,12 +66,13 @@ class Observer:
         else:
             self._monitor = Monitor(self._relay if to is None else to)
         self.stats: GradientStatistics | None = None
+        self.is_due = False  # whether the present batch is probed
         self._every = int(every)
         self._batch_size = batch_size
         self._is_strict = on_error == "raise"
         self._options = dict(options)
         self._batches = 0
-        self._samples: int | None = None
+        self._samples = 0
         self._passes = 0  # rows of this batch
         self._seen = False  # a backward pass of this batch
         self._probe: GradientProbe | None = None
@@ -86,17 +87,19 @@ class Observer:
 
     def batch(self, samples: Callable[[], int]) -> bool:
         """A training batch of so many samples begins; says whether it is probed."""
-        is_due = self._batches % self._every == 0
+        self.abandon()
+        self.is_due = self._batches % self._every == 0
         self._batches += 1
         self._passes = 0
         self._seen = False
-        self._samples = samples() if is_due else None
-        return is_due
+        if self.is_due:
+            self._samples = samples()
+        return self.is_due
 
     def before(
         self, model: nn.Module, loss: Tensor, given: float, later: float = 1.0
     ) -> None:
-        """A backward pass over `loss` is about to run.
+        """A backward pass over `loss` is about to run, in a batch that is probed.
 
         Args:
             model: whose parameters are tracked.
@@ -110,8 +113,6 @@ class Observer:
         """
         self.abandon()
         self._seen = True
-        if self._samples is None:
-            return
         try:
             self._probe_of(model).attach(loss, self._samples, scale=given * later)
         except CaptureError as error:
@@ -160,12 +161,12 @@ class Observer:
         self._passes += 1
 
     def missed(self) -> None:
-        """A probed batch is over: complain if no backward pass was seen.
+        """A batch that is probed is over: complain if no backward pass was seen.
 
         Raises:
             CaptureError: none was.
         """
-        if self._samples is not None and not self._seen:
+        if not self._seen:
             self._fail(
                 CaptureError(
                     "No backward pass was seen in this batch: its gradients were not "

@@ -27,7 +27,7 @@ class SmoothedNoiseScale:
         >>> smoothed.update(covariance_trace=8.0, signal=2.0)
         4.0
         >>> smoothed.update(covariance_trace=8.0, signal=-0.5)
-        16.0
+        24.0
 
     Source: McCandlish et al. (2018), arXiv:1812.06162, appendix A.1.
     """

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from logs import history, scalars
 from torch.nn.functional import cross_entropy
 from training import Rows, accumulators, check, fail_in_backward
 
@@ -202,6 +203,26 @@ def test_what_the_trainer_reports_to(tmp_path):
     one.train()
     logged = [row for row in one.state.log_history if "gradient/signal" in row]
     assert [row["step"] for row in logged] == [0, 2]
+
+
+def test_all_loggers_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    board, lines = tmp_path / "board", tmp_path / "x.jsonl"
+    with fm.monitor.Monitor(
+        fm.monitor.TensorBoard(board),
+        fm.monitor.WandB("project", mode="offline", dir=str(tmp_path)),
+        lines,
+    ) as monitor:
+        one = trainer(tmp_path)
+        fm.callbacks.watch(one, to=monitor)
+        one.train()
+    rows = fm.monitor.read(lines)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert history(tmp_path) == rows
+    for name, events in scalars(board).items():
+        assert [step for step, _ in events] == [0, 1, 2, 3]
+        values = [value for _, value in events]
+        assert values == pytest.approx([float(row[name]) for row in rows])
 
 
 def test_close_leaves_the_trainer_as_it_was(tmp_path):

@@ -2,13 +2,12 @@
 
 import json
 import math
-import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from logs import history, scalars
 
 import fastminima as fm
 
@@ -48,16 +47,6 @@ def test_a_line_cut_off_is_left_out(tmp_path):
     assert fm.monitor.read(path) == [ROW]
 
 
-def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(folder)).Reload()
-    return {
-        name: [(event.step, event.value) for event in found.Scalars(name)]
-        for name in found.Tags()["scalars"]
-    }
-
-
 def test_tensorboard(tmp_path):
     logger = fm.monitor.TensorBoard(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -75,36 +64,6 @@ def test_tensorboard(tmp_path):
     (_, good), (step, bad) = found["loss"]
     assert (good, step) == (1.5, 4)
     assert math.isnan(bad)
-
-
-def records(path):
-    """The records of a .wandb file: LevelDB's log format behind seven bytes."""
-    data, block, where, record = path.read_bytes(), 32768, 7, b""
-    assert data.startswith(b":W&B")
-    while where < len(data):
-        if block - where % block < 7:
-            where += block - where % block  # a header does not cross blocks
-            continue
-        _, length, kind = struct.unpack("<IHB", data[where : where + 7])
-        record += data[where + 7 : where + 7 + length]
-        where += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
-
-
-def history(folder):
-    """Rows of an offline run, from the file that `wandb sync` would send."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
-    rows = []
-    for record in map(Record.FromString, records(path)):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in items}
-            rows.append({k: v for k, v in row.items() if not k.startswith("_")})
-    return rows
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
