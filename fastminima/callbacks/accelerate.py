@@ -15,7 +15,7 @@ from .patch import around
 
 __all__ = ["refuse_sharded", "scale_of", "watch_accelerator"]
 
-_SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP")
+_SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 def watch_accelerator(

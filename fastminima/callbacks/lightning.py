@@ -22,7 +22,7 @@ __all__ = ["LightningProbe"]
 # The same library under its two names, whose classes differ.
 _PACKAGES = ("lightning", "pytorch_lightning")
 _MODULES = ("lightning.pytorch", "pytorch_lightning")
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
 class LightningProbe:

@@ -58,7 +58,7 @@ class Observer:
             raise ValueError(f"every must be a positive integer, got {every!r}.")
         if on_error not in ("raise", "warn"):
             raise ValueError(
-                f"Unknown on_error {on_error!r}; choose 'raise' or 'warn'."
+                f"Unknown on_error {on_error!r}; choose from 'raise', 'warn'."
             )
         self._relay = _Relay()
         if isinstance(to, Monitor):
@@ -73,8 +73,7 @@ class Observer:
         self._options = dict(options)
         self._batches = 0
         self._samples = 0
-        self._passes = 0  # rows of this batch
-        self._seen = False  # a backward pass of this batch
+        self._passes = 0  # backward passes of the present batch
         self._probe: GradientProbe | None = None
         self._tracked: tuple[int, ...] = ()
         self._waiting: tuple[float, Tensor] | None = None
@@ -91,7 +90,6 @@ class Observer:
         self.is_due = self._batches % self._every == 0
         self._batches += 1
         self._passes = 0
-        self._seen = False
         if self.is_due:
             self._samples = samples()
         return self.is_due
@@ -112,7 +110,7 @@ class Observer:
             CaptureError: as `GradientProbe.attach`.
         """
         self.abandon()
-        self._seen = True
+        self._passes += 1
         try:
             self._probe_of(model).attach(loss, self._samples, scale=given * later)
         except CaptureError as error:
@@ -156,9 +154,8 @@ class Observer:
             loss=loss.double() / given,
             optimizer=optimizer,
             batch_size=stats.count * parts,
-            extra={"batch": self._batches - 1, "backward": self._passes},
+            extra={"batch": self._batches - 1, "backward": self._passes - 1},
         )
-        self._passes += 1
 
     def missed(self) -> None:
         """A batch that is probed is over: complain if no backward pass was seen.
@@ -166,7 +163,7 @@ class Observer:
         Raises:
             CaptureError: none was.
         """
-        if not self._seen:
+        if not self._passes:
             self._fail(
                 CaptureError(
                     "No backward pass was seen in this batch: its gradients were not "
