@@ -25,7 +25,7 @@ class Logger:
     """
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Write one row so that it outlives the process."""
+        """Write one row, so that it outlives the process where possible."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -103,7 +103,8 @@ class WandB(Logger):
     """A run of Weights & Biases.
 
     Rows carry their step as a column, which is made the x axis: several rows may share
-    a step, and other code may log to the same run.
+    a step, and other code may log to the same run. A process of wandb's writes them
+    when it sees fit; a training process that is killed may lose its last rows.
 
     Args:
         project: its project; None leaves the choice to wandb.

@@ -138,7 +138,7 @@ class Monitor:
         )
 
     def close(self) -> None:
-        """Close the loggers; rows are safe without it."""
+        """Close the loggers, which finishes a run of W&B that was started here."""
         for logger in self._loggers:
             logger.close()
 

@@ -200,6 +200,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_two_processes():
     here = Path(__file__).parent

@@ -50,18 +50,19 @@ def test_a_line_cut_off_is_left_out(tmp_path):
 def test_tensorboard(tmp_path):
     logger = fm.monitor.TensorBoard(tmp_path)
     assert not list(tmp_path.iterdir())
-    logger.write(ROW)
-    before_close = scalars(tmp_path)
-    assert before_close["gradient/signal"] == [(3, -0.25)]
+    for step in (1, 2, 3):
+        logger.write({**ROW, "step": step})
+        before_close = scalars(tmp_path)
+        assert before_close["gradient/signal"][-1] == (step, -0.25)
     logger.close()
     logger.close()
     logger.write(NAN)  # opens another file
     logger.close()
     found = scalars(tmp_path)
     assert set(found) == {"loss", "gradient/count", "gradient/signal", "is_finite"}
-    assert found["gradient/count"] == [(3, 4.0), (4, 4.0)]
+    assert found["gradient/count"] == [(step, 4.0) for step in (1, 2, 3, 4)]
     assert found["is_finite"] == [(4, 0.0)]
-    (_, good), (step, bad) = found["loss"]
+    (_, good), (step, bad) = found["loss"][-2:]
     assert (good, step) == (1.5, 4)
     assert math.isnan(bad)
 
