@@ -29,16 +29,23 @@ def test_json_lines_append_and_overwrite(tmp_path):
         fm.monitor.JsonLines(path, mode="w")
 
 
-def test_json_lines_outlive_a_killed_process(tmp_path):
-    path = tmp_path / "x.jsonl"
+def test_rows_outlive_a_killed_process(tmp_path):
     code = (
         "import os, sys, fastminima as fm\n"
-        "logger = fm.monitor.JsonLines(sys.argv[1])\n"
-        "for step in range(3): logger.write({'step': step})\n"
+        "lines = fm.monitor.JsonLines(sys.argv[1] + '/x.jsonl')\n"
+        "board = fm.monitor.TensorBoard(sys.argv[1])\n"
+        "row = {f'gradient/{i}': i for i in range(20)}\n"
+        "for step in range(3):\n"
+        "    lines.write({'step': step, **row})\n"
+        "    board.write({'step': step, **row})\n"
         "os._exit(1)"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
-    assert [row["step"] for row in fm.monitor.read(path)] == [0, 1, 2]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 1
+    rows = fm.monitor.read(tmp_path / "x.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    found = scalars(tmp_path)
+    assert found["gradient/19"] == [(step, 19.0) for step in range(3)]
 
 
 def test_a_line_cut_off_is_left_out(tmp_path):
