@@ -248,6 +248,11 @@ class GradientProbe:
             return None
         return self._collected()
 
+    def detach(self) -> None:
+        """Take back an `attach` whose backward pass did not come: removes its hooks."""
+        self._is_resting = False
+        self._detach()
+
     def _collected(self) -> GradientStatistics:
         if self._attached is None:
             raise CaptureError(

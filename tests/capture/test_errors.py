@@ -255,6 +255,18 @@ def test_collect_without_attach_and_without_backward():
         probe.collect()
 
 
+def test_detach_takes_back_an_attach():
+    model, losses = model_and_losses()
+    probe = fm.GradientProbe(model)
+    probe.attach(losses.mean(), 6)
+    probe.detach()
+    probe.detach()
+    losses.mean().backward(retain_graph=True)
+    losses.mean().backward()  # a hook left would take it for an error
+    with pytest.raises(fm.CaptureError, match="Nothing is attached"):
+        probe.collect()
+
+
 class Trouble(torch.autograd.Function):
     error = None
 
