@@ -21,7 +21,13 @@ from .._memory import return_freed_memory
 from .layout import IrregularLayout, RowLayout, fit_layouts
 from .tape import Tape
 
-__all__ = ["Measurement", "Weighting", "measure_samples"]
+__all__ = [
+    "Measurement",
+    "Weighting",
+    "count_digits",
+    "leaves_below",
+    "measure_samples",
+]
 
 # Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
 _LEVELS = 16
@@ -86,16 +92,20 @@ def measure_samples(
     weighting: Weighting,
     backward: Callable[[Tensor, list[Tensor]], None],
     has_half: bool,
+    digits: int | None = None,
+    *,
+    to_the_end: bool = False,
 ) -> dict[int, list[Measurement | None]]:
     """Labels of every output of the watched nodes.
 
     `weighting` hooks the given sample weights into the graph, `backward(weights,
     leaves)` runs a pass that reaches `leaves`. Costs one pass and one more per digit of
-    the batch size in base 16, without weight gradients.
+    the batch size in base 16, without weight gradients. More `digits` than it takes do
+    no harm; `to_the_end` lets each pass run on when all has been seen.
     """
     levels = _HALF_LEVELS if has_half else _LEVELS
-    digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
-    leaves = _leaves_below(tape, watched)
+    digits = count_digits(batch, has_half) if digits is None else digits
+    leaves = leaves_below(tape, watched)
     seen = {i: _Fingerprints() for i in watched}
     sample = torch.arange(batch)
     passes = [torch.ones(batch)]
@@ -104,7 +114,7 @@ def measure_samples(
         passes.append(torch.exp2((level - levels // 2).float()))
     for weights in passes:
         handles = weighting(weights)
-        waiting = set(watched)
+        waiting = None if to_the_end else set(watched)
         try:
             for i, fingerprints in seen.items():
                 hook = _recorder(fingerprints, waiting, i)
@@ -123,18 +133,26 @@ def measure_samples(
     }
 
 
+def count_digits(batch: int, has_half: bool) -> int:
+    """Passes with weights that tell `batch` samples apart."""
+    levels = _HALF_LEVELS if has_half else _LEVELS
+    return max(1, math.ceil(math.log(batch, levels) - 1e-9))
+
+
 class _AllSeen(Exception):
     """Ends a pass whose last node need not run: nothing below it is of interest."""
 
 
 def _recorder(
-    fingerprints: _Fingerprints, waiting: set[int], i: int
+    fingerprints: _Fingerprints, waiting: set[int] | None, i: int
 ) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
         fingerprints.shapes = [() if g is None else tuple(g.shape) for g in grads]
         fingerprints.passes.append(
             [None if g is None else _row_norms(g) for g in grads]
         )
+        if waiting is None:
+            return
         waiting.discard(i)
         if not waiting:
             raise _AllSeen
@@ -204,7 +222,7 @@ def _labels(
     return np.where(known, label, -1)
 
 
-def _leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
+def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
     """Few and small leaves such that every watched node lies above one of them."""
     rank = {i: r for r, i in enumerate(tape.leaves_first)}
     covered: set[int] = set()

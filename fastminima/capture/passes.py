@@ -1,13 +1,15 @@
-"""Extra backward passes over a graph that other probes must not take for training."""
+"""Extra backward passes over a graph that nobody else must take for training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["belongs_to_another", "run_pass"]
+__all__ = ["belongs_to_another", "replicas_at_rest", "run_pass"]
 
 # Engine pass -> whose it is. A pass that is not here is the user's own.
 _owners: dict[int, object] = {}
@@ -50,3 +52,25 @@ def belongs_to_another(session: object) -> bool:
     if not _owners:
         return False
     return _owners.get(torch._C._current_graph_task_id(), session) is not session
+
+
+@contextmanager
+def replicas_at_rest(nodes: Sequence[Any]) -> Iterator[None]:
+    """Keep extra passes over these nodes from DistributedDataParallel's first step.
+
+    Its reducer hangs on the accumulation of gradients, which an extra pass does not do.
+    But with `static_graph=True` it counts the first pass through its outputs, whatever
+    it is for, as the one whose end is to start the reduction.
+    """
+    names = (node.name() for node in nodes)
+    sinks = [n for n, name in zip(nodes, names, strict=True) if "_DDPSink" in name]
+    replicas = [replica for s in sinks if (replica := s.ddp_weakref()) is not None]
+    waiting = [r for r in replicas if r.static_graph]
+    before = [r._static_graph_delay_allreduce_enqueued for r in waiting]
+    for replica in waiting:
+        replica._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for replica, was in zip(waiting, before, strict=True):
+            replica._static_graph_delay_allreduce_enqueued = was

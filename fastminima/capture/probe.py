@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,13 @@ from . import batchnorm as batch_norms
 from .audit import Audit, audit_losses
 from .errors import CaptureError
 from .passes import run_pass
+from .ranks import Part, Ranks, find_group
 from .reading import Reader, Reading
 from .session import Collected, Session
+from .sharded import find_sharding, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GradientProbe"]
 
@@ -54,10 +60,17 @@ class GradientProbe:
         every: probe only every so many steps, the first one included. On the others
             `backward` is a plain backward pass, `attach` does nothing, and `backward`
             and `collect` return None.
+        process_group: a process group, or "world" for all ranks: `backward` and
+            `collect` then return the statistics of all ranks' samples, on every rank.
+            The pass must average the gradients over those ranks, as
+            DistributedDataParallel and `fully_shard` do; with `keep_mean` the probe
+            reduces the mean itself. Every rank creates the probe, and calls it in the
+            same steps. Without it, this rank's samples are what a probe speaks of.
 
     Raises:
-        ValueError: for an unknown word, an unknown direction, no parameter at all, or
-            an `every` below one.
+        ValueError: for an unknown word, an unknown direction, no parameter at all, an
+            `every` below one, sharded parameters other than those of `fully_shard`,
+            or ranks whose probes differ.
 
     Example:
         >>> import torch, fastminima as fm
@@ -82,8 +95,12 @@ class GradientProbe:
         *,
         batch_dim: int = 0,
         every: int = 1,
+        process_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        self._parameters = tracked_parameters(model)
+        sharded_modules = reshard(model)
+        self._owned = tracked_parameters(model)  # they have .grad after a pass
+        sharding = find_sharding(sharded_modules, model, self._owned)
+        self._parameters = self._owned if sharding is None else sharding.whole
         words = (measure,) if isinstance(measure, str) else tuple(measure)
         for word in words:
             _check_word("measure", word, _MEASURES)
@@ -110,7 +127,23 @@ class GradientProbe:
         self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
         module = model if isinstance(model, nn.Module) else None
-        self._reader = Reader(self._parameters, batchnorm, module)
+        self._reader = Reader(self._parameters, batchnorm, module, sharding)
+        group = find_group(process_group)
+        if group is not None and batchnorm == "frozen" and not keep_mean:
+            raise ValueError(
+                'batchnorm="frozen" takes another gradient than the one in .grad, so '
+                "with process_group it needs keep_mean=True."
+            )
+        self._ranks = group and Ranks(
+            group,
+            self._parameters,
+            list(self._directions),
+            per_parameter=per_parameter,
+            second_moments="second_moments" in self._measure,
+            keep_mean=keep_mean,
+            sharding=sharding,
+        )
+        self._trouble: CaptureError | ValueError | None = None
         self._announced: set[str] = set()
         self._attached: _Attached | None = None
 
@@ -147,6 +180,13 @@ class GradientProbe:
             _check_loss(loss, batch_size, reduction, scale)
             _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
             return None
+        if self._ranks is not None:
+            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+            try:
+                _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+                return self._collected_joint(self._ranks)
+            finally:
+                self._detach()
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
         is_fresh = not _is_distributed() and all(
@@ -198,7 +238,53 @@ class GradientProbe:
             self._detach()
             _check_loss(loss, batch_size, reduction, scale)
             return
+        if self._ranks is not None:
+            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+            return
         self._attach(loss, batch_size, reduction, scale, batch_dim, hook_gradients=True)
+
+    def _attach_joint(
+        self,
+        loss: Tensor,
+        batch_size: int | None,
+        reduction: str,
+        scale: float,
+        batch_dim: int | None,
+    ) -> None:
+        """Attach on this rank, leaving an error to `_collected_joint`.
+
+        The other ranks wait for this one's gradients and message, so the pass runs in
+        any case, and then all of them raise.
+        """
+        assert self._ranks is not None
+        self._trouble = None
+        keep_mean = self._keep_mean
+        try:
+            self._attach(
+                loss, batch_size, reduction, scale, batch_dim, hook_gradients=keep_mean
+            )
+            self._ranks.check_fresh(self._owned)
+        except (CaptureError, ValueError) as error:
+            self._detach()
+            self._trouble = error
+
+    def _collected_joint(self, ranks: Ranks) -> GradientStatistics:
+        """The statistics of all ranks; every rank gets here, in trouble or not."""
+        trouble, self._trouble = self._trouble, None
+        part = None
+        if trouble is None:
+            try:
+                collected, attached = self._finished()
+                reached = list(collected.sq_norms)
+                part = Part(
+                    self._statistics(collected, attached.count, attached.factor),
+                    reached,
+                    attached.factor,
+                    ranks.grad_sq_norms(self._owned, reached),
+                )
+            except (CaptureError, ValueError) as error:
+                trouble = error
+        return ranks.join(part, trouble)
 
     def _rests(self) -> bool:
         """Whether `every` leaves this step out; counts the step."""
@@ -251,9 +337,15 @@ class GradientProbe:
         if self._is_resting:
             self._is_resting = False
             return None
+        if self._ranks is not None:
+            return self._collected_joint(self._ranks)
         return self._collected()
 
     def _collected(self) -> GradientStatistics:
+        collected, attached = self._finished()
+        return self._statistics(collected, attached.count, attached.factor)
+
+    def _finished(self) -> tuple[Collected, _Attached]:
         if self._attached is None:
             raise CaptureError(
                 "Nothing is attached to this probe; call probe.attach(loss, ...) "
@@ -269,7 +361,7 @@ class GradientProbe:
                 "No backward pass reached the graph since probe.attach(loss, ...). "
                 "Call loss.backward() on that same loss before probe.collect()."
             )
-        return self._statistics(collected, attached.count, attached.factor)
+        return collected, attached
 
     def audit(self, losses: Tensor, samples: int = 4, seed: int = 0) -> Audit:
         """Check this probe against plain autograd on the graph of `losses`.
@@ -301,9 +393,11 @@ class GradientProbe:
                 raise known from error
             raise
         session = self._session(reading, count, frozenset(["norms", "totals"]), {})
-        return audit_losses(
-            session, losses, self._parameters, samples, seed, reading, self._batchnorm
-        )
+        with self._reader.extra_passes(reading.tape):
+            return audit_losses(
+                *(session, losses, self._parameters, samples, seed, reading),
+                self._batchnorm,
+            )
 
     def _session(
         self,
@@ -323,6 +417,7 @@ class GradientProbe:
             directions=directions,
             keep_grads=self._keep_mean,
             hook_gradients=hook_gradients,
+            defer_errors=self._ranks is not None,
             announce=self._announce,
         )
 
@@ -332,11 +427,12 @@ class GradientProbe:
         handles = batch_norms.freeze(reading.tape, reading.mixing)
         names = list(reading.tape.leaves)
         try:
-            grads = run_pass(
-                loss.mean() if loss.dim() else loss,
-                [self._parameters[name] for name in names],
-                session,
-            )
+            with self._reader.extra_passes(reading.tape):
+                grads = run_pass(
+                    loss.mean() if loss.dim() else loss,
+                    [self._parameters[name] for name in names],
+                    session,
+                )
             found = zip(names, grads, strict=True)
             session.take_gradients({name: g for name, g in found if g is not None})
             return session.finish()
@@ -351,7 +447,8 @@ class GradientProbe:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
         norms = list(collected.sq_norms.values())
         to_mean = factor / count
-        parts = collected.grad_sq_norms
+        # Where ranks join without the mean nothing was read: it is in .grad by then.
+        parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         return GradientStatistics(
             count=count,

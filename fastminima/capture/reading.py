@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,17 @@ from .gathers import (
     watched_sources,
 )
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Weighting, measure_samples
-from .passes import run_pass
+from .measure import (
+    Measurement,
+    Weighting,
+    count_digits,
+    leaves_below,
+    measure_samples,
+)
+from .passes import replicas_at_rest, run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
 from .roots import batch_edges, weigh_edges
+from .sharded import Sharding
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -65,6 +73,8 @@ class Reader:
         batchnorm: "error", "rows" or "frozen".
         model: the module, if there is one: names its parts in messages, and tells its
             buffers from data.
+        sharding: of the parameters, if they are sharded: then every pass gathers them,
+            and all ranks run equally many.
     """
 
     def __init__(
@@ -72,7 +82,10 @@ class Reader:
         parameters: Mapping[str, Tensor],
         batchnorm: str,
         model: nn.Module | None,
+        sharding: Sharding | None = None,
     ) -> None:
+        self._sharding = sharding
+        self._has_agreed = False
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
         self._model = model
@@ -100,11 +113,39 @@ class Reader:
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
+        if self._sharding is None:
+            return self._read(tape, loss, batch, batch_dim)
+        self._has_agreed = False
+        try:
+            return self._read(tape, loss, batch, batch_dim)
+        finally:
+            if not self._has_agreed:
+                self._accompany(tape, loss, self._sharding)
+
+    def _accompany(self, tape: Tape, loss: Tensor, sharding: Sharding) -> None:
+        """Run the passes that other ranks measure in and this one does not need."""
+        digits = sharding.most(0)
+        leaves = leaves_below(tape, _watched(tape)) if digits else []
+        with self.extra_passes(tape):
+            for _ in range(digits + 1 if digits else 0):
+                weights = torch.ones_like(loss) if loss.dim() else None
+                run_pass(loss, leaves, self, weights)
+
+    @contextmanager
+    def extra_passes(self, tape: Tape) -> Iterator[None]:
+        """What wraps the model takes no notice of passes in this context."""
+        sharding = self._sharding
+        at_rest = nullcontext() if sharding is None else sharding.at_rest()
+        with replicas_at_rest(tape.nodes), at_rest:
+            yield
+
+    def _read(self, tape: Tape, loss: Tensor, batch: int, batch_dim: int) -> Reading:
         key = (tape.key, batch > 1, batch_dim if loss.dim() == 0 else None)
         known = self._known.get(key)
         if known is None:
             _refuse_compiled(tape)
             _refuse_complex(tape)
+            _refuse_collectives(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
         candidates = None if known is None else known.norms
@@ -149,7 +190,7 @@ class Reader:
             signature = _signature(tape, plan, [], 1)
             self._known[key] = _Known(plan, norms, [], {signature: layouts})
             return Reading(tape, plan, layouts, mixing)
-        watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
+        watched = _watched(tape)
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
 
         def weighting(weights: Tensor) -> list[Any]:
@@ -196,7 +237,16 @@ class Reader:
             for i in watched
             for meta in tape.nodes[i]._input_metadata
         )
-        return measure_samples(tape, watched, batch, weighting, backward, has_half)
+        digits = count_digits(batch, has_half)
+        sharding = self._sharding
+        if sharding is not None:
+            self._has_agreed = True
+            digits = sharding.most(digits)
+        with self.extra_passes(tape):
+            return measure_samples(
+                *(tape, watched, batch, weighting, backward, has_half, digits),
+                to_the_end=sharding is not None,
+            )
 
     def _storages(self) -> set[int]:
         """Addresses of all that the model itself holds."""
@@ -261,6 +311,10 @@ class Reader:
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
 
 
+def _watched(tape: Tape) -> list[int]:
+    return sorted({*watched_nodes(tape), *watched_sources(tape)})
+
+
 def _nearest_parameter(tape: Tape, i: int) -> str | None:
     queue, entered = [i], {i}
     for j in queue:
@@ -291,6 +345,29 @@ def _refuse_complex(tape: Tape) -> None:
                 f"The loss computes with complex numbers ({tape.names[i]}), which are "
                 "not supported; write that part with real ones, as in a matrix product "
                 "with cosines and sines."
+            )
+
+
+# Nodes whose backward sends tensors to other ranks: torch.distributed.nn.functional,
+# the functional collectives, SyncBatchNorm.
+_COLLECTIVES = frozenset(
+    f"{name}Backward"
+    for name in (
+        *("_Broadcast", "_Gather", "_Scatter", "_Reduce", "_Reduce_Scatter"),
+        *("_AllGather", "_AllGatherBase", "_AlltoAll", "_AlltoAllSingle"),
+        *("_AllReduce", "_FromTorchTensor", "_ToTorchTensor", "SyncBatchNorm"),
+    )
+)
+
+
+def _refuse_collectives(tape: Tape) -> None:
+    for name in tape.names:
+        if name in _COLLECTIVES or "c10d_functional" in name:
+            raise CaptureError(
+                f"The loss of this rank was computed from other ranks' samples or "
+                f"parameters ({name}), so it has no samples of its own, and a pass of "
+                "one rank would wait for the others. Probe a loss without collectives "
+                "in its graph; SyncBatchNorm goes by model.eval()."
             )
 
 

@@ -1,0 +1,163 @@
+"""Sharded parameters: those of `fully_shard` are read, all others are refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["Sharding", "find_sharding", "is_sharded", "local_part", "reshard"]
+
+
+class Sharding:
+    """The parameters of a model that `fully_shard` cuts into pieces.
+
+    Between the passes the model shows a piece of each parameter, a DTensor. The graph
+    of a loss has the whole parameters: plain ones, always the same objects, whose
+    memory comes and goes.
+
+    Attributes:
+        whole: the tracked parameters as the graph has them, by name.
+        meshes: the device meshes that hold pieces.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], whole: dict[str, Any], meshes: list[Any]
+    ) -> None:
+        self._modules = modules
+        self.whole = whole
+        self.meshes = meshes
+        self._device = next(iter(whole.values())).device
+
+    def most(self, number: int) -> int:
+        """The largest `number` that a rank with a piece came with. All must call it."""
+        value = torch.tensor(number, device=self._device)
+        for mesh in self.meshes:
+            for dim in range(mesh.ndim):
+                dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        return int(value)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Keep an extra pass from reducing what unsynchronised passes have gathered."""
+        kept = {p: p.grad for p in self.whole.values() if p.grad is not None}
+        for p in kept:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, grad in kept.items():
+                p.grad = grad
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of earlier passes wait to be reduced."""
+        if any(p.grad is not None for p in self.whole.values()):
+            return True
+        # Those in another dtype than the parameters' are kept where only FSDP sees them.
+        return any(
+            piece.unsharded_accumulated_grad is not None
+            for module in self._modules
+            for group in module._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
+            for piece in group.fsdp_params
+        )
+
+
+def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[nn.Module]:
+    """Have every module that `fully_shard` was called on show its pieces; those."""
+    # Where it was never imported nothing can have been sharded, and the import is slow.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    if isinstance(model, Mapping):
+        for name, p in model.items():
+            if isinstance(p, fsdp.FlatParameter):
+                raise ValueError(_flat_message(f"{name!r} is a parameter"))
+    found = []
+    for name, module in _named_modules(model):
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(_flat_message(f"{name or 'The model'} is a module"))
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+            found.append(module)
+    return found
+
+
+def find_sharding(
+    modules: list[nn.Module],
+    model: nn.Module | Mapping[str, nn.Parameter],
+    tracked: Mapping[str, nn.Parameter],
+) -> Sharding | None:
+    """What becomes of the tracked parameters in a forward pass; None if unsharded.
+
+    The modules are those that `reshard` found. Each is unsharded once, so every rank
+    must call this.
+
+    Raises:
+        ValueError: for a DTensor that is none of theirs, or stays one.
+    """
+    whole: dict[str, Any] = {n: p for n, p in tracked.items() if not is_sharded(p)}
+    if len(whole) == len(tracked):
+        return None
+    names = {id(module): name for name, module in _named_modules(model)}
+    for module in modules:
+        prefix = names[id(module)] + "." if names[id(module)] else ""
+        module.unshard()  # type: ignore[operator]
+        for name, p in module.named_parameters():
+            if prefix + name in tracked and not is_sharded(p):
+                whole.setdefault(prefix + name, p)
+        module.reshard()  # type: ignore[operator]
+    for name, p in tracked.items():
+        if name not in whole:
+            raise ValueError(_message(name, p, is_mapping=isinstance(model, Mapping)))
+    meshes = {p.device_mesh: None for p in tracked.values() if is_sharded(p)}  # type: ignore[attr-defined]
+    return Sharding(modules, {name: whole[name] for name in tracked}, list(meshes))
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(t, tensor.DTensor)
+
+
+def local_part(t: Any) -> tuple[Tensor, int]:
+    """This rank's part of a DTensor, and how many ranks hold the same part."""
+    replicas = 1
+    for dim, placement in enumerate(t.placements):
+        if placement.is_replicate():
+            replicas *= t.device_mesh.size(dim)
+    return t.to_local(), replicas
+
+
+def _named_modules(
+    model: nn.Module | Mapping[str, nn.Parameter],
+) -> Iterator[tuple[str, nn.Module]]:
+    return model.named_modules() if isinstance(model, nn.Module) else iter(())
+
+
+def _message(name: str, p: Any, *, is_mapping: bool) -> str:
+    where = (
+        "pass the module that fully_shard was called on instead of a dict"
+        if is_mapping
+        else "give the probe a module that fully_shard was called on itself"
+    )
+    return (
+        f"Parameter {name!r} is a DTensor with placements {tuple(p.placements)} on a "
+        f"mesh of shape {tuple(p.device_mesh.shape)}. Of sharded parameters only those "
+        "of fully_shard can be read, because they are whole during the passes: where "
+        f"it is one of them, {where}. Tensor parallelism is not supported: freeze the "
+        "parameter, or pass a dict of the parameters that are not split."
+    )
+
+
+def _flat_message(what: str) -> str:
+    return (
+        f"{what} of FullyShardedDataParallel, which joins parameters into flat ones "
+        "that no layer uses as they are. Shard the model with "
+        "torch.distributed.fsdp.fully_shard, or use DistributedDataParallel."
+    )
