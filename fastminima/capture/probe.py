@@ -257,16 +257,16 @@ class GradientProbe:
         any case, and then all of them raise.
         """
         assert self._ranks is not None
-        self._trouble = None
+        self._trouble = self._ranks.found_earlier(self._owned)
         keep_mean = self._keep_mean
         try:
             self._attach(
                 loss, batch_size, reduction, scale, batch_dim, hook_gradients=keep_mean
             )
-            self._ranks.check_fresh(self._owned)
         except (CaptureError, ValueError) as error:
+            self._trouble = self._trouble or error
+        if self._trouble is not None:
             self._detach()
-            self._trouble = error
 
     def _collected_joint(self, ranks: Ranks) -> GradientStatistics:
         """The statistics of all ranks; every rank gets here, in trouble or not."""

@@ -86,23 +86,20 @@ class Ranks:
         self._rows, self._head = rows, _FIRST_NAME + len(parameters)
         self._check_alike()
 
-    def check_fresh(self, owned: Mapping[str, Tensor]) -> None:
-        """See that what will be in `.grad` after the pass is all of this pass.
-
-        Raises:
-            ValueError: when gradients of earlier passes are there.
-        """
+    def found_earlier(self, owned: Mapping[str, Tensor]) -> ValueError | None:
+        """What to say when `.grad` has gradients of passes before the coming one."""
         if self._keep_mean:
-            return
+            return None
         names = [n for n, p in owned.items() if p.grad is not None and _any(p.grad)]
         if names or (self._sharding is not None and self._sharding.holds_gradients):
             what = repr(names[0]) if names else "the sharded parameters"
-            raise ValueError(
+            return ValueError(
                 f"Gradients of earlier backward passes are still there (of {what}), so "
                 "what data-parallel training leaves in .grad is not the mean of this "
                 "batch. Zero the gradients before each pass, or create the probe with "
                 "keep_mean=True, which reduces the mean of each pass by itself."
             )
+        return None
 
     def grad_sq_norms(
         self, owned: Mapping[str, Tensor], reached: Sequence[str]
@@ -114,7 +111,7 @@ class Ranks:
         """
         if self._keep_mean:
             return None
-        missing = [name for name in reached if owned[name].grad is None]
+        missing = [n for n, p in owned.items() if n in reached and p.grad is None]
         if missing:
             raise ValueError(
                 f"There is no gradient in .grad of {missing[0]!r} after the backward "

@@ -30,7 +30,7 @@ from .measure import (
 from .passes import replicas_at_rest, run_pass
 from .plan import Plan, find_plan, reads_data, watched_nodes
 from .roots import batch_edges, weigh_edges
-from .sharded import Sharding
+from .sharded import Sharding, is_sharded
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -249,11 +249,14 @@ class Reader:
             )
 
     def _storages(self) -> set[int]:
-        """Addresses of all that the model itself holds."""
+        """Which storages hold what is the model's own."""
         if self._model is None:
             return set()
-        held = (*self._model.parameters(), *self._model.buffers())
-        return {t.untyped_storage().data_ptr() for t in held}
+        held = [*self._model.parameters(), *self._model.buffers()]
+        if self._sharding is not None:
+            held = [t for t in held if not is_sharded(t)] + self._sharding.held
+        # Addresses would not do: sharded parameters have none between their uses.
+        return {t.untyped_storage()._cdata for t in held}
 
     def _layouts(
         self,

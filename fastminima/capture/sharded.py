@@ -23,14 +23,19 @@ class Sharding:
 
     Attributes:
         whole: the tracked parameters as the graph has them, by name.
+        held: the parameters that are sharded, as the graph has them, tracked or not.
         meshes: the device meshes that hold pieces.
     """
 
     def __init__(
-        self, modules: list[nn.Module], whole: dict[str, Any], meshes: list[Any]
+        self,
+        modules: list[nn.Module],
+        whole: dict[str, Any],
+        held: list[Tensor],
+        meshes: list[Any],
     ) -> None:
         self._modules = modules
-        self.whole = whole
+        self.whole, self.held = whole, held
         self.meshes = meshes
         self._device = next(iter(whole.values())).device
 
@@ -45,27 +50,34 @@ class Sharding:
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Keep an extra pass from reducing what unsynchronised passes have gathered."""
-        kept = {p: p.grad for p in self.whole.values() if p.grad is not None}
-        for p in kept:
-            p.grad = None
+        kept = list(self._waiting())
+        for holder, name, _ in kept:
+            setattr(holder, name, None)
         try:
             yield
         finally:
-            for p, grad in kept.items():
-                p.grad = grad
+            for holder, name, grad in kept:
+                setattr(holder, name, grad)
 
     @property
     def holds_gradients(self) -> bool:
         """Whether gradients of earlier passes wait to be reduced."""
-        if any(p.grad is not None for p in self.whole.values()):
-            return True
-        # Those in another dtype than the parameters' are kept where only FSDP sees them.
-        return any(
-            piece.unsharded_accumulated_grad is not None
-            for module in self._modules
-            for group in module._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
-            for piece in group.fsdp_params
-        )
+        return next(self._waiting(), None) is not None
+
+    def _waiting(self) -> Iterator[tuple[Any, str, Tensor]]:
+        """Gradients that wait to be reduced: their holders, attributes and values."""
+        for p in self.held:
+            if p.grad is not None:
+                yield p, "grad", p.grad
+        # Those in another dtype than the parameters' are where only FSDP sees them.
+        seen: set[int] = set()
+        for module in self._modules:
+            for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+                for piece in group.fsdp_params:
+                    grad = piece.unsharded_accumulated_grad
+                    if grad is not None and id(piece) not in seen:
+                        seen.add(id(piece))
+                        yield piece, "unsharded_accumulated_grad", grad
 
 
 def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[nn.Module]:
@@ -104,19 +116,24 @@ def find_sharding(
     whole: dict[str, Any] = {n: p for n, p in tracked.items() if not is_sharded(p)}
     if len(whole) == len(tracked):
         return None
+    held: dict[int, Tensor] = {}
     names = {id(module): name for name, module in _named_modules(model)}
     for module in modules:
         prefix = names[id(module)] + "." if names[id(module)] else ""
         module.unshard()  # type: ignore[operator]
         for name, p in module.named_parameters():
-            if prefix + name in tracked and not is_sharded(p):
+            if is_sharded(p):
+                continue
+            held[id(p)] = p
+            if prefix + name in tracked:
                 whole.setdefault(prefix + name, p)
         module.reshard()  # type: ignore[operator]
     for name, p in tracked.items():
         if name not in whole:
             raise ValueError(_message(name, p, is_mapping=isinstance(model, Mapping)))
     meshes = {p.device_mesh: None for p in tracked.values() if is_sharded(p)}  # type: ignore[attr-defined]
-    return Sharding(modules, {name: whole[name] for name in tracked}, list(meshes))
+    whole = {name: whole[name] for name in tracked}
+    return Sharding(modules, whole, list(held.values()), list(meshes))
 
 
 def is_sharded(t: Tensor) -> bool:

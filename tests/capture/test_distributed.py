@@ -1,0 +1,119 @@
+"""Data-parallel training over two processes: one launch, many checks.
+
+The checks themselves are in `distributed_worker.py`.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastminima as fm
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+SECONDS = 240  # takes 25
+ROOT = Path(fm.__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+
+
+def launched(folder, *names):
+    """What each rank says of each check, and what the processes printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(WORKER), str(folder), *names]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        output, _ = process.communicate()
+        output += f"\nstopped after {SECONDS} seconds"
+    files = [Path(folder) / f"{rank}.json" for rank in range(2)]
+    return [json.loads(f.read_text()) if f.exists() else {} for f in files], output
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("ranks"))
+
+
+def names():
+    """The checks in the worker, by its text: importing it would import a lot."""
+    text = WORKER.read_text()
+    return re.findall(r"^@check\ndef (\w+)", text, re.MULTILINE)
+
+
+FAMILIES = [
+    *(f"ddp_{n}" for n in ("plain", "unused", "static", "static_unused", "views")),
+    *("ddp_buckets", "ddp_plain_keep_mean", "ddp_static_keep_mean"),
+    *("fsdp_mlp", "fsdp_mlp_unresharded", "fsdp_block"),
+    *("fsdp_mlp_keep_mean", "fsdp_block_keep_mean"),
+]
+
+
+@pytest.mark.parametrize("name", [*names(), *FAMILIES])
+def test_two_processes(results, name):
+    said, output = results
+    for rank, of_rank in enumerate(said):
+        verdict = of_rank.get(name, f"not reached\n{output[-4000:]}")
+        assert verdict == "ok", f"rank {rank}: {verdict}"
+
+
+def test_every_check_is_a_test(results):
+    said, output = results
+    assert set(said[0]) == {*names(), *FAMILIES}, output[-4000:]
+
+
+def test_a_failing_check_is_seen(tmp_path):
+    said, _ = launched(tmp_path, "no_such_check")
+    assert [set(of_rank) for of_rank in said] == [{"no_such_check"}] * 2
+    assert all("KeyError" in of_rank["no_such_check"] for of_rank in said)
+
+
+@pytest.mark.parametrize("group", ["world", "all"])
+def test_without_a_process_group(group):
+    with pytest.raises(ValueError, match="init_process_group"):
+        fm.GradientProbe(nn.Linear(2, 1), process_group=group)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_one_process_is_a_group_too(alone):
+    model = nn.Linear(3, 2)
+    x = torch.randn(5, 3)
+    want = fm.GradientProbe(model).backward(model(x).square().sum(1))
+    model.zero_grad()
+    probe = fm.GradientProbe(model, process_group="world")
+    got = probe.backward(model(x).square().sum(1))
+    torch.testing.assert_close(got.to_dict(), want.to_dict())
+    for group in ("everyone", 3):
+        with pytest.raises(ValueError, match=f'"world".*{group}'):
+            fm.GradientProbe(model, process_group=group)
+    with pytest.raises(ValueError, match="keep_mean=True"):
+        fm.GradientProbe(model, process_group="world", batchnorm="frozen")
