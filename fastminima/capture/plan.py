@@ -197,7 +197,7 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     """Whether a node fed by leaves also reads a tensor that is not the model's own.
 
     Then it is no preparation of a parameter: it met data, and a layer further on mixed
-    the samples. `own` has the storages (`_cdata`) of the model's parameters and buffers.
+    the samples. `own` has the storages (`_cdata`) of parameters and buffers.
     """
     name, node = tape.names[i], tape.nodes[i]
     if name in PLACEMENT:

@@ -60,7 +60,8 @@ class Ranks:
         sharding: of the parameters, if they are sharded.
 
     Raises:
-        ValueError: on every rank, when the ranks' probes differ.
+        ValueError: on every rank, when the ranks' probes differ, or when the parameters
+            are sharded over other ranks.
     """
 
     def __init__(
@@ -85,6 +86,13 @@ class Ranks:
         rows = 1 + len(directions) + (len(parameters) if per_parameter else 0)
         self._rows, self._head = rows, _FIRST_NAME + len(parameters)
         self._check_alike()
+        sizes = [] if sharding is None else [mesh.size() for mesh in sharding.meshes]
+        if not keep_mean and any(size != self.size for size in sizes):
+            raise ValueError(
+                f"The parameters are sharded over {sizes} ranks, and process_group has "
+                f"{self.size}: gradients are not averaged over the same ranks. Pass the "
+                "group of all ranks that train together, or keep_mean=True."
+            )
 
     def found_earlier(self, owned: Mapping[str, Tensor]) -> ValueError | None:
         """What to say when `.grad` has gradients of passes before the coming one."""
@@ -178,7 +186,7 @@ class Ranks:
         return replace(joint, mean_grad_sq_norm=self._mean_sq_norm(joint, head))
 
     def _exchange(self, part: Part | None) -> tuple[Tensor, Tensor]:
-        """Heads `[ranks, head]` and bodies `[ranks, rows, capacity]` of all messages."""
+        """Heads `[ranks, head]` and bodies `[ranks, rows, capacity]` of messages."""
         head = torch.zeros(self._head, dtype=torch.float64, device=self._device)
         rows = head.new_zeros(self._rows, 0)
         if part is None:
@@ -253,7 +261,7 @@ class Ranks:
         spread = max(norms) - min(norms)
         if finite and spread > _TOLERANCE * max(norms):
             raise ValueError(
-                f"The ranks hold different gradients (their squared norms are {norms}), "
+                f"The ranks hold different gradients (of squared norms {norms}), "
                 "so .grad is not the mean over the ranks. Wrap the model in "
                 "DistributedDataParallel and probe passes outside of no_sync(); or "
                 "create the probe with keep_mean=True, which reduces the mean itself."

@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Sharding", "find_sharding", "is_sharded", "local_part", "reshard"]
+__all__ = [
+    "Sharding",
+    "find_sharding",
+    "is_sharded",
+    "local_part",
+    "reshard",
+    "total_of",
+]
 
 
 class Sharding:
@@ -149,6 +156,11 @@ def local_part(t: Any) -> tuple[Tensor, int]:
         if placement.is_replicate():
             replicas *= t.device_mesh.size(dim)
     return t.to_local(), replicas
+
+
+def total_of(t: Any) -> Tensor:
+    """Sum over all elements; of a DTensor, over all ranks, which must all call it."""
+    return t.sum().full_tensor() if is_sharded(t) else t.sum()
 
 
 def _named_modules(
