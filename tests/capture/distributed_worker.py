@@ -6,6 +6,7 @@ in the file `<folder>/<rank>.json`, and the next one runs.
 """
 
 import copy
+import dataclasses
 import datetime
 import json
 import sys
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastminima as fm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import cases
 import oracles
 
 CHECKS = {}
@@ -669,7 +671,62 @@ def ddp_audit_before_the_first_step():
                 assert torch.equal(p.grad, q.grad)
 
 
+class Called(nn.Module):
+    """A model in the way a case calls it, as the forward of a module."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, *inputs):
+        return self.call(self.inner, *inputs)
+
+
+def check_cases(wrap, prefix, skip=()):
+    """Every way to use a parameter that the tests of one process know."""
+    for case in cases.CASES:
+        if case.name in skip:
+            continue
+        single, batch = case.make()
+        single = Called(single, case.call).double()
+        case = dataclasses.replace(case, call=lambda model, *inputs: model(*inputs))
+        batch = [oracles.to_double(t) for t in batch]
+        counts = [len(batch[0]) // 2, len(batch[0]) - len(batch[0]) // 2]
+        parts = list(zip(*(t.split(counts) for t in batch), strict=True))
+        own = parts[dist.get_rank()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = wrap(copy.deepcopy(single))
+            alone = fm.GradientProbe(single, keep_mean=True, **OPTIONS)
+            probe = fm.GradientProbe(
+                model, keep_mean=True, process_group="world", **OPTIONS
+            )
+            want = [alone.backward(case.losses(single, part)) for part in parts]
+            for _ in range(2):
+                stats = probe.backward(case.losses(model, own))
+                try:
+                    assert_same(stats, want[0] + want[1], prefix)
+                except AssertionError as error:
+                    raise AssertionError(case.name) from error
+
+
+@check
+def ddp_cases():
+    check_cases(
+        lambda m: DistributedDataParallel(m, find_unused_parameters=True), "module."
+    )
+
+
 # fully_shard
+
+
+# fully_shard takes no scalar parameters.
+SCALARS = [c.name for c in cases.CASES if any(not p.dim() for p in c.build().parameters())]
+
+
+@check
+def fsdp_cases():
+    check_cases(fully_shard, "", skip=SCALARS)
 
 
 SHARDED = {
