@@ -134,15 +134,18 @@ class GradientProbe:
                 'batchnorm="frozen" takes another gradient than the one in .grad, so '
                 "with process_group it needs keep_mean=True."
             )
-        self._ranks = group and Ranks(
-            group,
-            self._parameters,
-            list(self._directions),
-            per_parameter=per_parameter,
-            second_moments="second_moments" in self._measure,
-            keep_mean=keep_mean,
-            sharding=sharding,
-        )
+        self._ranks = None
+        if group is not None:
+            self._ranks = Ranks(
+                group,
+                self._parameters,
+                list(self._directions),
+                per_parameter=per_parameter,
+                second_moments="second_moments" in self._measure,
+                keep_mean=keep_mean,
+                sharding=sharding,
+            )
+            self._ranks.check_model(model)
         self._trouble: CaptureError | ValueError | None = None
         self._announced: set[str] = set()
         self._attached: _Attached | None = None
@@ -173,8 +176,10 @@ class GradientProbe:
 
         Raises:
             CaptureError: when the graph cannot be read exactly; the model, its
-                gradients and hooks are then as before.
-            ValueError: for a loss of two dimensions or a scalar without batch size.
+                gradients and hooks are then as before. With `process_group` it is
+                raised on every rank and after the pass, as is a ValueError.
+            ValueError: for a loss of two dimensions or a scalar without batch size;
+                with `process_group`, when `.grad` is not the mean over all samples.
         """
         if self._rests():
             _check_loss(loss, batch_size, reduction, scale)
@@ -231,7 +236,8 @@ class GradientProbe:
         vector; times `scale` if a GradScaler is used), then `collect()`.
 
         Raises:
-            CaptureError, ValueError: as `backward`.
+            CaptureError, ValueError: as `backward`; with `process_group`, `collect`
+                raises them.
         """
         self._is_resting = self._rests()
         if self._is_resting:
@@ -275,7 +281,7 @@ class GradientProbe:
         if trouble is None:
             try:
                 collected, attached = self._finished()
-                reached = list(collected.sq_norms)
+                reached = frozenset(collected.sq_norms)
                 part = Part(
                     self._statistics(collected, attached.count, attached.factor),
                     reached,
@@ -302,8 +308,12 @@ class GradientProbe:
         hook_gradients: bool,
     ) -> None:
         self._detach()
-        count = _check_loss(loss, batch_size, reduction, scale)
-        batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
+        try:
+            count = _check_loss(loss, batch_size, reduction, scale)
+            batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
+        except ValueError:
+            self._reader.accompany(loss)
+            raise
         is_mean = bool(loss.dim()) or reduction == "mean"
         try:
             reading = self._reader.read(loss, count, batch_dim)
@@ -333,6 +343,7 @@ class GradientProbe:
 
         Raises:
             CaptureError: when nothing was attached, or no backward pass reached it.
+            ValueError: with `process_group`, as `backward`.
         """
         if self._is_resting:
             self._is_resting = False

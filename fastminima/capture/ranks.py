@@ -7,12 +7,13 @@ training has left the mean over ranks in `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import reduce
 from ..statistics import GradientStatistics
@@ -43,7 +44,7 @@ class Part:
     """
 
     stats: GradientStatistics
-    reached: Sequence[str]
+    reached: Collection[str]
     factor: float
     grad_sq_norms: tuple[Tensor, Tensor] | None
 
@@ -60,8 +61,7 @@ class Ranks:
         sharding: of the parameters, if they are sharded.
 
     Raises:
-        ValueError: on every rank, when the ranks' probes differ, or when the parameters
-            are sharded over other ranks.
+        ValueError: on every rank, when the ranks' probes differ.
     """
 
     def __init__(
@@ -86,12 +86,26 @@ class Ranks:
         rows = 1 + len(directions) + (len(parameters) if per_parameter else 0)
         self._rows, self._head = rows, _FIRST_NAME + len(parameters)
         self._check_alike()
-        sizes = [] if sharding is None else [mesh.size() for mesh in sharding.meshes]
-        if not keep_mean and any(size != self.size for size in sizes):
+
+    def check_model(self, model: object) -> None:
+        """See that the ranks that average gradients are those of the group.
+
+        Raises:
+            ValueError: when they are more or fewer.
+        """
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        sizes = {
+            dist.get_world_size(m.process_group)
+            for m in modules
+            if isinstance(m, nn.parallel.DistributedDataParallel)
+        }
+        if self._sharding is not None:
+            sizes |= {mesh.size() for mesh in self._sharding.meshes}
+        if not self._keep_mean and sizes - {self.size}:
             raise ValueError(
-                f"The parameters are sharded over {sizes} ranks, and process_group has "
-                f"{self.size}: gradients are not averaged over the same ranks. Pass the "
-                "group of all ranks that train together, or keep_mean=True."
+                f"The model's gradients are averaged over {sorted(sizes)} ranks, and "
+                f"process_group has {self.size}. Pass the group of all ranks that "
+                "train together, or keep_mean=True."
             )
 
     def found_earlier(self, owned: Mapping[str, Tensor]) -> ValueError | None:
@@ -110,7 +124,7 @@ class Ranks:
         return None
 
     def grad_sq_norms(
-        self, owned: Mapping[str, Tensor], reached: Sequence[str]
+        self, owned: Mapping[str, Tensor], reached: Collection[str]
     ) -> tuple[Tensor, Tensor] | None:
         """Squared norms of `.grad`: of whole parameters, and of this rank's pieces.
 
@@ -257,9 +271,11 @@ class Ranks:
 
     def _check_reduced(self, head: Sequence[Sequence[float]]) -> None:
         norms = [h[_REPLICATED] for h in head]
-        finite = torch.tensor(norms).isfinite().all()
-        spread = max(norms) - min(norms)
-        if finite and spread > _TOLERANCE * max(norms):
+        finite = [math.isfinite(norm) for norm in norms]
+        is_same = not any(finite) or (
+            all(finite) and max(norms) - min(norms) <= _TOLERANCE * max(norms)
+        )
+        if not is_same:
             raise ValueError(
                 f"The ranks hold different gradients (of squared norms {norms}), "
                 "so .grad is not the mean over the ranks. Wrap the model in "

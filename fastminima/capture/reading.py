@@ -120,11 +120,14 @@ class Reader:
             return self._read(tape, loss, batch, batch_dim)
         finally:
             if not self._has_agreed:
-                self._accompany(tape, loss, self._sharding)
+                self.accompany(loss)
 
-    def _accompany(self, tape: Tape, loss: Tensor, sharding: Sharding) -> None:
+    def accompany(self, loss: Tensor) -> None:
         """Run the passes that other ranks measure in and this one does not need."""
-        digits = sharding.most(0)
+        if self._sharding is None or loss.grad_fn is None:
+            return
+        digits = self._sharding.most(0)
+        tape = Tape(loss.grad_fn, self._names)
         leaves = leaves_below(tape, _watched(tape)) if digits else []
         with self.extra_passes(tape):
             for _ in range(digits + 1 if digits else 0):

@@ -36,7 +36,7 @@ class Sharding:
 
     def __init__(
         self,
-        modules: list[nn.Module],
+        modules: list[Any],
         whole: dict[str, Any],
         held: list[Tensor],
         meshes: list[Any],
@@ -79,7 +79,7 @@ class Sharding:
         # Those in another dtype than the parameters' are where only FSDP sees them.
         seen: set[int] = set()
         for module in self._modules:
-            for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+            for group in module._get_fsdp_state()._fsdp_param_groups:
                 for piece in group.fsdp_params:
                     grad = piece.unsharded_accumulated_grad
                     if grad is not None and id(piece) not in seen:
@@ -87,7 +87,7 @@ class Sharding:
                         yield piece, "unsharded_accumulated_grad", grad
 
 
-def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[nn.Module]:
+def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[Any]:
     """Have every module that `fully_shard` was called on show its pieces; those."""
     # Where it was never imported nothing can have been sharded, and the import is slow.
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -108,7 +108,7 @@ def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[nn.Module]:
 
 
 def find_sharding(
-    modules: list[nn.Module],
+    modules: list[Any],
     model: nn.Module | Mapping[str, nn.Parameter],
     tracked: Mapping[str, nn.Parameter],
 ) -> Sharding | None:
@@ -127,14 +127,14 @@ def find_sharding(
     names = {id(module): name for name, module in _named_modules(model)}
     for module in modules:
         prefix = names[id(module)] + "." if names[id(module)] else ""
-        module.unshard()  # type: ignore[operator]
+        module.unshard()
         for name, p in module.named_parameters():
             if is_sharded(p):
                 continue
             held[id(p)] = p
             if prefix + name in tracked:
                 whole.setdefault(prefix + name, p)
-        module.reshard()  # type: ignore[operator]
+        module.reshard()
     for name, p in tracked.items():
         if name not in whole:
             raise ValueError(_message(name, p, is_mapping=isinstance(model, Mapping)))

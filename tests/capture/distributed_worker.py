@@ -334,6 +334,12 @@ def ddp_accumulation():
     losses_of(model, x).mean().backward()
     for p, got in zip(model.parameters(), sums, strict=True):
         assert torch.equal(p.grad, got)
+    # Nor does it pass when one rank's gradient is not finite.
+    model.zero_grad()
+    with model.no_sync():
+        losses = losses_of(model, x / (1 - dist.get_rank()))
+        raised(lambda: probe.backward(losses), ValueError, "no_sync()")
+    model.zero_grad()
     # With the mean kept, single passes are right whatever is in .grad.
     probe = fm.GradientProbe(model, process_group="world", keep_mean=True)
     with model.no_sync():
@@ -502,7 +508,7 @@ def ddp_an_error_in_the_middle_of_a_pass():
 def ddp_reductions_start_where_they_did():
     """Order and place in the backward pass of each bucket's reduction."""
     logs = []
-    for is_probed in (False, True):
+    for options in (None, {}, {"keep_mean": True}, {"process_group": None}):
         model = DistributedDataParallel(build(), bucket_cap_mb=0.0001)
         log = []
 
@@ -516,20 +522,23 @@ def ddp_reductions_start_where_they_did():
         model.register_comm_hook(None, reduction)
         for name, p in model.named_parameters():
             p.register_hook(lambda g, name=name, log=log: log.append(name))
-        probe = fm.GradientProbe(model, process_group="world")
+        settings = {"process_group": "world", **OPTIONS, **(options or {})}
+        probe = fm.GradientProbe(model, **settings)
         steps = []
         for _ in range(3):  # buckets are rebuilt after the first
             model.zero_grad()
             losses = losses_of(model, share(data()))
-            if is_probed:
+            if options is not None:
                 probe.attach(losses)
             log.clear()
             losses.mean().backward()
             steps.append(list(log))
-            if is_probed:
-                assert_oracle(probe.collect(), build(), data())
+            if options is not None:
+                is_joint = probe.collect().count == 6
+                assert is_joint == (settings["process_group"] is not None)
         logs.append(steps)
-    assert logs[0] == logs[1]
+    for other in logs[1:]:
+        assert logs[0] == other
     assert sum(line.startswith("bucket") for line in logs[1][2]) > 2
     first = next(i for i, line in enumerate(logs[1][2]) if line.startswith("bucket"))
     assert any(not line.startswith("bucket") for line in logs[1][2][first:])
@@ -579,6 +588,22 @@ def ddp_different_probes():
         ),
         ValueError,
         "ranks 0 and 1 differ",
+    )
+
+
+@check
+def ddp_group_of_other_ranks():
+    groups = [dist.new_group([i]) for i in range(2)]
+    model = DistributedDataParallel(build())
+    own = groups[dist.get_rank()]
+    raised(
+        lambda: fm.GradientProbe(model, process_group=own),
+        ValueError,
+        "averaged over [2] ranks",
+    )
+    probe = fm.GradientProbe(model, process_group=own, keep_mean=True)
+    assert_oracle(
+        probe.backward(losses_of(model, share(data()))), build(), share(data())
     )
 
 
@@ -810,8 +835,15 @@ def fsdp_an_error_of_one_rank_is_raised_on_all():
     if dist.get_rank() == 1:
         losses = losses * losses.mean()
     raised(lambda: probe.backward(losses), fm.CaptureError, "do not each belong")
-    model.zero_grad()
-    assert_oracle(probe.backward(losses_of(model, x)), build(), data())
+    for _ in range(2):  # not measured yet, and remembered
+        model.zero_grad()
+        loss = losses_of(model, x).mean()
+        size = 3 if dist.get_rank() == 0 else 0
+        raised(
+            lambda a=(loss, size): probe.backward(*a), ValueError, "positive integer"
+        )
+        model.zero_grad()
+        assert_oracle(probe.backward(losses_of(model, x)), build(), data())
 
 
 @check
@@ -934,7 +966,7 @@ def fsdp_group_of_other_ranks():
     raised(
         lambda: fm.GradientProbe(model, process_group=groups[dist.get_rank()]),
         ValueError,
-        "sharded over [2] ranks",
+        "averaged over [2] ranks",
     )
 
 
