@@ -1,6 +1,6 @@
 """Data-parallel training over two processes: one launch, many checks.
 
-The checks themselves are in `distributed_worker.py`.
+The checks themselves are in the folder `two_processes`.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import nn
 
 import fastminima as fm
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+FOLDER = Path(__file__).with_name("two_processes")
 SECONDS = 240  # takes 25
 ROOT = Path(fm.__file__).parents[1]
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 def launched(folder, *names):
     """What each rank says of each check, and what the processes printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), str(folder), *names]
+    command += ["--nproc-per-node", "2", str(FOLDER / "worker.py"), str(folder), *names]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command,
@@ -56,9 +56,9 @@ def results(tmp_path_factory):
 
 
 def names():
-    """The checks in the worker, by its text: importing it would import a lot."""
-    text = WORKER.read_text()
-    return re.findall(r"^@check\ndef (\w+)", text, re.MULTILINE)
+    """The checks, by their text: importing them would import a lot."""
+    texts = [path.read_text() for path in sorted(FOLDER.glob("*.py"))]
+    return re.findall(r"^@check\ndef (\w+)", "\n".join(texts), re.MULTILINE)
 
 
 FAMILIES = [
