@@ -185,24 +185,23 @@ class GradientProbe:
             _check_loss(loss, batch_size, reduction, scale)
             _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
             return None
-        if self._ranks is not None:
-            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
-            try:
-                _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
-                return self._collected_joint(self._ranks)
-            finally:
-                self._detach()
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
         is_fresh = not _is_distributed() and all(
             p.grad is None and not p._post_accumulate_grad_hooks
             for p in self._parameters.values()
         )
-        self._attach(
-            loss, batch_size, reduction, scale, batch_dim, hook_gradients=not is_fresh
-        )
+        if self._ranks is not None:
+            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+        else:
+            self._attach(
+                *(loss, batch_size, reduction, scale, batch_dim),
+                hook_gradients=not is_fresh,
+            )
         try:
             _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+            if self._ranks is not None:
+                return self._collected_joint(self._ranks)
             assert self._attached is not None
             if is_fresh and self._attached.session is not None:
                 self._attached.session.take_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -78,13 +79,12 @@ class Sharding:
                 yield p, "grad", p.grad
         # Those in another dtype than the parameters' are where only FSDP sees them.
         seen: set[int] = set()
-        for module in self._modules:
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for piece in group.fsdp_params:
-                    grad = piece.unsharded_accumulated_grad
-                    if grad is not None and id(piece) not in seen:
-                        seen.add(id(piece))
-                        yield piece, "unsharded_accumulated_grad", grad
+        for group in itertools.chain.from_iterable(map(_groups, self._modules)):
+            for piece in group.fsdp_params:
+                grad = piece.unsharded_accumulated_grad
+                if grad is not None and id(piece) not in seen:
+                    seen.add(id(piece))
+                    yield piece, "unsharded_accumulated_grad", grad
 
 
 def reshard(model: nn.Module | Mapping[str, nn.Parameter]) -> list[Any]:
@@ -112,7 +112,7 @@ def find_sharding(
     model: nn.Module | Mapping[str, nn.Parameter],
     tracked: Mapping[str, nn.Parameter],
 ) -> Sharding | None:
-    """What becomes of the tracked parameters in a forward pass; None if unsharded.
+    """What becomes of the parameters in a forward pass; None if nothing is sharded.
 
     The modules are those that `reshard` found. Each is unsharded once, so every rank
     must call this.
@@ -121,8 +121,10 @@ def find_sharding(
         ValueError: for a DTensor that is none of theirs, or stays one.
     """
     whole: dict[str, Any] = {n: p for n, p in tracked.items() if not is_sharded(p)}
-    if len(whole) == len(tracked):
+    if not modules and len(whole) == len(tracked):
         return None
+    pieces = [*tracked.values(), *(p for m in modules for p in m.parameters())]
+    meshes = dict.fromkeys(p.device_mesh for p in pieces if is_sharded(p))
     held: dict[int, Tensor] = {}
     names = {id(module): name for name, module in _named_modules(model)}
     for module in modules:
@@ -138,7 +140,6 @@ def find_sharding(
     for name, p in tracked.items():
         if name not in whole:
             raise ValueError(_message(name, p, is_mapping=isinstance(model, Mapping)))
-    meshes = {p.device_mesh: None for p in tracked.values() if is_sharded(p)}  # type: ignore[attr-defined]
     whole = {name: whole[name] for name in tracked}
     return Sharding(modules, whole, list(held.values()), list(meshes))
 
@@ -163,9 +164,18 @@ def total_of(t: Any) -> Tensor:
     return t.sum().full_tensor() if is_sharded(t) else t.sum()
 
 
+def _groups(module: Any) -> list[Any]:
+    """What FSDP knows of the parameters that one call of `fully_shard` has sharded."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    group = state._fsdp_param_group  # PyTorch before groups of several meshes
+    return [] if group is None else [group]
+
+
 def _named_modules(
     model: nn.Module | Mapping[str, nn.Parameter],
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, Any]]:
     return model.named_modules() if isinstance(model, nn.Module) else iter(())
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing import assert_close
 
 import fastminima as fm
 
@@ -104,6 +108,45 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+def test_a_spent_graph_is_told_as_ever(alone):
+    model = nn.Linear(3, 2)
+    losses = model(torch.randn(5, 3)).square().sum(1)
+    losses.mean().backward()
+    model.zero_grad()
+    with pytest.raises(fm.CaptureError, match="has already run"):
+        fm.GradientProbe(model, process_group="world").backward(losses)
+
+
+def test_sharded_over_one_process(alone):
+    x = torch.randn(5, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    want = fm.GradientProbe(model, per_parameter=True).backward(
+        model(x).square().sum(1)
+    )
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
+    for group in (None, "world"):
+        model.zero_grad()
+        probe = fm.GradientProbe(model, per_parameter=True, process_group=group)
+        got = probe.backward(model(x).square().sum(1))
+        assert_close(got.to_dict(), want.to_dict())
+
+
+def test_other_sharded_parameters_are_refused(alone):
+    model = nn.Linear(3, 2)
+    whole = model.weight.detach()
+    mesh = init_device_mesh("cpu", (1,))
+    model.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))
+    match = r"'weight' is a DTensor with placements \(Shard\(dim=1\),\)"
+    with pytest.raises(ValueError, match=match):
+        fm.GradientProbe(model)
+    with pytest.raises(ValueError, match="instead of a dict"):
+        fm.GradientProbe({"weight": model.weight})
+    model.weight.requires_grad_(False)
+    assert list(fm.GradientProbe(model)._parameters) == ["bias"]
+
+
 def test_one_process_is_a_group_too(alone):
     model = nn.Linear(3, 2)
     x = torch.randn(5, 3)
@@ -111,7 +154,7 @@ def test_one_process_is_a_group_too(alone):
     model.zero_grad()
     probe = fm.GradientProbe(model, process_group="world")
     got = probe.backward(model(x).square().sum(1))
-    torch.testing.assert_close(got.to_dict(), want.to_dict())
+    assert_close(got.to_dict(), want.to_dict())
     for group in ("everyone", 3):
         with pytest.raises(ValueError, match=f'"world".*{group}'):
             fm.GradientProbe(model, process_group=group)

@@ -1,5 +1,7 @@
 """Statistics under `fully_shard`."""
 
+import copy
+
 import cases
 import torch
 from scenarios import (
@@ -208,6 +210,20 @@ def fsdp_collectives():
     names = [name for name, _ in calls]
     assert names.count("all_gather") == 1
     assert sum(size for _, size in calls) < 200, calls
+
+
+@check
+def fsdp_of_frozen_layers_only():
+    """Trained ones are whole; passes gather parameters all the same."""
+    single = build()
+    single[2].requires_grad_(False)
+    model = copy.deepcopy(single)
+    fully_shard(model[2])
+    probe = fm.GradientProbe(model, process_group="world", keep_mean=True)
+    for counts in ([3, 3], [2, 20], [3, 3]):
+        whole_x = data(sum(counts))
+        stats = probe.backward(losses_of(model, share(whole_x, counts)))
+        assert_oracle(stats, single, whole_x)
 
 
 @check
