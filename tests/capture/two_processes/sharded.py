@@ -214,16 +214,17 @@ def fsdp_collectives():
 
 @check
 def fsdp_of_frozen_layers_only():
-    """Trained ones are whole; passes gather parameters all the same."""
+    """Trained ones are whole; passes gather and free parameters all the same."""
     single = build()
     single[2].requires_grad_(False)
     model = copy.deepcopy(single)
-    fully_shard(model[2])
+    fully_shard(model[2], reshard_after_forward=True)
     probe = fm.GradientProbe(model, process_group="world", keep_mean=True)
     for counts in ([3, 3], [2, 20], [3, 3]):
         whole_x = data(sum(counts))
         stats = probe.backward(losses_of(model, share(whole_x, counts)))
         assert_oracle(stats, single, whole_x)
+        assert isinstance(model[2].weight, DTensor)  # in pieces again
 
 
 @check
