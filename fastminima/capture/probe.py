@@ -213,7 +213,9 @@ class GradientProbe:
                 )
             return self._collected()
         except RuntimeError as error:
-            known = _explained(error)
+            # What was wrong before the pass is why there could be none.
+            known = self._trouble or _explained(error)
+            self._trouble = None
             if known is not None:
                 raise known from error
             raise

@@ -108,13 +108,17 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_a_spent_graph_is_told_as_ever(alone):
+def test_a_pass_that_cannot_run_is_explained(alone):
     model = nn.Linear(3, 2)
     losses = model(torch.randn(5, 3)).square().sum(1)
     losses.mean().backward()
     model.zero_grad()
     with pytest.raises(fm.CaptureError, match="has already run"):
         fm.GradientProbe(model, process_group="world").backward(losses)
+    probe = fm.GradientProbe(model, process_group="world")
+    with pytest.raises(fm.CaptureError, match="has no graph"):
+        probe.backward(losses.detach())
+    probe.backward(model(torch.randn(5, 3)).square().sum(1))
 
 
 def test_sharded_over_one_process(alone):
