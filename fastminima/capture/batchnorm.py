@@ -46,7 +46,6 @@ def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
 
 def _frozen(node: Any) -> Callable[[Any, Any], Any]:
     weight, rstd = (saved_tensor(node, f"_saved_{w}") for w in ("weight", "result2"))
-    scale = rstd if weight is None else rstd * weight
 
     def hook(
         grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
@@ -54,6 +53,8 @@ def _frozen(node: Any) -> Callable[[Any, Any], Any]:
         g = grad_outputs[0]
         if g is None or grad_inputs[0] is None:
             return None
+        # Only now: a sharded weight is there during the pass, and not before.
+        scale = rstd if weight is None else rstd * weight
         channels = (1, -1) + (1,) * (g.dim() - 2)
         frozen = (g * scale.view(channels)).to(grad_inputs[0].dtype)
         return (frozen, *grad_inputs[1:])

@@ -97,27 +97,28 @@ class Fingerprints:
 class Scheme:
     """The weights of all passes over a batch, and how to read what comes back.
 
-    One plain pass and one more per digit of the batch size in base `levels`.
+    One plain pass and one more for each digit of a sample's number in base `levels`;
+    more digits than it takes do no harm.
     """
 
     batch: int
     levels: int
+    digits: int
     tolerance: float
 
     @classmethod
     def of(cls, batch: int, has_half: bool) -> Scheme:
         """For a graph that computes in float16 somewhere, or does not."""
-        if has_half:
-            return cls(batch, _HALF_LEVELS, _HALF_TOLERANCE)
-        return cls(batch, _LEVELS, _TOLERANCE)
+        levels = _HALF_LEVELS if has_half else _LEVELS
+        digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
+        return cls(batch, levels, digits, _HALF_TOLERANCE if has_half else _TOLERANCE)
 
     @property
     def weights(self) -> list[Tensor]:
         """`[batch]` for each pass."""
-        digits = max(1, math.ceil(math.log(self.batch, self.levels) - 1e-9))
         sample = torch.arange(self.batch)
         passes = [torch.ones(self.batch)]
-        for digit in range(digits):
+        for digit in range(self.digits):
             level = sample // self.levels**digit % self.levels
             passes.append(torch.exp2((level - self.levels // 2).float()))
         return passes
@@ -136,20 +137,20 @@ def measure_samples(
     backward: Callable[[Tensor, list[Tensor]], None],
     *,
     regions: Sequence[int] = (),
+    to_the_end: bool = False,
 ) -> Measurements:
     """Labels of every output of the watched nodes.
 
     `weighting` hooks the given sample weights into the graph, `backward(weights,
     leaves)` runs a pass that reaches `leaves`. A pass ends with the last watched node,
-    unless there are `regions`, which see to their graphs themselves.
+    unless it is to go `to_the_end` or there are `regions`, which see to their graphs
+    themselves.
     """
     leaves = leaves_below(tape, [*watched, *regions])
     seen = {i: Fingerprints() for i in watched}
     for weights in scheme.weights:
         handles = weighting(weights)
-        waiting = set(watched)
-        if regions:
-            waiting.add(-1)
+        waiting = None if to_the_end or regions else set(watched)
         try:
             for i, fingerprints in seen.items():
                 hook = _recorder(fingerprints, waiting, i)
@@ -169,10 +170,12 @@ class _AllSeen(Exception):
 
 
 def _recorder(
-    fingerprints: Fingerprints, waiting: set[int], i: int
+    fingerprints: Fingerprints, waiting: set[int] | None, i: int
 ) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
         fingerprints(grads)
+        if waiting is None:
+            return
         waiting.discard(i)
         if not waiting:
             raise _AllSeen

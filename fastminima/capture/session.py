@@ -36,7 +36,7 @@ from .saved import readable, saved_tensor
 from .tape import Tape, signed
 from .universal import Universal
 
-__all__ = ["Collected", "Session"]
+__all__ = ["Collected", "Session", "dense_values"]
 
 _BIASES = (DenseBias, ConvolutionBias)
 _TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
@@ -90,6 +90,8 @@ class Session:
         keep_grads: keep this pass' gradient itself.
         hook_gradients: read the gradient when it is about to be accumulated, for
             passes after which nobody calls `take_gradients`.
+        defer_errors: let the pass go on after a CaptureError and raise it in `finish`:
+            other ranks wait for this one's gradients.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -103,8 +105,11 @@ class Session:
         directions: Mapping[str, Mapping[str, Tensor]],
         keep_grads: bool,
         hook_gradients: bool,
+        defer_errors: bool = False,
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
+        self._defer_errors = defer_errors
+        self._error: CaptureError | None = None
         self.collected = Collected()
         self._parameters = parameters
         self._batch = batch
@@ -151,6 +156,9 @@ class Session:
 
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
+        if self._error is not None:
+            self.close()
+            raise self._error
         with torch.no_grad():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
@@ -209,8 +217,13 @@ class Session:
             if all(g is None for g in grads) or belongs_to_another(self):
                 return
             node = readable(torch._C._current_autograd_node())
-            with _no_grad():
-                self._visit(use, node, grads, layouts, deliver)
+            try:
+                with _no_grad():
+                    self._visit(use, node, grads, layouts, deliver)
+            except CaptureError as error:
+                if not self._defer_errors:
+                    raise
+                self._error = self._error or error
 
         self._handles.append(tape.nodes[use.node].register_prehook(hook))
 
@@ -315,9 +328,7 @@ class Session:
         """Note the gradients of some parameters in this pass."""
         values = []
         for name, grad in grads.items():
-            if grad.layout != torch.strided:
-                grad = grad.coalesce() if grad.is_sparse else grad.to_dense()
-            values.append(grad.values() if grad.is_sparse else grad)
+            values.append(dense_values(grad))
             if self._keep_grads:
                 kept = grad.to_dense() if grad.is_sparse else grad.clone()
                 self.collected.grads[name] = kept
@@ -358,6 +369,13 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
             name = own_name(leaf)
             total[name] = total.get(name, 0) + count
     return total
+
+
+def dense_values(grad: Tensor) -> Tensor:
+    """A dense tensor with the elements of a gradient that may be sparse."""
+    if grad.layout == torch.strided:
+        return grad
+    return grad.coalesce().values() if grad.is_sparse else grad.to_dense()
 
 
 def _table_delivery(
