@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import batchnorm
 from .gathers import Guard, placing_numbers, read_numbers
 from .layout import RegularLayout, RowLayout
 from .plan import Plan
 from .regions import Region, region_shapes
+from .routes import Routes
 from .tape import Tape
 
 __all__ = ["Found", "Known", "Layouts"]
@@ -25,12 +26,29 @@ class Found:
     """How to read a graph: the uses, whose rows are whose, and what runs again.
 
     `regions` has for the node of a reentrant checkpoint how to read what it runs, or
-    None where no gradient came when its rows were measured.
+    None where no gradient came when its rows were measured. `routes` say whose rows are
+    whose at the uses that have no layouts, in each graph anew.
     """
 
     plan: Plan
     layouts: Layouts
     regions: dict[int, Region | None] = field(default_factory=dict)
+    routes: Routes | None = None
+
+    def followed(self, tape: Tape, batch: int) -> Found | None:
+        """The same with the layouts of all uses; None where the routes do not agree."""
+        if self.routes is None:
+            return self
+        labels = self.routes.labels(tape)
+        if labels is None:
+            return None
+        layouts = [
+            self.routes.layouts(tape, labels, use.node, batch)
+            if use.node in self.routes.nodes
+            else of_use
+            for use, of_use in zip(self.plan.uses, self.layouts, strict=True)
+        ]
+        return replace(self, layouts=layouts)
 
 
 class Known:
@@ -49,6 +67,7 @@ class Known:
         self._guards = tuple(guards)
         self._plan = found.plan
         self._regions = tuple(found.regions)
+        self._routed = _routed(found)
         preparing = found.plan.preparing
         self._placing = placing_numbers(tape, preparing) if moves_rows else []
         self._found: dict[tuple, Found] = {}
@@ -57,7 +76,11 @@ class Known:
 
     def fits(self, found: Found, guards: Sequence[Guard]) -> bool:
         """Whether a new measurement speaks of the same uses under the same guards."""
-        return self._uses == found.plan.uses and self._guards == tuple(guards)
+        return (
+            self._uses == found.plan.uses
+            and self._guards == tuple(guards)
+            and self._routed == _routed(found)
+        )
 
     def recall(self, tape: Tape, batch: int) -> Found | None:
         """What holds for this graph, or None when it has to be measured."""
@@ -66,15 +89,20 @@ class Known:
         signature = self._signature(tape, batch)
         found = self._found.get(signature)
         if found is not None:
-            return found
+            return found.followed(tape, batch)
         if len(self._measured) < _MEASURED_SIZES or not self._follows:
             return None
         layouts = self._carried_over(signature)
         if layouts is None:
             return None
-        found = Found(self._plan.sized(tape), layouts)
+        routes = self._found[self._measured[0]].routes
+        if routes is not None:
+            routes = routes.resized(tape, batch)
+            if routes is None:
+                return None
+        found = Found(self._plan.sized(tape), layouts, routes=routes)
         self._keep(signature, found)
-        return found
+        return found.followed(tape, batch)
 
     def remember(self, tape: Tape, batch: int, found: Found) -> None:
         """Keep what was measured on a graph."""
@@ -82,7 +110,8 @@ class Known:
         if self._measured:
             self._follows &= self._carried_over(signature) == found.layouts
         self._follows &= not found.regions  # they may compute anything in other sizes
-        self._measured.append(signature)
+        if signature not in self._found:
+            self._measured.append(signature)
         self._keep(signature, found)
 
     def _keep(self, signature: tuple, found: Found) -> None:
@@ -92,9 +121,10 @@ class Known:
 
     def _signature(self, tape: Tape, batch: int) -> tuple:
         """All by which two graphs of one structure can differ in their layouts."""
+        shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
         return (
             batch,
-            self._plan.signature(tape),
+            tuple(() if use.node in self._routed else s for use, s in shapes),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),
             tuple(region_shapes(tape, i) for i in self._regions),
@@ -121,6 +151,11 @@ class Known:
                 moved.append(carried)
             layouts.append(moved)
         return layouts
+
+
+def _routed(found: Found) -> frozenset[int]:
+    """Nodes whose layouts the routes give."""
+    return frozenset(found.routes.nodes if found.routes is not None else ())
 
 
 def _ones(shapes: Sequence[Sequence[int]]) -> list[list[bool]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -35,6 +37,24 @@ class RegularLayout:
     def is_one_row(self) -> bool:
         """Whether the dimension is the batch itself."""
         return self.outer == 1 and self.inner == 1
+
+    @property
+    def labels(self) -> Tensor:
+        """The sample of each position along `dim`, read or not."""
+        place = torch.arange(self.outer * self.batch * self.inner)
+        return place // self.inner % self.batch
+
+    def stride(self, shape: Sequence[int]) -> int:
+        """Elements from a row of one sample to one of the next, in row-major order.
+
+        The same for every shape that the tensor is viewed in.
+        """
+        return self.inner * math.prod(shape[self.dim + 1 :])
+
+    def listed(self) -> IrregularLayout:
+        """The layout of the positions along `dim`, as a list of labels."""
+        listed = IrregularLayout(self.labels, self.batch)
+        return listed if self.chosen is None else listed.choose(self.chosen)
 
     def choose(self, samples: Tensor) -> RegularLayout:
         """The same layout, reading some samples only."""

@@ -24,7 +24,7 @@ from .measure import (
     measure_samples,
 )
 from .passes import is_distributed, replicas_at_rest, run_pass, run_whole_pass
-from .plan import Plan, find_plan, reads_data, watched_nodes
+from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
 from .refusals import (
     refuse_collectives,
     refuse_compiled,
@@ -42,8 +42,10 @@ from .regions import (
     watch,
 )
 from .roots import batch_edges, weigh_edges
+from .routes import find_routes
 from .saved import frames_of
 from .sharded import Sharding, is_sharded
+from .stretches import VIEWS
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -206,20 +208,26 @@ class Reader:
         assert measured is not None
         plan = find_plan(tape, measured, inner)
         refuse_hidden(plan)
+        routes = find_routes(tape, measured, batch, plan.preparing)
+        routed = routes.nodes if routes else ()
+        layouts, is_fitted = self._layouts(tape, plan, measured, batch, routed)
+        own = self._storages()
         for i in plan.preparing:
-            if reads_data(tape, i, self._storages()):
+            if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
                 raise CaptureError(self._mixed_message(tape, i, batch))
-        layouts, is_fitted = self._layouts(tape, plan, measured, batch)
-        found = Found(plan, layouts, regions)
-        guards = find_guards(tape, measured, batch, plan.preparing)
+        found = Found(plan, layouts, regions, routes)
+        complete = found.followed(tape, batch)
+        assert complete is not None  # the routes agree with this very graph
+        covered = routes.covered if routes else ()
+        guards = find_guards(tape, measured, batch, plan.preparing, covered)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
-            return found
+            return complete
         known = self._known.get(key)
         if known is None or not known.fits(found, guards):
             known = self._known[key] = Known(tape, found, guards)
         known.remember(tape, batch, found)
-        return found
+        return complete
 
     def _measured_samples(
         self,
@@ -324,16 +332,20 @@ class Reader:
         plan: Plan,
         measured: Mapping[int, list[Measurement | None]],
         batch: int,
+        routed: Container[int] = (),
     ) -> tuple[Layouts, bool]:
+        """Layouts of all uses but the routed ones, and whether they may be kept."""
         layouts: Layouts = []
         is_settled = True
         for use in plan.uses:
             of_use: list[RowLayout | None] = []
-            for measurement in measured[use.node]:
+            for measurement in () if use.node in routed else measured[use.node]:
                 if measurement is None:
                     of_use.append(None)
                     continue
                 found = measurement.layouts(batch)
+                if len(found) > 1:
+                    found = _like_views(found, tape, use.node, measured, batch)
                 if not found:
                     raise CaptureError(self._mixed_message(tape, use.node, batch))
                 is_settled &= len(found) == 1 and isinstance(found[0], RegularLayout)
@@ -375,7 +387,9 @@ class Reader:
 
 
 def _watched(tape: Tape, regions: Container[int] = ()) -> list[int]:
-    return sorted({*watched_nodes(tape, regions), *watched_sources(tape)})
+    near = watched_nodes(tape, regions)
+    views = [view for i in near for view in _views_of(tape, i)]
+    return sorted({*near, *views, *watched_sources(tape)})
 
 
 def _nearest_parameter(tape: Tape, i: int) -> str | None:
@@ -397,6 +411,41 @@ def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
         for i in nodes
         for meta in tape.nodes[i]._input_metadata
     )
+
+
+def _views_of(tape: Tape, i: int) -> list[int]:
+    """Nodes that view the one output of node `i` in another shape."""
+    if len(tape.shapes(i)) > 1:
+        return []
+    return [parent for parent, _, _ in tape.parents[i] if tape.names[parent] in VIEWS]
+
+
+def _like_views(
+    found: list[RowLayout],
+    tape: Tape,
+    i: int,
+    measured: Mapping[int, list[Measurement | None]],
+    batch: int,
+) -> list[RowLayout]:
+    """Those of several layouts that also fit where the output is viewed otherwise.
+
+    Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
+    two layouts if T is one more than a multiple of B; rows [B, T] fit one.
+    """
+    shape = tape.shapes(i)[0]
+    for view in _views_of(tape, i):
+        seen = measured[view][0] if view in measured else None
+        if seen is None:
+            continue
+        fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
+        strides = {x.stride(seen.shape) for x in fitting}
+        common: list[RowLayout] = [
+            x
+            for x in found
+            if isinstance(x, RegularLayout) and x.stride(shape) in strides
+        ]
+        found = common or found
+    return found
 
 
 def _all_of_one(tape: Tape, plan: Plan) -> Layouts:
