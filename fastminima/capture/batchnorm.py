@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .layout import RegularLayout, RowLayout
 from .rules import BATCH_NORM
 from .tape import Tape
 
-__all__ = ["freeze", "mixing_nodes", "norm_nodes"]
+__all__ = ["BATCH_NORM", "freeze", "mixing_nodes", "norm_nodes", "why_mixed"]
+
+_COUNTING = frozenset(["EmbeddingBackward0", "EmbeddingBagBackward0"])
 
 
 def norm_nodes(tape: Tape) -> list[int]:
@@ -33,6 +36,37 @@ def mixing_nodes(
         for i in (norm_nodes(tape) if candidates is None else candidates)
         if getattr(tape.nodes[i], "_saved_training", True) and tape.shapes(i)[0][0] > 1
     ]
+
+
+def why_mixed(tape: Tape, i: int, layout: RowLayout | None) -> str | None:
+    """How the node at a use mixes samples although its rows each belong to one.
+
+    The rows say what comes after the node, not what it does itself.
+    """
+    name, node = tape.names[i], tape.nodes[i]
+    if layout is None or layout.batch == 1:
+        return None
+    if name in _COUNTING and node._saved_scale_grad_by_freq:
+        return (
+            "divides gradients by how often an index is in the batch "
+            "(scale_grad_by_freq=True)"
+        )
+    if isinstance(layout, RegularLayout) and _normalises_over(tape, i, layout):
+        return f"normalises over dimension {layout.dim}, which runs over the samples"
+    return None
+
+
+def _normalises_over(tape: Tape, i: int, layout: RegularLayout) -> bool:
+    name, node = tape.names[i], tape.nodes[i]
+    shape = tape.shapes(i)[0]
+    if name == "NativeLayerNormBackward0":
+        return layout.dim >= len(shape) - len(node._saved_normalized_shape)
+    if name == "NativeGroupNormBackward0":
+        group = shape[1] // node._saved_group
+        return layout.dim > 1 or (layout.dim == 1 and layout.inner % group != 0)
+    if name in BATCH_NORM and getattr(node, "_saved_training", True):
+        return layout.dim != 1
+    return False
 
 
 def freeze(tape: Tape, nodes: list[int]) -> list[Any]:

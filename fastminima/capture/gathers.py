@@ -176,6 +176,11 @@ def find_guards(
         ):
             index = tape.nodes[i]._saved_indices
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
+        if name == "EmbeddingBagBackward0" and _is_data(
+            tape, tape.children[i][1], preparing
+        ):  # weights of the rows in a bag, computed for each sample
+            offsets = tape.nodes[i]._saved_offsets
+            guards.append(Guard(i, "_saved_offsets", None, offsets.clone()))
     for i in gather_nodes(tape):
         if i in preparing:
             continue

@@ -29,6 +29,12 @@ class RegularLayout:
         """Whether the dimension is the batch itself."""
         return self.outer == 1 and self.inner == 1
 
+    @property
+    def labels(self) -> Tensor:
+        """The sample of each position along `dim`."""
+        place = torch.arange(self.outer * self.batch * self.inner)
+        return place // self.inner % self.batch
+
     def isolate(self, t: Tensor) -> Tensor:
         """`[batch, *shape of one sample]`, a view where strides allow it.
 

@@ -105,6 +105,7 @@ class Reader:
         if known is None:
             _refuse_compiled(tape)
             _refuse_complex(tape)
+            _refuse_nested(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
         candidates = None if known is None else known.norms
@@ -113,9 +114,24 @@ class Reader:
             raise CaptureError(self._mixing_message(tape, mixing))
         layouts = self._recall(known, tape, batch) if known is not None else None
         if layouts is None:
-            return self._measure(key, tape, loss, batch, batch_dim, mixing)
-        assert known is not None
-        return Reading(tape, known.plan.sized(tape), layouts, mixing)
+            reading = self._measure(key, tape, loss, batch, batch_dim, mixing)
+        else:
+            assert known is not None
+            reading = Reading(tape, known.plan.sized(tape), layouts, mixing)
+        self._refuse_mixing_uses(reading)
+        return reading
+
+    def _refuse_mixing_uses(self, reading: Reading) -> None:
+        for use, layouts in zip(reading.plan.uses, reading.layouts, strict=True):
+            if use.name in batchnorm.BATCH_NORM and self._batchnorm != "error":
+                continue  # the user has chosen what that means
+            why = batchnorm.why_mixed(reading.tape, use.node, layouts[0])
+            if why is not None:
+                where = self._module_at(reading.tape, use.node)
+                raise CaptureError(
+                    f"{use.name} at {where} {why}: the gradient of one sample depends "
+                    "on the others. Change the layer, or use MinibatchVariance."
+                )
 
     def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
         if not all(guard.holds(tape) for guard in known.guards):
@@ -291,6 +307,15 @@ def _refuse_complex(tape: Tape) -> None:
                 f"The loss computes with complex numbers ({tape.names[i]}), which are "
                 "not supported; write that part with real ones, as in a matrix product "
                 "with cosines and sines."
+            )
+
+
+def _refuse_nested(tape: Tape) -> None:
+    for i, node in enumerate(tape.nodes):
+        if any(meta.is_nested_tensor for meta in node._input_metadata):
+            raise CaptureError(
+                f"The loss computes with nested tensors ({tape.names[i]}), which are "
+                "not supported; run the model on padded ones."
             )
 
 
