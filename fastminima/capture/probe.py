@@ -295,15 +295,21 @@ class GradientProbe:
         count = _count(losses, None)
         try:
             reading = self._reader.read(losses, count, 0)
+            session = self._session(reading, count, frozenset(["norms", "totals"]), {})
+            return audit_losses(
+                session,
+                losses,
+                self._parameters,
+                samples,
+                seed,
+                reading,
+                self._batchnorm,
+            )
         except RuntimeError as error:
             known = _explained(error)
             if known is not None:
                 raise known from error
             raise
-        session = self._session(reading, count, frozenset(["norms", "totals"]), {})
-        return audit_losses(
-            session, losses, self._parameters, samples, seed, reading, self._batchnorm
-        )
 
     def _session(
         self,

@@ -188,9 +188,7 @@ def table() -> str:
             continue
         everything += found
         refused = [outcome.reason for outcome in found if outcome.reason]
-        why = {
-            text for r in refused for word, text in WHY.items() if r.startswith(word)
-        }
+        why = sorted(set(refused))
         nodes = sorted(set().union(*(outcome.without_rule for outcome in found)))
         cells = [f"`{name}`", len(found), len(found) - len(refused), len(refused)]
         cells += ["; ".join(why), ", ".join(f"`{node}`" for node in nodes)]

@@ -1,0 +1,134 @@
+"""Uses of a parameter in which the samples are hard to tell apart."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastminima as fm
+
+
+def agrees(probe, named, losses):
+    """Every parameter's norms are those that autograd finds, one loss at a time."""
+    found = [
+        torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        for loss in losses
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = probe.backward(losses)
+    for name, grads in zip(named, zip(*found, strict=True), strict=True):
+        want = torch.stack([g.square().sum() for g in grads])
+        got = stats.sq_norms_by_parameter[name]
+        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def parameters(*shapes):
+    return {
+        f"p{i}": nn.Parameter(torch.rand(shape) + 0.5) for i, shape in enumerate(shapes)
+    }
+
+
+def squares(out):
+    return (out.flatten(1) + 0.3).square().sum(1)
+
+
+def test_repeats_that_interleave_the_samples():
+    """Row n of the parameter is sample n's alone, and repeated along time."""
+    named = parameters((4, 3))
+    x = torch.randn(4, 4, 3)  # time, batch, 3: as many steps as samples
+    probe = fm.GradientProbe(named, per_parameter=True)
+    repeated = named["p0"].repeat(4, 1).view(4, 4, 3)
+    agrees(probe, named, squares((repeated * x).transpose(0, 1)))
+    repeated = named["p0"].repeat(4, 1).view(4, 4, 3)  # now one parameter for all
+    agrees(probe, named, squares(repeated * x))
+
+
+class TwoOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w, x + w
+
+    @staticmethod
+    def backward(ctx, product, total):
+        x, w = ctx.saved_tensors
+        return product * w + total, (product * x + total).sum(0)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_function_with_outputs_that_nobody_uses(used):
+    named = parameters((3,))
+    outputs = TwoOutputs.apply(torch.randn(4, 3), named["p0"])
+    probe = fm.GradientProbe(named, per_parameter=True)
+    agrees(probe, named, squares(sum(outputs[i].tanh() for i in used)))
+
+
+def test_bags_whose_bounds_move():
+    """The bounds say which of the computed weights are whose."""
+    named = parameters((3,), (5, 2))
+    probe = fm.GradientProbe(named, per_parameter=True)
+    for bounds in 3 * [[0, 2, 4, 6]] + [[0, 1, 4, 6], [0, 3, 3, 6]]:
+        ids, x = torch.randint(5, (8,)), torch.randn(8, 3)
+        bags = F.embedding_bag(
+            ids,
+            named["p1"],
+            torch.tensor(bounds),
+            mode="sum",
+            per_sample_weights=(x @ named["p0"]).tanh(),
+        )
+        agrees(probe, named, squares(bags))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_of_any_length(mode, last):
+    named = parameters((5, 2))
+    probe = fm.GradientProbe(named, per_parameter=True)
+    for bounds in [[0, 2, 4, 6], [0, 0, 3, 8], [0, 5, 5, 5], [0, 1, 1, 7]]:
+        bags = F.embedding_bag(
+            torch.tensor([1, 1, 0, 3, 0, 0, 2, 1]),
+            named["p0"],
+            torch.tensor([*bounds, 8] if last else bounds),
+            mode=mode,
+            padding_idx=0,
+            include_last_offset=last,
+        )
+        losses = squares(bags)
+        assert probe.audit(losses).rows[0].rules == ("EmbeddingBagBackward0",)
+        agrees(probe, named, losses)
+
+
+def test_weights_of_bags_as_a_parameter():
+    named = parameters((8,), (5, 2))
+    probe = fm.GradientProbe(named, per_parameter=True)
+    bags = F.embedding_bag(
+        torch.randint(5, (8,)),
+        named["p1"],
+        torch.tensor([0, 3, 3, 6]),
+        mode="sum",
+        per_sample_weights=named["p0"],
+    )
+    agrees(probe, named, squares(bags))
+
+
+ARITHMETIC = {
+    "x - p": lambda x, p: x - p,
+    "p - x": lambda x, p: p - x,
+    "x - 3 p": lambda x, p: torch.sub(x, p, alpha=3),
+    "x / p": lambda x, p: x / p,
+    "p / x": lambda x, p: p / (x.abs() + 1),
+    "one - p": lambda x, p: x * (1 - p),
+    "(p x) / p": lambda x, p: (x * p).sin() / p,
+}
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 1), (1,), (4, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic(name, shape):
+    named = parameters(shape)
+    x = torch.randn(4, 3, 4)
+    out = ARITHMETIC[name](x, named["p0"])
+    agrees(fm.GradientProbe(named, per_parameter=True), named, squares(out))
