@@ -11,9 +11,14 @@ from .layout import RegularLayout, RowLayout
 from .rules import BATCH_NORM
 from .tape import Tape
 
-__all__ = ["BATCH_NORM", "freeze", "mixing_nodes", "norm_nodes", "why_mixed"]
-
-_COUNTING = frozenset(["EmbeddingBackward0", "EmbeddingBagBackward0"])
+__all__ = [
+    "BATCH_NORM",
+    "counts_in_batch",
+    "freeze",
+    "mixing_nodes",
+    "norm_nodes",
+    "normalises_over",
+]
 
 
 def norm_nodes(tape: Tape) -> list[int]:
@@ -38,25 +43,21 @@ def mixing_nodes(
     ]
 
 
-def why_mixed(tape: Tape, i: int, layout: RowLayout | None) -> str | None:
-    """How the node at a use mixes samples although its rows each belong to one.
+def counts_in_batch(tape: Tape, i: int) -> bool:
+    """Whether a table divides gradients by how often an index is in the batch."""
+    if tape.names[i] not in ("EmbeddingBackward0", "EmbeddingBagBackward0"):
+        return False
+    return tape.nodes[i]._saved_scale_grad_by_freq
 
-    The rows say what comes after the node, not what it does itself.
+
+def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
+    """Whether a normalisation takes its statistics over several samples.
+
+    The rows of its output gradient do not show it: they say what comes after the node,
+    not what it does itself.
     """
-    name, node = tape.names[i], tape.nodes[i]
-    if layout is None or layout.batch == 1:
-        return None
-    if name in _COUNTING and node._saved_scale_grad_by_freq:
-        return (
-            "divides gradients by how often an index is in the batch "
-            "(scale_grad_by_freq=True)"
-        )
-    if isinstance(layout, RegularLayout) and _normalises_over(tape, i, layout):
-        return f"normalises over dimension {layout.dim}, which runs over the samples"
-    return None
-
-
-def _normalises_over(tape: Tape, i: int, layout: RegularLayout) -> bool:
+    if not isinstance(layout, RegularLayout) or layout.batch == 1:
+        return False
     name, node = tape.names[i], tape.nodes[i]
     shape = tape.shapes(i)[0]
     if name == "NativeLayerNormBackward0":

@@ -114,24 +114,43 @@ class Reader:
             raise CaptureError(self._mixing_message(tape, mixing))
         layouts = self._recall(known, tape, batch) if known is not None else None
         if layouts is None:
-            reading = self._measure(key, tape, loss, batch, batch_dim, mixing)
-        else:
-            assert known is not None
-            reading = Reading(tape, known.plan.sized(tape), layouts, mixing)
-        self._refuse_mixing_uses(reading)
+            return self._measure(key, tape, loss, batch, batch_dim, mixing)
+        assert known is not None
+        reading = Reading(tape, known.plan.sized(tape), layouts, mixing)
+        self._refuse_mixing_uses(reading, None)
         return reading
 
-    def _refuse_mixing_uses(self, reading: Reading) -> None:
-        for use, layouts in zip(reading.plan.uses, reading.layouts, strict=True):
-            if use.name in batchnorm.BATCH_NORM and self._batchnorm != "error":
-                continue  # the user has chosen what that means
-            why = batchnorm.why_mixed(reading.tape, use.node, layouts[0])
-            if why is not None:
-                where = self._module_at(reading.tape, use.node)
-                raise CaptureError(
-                    f"{use.name} at {where} {why}: the gradient of one sample depends "
-                    "on the others. Change the layer, or use MinibatchVariance."
+    def _refuse_mixing_uses(
+        self, reading: Reading, measured: Mapping[int, list[Measurement | None]] | None
+    ) -> None:
+        """Raise for a use that mixes samples by itself.
+
+        For a normalisation that depends on its layout, which may not be sure yet where
+        it was `measured` in this step.
+        """
+        tape = reading.tape
+        for use, (layout, *_) in zip(reading.plan.uses, reading.layouts, strict=True):
+            if layout is None or layout.batch == 1:
+                continue
+            if batchnorm.counts_in_batch(tape, use.node):
+                does = (
+                    "divides gradients by how often an index is in the batch "
+                    "(scale_grad_by_freq=True)"
                 )
+            elif (
+                # Any other choice than "error" says what is meant.
+                not (use.name in batchnorm.BATCH_NORM and self._batchnorm != "error")
+                and batchnorm.normalises_over(tape, use.node, layout)
+                and (measured is None or _is_sure(measured[use.node], layout.batch))
+            ):
+                does = "takes its statistics over several samples"
+            else:
+                continue
+            raise CaptureError(
+                f"{use.name} at {self._module_at(tape, use.node)} {does}, so the "
+                "gradient of one sample depends on the others. Change the layer, or "
+                "use MinibatchVariance."
+            )
 
     def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
         if not all(guard.holds(tape) for guard in known.guards):
@@ -179,6 +198,7 @@ class Reader:
                 raise CaptureError(self._mixed_message(tape, i, batch))
         layouts, is_settled = self._layouts(tape, plan, measured, batch)
         reading = Reading(tape, plan, layouts, mixing)
+        self._refuse_mixing_uses(reading, measured)
         guards = find_guards(tape, measured, batch, plan.preparing)
         if guards is None or not is_settled:
             self._known.pop(key, None)
@@ -275,6 +295,14 @@ class Reader:
                 return self._modules.get(parameter, parameter)
         below = _nearest_parameter(tape, i)
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
+
+
+def _is_sure(measured: list[Measurement | None], batch: int) -> bool:
+    """Whether one layout alone fits what was measured, and all samples were seen."""
+    return all(
+        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
+        for m in measured
+    )
 
 
 def _nearest_parameter(tape: Tape, i: int) -> str | None:

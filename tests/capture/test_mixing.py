@@ -52,7 +52,7 @@ REFUSED = {
 def test_norm_over_the_samples(name):
     build, shape = REFUSED[name]
     model = build()
-    with pytest.raises(fm.CaptureError, match="runs over the samples"):
+    with pytest.raises(fm.CaptureError, match="statistics over several samples"):
         probe_of(model).backward(losses_of(model(torch.randn(shape))))
     assert all(p.grad is None for p in model.parameters())
 
@@ -79,8 +79,18 @@ def test_norm_that_begins_to_mix():
     model, x = OfColumns().eval(), torch.randn(4, 3)
     probe = probe_of(model)
     probe.backward(losses_of(model(x)))
-    with pytest.raises(fm.CaptureError, match=r"norm \(BatchNorm1d\) normalises over"):
+    with pytest.raises(fm.CaptureError, match=r"norm \(BatchNorm1d\) takes its stat"):
         probe.backward(losses_of(model.train()(x)))
+
+
+@pytest.mark.filterwarnings("ignore:No rule")
+def test_norms_of_single_samples_whose_gradients_are_not_numbers():
+    """Rows of NaN fit any layout, one over the normalised dims too."""
+    norm = nn.LayerNorm((3, 4))
+    images = torch.randn(3, 3, 4)
+    images[1] = float("nan")
+    stats = probe_of(norm).backward(losses_of(torch.stack([norm(x) for x in images])))
+    assert not stats.is_finite
 
 
 def test_rows_of_a_norm_over_columns():

@@ -182,7 +182,7 @@ LAYERS = [
             nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0), 2, nn.LayerNorm(4)
         ),
         BOTH,
-        lambda m, x, y: m(x, y, tgt_mask=torch.ones(4, 4).triu(1).bool()).transpose(0, 1),
+        lambda m, x, y: time_first(m, x, y, torch.ones(4, 4).triu(1).bool()),
         (1, 1),
     ),
     Layer("MultiheadAttention", lambda: nn.MultiheadAttention(4, 2), CUBE,
