@@ -87,7 +87,10 @@ _PLACING = {
     "SumBackward1": ("dim",),
     "MeanBackward1": ("dim",),
     "AmaxBackward0": ("dim",),
+    "AminBackward0": ("dim",),
     "MaxBackward0": ("dim",),
+    "MinBackward0": ("dim",),
+    "LinalgVectorNormBackward0": ("dim",),
     "LogsumexpBackward0": ("dim",),
 }
 # Where a matrix from outside the graph may combine rows of any samples.
@@ -98,6 +101,11 @@ _PRODUCTS = {
     "AddmmBackward0": (1, 2),
     "BaddbmmBackward0": (1, 2),
 }
+# Elementwise nodes: operands are spread along the dims where they have size one.
+_SPREADING = frozenset(
+    f"{name}Backward0"
+    for name in ("Expand", "Add", "Sub", "Mul", "Div", "Where", "MaskedFill")
+)
 
 
 def placing_numbers(
@@ -142,18 +150,72 @@ def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
     return left is None and _is_data(tape, right, preparing)
 
 
+def _shared_dims(tape: Tape, i: int, batch: int) -> list[tuple[tuple[int, int], int]]:
+    """Dims of a node's output along which it has the same rows of an input, with it.
+
+    Rows of data that all samples share there are given to one of them by zeros, of a
+    mask or a matrix from outside the graph.
+    """
+    name, edges = tape.names[i], tape.children[i]
+    shape = tape.shapes(i)[0]
+    if name in _PRODUCTS and name != "MvBackward0":
+        left, right = (edges[number] for number in _PRODUCTS[name])
+        if left is None or right is not None or shape[-1] % batch:
+            return []
+        return [(left, len(shape) - 1)]
+    if name not in _SPREADING:
+        return []
+    found = []
+    for edge in edges:
+        if edge is None or tape.is_leaf(edge[0]) or tape.is_surely_parameter[edge[0]]:
+            continue
+        own = tape.shapes(edge[0])[edge[1]]
+        own = (1,) * (len(shape) - len(own)) + own
+        found += [
+            (edge, dim)
+            for dim, (size, full) in enumerate(zip(own, shape, strict=True))
+            if size == 1 < full and full % batch == 0
+        ]
+    return found
+
+
+def _shares_rows(
+    tape: Tape,
+    measured: Mapping[int, list[Measurement | None]],
+    batch: int,
+    preparing: Container[int],
+    i: int,
+) -> bool:
+    """Whether rows of data may be given to samples by something that is not watched."""
+    found = None if i in preparing else measured.get(i, [None])[0]
+    if found is None:
+        return False
+    dims = {
+        dim
+        for edge, dim in _shared_dims(tape, i, batch)
+        if _is_data(tape, edge, preparing)
+    }
+    return bool(dims) and any(
+        isinstance(layout, RegularLayout) and layout.dim in dims
+        for layout in found.layouts(batch)
+    )
+
+
 def gather_nodes(tape: Tape) -> list[int]:
     """Nodes that pick rows by an index."""
     known = _BY_DIM | _BY_INDICES
     return [i for i, name in enumerate(tape.names) if name in known]
 
 
-def watched_sources(tape: Tape) -> list[int]:
+def watched_sources(tape: Tape, batch: int) -> list[int]:
     """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
     gathers = gather_nodes(tape)
     sources = (tape.children[i][0] for i in gathers)
-    return gathers + [
-        edge[0] for edge in sources if edge is not None and not tape.is_leaf(edge[0])
+    shared = [i for i in range(len(tape.names)) if _shared_dims(tape, i, batch)]
+    return [
+        *gathers,
+        *(e[0] for e in sources if e is not None and not tape.is_leaf(e[0])),
+        *shared,
     ]
 
 
@@ -168,8 +230,11 @@ def find_guards(
     Nodes that prepare a parameter pick no rows of samples.
     """
     guards: list[Guard] = []
-    if any(_moves_unseen(tape, i, preparing) for i in range(len(tape.names))):
-        return None
+    for i in range(len(tape.names)):
+        if _moves_unseen(tape, i, preparing):
+            return None
+        if _shares_rows(tape, measured, batch, preparing, i):
+            return None
     for i, name in enumerate(tape.names):
         if name == "EmbeddingBackward0" and _is_data(
             tape, tape.children[i][0], preparing

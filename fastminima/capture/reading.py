@@ -184,7 +184,7 @@ class Reader:
             signature = _signature(tape, plan, [], 1)
             self._known[key] = _Known(plan, norms, [], {signature: layouts})
             return Reading(tape, plan, layouts, mixing)
-        watched = sorted({*watched_nodes(tape), *watched_sources(tape)})
+        watched = sorted({*watched_nodes(tape), *watched_sources(tape, batch)})
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
 
         def weighting(weights: Tensor) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from .contributions import Contribution, Dense, Embedding, Placed
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
@@ -73,9 +74,11 @@ def _trilinear(
         return {}
     if isinstance(layout, RegularLayout) and layout.dim != 0:
         return {}
-    left, right = (layout.rows(t, 1) for t in (node._saved_i1, node._saved_i3))
+    dtype = accumulation_dtype(g.dtype)
+    tensors = (node._saved_i1, node._saved_i3, g)
+    left, right, g = (layout.rows(t, 1).to(dtype) for t in tensors)
     products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
-    dense = Dense(products, layout.rows(g, 1), out_first=True)
+    dense = Dense(products, g, out_first=True)
     shape = slots[0].shape
     return {1: Placed(dense, shape, _reshaped(shape))}
 
@@ -100,7 +103,7 @@ def _embedding_bag(
     bag = torch.searchsorted(node._saved_offsets.long(), place, right=True) - 1
     in_bag = bag < len(g)  # what is after the last offset is in none
     ids, bag = ids[in_bag], bag[in_bag]
-    rows = g[bag]
+    rows = g[bag].to(accumulation_dtype(g.dtype))
     if node._saved_mode == _MEAN:
         rows = rows / sizes[bag].unsqueeze(1)
     elif node._saved_per_sample_weights is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from ..ops import broadcast
 from .contributions import Contribution, Materialized
 from .layout import RegularLayout, RowLayout
@@ -41,7 +42,7 @@ def _summed_like(
     is_plain = layout.dim == 0 and layout.outer * layout.inner == 1
     if factor is None and is_channel and is_plain:
         return broadcast.sum_over_space(g.flatten(2))
-    samples = layout.isolate(g)
+    samples = layout.isolate(g).to(accumulation_dtype(g.dtype))
     if factor is not None:
         samples = samples * layout.isolate(factor)
     dims = [i + 1 for i, size in enumerate(shape) if size == 1]

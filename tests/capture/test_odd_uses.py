@@ -132,3 +132,45 @@ def test_arithmetic(name, shape):
     x = torch.randn(4, 3, 4)
     out = ARITHMETIC[name](x, named["p0"])
     agrees(fm.GradientProbe(named, per_parameter=True), named, squares(out))
+
+
+def pooled_by_sum(rows, mask):
+    return (rows * mask.unsqueeze(2)).sum(1)
+
+
+def pooled_by_maximum(rows, mask):
+    return (rows * mask.unsqueeze(2)).abs().amax(1)
+
+
+def pooled_where(rows, mask):
+    return torch.where(mask.unsqueeze(2) > 0, rows, 0.0).sum(1)
+
+
+def pooled_by_filling(rows, mask):
+    shared = rows.expand(len(mask), -1, -1)
+    return shared.masked_fill(mask.unsqueeze(2) == 0, -1e3).amax(1)
+
+
+def pooled_by_a_product_of_columns(rows, mask):
+    return (rows.T @ mask.T).T
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        pooled_by_sum,
+        pooled_by_maximum,
+        pooled_where,
+        pooled_by_filling,
+        pooled_by_a_product_of_columns,
+    ],
+)
+def test_rows_that_a_mask_gives_to_samples(pooled):
+    """First as many rows for each sample, as if in regular order; then others."""
+    named = parameters((3, 2))
+    probe = fm.GradientProbe(named, per_parameter=True)
+    for lengths in 4 * [[2, 2, 2, 2]] + [[1, 3, 2, 2], [3, 1, 1, 3]]:
+        owner = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+        mask = (owner == torch.arange(4).unsqueeze(1)).float()  # [batch, rows]
+        rows = torch.randn(8, 3) @ named["p0"]
+        agrees(probe, named, squares(pooled(rows, mask)))
