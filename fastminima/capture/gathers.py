@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,12 +100,13 @@ _PRODUCTS = {
     "MvBackward0": (0, 1),
     "AddmmBackward0": (1, 2),
     "BaddbmmBackward0": (1, 2),
+    "AddmvBackward0": (1, 2),
+    "AddbmmBackward0": (1, 2),
+    "SparseAddmmBackward0": (1, 2),
+    "SparseMmReduceImplBackward0": (0, 1),
 }
-# Elementwise nodes: operands are spread along the dims where they have size one.
-_SPREADING = frozenset(
-    f"{name}Backward0"
-    for name in ("Expand", "Add", "Sub", "Mul", "Div", "Where", "MaskedFill")
-)
+_VECTORS = frozenset(["MvBackward0", "AddmvBackward0"])
+_JOINS = frozenset(["StackBackward0", "CatBackward0"])
 
 
 def placing_numbers(
@@ -158,25 +159,38 @@ def _shared_dims(tape: Tape, i: int, batch: int) -> list[tuple[tuple[int, int], 
     """
     name, edges = tape.names[i], tape.children[i]
     shape = tape.shapes(i)[0]
-    if name in _PRODUCTS and name != "MvBackward0":
+    if name in _PRODUCTS and name not in _VECTORS:
         left, right = (edges[number] for number in _PRODUCTS[name])
         if left is None or right is not None or shape[-1] % batch:
             return []
         return [(left, len(shape) - 1)]
-    if name not in _SPREADING:
-        return []
-    found = []
-    for edge in edges:
-        if edge is None or tape.is_leaf(edge[0]) or tape.is_surely_parameter[edge[0]]:
-            continue
-        own = tape.shapes(edge[0])[edge[1]]
-        own = (1,) * (len(shape) - len(own)) + own
-        found += [
-            (edge, dim)
-            for dim, (size, full) in enumerate(zip(own, shape, strict=True))
-            if size == 1 < full and full % batch == 0
-        ]
-    return found
+    inputs = [edge for edge in edges if edge is not None and not tape.is_leaf(edge[0])]
+    if name in _JOINS:
+        dim = signed(tape.nodes[i]._saved_dim) % len(shape)
+        return [(edge, dim) for edge in inputs if inputs.count(edge) > 1]
+    return [
+        (edge, dim)
+        for edge in inputs
+        if not tape.is_surely_parameter[edge[0]]
+        for dim in _spread_dims(tape.shapes(edge[0])[edge[1]], shape, name)
+        if shape[dim] % batch == 0
+    ]
+
+
+def _spread_dims(
+    own: tuple[int, ...], shape: tuple[int, ...], name: str
+) -> Sequence[int]:
+    """Dims along which an input is the same all over an output, as far as sizes tell."""
+    if len(own) > len(shape):
+        return ()
+    own = (1,) * (len(shape) - len(own)) + own
+    dims = [dim for dim, size in enumerate(own) if size < shape[dim]]
+    repeats = name == "RepeatBackward0"
+    fits = all(
+        size == full or size == 1 or (repeats and size and full % size == 0)
+        for size, full in zip(own, shape, strict=True)
+    )
+    return dims if fits else ()
 
 
 def _shares_rows(

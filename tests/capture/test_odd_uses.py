@@ -155,9 +155,30 @@ def pooled_by_a_product_of_columns(rows, mask):
     return (rows.T @ mask.T).T
 
 
+def pooled_by_a_sparse_product(rows, mask):
+    return torch.sparse.mm(mask.to_sparse(), rows)
+
+
+def pooled_of_repeats(rows, mask):
+    return pooled_by_sum(rows.repeat(4, 1, 1), mask)
+
+
+def pooled_of_a_stack(rows, mask):
+    return pooled_by_sum(torch.stack(4 * [rows]), mask)
+
+
+def pooled_by_interpolation(rows, mask):
+    nothing = torch.zeros(4, *rows.shape)
+    return torch.lerp(nothing, rows, mask.unsqueeze(2)).sum(1)
+
+
 @pytest.mark.parametrize(
     "pooled",
     [
+        pooled_by_a_sparse_product,
+        pooled_of_repeats,
+        pooled_of_a_stack,
+        pooled_by_interpolation,
         pooled_by_sum,
         pooled_by_maximum,
         pooled_where,
@@ -174,3 +195,16 @@ def test_rows_that_a_mask_gives_to_samples(pooled):
         mask = (owner == torch.arange(4).unsqueeze(1)).float()  # [batch, rows]
         rows = torch.randn(8, 3) @ named["p0"]
         agrees(probe, named, squares(pooled(rows, mask)))
+
+
+def test_rows_that_are_spread_within_the_samples_are_remembered():
+    """A scale for each sample and one for each feature say nothing of whose rows are."""
+    named = parameters((3, 3), (3,))
+    probe = fm.GradientProbe(named, per_parameter=True)
+    for _ in range(3):
+        rows = torch.randn(3, 3, 3) @ named["p0"]
+        rows = rows / rows.square().mean(2, keepdim=True).sqrt() * named["p1"]
+        rows = rows + rows.mean(1, keepdim=True)
+        agrees(probe, named, squares(rows))
+    (known,) = probe._reader._known.values()
+    assert len(known.measured) == 1
