@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .layout import RegularLayout
 from .measure import Measurement
+from .shared_rows import PRODUCTS, is_data, shared_dims, shares_rows
 from .tape import Tape, signed
 
 __all__ = [
@@ -93,20 +94,6 @@ _PLACING = {
     "LinalgVectorNormBackward0": ("dim",),
     "LogsumexpBackward0": ("dim",),
 }
-# Where a matrix from outside the graph may combine rows of any samples.
-_PRODUCTS = {
-    "MmBackward0": (0, 1),
-    "BmmBackward0": (0, 1),
-    "MvBackward0": (0, 1),
-    "AddmmBackward0": (1, 2),
-    "BaddbmmBackward0": (1, 2),
-    "AddmvBackward0": (1, 2),
-    "AddbmmBackward0": (1, 2),
-    "SparseAddmmBackward0": (1, 2),
-    "SparseMmReduceImplBackward0": (0, 1),
-}
-_VECTORS = frozenset(["MvBackward0", "AddmvBackward0"])
-_JOINS = frozenset(["StackBackward0", "CatBackward0"])
 
 
 def placing_numbers(
@@ -131,88 +118,17 @@ def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tupl
     return tuple(values)
 
 
-def _is_data(
-    tape: Tape, edge: tuple[int, int] | None, preparing: Container[int]
-) -> bool:
-    """Whether rows of samples come along an edge, and not a parameter."""
-    return edge is not None and edge[0] not in preparing and not tape.is_leaf(edge[0])
-
-
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
     """Whether a node moves rows of data by something that cannot be watched."""
     name, edges = tape.names[i], tape.children[i]
     if name in _BY_ANYTHING:
         return True
     if name == "EmbeddingBagBackward0":
-        return _is_data(tape, edges[0], preparing)
-    if name not in _PRODUCTS:
+        return is_data(tape, edges[0], preparing)
+    if name not in PRODUCTS:
         return False
-    left, right = (edges[number] for number in _PRODUCTS[name])
-    return left is None and _is_data(tape, right, preparing)
-
-
-def _shared_dims(tape: Tape, i: int, batch: int) -> list[tuple[tuple[int, int], int]]:
-    """Dims of a node's output along which it has the same rows of an input, with it.
-
-    Rows of data that all samples share there are given to one of them by zeros, of a
-    mask or a matrix from outside the graph.
-    """
-    name, edges = tape.names[i], tape.children[i]
-    shape = tape.shapes(i)[0]
-    if name in _PRODUCTS and name not in _VECTORS:
-        left, right = (edges[number] for number in _PRODUCTS[name])
-        if left is None or right is not None or shape[-1] % batch:
-            return []
-        return [(left, len(shape) - 1)]
-    inputs = [edge for edge in edges if edge is not None and not tape.is_leaf(edge[0])]
-    if name in _JOINS:
-        dim = signed(tape.nodes[i]._saved_dim) % len(shape)
-        return [(edge, dim) for edge in inputs if inputs.count(edge) > 1]
-    return [
-        (edge, dim)
-        for edge in inputs
-        if not tape.is_surely_parameter[edge[0]]
-        for dim in _spread_dims(tape.shapes(edge[0])[edge[1]], shape, name)
-        if shape[dim] % batch == 0
-    ]
-
-
-def _spread_dims(
-    own: tuple[int, ...], shape: tuple[int, ...], name: str
-) -> Sequence[int]:
-    """Dims along which an input is the same all over an output, as far as sizes tell."""
-    if len(own) > len(shape):
-        return ()
-    own = (1,) * (len(shape) - len(own)) + own
-    dims = [dim for dim, size in enumerate(own) if size < shape[dim]]
-    repeats = name == "RepeatBackward0"
-    fits = all(
-        size == full or size == 1 or (repeats and size and full % size == 0)
-        for size, full in zip(own, shape, strict=True)
-    )
-    return dims if fits else ()
-
-
-def _shares_rows(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-    preparing: Container[int],
-    i: int,
-) -> bool:
-    """Whether rows of data may be given to samples by something that is not watched."""
-    found = None if i in preparing else measured.get(i, [None])[0]
-    if found is None:
-        return False
-    dims = {
-        dim
-        for edge, dim in _shared_dims(tape, i, batch)
-        if _is_data(tape, edge, preparing)
-    }
-    return bool(dims) and any(
-        isinstance(layout, RegularLayout) and layout.dim in dims
-        for layout in found.layouts(batch)
-    )
+    left, right = (edges[number] for number in PRODUCTS[name])
+    return left is None and is_data(tape, right, preparing)
 
 
 def gather_nodes(tape: Tape) -> list[int]:
@@ -225,7 +141,7 @@ def watched_sources(tape: Tape, batch: int) -> list[int]:
     """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
     gathers = gather_nodes(tape)
     sources = (tape.children[i][0] for i in gathers)
-    shared = [i for i in range(len(tape.names)) if _shared_dims(tape, i, batch)]
+    shared = [i for i in range(len(tape.names)) if shared_dims(tape, i, batch)]
     return [
         *gathers,
         *(e[0] for e in sources if e is not None and not tape.is_leaf(e[0])),
@@ -247,15 +163,15 @@ def find_guards(
     for i in range(len(tape.names)):
         if _moves_unseen(tape, i, preparing):
             return None
-        if _shares_rows(tape, measured, batch, preparing, i):
+        if shares_rows(tape, measured, batch, preparing, i):
             return None
     for i, name in enumerate(tape.names):
-        if name == "EmbeddingBackward0" and _is_data(
+        if name == "EmbeddingBackward0" and is_data(
             tape, tape.children[i][0], preparing
         ):
             index = tape.nodes[i]._saved_indices
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
-        if name == "EmbeddingBagBackward0" and _is_data(
+        if name == "EmbeddingBagBackward0" and is_data(
             tape, tape.children[i][1], preparing
         ):  # weights of the rows in a bag, computed for each sample
             offsets = tape.nodes[i]._saved_offsets

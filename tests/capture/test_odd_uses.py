@@ -198,7 +198,7 @@ def test_rows_that_a_mask_gives_to_samples(pooled):
 
 
 def test_rows_that_are_spread_within_the_samples_are_remembered():
-    """A scale for each sample and one for each feature say nothing of whose rows are."""
+    """Scales of samples and of features do not say whose a row is."""
     named = parameters((3, 3), (3,))
     probe = fm.GradientProbe(named, per_parameter=True)
     for _ in range(3):
