@@ -239,6 +239,94 @@ class Heads(nn.Module):
         return heads.flatten(1).sum(1, keepdim=True) * mixed.flatten(1)
 
 
+class RelativePositions(nn.Module):
+    """A table of distances, looked up once and added to every sample's scores."""
+
+    def __init__(self, where=False):
+        super().__init__()
+        self.table = nn.Embedding(9, 2)
+        self.where = where
+
+    def forward(self, x):  # [batch, 5, 6]
+        place = torch.arange(x.shape[1])
+        bias = self.table(place[:, None] - place + 4).permute(2, 0, 1)[None]
+        if self.where:
+            bias = torch.where((x[:, :, 0] < 0.5)[:, None, None], bias, -3.0)
+        heads = x.unflatten(2, (2, 3)).transpose(1, 2)
+        scores = (heads @ heads.mT) * 0.1
+        return (scores + bias).softmax(-1) @ heads
+
+
+class Indexed(nn.Module):
+    """Tables looked up by indexing, along one dim and two."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(7, 6))
+        self.grid = nn.Parameter(torch.randn(3, 4, 2, 3))
+        self.numbers = nn.Parameter(torch.randn(5))
+
+    def forward(self, ids):  # [batch, 5] of 0 ... 6
+        x = self.rows[ids - 7].tanh() + self.rows.index_select(0, torch.arange(5))
+        grid = self.grid[ids % 3, ids % 4].flatten(2)
+        return x * grid + self.numbers[ids % 5, None]
+
+
+class MaskToken(nn.Module):
+    """One vector in the place of some inputs, other ones in each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(6))
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        x[x[..., 0] > 0.3] = self.token.to(x.dtype)
+        return self.layer(x)
+
+
+class SortedExperts(nn.Module):
+    """Rows sorted by expert, one grouped product, and back in order."""
+
+    def __init__(self, grouped):
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.experts = nn.Parameter(torch.randn(3, 4, 8))
+        self.bias = nn.Parameter(torch.randn(3, 4))
+        self.grouped = grouped
+
+    def forward(self, x):  # [batch, 5, 8]
+        rows = x.flatten(0, 1)
+        weight, choice = self.router(rows).softmax(-1).topk(2)
+        expert, order = choice.flatten().sort()
+        if self.grouped and x.dtype == torch.float32:
+            ends = torch.bincount(expert, minlength=3).cumsum(0).int()
+            matrices = self.experts.transpose(1, 2)
+            out = F.grouped_mm(rows[order // 2], matrices, offs=ends)
+        else:
+            out = torch.bmm(self.experts[expert], rows[order // 2, :, None])[..., 0]
+        out = (out + self.bias[expert]).tanh() * weight.flatten()[order, None]
+        return out[order.argsort()].view(*choice.shape, 4).sum(1).view(*x.shape[:2], 4)
+
+
+class Packed(nn.Module):
+    """Parts of one matrix, apart or with rows in common."""
+
+    def __init__(self, *cuts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.cuts = cuts
+
+    def forward(self, x):
+        for cut in self.cuts:
+            w = self.weight[cut]
+            x = torch.cat(
+                [x, (x[..., :6] @ (w.t() if w.dim() == 2 else w[:, None])).tanh()], -1
+            )
+        return x
+
+
 def attention(model, x):
     return model(x, x, x, need_weights=False)[0]
 
@@ -398,6 +486,16 @@ CASES = [
     Case("gru", lambda: nn.GRU(6, 3, batch_first=True), rows(4, 5, 6), first),
     Case("prelu", lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4)), rows(5, 6)),
     Case("experts", Experts, rows(4, 5, 6)),
+    Case("experts grouped", lambda: SortedExperts(True), rows(4, 5, 8)),
+    Case("experts selected", lambda: SortedExperts(False), rows(4, 5, 8)),
+    Case("rows apart", lambda: Packed(slice(0, 2), 2, slice(3, 6)), rows(4, 5, 6)),
+    Case("rows in common", lambda: Packed(slice(0, 4), slice(2, 6), 3), rows(4, 5, 6)),
+    Case("last row twice", lambda: Packed(-1, slice(0, 2), slice(-2, None), 5), rows(4, 5, 6)),
+    Case("relative positions", RelativePositions, rows(4, 5, 6)),
+    Case("relative positions, as many samples", RelativePositions, rows(5, 5, 6)),
+    Case("relative positions masked", lambda: RelativePositions(where=True), rows(4, 5, 6)),
+    Case("indexed tables", Indexed, ids(7, 4, 5)),
+    Case("mask token", MaskToken, rows(4, 5, 6)),
     Case("loop over samples", RowLoop, rows(4, 6)),
     Case("loop over images", ImageLoop, rows(3, 3, 5, 5), universal=True),
     Case("unrolled", Unrolled, rows(4, 5, 6)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..ops import broadcast, conv, dense, embedding
 from ..ops.conv_geometry import ConvGeometry
 
 __all__ = [
+    "Apart",
     "Column",
     "Contribution",
     "Convolution",
@@ -356,15 +358,19 @@ class Stacked(Contribution):
 
 
 class Placed(Contribution):
-    """A contribution whose elements are moved to their places in the parameter."""
+    """A contribution whose elements are moved to their places in the parameter.
+
+    `span` is where in the parameter's first dim they are at most, if that is known.
+    """
 
     def __init__(
         self,
         inner: Contribution,
         shape: tuple[int, ...],
         place: Callable[[Tensor], Tensor],
+        span: tuple[int, int] | None = None,
     ) -> None:
-        self.inner, self.shape, self.place = inner, shape, place
+        self.inner, self.shape, self.place, self.span = inner, shape, place, span
         self.batch = inner.batch
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
@@ -392,7 +398,7 @@ class Placed(Contribution):
         return self.inner.dots(moved[1:].reshape(self.inner.shape))
 
     def settled(self) -> Contribution:
-        return Placed(self.inner.settled(), self.shape, self.place)
+        return Placed(self.inner.settled(), self.shape, self.place, self.span)
 
 
 class Pushed(Contribution):
@@ -434,6 +440,19 @@ class Joined(Contribution):
         return _sum(part.dots(direction) for part in self.parts)
 
 
+class Apart(Joined):
+    """Uses of different rows of one parameter, such as one expert each."""
+
+    def sq_norms(self) -> Tensor:
+        return _sum(part.sq_norms() for part in self.parts)
+
+    def second_moment(self) -> Tensor:
+        return _sum(part.second_moment() for part in self.parts)
+
+    def gram(self) -> Tensor:
+        return _sum(part.gram() for part in self.parts)
+
+
 class _TiedHead(Joined):
     """A table used as embedding and as output head."""
 
@@ -456,6 +475,8 @@ class _TiedHead(Joined):
 
 def joined(parts: Sequence[Contribution]) -> Contribution:
     """The sum of the contributions of all uses of one parameter, in its best form."""
+    if _are_apart(parts):
+        return Apart(parts)
     tables = [part for part in parts if isinstance(part, Embedding)]
     matrices = [part for part in parts if isinstance(part, Dense)]
     others = [p for p in parts if not isinstance(p, Embedding | Dense)]
@@ -471,6 +492,15 @@ def joined(parts: Sequence[Contribution]) -> Contribution:
         if isinstance(head, Dense) and isinstance(table, Embedding):
             return _TiedHead(table, head)
     return Joined(merged)
+
+
+def _are_apart(parts: Sequence[Contribution]) -> bool:
+    """Whether no element of the parameter is in two of its uses, for sure."""
+    spans = [part.span if isinstance(part, Placed) else None for part in parts]
+    known = sorted(span for span in spans if span is not None)
+    if len(known) < len(spans):
+        return False
+    return all(a[1] <= b[0] for a, b in pairwise(known))
 
 
 def _concatenated(parts: list[Dense]) -> Dense:

@@ -34,13 +34,22 @@ _BY_DIM = frozenset(
 _BY_INDICES = frozenset(
     ["IndexBackward0", "IndexPutBackward0", "IndexPutImplBackward0"]
 )
+# The input whose rows an index moves; where that is a parameter no sample's row is.
+_MOVED = {
+    "IndexBackward0": 0,
+    "IndexSelectBackward0": 0,
+    "IndexPutBackward0": 1,
+    "IndexPutImplBackward0": 1,
+    "IndexAddBackward0": 1,
+}
 _BY_ANYTHING = frozenset(
     [
         *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
         *("PutBackward0", "PackPaddedSequenceBackward0", "SegmentReduceBackward0"),
-        *("IndexReduceBackward0", "torch::autograd::CopySlices"),
+        "IndexReduceBackward0",
     ]
 )
+ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +149,13 @@ def gather_nodes(tape: Tape) -> list[int]:
 def watched_sources(tape: Tape, batch: int) -> list[int]:
     """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
     gathers = gather_nodes(tape)
-    sources = (tape.children[i][0] for i in gathers)
+    assigned = [i for i, name in enumerate(tape.names) if name == ASSIGNMENT]
+    sources = [tape.children[i][0] for i in gathers]
+    sources += [edge for i in assigned for edge in tape.children[i]]
     shared = [i for i in range(len(tape.names)) if shared_dims(tape, i, batch)]
     return [
         *gathers,
+        *assigned,
         *(e[0] for e in sources if e is not None and not tape.is_leaf(e[0])),
         *shared,
     ]
@@ -154,10 +166,12 @@ def find_guards(
     measured: Mapping[int, list[Measurement | None]],
     batch: int,
     preparing: Container[int],
+    routed: Container[int] = (),
 ) -> list[Guard] | None:
     """What must stay the same for a measured layout to hold, or None if unknowable.
 
-    Nodes that prepare a parameter pick no rows of samples.
+    Nodes that prepare a parameter pick no rows of samples, nor do those that look up a
+    table; `routed` ones are followed in each step.
     """
     guards: list[Guard] = []
     for i in range(len(tape.names)):
@@ -166,6 +180,8 @@ def find_guards(
         if shares_rows(tape, measured, batch, preparing, i):
             return None
     for i, name in enumerate(tape.names):
+        if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch):
+            return None
         if name == "EmbeddingBackward0" and is_data(
             tape, tape.children[i][0], preparing
         ):
@@ -177,9 +193,12 @@ def find_guards(
             offsets = tape.nodes[i]._saved_offsets
             guards.append(Guard(i, "_saved_offsets", None, offsets.clone()))
     for i in gather_nodes(tape):
-        if i in preparing:
-            continue
         name, node = tape.names[i], tape.nodes[i]
+        if i in preparing or i in routed:
+            continue
+        moved = _MOVED.get(name)
+        if moved is not None and not is_data(tape, tape.children[i][moved], preparing):
+            continue
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
         if name in _BY_INDICES:
@@ -199,6 +218,30 @@ def find_guards(
             return None
         guards.append(Guard(i, saved, None, getattr(node, saved).clone()))
     return guards
+
+
+def _fills_rows(
+    tape: Tape,
+    measured: Mapping[int, list[Measurement | None]],
+    i: int,
+    batch: int,
+) -> bool:
+    """Whether an assignment into a slice leaves the samples where they are.
+
+    The slice itself is not shown. It takes in all of the batch dim if what is assigned
+    is as long there, and no other dim of that length can be meant.
+    """
+    dim = _batch_dim(measured, i, batch)
+    edge = tape.children[i][-1]
+    if dim is None or edge is None:
+        return False
+    whole, part = tape.shapes(i)[0], tape.shapes(edge[0])[edge[1]]
+    return (
+        len(part) == len(whole)
+        and part[dim] == whole[dim]
+        and whole.count(whole[dim]) == 1
+        and _batch_dim(measured, edge[0], batch) == dim
+    )
 
 
 _INDEX_NAMES = ("_saved_index", "_saved_indices", "_saved_result1")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Size, Tensor
 
+from .layout import RegularLayout, RowLayout
 from .measure import Measurement
 from .tape import Tape
 
@@ -17,6 +18,7 @@ __all__ = [
     "Slot",
     "Use",
     "find_plan",
+    "is_spread",
     "reads_data",
     "watched_nodes",
 ]
@@ -218,6 +220,46 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
         elif _is_larger(tape, i):
             return True
     return False
+
+
+# Uses whose operands are spread along the dims where they have size one.
+_BROADCASTING = frozenset(
+    f"{name}Backward0"
+    for name in ("Add", "Sub", "Mul", "Div", "Where", "Expand", "Repeat")
+)
+
+
+def is_spread(
+    tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]], i: int
+) -> bool:
+    """Whether what node `i` prepares meets the samples as one thing for all of them.
+
+    So do relative positions, whatever numbers they were looked up with: at each use the
+    operand has size one along the dim of the samples.
+    """
+    spread = {
+        (use.node, slot.number)
+        for use, (layout, *_) in zip(plan.uses, layouts, strict=True)
+        for slot in use.slots
+        if use.name in _BROADCASTING
+        and isinstance(layout, RegularLayout)
+        and _is_one_along(slot.shape, layout.dim - len(tape.shapes(use.node)[0]))
+    }
+    stack, entered = [i], {i}
+    while stack:
+        for parent, number, _ in tape.parents[stack.pop()]:
+            if parent not in plan.preparing:
+                if (parent, number) not in spread:
+                    return False
+            elif parent not in entered:
+                entered.add(parent)
+                stack.append(parent)
+    return True
+
+
+def _is_one_along(shape: tuple[int, ...], dim: int) -> bool:
+    """Whether an operand has size one along a dim counted from the last."""
+    return len(shape) < -dim or shape[dim] == 1
 
 
 def _is_larger(tape: Tape, i: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from .gathers import (
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurement, Weighting, measure_samples
 from .passes import run_pass
-from .plan import Plan, find_plan, reads_data, watched_nodes
+from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
 from .roots import batch_edges, weigh_edges
+from .routes import Routes, find_routes
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -52,6 +53,8 @@ class _Known:
     norms: list[int]  # batch normalisations, in whatever mode
     placing: list[tuple[int, tuple[str, ...]]]  # numbers that say where rows go
     layouts: dict[tuple, Layouts] = field(default_factory=dict)
+    routes: dict[tuple, Routes] = field(default_factory=dict)  # where rows are routed
+    routed: frozenset[int] = frozenset()  # uses whose layouts the routes give
     measured: list[tuple] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
     follows: bool = True  # measured layouts were those carried over from the first
@@ -155,18 +158,35 @@ class Reader:
     def _recall(self, known: _Known, tape: Tape, batch: int) -> Layouts | None:
         if not all(guard.holds(tape) for guard in known.guards):
             return None
-        signature = _signature(tape, known.plan, known.placing, batch)
+        signature = _signature(tape, known, batch)
         layouts = known.layouts.get(signature)
         if layouts is None and len(known.measured) >= _MEASURED_SIZES and known.follows:
             layouts = _carried_over(known, signature)
+            routes = known.routes.get(known.measured[0])
+            if layouts is not None and routes is not None:
+                routes = routes.resized(tape, batch)
+                layouts = layouts if routes is not None else None
             if layouts is not None:
-                self._remember(known, signature, layouts)
-        return layouts
+                self._remember(known, signature, layouts, routes)
+        if layouts is None:
+            return None
+        return _with_routed(
+            tape, known.plan, layouts, known.routes.get(signature), batch
+        )
 
-    def _remember(self, known: _Known, signature: tuple, layouts: Layouts) -> None:
+    def _remember(
+        self,
+        known: _Known,
+        signature: tuple,
+        layouts: Layouts,
+        routes: Routes | None,
+    ) -> None:
         if len(known.layouts) >= _MOST_SIZES:
             known.layouts = {s: known.layouts[s] for s in known.measured}
+            known.routes = {s: r for s, r in known.routes.items() if s in known.layouts}
         known.layouts[signature] = layouts
+        if routes is not None:
+            known.routes[signature] = routes
 
     def _measure(
         self,
@@ -180,9 +200,8 @@ class Reader:
         if batch == 1:
             plan = find_plan(tape, None)
             layouts = [_all_of_one(tape.shapes(use.node)) for use in plan.uses]
-            norms = batchnorm.norm_nodes(tape)
-            signature = _signature(tape, plan, [], 1)
-            self._known[key] = _Known(plan, norms, [], {signature: layouts})
+            known = self._known[key] = _Known(plan, batchnorm.norm_nodes(tape), [])
+            known.layouts[_signature(tape, known, 1)] = layouts
             return Reading(tape, plan, layouts, mixing)
         watched = sorted({*watched_nodes(tape), *watched_sources(tape, batch)})
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
@@ -193,26 +212,35 @@ class Reader:
 
         measured = self._measured_samples(tape, watched, loss, batch, weighting)
         plan = find_plan(tape, measured)
+        routes = find_routes(tape, measured, batch, plan.preparing)
+        routed = frozenset(routes.nodes if routes else ())
+        layouts, is_settled = self._layouts(tape, plan, measured, batch, routed)
+        own = self._storages()
         for i in plan.preparing:
-            if reads_data(tape, i, self._storages()):
+            if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
                 raise CaptureError(self._mixed_message(tape, i, batch))
-        layouts, is_settled = self._layouts(tape, plan, measured, batch)
-        reading = Reading(tape, plan, layouts, mixing)
+        complete = _with_routed(tape, plan, layouts, routes, batch)
+        assert complete is not None  # the routes agree with this very graph
+        reading = Reading(tape, plan, complete, mixing)
+        covered = routes.covered if routes else ()
         self._refuse_mixing_uses(reading, measured)
-        guards = find_guards(tape, measured, batch, plan.preparing)
+        guards = find_guards(tape, measured, batch, plan.preparing, covered)
         if guards is None or not is_settled:
             self._known.pop(key, None)
             return reading
         known = self._known.get(key)
-        if known is None or known.plan.uses != plan.uses or known.guards != guards:
+        learned = (plan.uses, guards, routed)
+        if known is None or (known.plan.uses, known.guards, known.routed) != learned:
             norms = batchnorm.norm_nodes(tape)
             placing = placing_numbers(tape, plan.preparing)
             known = self._known[key] = _Known(plan, norms, placing, guards=guards)
-        signature = _signature(tape, plan, known.placing, batch)
+            known.routed = routed
+        signature = _signature(tape, known, batch)
         if known.measured:
             known.follows &= _carried_over(known, signature) == layouts
-        known.measured.append(signature)
-        self._remember(known, signature, layouts)
+        if signature not in known.layouts:
+            known.measured.append(signature)
+        self._remember(known, signature, layouts, routes)
         return reading
 
     def _measured_samples(
@@ -247,12 +275,14 @@ class Reader:
         plan: Plan,
         measured: Mapping[int, list[Measurement | None]],
         batch: int,
+        routed: Container[int],
     ) -> tuple[Layouts, bool]:
+        """Layouts of all uses but the routed ones, and whether they may be kept."""
         layouts: Layouts = []
         is_settled = True
         for use in plan.uses:
             of_use: list[RowLayout | None] = []
-            for measurement in measured[use.node]:
+            for measurement in () if use.node in routed else measured[use.node]:
                 if measurement is None:
                     of_use.append(None)
                     continue
@@ -353,12 +383,32 @@ def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
     return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
 
 
-def _signature(
-    tape: Tape, plan: Plan, placing: list[tuple[int, tuple[str, ...]]], batch: int
-) -> tuple:
+def _with_routed(
+    tape: Tape, plan: Plan, layouts: Layouts, routes: Routes | None, batch: int
+) -> Layouts | None:
+    """Complete layouts; None where the routes of this graph do not agree."""
+    if routes is None:
+        return layouts
+    labels = routes.labels(tape)
+    if labels is None:
+        return None
+    return [
+        routes.layouts(tape, labels, use.node, batch)
+        if use.node in routes.nodes
+        else of_use
+        for use, of_use in zip(plan.uses, layouts, strict=True)
+    ]
+
+
+def _signature(tape: Tape, known: _Known, batch: int) -> tuple:
     """All by which two graphs of one structure can differ in their layouts."""
-    numbers = read_numbers(tape, placing)
-    return batch, plan.signature(tape), plan.entrances(tape), numbers
+    plan = known.plan
+    shapes = tuple(
+        () if use.node in known.routed else of_use
+        for use, of_use in zip(plan.uses, plan.signature(tape), strict=True)
+    )
+    numbers = read_numbers(tape, known.placing)
+    return batch, shapes, plan.entrances(tape), numbers
 
 
 def _carried_over(known: _Known, signature: tuple) -> Layouts | None:

@@ -28,6 +28,7 @@ from .contributions import (
 )
 from .layout import RegularLayout, RowLayout
 from .plan import Slot
+from .rules_gathered import GATHERED
 from .rules_layers import LAYERS
 from .spread import spread_gradient as _elementwise
 from .tape import signed
@@ -303,6 +304,21 @@ def _mul(
     return found if part is None else {slots[0].number: part}
 
 
+def _where(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Parameters chosen at some places, such as a bias under a mask."""
+    found: Contributions = {}
+    for slot in slots:
+        is_chosen = node._saved_condition.expand(g.shape)
+        if slot.number == 1:
+            is_chosen = ~is_chosen
+        part = _elementwise(g.where(is_chosen, 0), None, layout, slot)
+        if part is not None:
+            found[slot.number] = part
+    return found
+
+
 def _spread(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
@@ -340,7 +356,9 @@ RULES: dict[str, Rule] = {
     "EmbeddingBackward0": _embedding,
     "AddBackward0": _add,
     "MulBackward0": _mul,
+    "WhereBackward0": _where,
     "ExpandBackward0": _spread,
     "RepeatBackward0": _spread,
     **LAYERS,
+    **GATHERED,
 }

@@ -256,13 +256,36 @@ class Session:
             return _table_delivery(nodes, names, slot, shape, parameter)
         is_transpose = len(names) == 1 and names[0] in _TRANSPOSE
         steps = path.steps
+        span = _span(nodes[-1], names[-1], steps[-1][1])
 
         def placed(inner: Contribution) -> Contribution:
             if is_transpose and isinstance(inner, Dense):
                 return inner.transpose_()
-            return Placed(inner, shape, _placer(nodes, names, steps))
+            return Placed(inner, shape, _placer(nodes, names, steps), span)
 
         return placed
+
+
+def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
+    """Which rows of the parameter itself a node takes, where it takes some."""
+    dim = getattr(node, "_saved_dim", None)
+    if not isinstance(dim, int) or signed(dim) != 0:
+        return None
+    if name == "SelectBackward0":
+        index = signed(node._saved_index)
+        return (index, index + 1) if index >= 0 else None
+    if name == "UnbindBackward0":
+        return output, output + 1
+    if name == "SplitBackward0":
+        size = node._saved_split_size
+        return output * size, (output + 1) * size
+    if name == "SplitWithSizesBackward0":
+        sizes = node._saved_split_sizes
+        return sum(sizes[:output]), sum(sizes[: output + 1])
+    if name == "SliceBackward0" and node._saved_step == 1:
+        start, end = signed(node._saved_start), signed(node._saved_end)
+        return (start, end) if 0 <= start <= end else None
+    return None
 
 
 def _table_delivery(

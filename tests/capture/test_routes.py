@@ -1,0 +1,148 @@
+"""Rows that data routes: measured once, then followed by the indices of each step."""
+
+import warnings
+
+import pytest
+import torch
+from cases import CASES
+from oracles import flat, single_sample_gradients
+from torch import nn
+
+import fastminima as fm
+from fastminima.capture import reading
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Counts the measurements."""
+    calls = []
+    measure = reading.measure_samples
+
+    def counting(*args):
+        calls.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(reading, "measure_samples", counting)
+    return calls
+
+
+def agrees(probe, model, losses, batch):
+    want = flat(single_sample_gradients(model, losses, batch)).square().sum(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = probe.backward(losses(model, batch)).sq_norms
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["experts", "experts grouped", "experts selected"])
+def test_experts_are_measured_once(name, measured):
+    case = BY_NAME[name]
+    model, _ = case.make()
+    probe = fm.GradientProbe(model)
+    for seed in range(4):
+        _, batch = case.make(seed)
+        agrees(probe, model, case.losses, batch)
+    assert len(measured) == 1
+
+
+def test_experts_with_sequences_of_any_length(measured):
+    case = BY_NAME["experts"]
+    model, _ = case.make()
+    probe = fm.GradientProbe(model)
+    for time in (5, 6, 7, 8, 9, 5, 11):
+        agrees(probe, model, case.losses, (torch.randn(4, time, 6),))
+    assert len(measured) == 3
+    agrees(probe, model, case.losses, (torch.randn(3, 7, 6),))
+    assert len(measured) == 3
+
+
+class Routed(nn.Module):
+    """Rows go through a layer in some order, and come back in some way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.before = nn.Linear(6, 6)
+        self.layer = nn.Linear(6, 6)
+        self.way = way
+
+    def forward(self, x, order):
+        rows = self.before(x).flatten(0, 1).tanh()
+        order = order.flatten()
+        taken = rows[order]
+        if self.way == "cut":
+            taken = taken[: len(taken) - 3]
+            order = order[: len(taken)]
+        out = self.layer(taken).sin()
+        if self.way == "slices":
+            out = torch.cat([out[2:], out[:2]])
+            order = order.roll(-2)
+        if self.way == "put":
+            back = torch.zeros_like(rows)
+            back[order] = out
+        elif self.way == "accumulated":
+            where = order, torch.zeros_like(order)
+            back = rows[:, None].index_put((where), out, accumulate=True)[:, 0]
+        elif self.way == "twice":
+            inverse = order.argsort()
+            back = out[inverse] + (out * out.detach())[inverse]
+        elif self.way in ("cut", "add"):
+            back = rows.index_add(0, order, out)
+        else:
+            back = out.index_select(0, order.argsort())
+        return back.view_as(x)
+
+
+WAYS = ["select", "put", "add", "accumulated", "twice", "slices", "cut"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_orders_that_change(way, measured):
+    torch.manual_seed(0)
+    model, x = Routed(way), torch.randn(4, 5, 6)
+    probe = fm.GradientProbe(model)
+    for _ in range(4):
+        order = torch.randperm(20)
+        losses = model(x, order).sin().sum((1, 2))
+        gradients = [
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            for loss in losses
+        ]
+        want = [sum(g.square().sum() for g in of_one) for of_one in gradients]
+        got = probe.backward(losses).sq_norms
+        torch.testing.assert_close(got, torch.stack(want))
+    # Rows cut by slices are not followed, and cannot be taken for others.
+    assert len(measured) == (4 if way in ("slices", "cut") else 1)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_samples_that_change_places(back, measured):
+    """What is flattened on the way is not followed."""
+    torch.manual_seed(0)
+    layer, head, x = nn.Linear(6, 4), nn.Linear(4, 4), torch.randn(4, 5, 6)
+    model = nn.ModuleList([layer, head])
+    probe = fm.GradientProbe(model)
+    for _ in range(4):
+        order = torch.randperm(4)
+        h = head(layer(x)[order].tanh())
+        losses = (h[order.argsort()] if back else h).sin().sum((1, 2))
+        want = []
+        for loss in losses:
+            grads = torch.autograd.grad(
+                loss, list(model.parameters()), retain_graph=True
+            )
+            want.append(sum(g.square().sum() for g in grads))
+        got = probe.backward(losses).sq_norms
+        torch.testing.assert_close(got, torch.stack(want))
+    assert len(measured) == 4
+
+
+def test_a_table_indexed_by_other_numbers_is_not_measured_again(measured):
+    case = BY_NAME["indexed tables"]
+    model, _ = case.make()
+    probe = fm.GradientProbe(model)
+    for seed in range(3):
+        agrees(probe, model, case.losses, case.make(seed)[1])
+    assert len(measured) == 1
