@@ -117,9 +117,10 @@ def rows_of(out: Tensor, axis: Axis) -> Tensor:
     return out.reshape(batch, out.numel() // max(batch, 1))
 
 
+_LOSS = getattr(nn, "LinearCrossEntropyLoss", None)  # since PyTorch 2.13
 # Rank of the first input when it has a batch.
 _RANKS = {
-    **dict.fromkeys([nn.Linear, nn.Bilinear, nn.LinearCrossEntropyLoss], 2),
+    **dict.fromkeys([nn.Linear, nn.Bilinear, _LOSS], 2),
     **dict.fromkeys([nn.RNNCell, nn.GRUCell, nn.LSTMCell], 2),
     **dict.fromkeys([nn.RNN, nn.GRU, nn.LSTM, nn.MultiheadAttention], 3),
     **dict.fromkeys([nn.Transformer, nn.TransformerEncoder], 3),
@@ -248,7 +249,7 @@ def examples(name: str, training: bool) -> Iterator[Example]:
         yield example
         # A loss of a scalar, and PReLU of one, have examples with a batch besides.
         is_single = example.axes[0] is None and example.args[0].dim() > 0
-        if is_single and not isinstance(module, nn.LinearCrossEntropyLoss):
+        if is_single and type(module) is not _LOSS:
             yield with_batch(example, 3)
 
 

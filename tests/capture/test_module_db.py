@@ -65,7 +65,7 @@ def test_the_count(capsys):
     with capsys.disabled():
         print(f"\n{summary(found)}")
     assert len(names) >= 36, names
-    assert len(found) > 2500
+    assert len(found) > 1000
     assert len(refused) < len(found) / 3
 
 
