@@ -174,12 +174,13 @@ def find_guards(
     table; `routed` ones are followed in each step.
     """
     guards: list[Guard] = []
-    for i in range(len(tape.names)):
+    for i, name in enumerate(tape.names):
+        if i in preparing:
+            continue
         if _moves_unseen(tape, i, preparing):
             return None
         if shares_rows(tape, measured, batch, preparing, i):
             return None
-    for i, name in enumerate(tape.names):
         if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch):
             return None
         if name == "EmbeddingBackward0" and is_data(
@@ -231,9 +232,12 @@ def _fills_rows(
     The slice itself is not shown. It takes in all of the batch dim if what is assigned
     is as long there, and no other dim of that length can be meant.
     """
+    _, *assigned = tape.children[i]
+    edge = next((edge for edge in assigned if edge is not None), None)
+    if edge is None:  # nothing with a graph: an activation in place, a constant
+        return True
     dim = _batch_dim(measured, i, batch)
-    edge = tape.children[i][-1]
-    if dim is None or edge is None:
+    if dim is None:
         return False
     whole, part = tape.shapes(i)[0], tape.shapes(edge[0])[edge[1]]
     return (

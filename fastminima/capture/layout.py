@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +36,13 @@ class RegularLayout:
         """The sample of each position along `dim`."""
         place = torch.arange(self.outer * self.batch * self.inner)
         return place // self.inner % self.batch
+
+    def stride(self, shape: Sequence[int]) -> int:
+        """Elements from a row of one sample to one of the next, in row-major order.
+
+        The same for every shape that the tensor is viewed in.
+        """
+        return self.inner * math.prod(shape[self.dim + 1 :])
 
     def isolate(self, t: Tensor) -> Tensor:
         """`[batch, *shape of one sample]`, a view where strides allow it.

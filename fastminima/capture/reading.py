@@ -24,6 +24,7 @@ from .passes import run_pass
 from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
 from .roots import batch_edges, weigh_edges
 from .routes import Routes, find_routes
+from .stretches import VIEWS
 from .tape import Tape
 
 __all__ = ["Reader", "Reading"]
@@ -203,7 +204,9 @@ class Reader:
             known = self._known[key] = _Known(plan, batchnorm.norm_nodes(tape), [])
             known.layouts[_signature(tape, known, 1)] = layouts
             return Reading(tape, plan, layouts, mixing)
-        watched = sorted({*watched_nodes(tape), *watched_sources(tape, batch)})
+        near = watched_nodes(tape)
+        views = [view for i in near for view in _views_of(tape, i)]
+        watched = sorted({*near, *views, *watched_sources(tape, batch)})
         roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
 
         def weighting(weights: Tensor) -> list[Any]:
@@ -287,6 +290,8 @@ class Reader:
                     of_use.append(None)
                     continue
                 found = measurement.layouts(batch)
+                if len(found) > 1:
+                    found = _like_views(found, tape, use.node, measured, batch)
                 if not found:
                     raise CaptureError(self._mixed_message(tape, use.node, batch))
                 is_settled &= len(found) == 1 and isinstance(found[0], RegularLayout)
@@ -381,6 +386,41 @@ def _all_of_one(shapes: Sequence[tuple[int, ...]]) -> list[RowLayout | None]:
     """Layouts of a batch of one: all rows belong to the sample."""
     scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
     return [RegularLayout(0, 1, 1, s[0]) if s else scalar for s in shapes]
+
+
+def _views_of(tape: Tape, i: int) -> list[int]:
+    """Nodes that view the one output of node `i` in another shape."""
+    if len(tape.shapes(i)) > 1:
+        return []
+    return [parent for parent, _, _ in tape.parents[i] if tape.names[parent] in VIEWS]
+
+
+def _like_views(
+    found: list[RowLayout],
+    tape: Tape,
+    i: int,
+    measured: Mapping[int, list[Measurement | None]],
+    batch: int,
+) -> list[RowLayout]:
+    """Those of several layouts that also fit where the output is viewed otherwise.
+
+    Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
+    two layouts if T is one more than a multiple of B; rows [B, T] fit one.
+    """
+    shape = tape.shapes(i)[0]
+    for view in _views_of(tape, i):
+        seen = measured[view][0]
+        if seen is None:
+            continue
+        fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
+        strides = {x.stride(seen.shape) for x in fitting}
+        common: list[RowLayout] = [
+            x
+            for x in found
+            if isinstance(x, RegularLayout) and x.stride(shape) in strides
+        ]
+        found = common or found
+    return found
 
 
 def _with_routed(

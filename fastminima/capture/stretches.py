@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .tape import Tape, signed
 
-__all__ = ["keeps_rows", "number_of"]
+__all__ = ["VIEWS", "keeps_rows", "number_of"]
 
 
 def _named(*words: str) -> frozenset[str]:
@@ -22,7 +22,7 @@ _ELEMENTWISE = _named(
     *("Threshold", "NativeDropout", "ToCopy", "Clone", "Alias"),
 )
 # Row-major: the first dim is what it was if its size is.
-_VIEWS = _named("View", "UnsafeView", "ReshapeAlias")
+VIEWS = _named("View", "UnsafeView", "ReshapeAlias")
 # Along one dim or several, `_saved_dim`.
 _ALONG = _named(
     *("Split", "SplitWithSizes", "UnsafeSplit", "Slice", "Select", "Unbind", "Cat"),
@@ -55,7 +55,7 @@ def keeps_rows(tape: Tape, i: int, number: int) -> bool:
         return len(out) == len(entering)
     if name in _ELEMENTWISE:
         return len(out) == len(entering)
-    if name in _VIEWS:
+    if name in VIEWS:
         return True
     if name in _ALONG:
         return 0 not in _dims(tape, i, max(len(out), len(entering)))

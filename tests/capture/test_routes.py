@@ -146,3 +146,80 @@ def test_a_table_indexed_by_other_numbers_is_not_measured_again(measured):
     for seed in range(3):
         agrees(probe, model, case.losses, case.make(seed)[1])
     assert len(measured) == 1
+
+
+def autograd_agrees(probe, model, losses):
+    want = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        want.append(sum(g.square().sum() for g in grads))
+    torch.testing.assert_close(probe.backward(losses).sq_norms, torch.stack(want))
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("first", ["in order", "shuffled"])
+def test_whole_samples_change_places(first, measured):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 4)])
+    probe = fm.GradientProbe(model)
+    orders = [torch.randperm(5) for _ in range(4)]
+    if first == "in order":
+        orders[0] = torch.arange(5)
+    for order in orders:
+        h = model[0](torch.randn(5, 6))[order].tanh()
+        autograd_agrees(probe, model, model[1](h).sin().sum(1))
+    assert len(measured) == 1
+
+
+def test_rows_dropped_and_doubled(measured):
+    """Experts with room for a few tokens, and tokens that several samples share."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 4)])
+    probe = fm.GradientProbe(model)
+    for _ in range(4):
+        rows = model[0](torch.randn(20, 6)).tanh()
+        kept = torch.randperm(20)[:15]
+        back = torch.zeros(20, 4).index_add(0, kept, model[1](rows[kept]).sin())
+        autograd_agrees(probe, model, back.view(4, 5, 4).cos().sum((1, 2)))
+    assert len(measured) == 1
+    rows = model[0](torch.randn(20, 6)).tanh()
+    shared = torch.cat([torch.arange(19), torch.zeros(1, dtype=torch.long)])
+    losses = model[1](rows[shared]).view(4, 5, 4).cos().sum((1, 2))
+    with pytest.raises(fm.CaptureError, match="belong to one of the 4 samples"):
+        probe.backward(losses)
+
+
+@pytest.mark.parametrize("batch, time", [(3, 7), (4, 9), (2, 5), (3, 3)])
+def test_only_the_first_token_is_seen(batch, time, measured):
+    """Rows 0, 7, 14 fit two layouts of three samples; the view [3, 7] fits one."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        x = torch.randn(batch, time, 6)
+        autograd_agrees(probe, model, model(x).tanh()[:, 0].sin().sum(1))
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_parts_assigned_to_features(heads, measured):
+    """Slices are not shown: as many heads as samples could be those."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6 * heads)
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        h = model(torch.randn(4, 5, 6)).view(4, 5, heads, 6).transpose(1, 2)
+        out = h.new_empty(4, heads, 5, 6)
+        out[..., :2] = h[..., 4:]
+        out[..., 2:] = h[..., :4].sin()
+        autograd_agrees(probe, model, out.sin().sum((1, 2, 3)))
+    assert len(measured) == (1 if heads == 2 else 3)
+
+
+def test_activation_in_place(measured):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        autograd_agrees(probe, model, model(torch.randn(4, 3, 6)).sin().sum((1, 2)))
+    assert len(measured) == 1
