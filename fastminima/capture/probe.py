@@ -554,6 +554,12 @@ def _explained(error: RuntimeError) -> CaptureError | None:
             "torch.autograd.grad, which checkpoint(use_reentrant=True) does not allow. "
             "Use use_reentrant=False for it."
         )
+    if "linear_cross_entropy chunked backward called twice" in str(error):
+        return CaptureError(
+            "The loss was computed by linear_cross_entropy in chunks, which lets its "
+            "backward pass run only once. Pass "
+            "LinearCrossEntropyOptions(allow_retain_graph=True), or options=None."
+        )
     return None
 
 
@@ -589,6 +595,11 @@ def _count(loss: Tensor, batch_size: int | None) -> int:
             "losses.flatten(1).mean(1)."
         )
     if loss.dim() == 1:
+        if len(loss) == 0:
+            raise CaptureError(
+                "The vector of per-sample losses is empty, so there is no sample to "
+                "take statistics of. Leave this step out."
+            )
         if batch_size not in (None, len(loss)):
             raise ValueError(
                 f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "

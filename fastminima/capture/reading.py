@@ -30,6 +30,7 @@ from .refusals import (
     refuse_compiled,
     refuse_complex,
     refuse_hidden,
+    refuse_nested,
 )
 from .regions import (
     Region,
@@ -126,7 +127,7 @@ class Reader:
             return
         digits = self._sharding.most(0)
         tape = Tape([loss.grad_fn], self._names)
-        leaves = leaves_below(tape, _watched(tape)) if digits else []
+        leaves = leaves_below(tape, _watched(tape, 2)) if digits else []
         with self.extra_passes(tape):
             for _ in range(digits + 1 if digits else 0):
                 weights = torch.ones_like(loss) if loss.dim() else None
@@ -153,6 +154,7 @@ class Reader:
         if known is None:
             refuse_compiled(tape, regions)
             refuse_complex(tape)
+            refuse_nested(tape)
             refuse_collectives(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
@@ -163,7 +165,44 @@ class Reader:
         found = None if known is None else known.recall(tape, batch)
         if found is None:
             found = self._measure(key, tape, loss, batch, batch_dim, mixing, regions)
+        else:
+            self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
         return Reading(tape, found, mixing)
+
+    def _refuse_mixing_uses(
+        self,
+        tape: Tape,
+        plan: Plan,
+        layouts: Layouts,
+        measured: Measurements | None,
+    ) -> None:
+        """Raise for a use that mixes samples by itself.
+
+        For a normalisation that depends on its layout, which may not be sure yet where
+        it was `measured` in this step.
+        """
+        for use, (layout, *_) in zip(plan.uses, layouts, strict=True):
+            if layout is None or layout.batch == 1:
+                continue
+            if batchnorm.counts_in_batch(tape, use.node):
+                does = (
+                    "divides gradients by how often an index is in the batch "
+                    "(scale_grad_by_freq=True)"
+                )
+            elif (
+                # Any other choice than "error" says what is meant.
+                not (use.name in batchnorm.BATCH_NORM and self._batchnorm != "error")
+                and batchnorm.normalises_over(tape, use.node, layout)
+                and (measured is None or _is_sure(measured[use.node], layout.batch))
+            ):
+                does = "takes its statistics over several samples"
+            else:
+                continue
+            raise CaptureError(
+                f"{use.name} at {self._module_at(tape, use.node)} {does}, so the "
+                "gradient of one sample depends on the others. Change the layer, or "
+                "use MinibatchVariance."
+            )
 
     def _measure(
         self,
@@ -176,9 +215,10 @@ class Reader:
         inner: list[int],
     ) -> Found:
         surveys = self._surveys(tape, inner)
-        watched = _watched(tape, inner)
+        watched = _watched(tape, batch, inner)
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
-        roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
+        is_open = batch > 1 and loss.dim() == 0
+        roots = batch_edges(tape, batch, batch_dim) if is_open else {}
         accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
 
         def weighting(weights: Tensor) -> list[Any]:
@@ -219,6 +259,7 @@ class Reader:
         complete = found.followed(tape, batch)
         assert complete is not None  # the routes agree with this very graph
         covered = routes.covered if routes else ()
+        self._refuse_mixing_uses(tape, plan, complete.layouts, measured)
         guards = find_guards(tape, measured, batch, plan.preparing, covered)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
@@ -304,9 +345,11 @@ class Reader:
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
-                for j in survey.reads & plan.preparing:
-                    raise CaptureError(self._mixed_message(tape, j, scheme.batch))
                 layouts, fits = self._layouts(tape, plan, measured, scheme.batch)
+                for j in survey.reads & plan.preparing:
+                    if not is_spread(tape, plan, layouts, j):
+                        raise CaptureError(self._mixed_message(tape, j, scheme.batch))
+                self._refuse_mixing_uses(tape, plan, layouts, measured)
                 is_settled &= fits and not gather_nodes(tape)
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
@@ -386,10 +429,18 @@ class Reader:
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
 
 
-def _watched(tape: Tape, regions: Container[int] = ()) -> list[int]:
+def _watched(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
     near = watched_nodes(tape, regions)
     views = [view for i in near for view in _views_of(tape, i)]
-    return sorted({*near, *views, *watched_sources(tape)})
+    return sorted({*near, *views, *watched_sources(tape, batch)})
+
+
+def _is_sure(measured: list[Measurement | None], batch: int) -> bool:
+    """Whether one layout alone fits what was measured, and all samples were seen."""
+    return all(
+        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
+        for m in measured
+    )
 
 
 def _nearest_parameter(tape: Tape, i: int) -> str | None:

@@ -12,6 +12,7 @@ __all__ = [
     "refuse_compiled",
     "refuse_complex",
     "refuse_hidden",
+    "refuse_nested",
 ]
 
 # Nodes whose backward sends tensors to other ranks: torch.distributed.nn.functional,
@@ -70,4 +71,14 @@ def refuse_complex(tape: Tape) -> None:
                 f"The loss computes with complex numbers ({tape.names[i]}), which are "
                 "not supported; write that part with real ones, as in a matrix product "
                 "with cosines and sines."
+            )
+
+
+def refuse_nested(tape: Tape) -> None:
+    """Raise for nested tensors."""
+    for i, node in enumerate(tape.nodes):
+        if any(meta.is_nested_tensor for meta in node._input_metadata):
+            raise CaptureError(
+                f"The loss computes with nested tensors ({tape.names[i]}), which are "
+                "not supported; run the model on padded ones."
             )

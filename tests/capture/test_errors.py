@@ -48,6 +48,8 @@ def test_backward_already_run():
             again.backward(losses)
         with pytest.raises(fm.CaptureError, match="already run"):
             again.backward(losses.mean(), len(X))
+        with pytest.raises(fm.CaptureError, match="already run"):
+            again.audit(losses)
     assert untouched(model)
 
 
