@@ -183,7 +183,7 @@ def find_guards(
             return None
         if shares_rows(tape, measured, batch, preparing, i):
             return None
-        if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch):
+        if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch, preparing):
             return None
         if name == "EmbeddingBackward0" and is_data(
             tape, tape.children[i][0], preparing
@@ -228,6 +228,7 @@ def _fills_rows(
     measured: Mapping[int, list[Measurement | None]],
     i: int,
     batch: int,
+    preparing: Container[int],
 ) -> bool:
     """Whether an assignment into a slice leaves the samples where they are.
 
@@ -235,19 +236,20 @@ def _fills_rows(
     is as long there, and no other dim of that length can be meant.
     """
     _, *assigned = tape.children[i]
-    edge = next((edge for edge in assigned if edge is not None), None)
-    if edge is None:  # nothing with a graph: an activation in place, a constant
+    moved = [e for e in assigned if e is not None and _is_data(tape, e, preparing)]
+    if not moved:  # an activation in place, a constant, a parameter
         return True
     dim = _batch_dim(measured, i, batch)
-    if dim is None:
+    whole = tape.shapes(i)[0]
+    if dim is None or whole.count(whole[dim]) > 1:
         return False
-    whole, part = tape.shapes(i)[0], tape.shapes(edge[0])[edge[1]]
-    return (
-        len(part) == len(whole)
-        and part[dim] == whole[dim]
-        and whole.count(whole[dim]) == 1
-        and _batch_dim(measured, edge[0], batch) == dim
-    )
+    for child, output in moved:
+        part = tape.shapes(child)[output]
+        if len(part) != len(whole) or part[dim] != whole[dim]:
+            return False
+        if _batch_dim(measured, child, batch) != dim:
+            return False
+    return True
 
 
 _INDEX_NAMES = ("_saved_index", "_saved_indices", "_saved_result1")

@@ -33,6 +33,7 @@ __all__ = [
 
 # Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
 _LEVELS = 16
+_LARGER_THAN_UNDERFLOW = 1e-30
 _HALF_LEVELS = 4  # float16 underflows at 6e-8
 # log2 of a row's growth must be this close to a whole number. Exact arithmetic gives
 # 1e-15; nondeterministic reductions (atomics) give 1e-6 relative.
@@ -228,6 +229,12 @@ def _labels(norms: list[np.ndarray], scheme: Scheme) -> np.ndarray | None:
     known = np.isfinite(plain) & (plain > 0)
     for weighted in norms[1:]:
         known &= np.isfinite(weighted) & (weighted > 0)
+    for weighted in norms[1:] if scheme.levels == _LEVELS else ():
+        # Zero with one set of weights and not with another: the samples cancelled.
+        # (Below that a product with 2^-8 may underflow, as it may in float16.)
+        one_is_zero = (plain == 0) != (weighted == 0)
+        if (one_is_zero & (np.fmax(plain, weighted) > _LARGER_THAN_UNDERFLOW)).any():
+            return None
     for digit, weighted in enumerate(norms[1:]):
         with np.errstate(divide="ignore", invalid="ignore"):
             growth = np.log2(weighted / plain)

@@ -188,6 +188,15 @@ def test_penalty_in_every_samples_loss():
     assert audit.ok, str(audit)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_losses_that_cancel_each_other(factor):
+    """Their mean may have no gradient at all, and that of each loss is not zero."""
+    model, losses = model_and_losses()
+    with pytest.raises(fm.CaptureError, match="samples"):
+        fm.GradientProbe(model).backward(losses - factor * losses.mean())
+    assert untouched(model)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_region():
     model, _ = model_and_losses()

@@ -216,6 +216,23 @@ def test_parts_assigned_to_features(heads, measured):
     assert len(measured) == (1 if heads == 2 else 3)
 
 
+def test_a_parameter_assigned_to_the_first_row(measured):
+    """The assigned [3, 4] does not say along which dim of [3, 5, 4] it goes."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict(
+        {
+            "token": nn.Parameter(torch.randn(4)),
+            "weight": nn.Parameter(torch.randn(6, 4)),
+        }
+    )
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        h = torch.randn(3, 5, 6) @ model["weight"]
+        h[:, 0] = model["token"]
+        autograd_agrees(probe, model, h.sin().cumsum(1).cos().sum((1, 2)))
+    assert len(measured) == 3
+
+
 def test_activation_in_place(measured):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
