@@ -236,7 +236,7 @@ def _fills_rows(
     is as long there, and no other dim of that length can be meant.
     """
     _, *assigned = tape.children[i]
-    moved = [e for e in assigned if e is not None and _is_data(tape, e, preparing)]
+    moved = [e for e in assigned if e is not None and is_data(tape, e, preparing)]
     if not moved:  # an activation in place, a constant, a parameter
         return True
     dim = _batch_dim(measured, i, batch)
