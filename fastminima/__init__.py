@@ -1,6 +1,6 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
-from . import optim
+from . import callbacks, monitor, optim
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
 from .curvature import GaussNewton, GradientCovariance, Hessian
 from .quantities import ThreeFactors, noise_scale, three_factors
@@ -32,8 +32,10 @@ __all__ = [
     "MinibatchVariance",
     "SharpnessProbe",
     "ThreeFactors",
+    "callbacks",
     "compile",
     "frobenius_norm",
+    "monitor",
     "noise_scale",
     "optim",
     "spectral_density",

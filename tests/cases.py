@@ -374,7 +374,7 @@ CASES = [
         rows(5, 4, 6),
         lambda m, x: m(x.transpose(1, 2)),
     ),
-    Case("bilinear", lambda: nn.Bilinear(6, 6, 2), rows(5, 6), lambda m, x: m(x, x), True),
+    Case("bilinear", lambda: nn.Bilinear(6, 6, 2), rows(5, 6), lambda m, x: m(x, x)),
     Case(
         "conv2d",
         sequential(conv2d(3, 4, 3, padding=1), nn.ReLU, conv2d(4, 2, 3, stride=2)),
@@ -484,7 +484,7 @@ CASES = [
     ),
     Case("lstm", lambda: nn.LSTM(6, 3, batch_first=True), rows(4, 5, 6), first, True),
     Case("gru", lambda: nn.GRU(6, 3, batch_first=True), rows(4, 5, 6), first),
-    Case("prelu", lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4)), rows(5, 6), universal=True),
+    Case("prelu", lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4)), rows(5, 6)),
     Case("experts", Experts, rows(4, 5, 6)),
     Case("experts grouped", lambda: SortedExperts(True), rows(4, 5, 8)),
     Case("experts selected", lambda: SortedExperts(False), rows(4, 5, 8)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ _HALF_TOLERANCE = 5e-2
 # whole gradient, or the parameter's gradients of all samples. A bias before a
 # normalisation has nothing but rounding for a gradient.
 _NEGLIGIBLE = 1e-4
+_TIMED = 3  # passes of each kind; what else the machine does only makes one slower
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class AuditRow:
         norm_error: worst relative difference of |g_n|^2 over the samples tried; None
             where single-sample gradients are not defined (`batchnorm="rows"`).
         tolerance: what both may be at most.
+        cost: time that its norms took, as a part of the plain backward pass. Small ones
+            are mostly the calls themselves, and vary from run to run.
     """
 
     parameter: str
@@ -45,6 +49,7 @@ class AuditRow:
     sum_error: float
     norm_error: float | None
     tolerance: float
+    cost: float
 
     @property
     def ok(self) -> bool:
@@ -68,14 +73,20 @@ class Audit:
         """Whether every parameter agrees with plain autograd."""
         return all(row.ok for row in self.rows)
 
+    @property
+    def cost(self) -> float:
+        """Time of all norms, as a part of the plain backward pass."""
+        return sum(row.cost for row in self.rows)
+
     def __str__(self) -> str:
-        table = [("parameter", "rule", "sum error", "norm error", "")]
+        table = [("parameter", "rule", "sum error", "norm error", "cost", "")]
         for row in self.rows:
             norm = "-" if row.norm_error is None else f"{row.norm_error:.1e}"
             rules = ", ".join(dict.fromkeys(row.rules))
             verdict = "ok" if row.ok else "WRONG"
-            table.append((row.parameter, rules, f"{row.sum_error:.1e}", norm, verdict))
-        widths = [max(len(line[i]) for line in table) for i in range(5)]
+            errors = f"{row.sum_error:.1e}", norm
+            table.append((row.parameter, rules, *errors, f"{row.cost:.1%}", verdict))
+        widths = [max(len(line[i]) for line in table) for i in range(6)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
             for line in table
@@ -84,13 +95,14 @@ class Audit:
         wrong = sum(not row.ok for row in self.rows)
         verdict = "all agree" if self.ok else f"{wrong} WRONG"
         lines.append(
-            f"{len(self.rows)} parameters, samples {list(self.samples)}: {verdict}"
+            f"{len(self.rows)} parameters, samples {list(self.samples)}: {verdict}; "
+            f"norms cost {self.cost:.0%} of the plain backward pass"
         )
         return "\n".join(line.rstrip() for line in lines)
 
 
 def audit_losses(
-    session: Session,
+    new_session: Callable[[], Session],
     losses: Tensor,
     parameters: Mapping[str, Tensor],
     samples: int,
@@ -98,7 +110,7 @@ def audit_losses(
     reading: Reading,
     batchnorm: str,
 ) -> Audit:
-    """Compare what `session` collects on `losses` with autograd's own gradients."""
+    """Compare what a session collects on `losses` with autograd's own gradients."""
     names = list(reading.tape.leaves)
     tensors = [parameters[name] for name in names]
     count = len(losses)
@@ -106,13 +118,13 @@ def audit_losses(
     handles: list[Any] = []
     if reading.mixing and batchnorm == "frozen":
         handles = batch_norms.freeze(reading.tape, reading.mixing)
-    whole = 0.0
     try:
-        try:
-            grads = run_pass(losses.mean(), tensors, session, frames=frames)
-            collected = session.finish()
-        finally:
-            session.close()
+        grads, plain = _plain_pass(losses, tensors, frames)
+        collected = _observed_pass(losses, tensors, new_session(), frames)
+        for _ in range(_TIMED - 1):
+            again = _observed_pass(losses, tensors, new_session(), frames).seconds
+            for name, seconds in again.items():
+                collected.seconds[name] = min(seconds, collected.seconds[name])
         whole = _norm(grads)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(count, generator=generator)[:samples].sort().values
@@ -136,10 +148,36 @@ def audit_losses(
                 _sum_error(collected, name, grad, whole),
                 norm_errors[name],
                 tolerance,
+                collected.seconds.get(name, 0.0) / plain,
             )
         )
     unreached = tuple(name for name in parameters if name not in reading.tape.leaves)
     return Audit(tuple(rows), unreached, tuple(chosen.tolist()))
+
+
+def _plain_pass(
+    losses: Tensor, tensors: list[Tensor], frames: list[Any]
+) -> tuple[tuple[Tensor | None, ...], float]:
+    """The gradients, and the seconds of the fastest of some passes."""
+    fastest = math.inf
+    grads: tuple[Tensor | None, ...] = ()
+    for _ in range(_TIMED):
+        started = time.perf_counter()
+        grads = run_pass(losses.mean(), tensors, None, frames=frames)
+        if losses.is_cuda:
+            torch.cuda.synchronize(losses.device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return grads, fastest
+
+
+def _observed_pass(
+    losses: Tensor, tensors: list[Tensor], session: Session, frames: list[Any]
+) -> Collected:
+    try:
+        run_pass(losses.mean(), tensors, session, frames=frames)
+        return session.finish()
+    finally:
+        session.close()
 
 
 def _tolerance(reading: Reading) -> float:

@@ -7,11 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from .layout import RegularLayout, RowLayout
 from .rules import BATCH_NORM
 from .saved import saved_tensor
 from .tape import Tape
 
-__all__ = ["freeze", "mixing_nodes", "norm_nodes"]
+__all__ = [
+    "BATCH_NORM",
+    "counts_in_batch",
+    "freeze",
+    "mixing_nodes",
+    "norm_nodes",
+    "normalises_over",
+]
 
 
 def norm_nodes(tape: Tape) -> list[int]:
@@ -36,6 +44,33 @@ def mixing_nodes(
     ]
 
 
+def counts_in_batch(tape: Tape, i: int) -> bool:
+    """Whether a table divides gradients by how often an index is in the batch."""
+    if tape.names[i] not in ("EmbeddingBackward0", "EmbeddingBagBackward0"):
+        return False
+    return tape.nodes[i]._saved_scale_grad_by_freq
+
+
+def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
+    """Whether a normalisation takes its statistics over several samples.
+
+    The rows of its output gradient do not show it: they say what comes after the node,
+    not what it does itself.
+    """
+    if not isinstance(layout, RegularLayout) or layout.batch == 1:
+        return False
+    name, node = tape.names[i], tape.nodes[i]
+    shape = tape.shapes(i)[0]
+    if name == "NativeLayerNormBackward0":
+        return layout.dim >= len(shape) - len(node._saved_normalized_shape)
+    if name == "NativeGroupNormBackward0":
+        group = shape[1] // node._saved_group
+        return layout.dim > 1 or (layout.dim == 1 and layout.inner % group != 0)
+    if name in BATCH_NORM and getattr(node, "_saved_training", True):
+        return layout.dim != 1
+    return False
+
+
 def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
     """Make these nodes treat their batch statistics as constants; returns handles.
 
@@ -46,7 +81,6 @@ def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
 
 def _frozen(node: Any) -> Callable[[Any, Any], Any]:
     weight, rstd = (saved_tensor(node, f"_saved_{w}") for w in ("weight", "result2"))
-    scale = rstd if weight is None else rstd * weight
 
     def hook(
         grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
@@ -54,6 +88,8 @@ def _frozen(node: Any) -> Callable[[Any, Any], Any]:
         g = grad_outputs[0]
         if g is None or grad_inputs[0] is None:
             return None
+        # Only now: a sharded weight is there during the pass, and not before.
+        scale = rstd if weight is None else rstd * weight
         channels = (1, -1) + (1,) * (g.dim() - 2)
         frozen = (g * scale.view(channels)).to(grad_inputs[0].dtype)
         return (frozen, *grad_inputs[1:])

@@ -12,6 +12,7 @@ from torch import Tensor
 from .layout import RegularLayout
 from .measure import Measurement
 from .saved import saved_tensor
+from .shared_rows import PRODUCTS, is_data, shared_dims, shares_rows
 from .tape import Tape, signed
 
 __all__ = [
@@ -98,16 +99,11 @@ _PLACING = {
     "SumBackward1": ("dim",),
     "MeanBackward1": ("dim",),
     "AmaxBackward0": ("dim",),
+    "AminBackward0": ("dim",),
     "MaxBackward0": ("dim",),
+    "MinBackward0": ("dim",),
+    "LinalgVectorNormBackward0": ("dim",),
     "LogsumexpBackward0": ("dim",),
-}
-# Where a matrix from outside the graph may combine rows of any samples.
-_PRODUCTS = {
-    "MmBackward0": (0, 1),
-    "BmmBackward0": (0, 1),
-    "MvBackward0": (0, 1),
-    "AddmmBackward0": (1, 2),
-    "BaddbmmBackward0": (1, 2),
 }
 
 
@@ -133,24 +129,17 @@ def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tupl
     return tuple(values)
 
 
-def _is_data(
-    tape: Tape, edge: tuple[int, int] | None, preparing: Container[int]
-) -> bool:
-    """Whether rows of samples come along an edge, and not a parameter."""
-    return edge is not None and edge[0] not in preparing and not tape.is_leaf(edge[0])
-
-
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
     """Whether a node moves rows of data by something that cannot be watched."""
     name, edges = tape.names[i], tape.children[i]
     if name in _BY_ANYTHING:
         return True
     if name == "EmbeddingBagBackward0":
-        return _is_data(tape, edges[0], preparing)
-    if name not in _PRODUCTS:
+        return is_data(tape, edges[0], preparing)
+    if name not in PRODUCTS:
         return False
-    left, right = (edges[number] for number in _PRODUCTS[name])
-    return left is None and _is_data(tape, right, preparing)
+    left, right = (edges[number] for number in PRODUCTS[name])
+    return left is None and is_data(tape, right, preparing)
 
 
 def gather_nodes(tape: Tape) -> list[int]:
@@ -159,15 +148,18 @@ def gather_nodes(tape: Tape) -> list[int]:
     return [i for i, name in enumerate(tape.names) if name in known]
 
 
-def watched_sources(tape: Tape) -> list[int]:
+def watched_sources(tape: Tape, batch: int) -> list[int]:
     """Nodes to measure so that `find_guards` knows which dim runs over the batch."""
     gathers = gather_nodes(tape)
     assigned = [i for i, name in enumerate(tape.names) if name == ASSIGNMENT]
     sources = [tape.children[i][0] for i in gathers]
     sources += [edge for i in assigned for edge in tape.children[i]]
-    gathers += assigned
-    return gathers + [
-        edge[0] for edge in sources if edge is not None and not tape.is_leaf(edge[0])
+    shared = [i for i in range(len(tape.names)) if shared_dims(tape, i, batch)]
+    return [
+        *gathers,
+        *assigned,
+        *(e[0] for e in sources if e is not None and not tape.is_leaf(e[0])),
+        *shared,
     ]
 
 
@@ -189,19 +181,26 @@ def find_guards(
             continue
         if _moves_unseen(tape, i, preparing):
             return None
+        if shares_rows(tape, measured, batch, preparing, i):
+            return None
         if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch, preparing):
             return None
-        if name == "EmbeddingBackward0" and _is_data(
+        if name == "EmbeddingBackward0" and is_data(
             tape, tape.children[i][0], preparing
         ):
             index = saved_tensor(tape.nodes[i], "_saved_indices")
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
+        if name == "EmbeddingBagBackward0" and is_data(
+            tape, tape.children[i][1], preparing
+        ):  # weights of the rows in a bag, computed for each sample
+            offsets = saved_tensor(tape.nodes[i], "_saved_offsets")
+            guards.append(Guard(i, "_saved_offsets", None, offsets.clone()))
     for i in gather_nodes(tape):
         name, node = tape.names[i], tape.nodes[i]
         if i in preparing or i in routed:
             continue
         moved = _MOVED.get(name)
-        if moved is not None and not _is_data(tape, tape.children[i][moved], preparing):
+        if moved is not None and not is_data(tape, tape.children[i][moved], preparing):
             continue
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
@@ -237,7 +236,7 @@ def _fills_rows(
     is as long there, and no other dim of that length can be meant.
     """
     _, *assigned = tape.children[i]
-    moved = [e for e in assigned if e is not None and _is_data(tape, e, preparing)]
+    moved = [e for e in assigned if e is not None and is_data(tape, e, preparing)]
     if not moved:  # an activation in place, a constant, a parameter
         return True
     dim = _batch_dim(measured, i, batch)

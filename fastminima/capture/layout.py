@@ -131,6 +131,10 @@ class IrregularLayout:
         """Number of samples that are read."""
         return self.batch
 
+    def listed(self) -> IrregularLayout:
+        """The layout itself: it is a list of labels."""
+        return self
+
     def choose(self, samples: Tensor) -> IrregularLayout:
         """The same layout, reading some samples only."""
         place = torch.full((self.batch + 1,), -1)  # the last one is nobody's

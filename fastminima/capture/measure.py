@@ -33,6 +33,7 @@ __all__ = [
 
 # Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
 _LEVELS = 16
+_LARGER_THAN_UNDERFLOW = 1e-30
 _HALF_LEVELS = 4  # float16 underflows at 6e-8
 # log2 of a row's growth must be this close to a whole number. Exact arithmetic gives
 # 1e-15; nondeterministic reductions (atomics) give 1e-6 relative.
@@ -97,27 +98,28 @@ class Fingerprints:
 class Scheme:
     """The weights of all passes over a batch, and how to read what comes back.
 
-    One plain pass and one more per digit of the batch size in base `levels`.
+    One plain pass and one more for each digit of a sample's number in base `levels`;
+    more digits than it takes do no harm.
     """
 
     batch: int
     levels: int
+    digits: int
     tolerance: float
 
     @classmethod
     def of(cls, batch: int, has_half: bool) -> Scheme:
         """For a graph that computes in float16 somewhere, or does not."""
-        if has_half:
-            return cls(batch, _HALF_LEVELS, _HALF_TOLERANCE)
-        return cls(batch, _LEVELS, _TOLERANCE)
+        levels = _HALF_LEVELS if has_half else _LEVELS
+        digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
+        return cls(batch, levels, digits, _HALF_TOLERANCE if has_half else _TOLERANCE)
 
     @property
     def weights(self) -> list[Tensor]:
         """`[batch]` for each pass."""
-        digits = max(1, math.ceil(math.log(self.batch, self.levels) - 1e-9))
         sample = torch.arange(self.batch)
         passes = [torch.ones(self.batch)]
-        for digit in range(digits):
+        for digit in range(self.digits):
             level = sample // self.levels**digit % self.levels
             passes.append(torch.exp2((level - self.levels // 2).float()))
         return passes
@@ -136,20 +138,20 @@ def measure_samples(
     backward: Callable[[Tensor, list[Tensor]], None],
     *,
     regions: Sequence[int] = (),
+    to_the_end: bool = False,
 ) -> Measurements:
     """Labels of every output of the watched nodes.
 
     `weighting` hooks the given sample weights into the graph, `backward(weights,
     leaves)` runs a pass that reaches `leaves`. A pass ends with the last watched node,
-    unless there are `regions`, which see to their graphs themselves.
+    unless it is to go `to_the_end` or there are `regions`, which see to their graphs
+    themselves.
     """
     leaves = leaves_below(tape, [*watched, *regions])
     seen = {i: Fingerprints() for i in watched}
     for weights in scheme.weights:
         handles = weighting(weights)
-        waiting = set(watched)
-        if regions:
-            waiting.add(-1)
+        waiting = None if to_the_end or regions else set(watched)
         try:
             for i, fingerprints in seen.items():
                 hook = _recorder(fingerprints, waiting, i)
@@ -169,10 +171,12 @@ class _AllSeen(Exception):
 
 
 def _recorder(
-    fingerprints: Fingerprints, waiting: set[int], i: int
+    fingerprints: Fingerprints, waiting: set[int] | None, i: int
 ) -> Callable[[tuple], None]:
     def record(grads: tuple[Tensor | None, ...]) -> None:
         fingerprints(grads)
+        if waiting is None:
+            return
         waiting.discard(i)
         if not waiting:
             raise _AllSeen
@@ -225,6 +229,12 @@ def _labels(norms: list[np.ndarray], scheme: Scheme) -> np.ndarray | None:
     known = np.isfinite(plain) & (plain > 0)
     for weighted in norms[1:]:
         known &= np.isfinite(weighted) & (weighted > 0)
+    for weighted in norms[1:] if scheme.levels == _LEVELS else ():
+        # Zero with one set of weights and not with another: the samples cancelled.
+        # (Below that a product with 2^-8 may underflow, as it may in float16.)
+        one_is_zero = (plain == 0) != (weighted == 0)
+        if (one_is_zero & (np.fmax(plain, weighted) > _LARGER_THAN_UNDERFLOW)).any():
+            return None
     for digit, weighted in enumerate(norms[1:]):
         with np.errstate(divide="ignore", invalid="ignore"):
             growth = np.log2(weighted / plain)

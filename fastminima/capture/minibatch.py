@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
+from .sharded import total_of
 
 __all__ = ["MinibatchVariance"]
 
@@ -78,7 +79,7 @@ class MinibatchVariance:
             # West (1979): one-pass weighted mean and sum of squares.
             change = (0 if grad is None else grad) - mean
             mean += change * (batch_size / self._samples)
-            spread = change.double().square().sum()
+            spread = total_of(change.double().square())
             spread *= batch_size * before / self._samples
             self._spread = spread if self._spread is None else self._spread + spread
 
@@ -99,7 +100,9 @@ class MinibatchVariance:
     @property
     def signal(self) -> Tensor:
         """|E g|^2, 0-d, unbiased; it may come out negative."""
-        total = torch.stack([m.double().square().sum() for m in self._mean.values()])
+        total = torch.stack(
+            [total_of(m.double().square()) for m in self._mean.values()]
+        )
         noise = self.covariance_trace.double() / self._samples
         return (total.sum() - noise).to(self._dtype)
 

@@ -1,4 +1,4 @@
-"""Extra backward passes over a graph that other probes must not take for training."""
+"""Extra backward passes over a graph that nobody else must take for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import Tensor
 from .compiled import keeping_graphs
 from .saved import forget_pass
 
-__all__ = ["belongs_to_another", "is_distributed", "run_pass", "run_whole_pass"]
+__all__ = [
+    "belongs_to_another",
+    "is_distributed",
+    "replicas_at_rest",
+    "run_pass",
+    "run_whole_pass",
+]
 
 # Engine pass -> whose it is. A pass that is not here is the user's own.
 _owners: dict[int, object] = {}
@@ -87,3 +93,25 @@ def belongs_to_another(session: object) -> bool:
 def is_distributed() -> bool:
     """Whether this process is one of several that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def replicas_at_rest(nodes: Sequence[Any]) -> Iterator[None]:
+    """Keep extra passes over these nodes from DistributedDataParallel's first step.
+
+    Its reducer hangs on the accumulation of gradients, which an extra pass does not do.
+    But with `static_graph=True` it counts the first pass through its outputs, whatever
+    it is for, as the one whose end is to start the reduction.
+    """
+    names = (node.name() for node in nodes)
+    sinks = [n for n, name in zip(nodes, names, strict=True) if "_DDPSink" in name]
+    replicas = [replica for s in sinks if (replica := s.ddp_weakref()) is not None]
+    waiting = [r for r in replicas if r.static_graph]
+    before = [r._static_graph_delay_allreduce_enqueued for r in waiting]
+    for replica in waiting:
+        replica._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for replica, was in zip(waiting, before, strict=True):
+            replica._static_graph_delay_allreduce_enqueued = was

@@ -218,7 +218,7 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     """Whether a node fed by leaves also reads a tensor that is not the model's own.
 
     Then it is no preparation of a parameter: it met data, and a layer further on mixed
-    the samples. `own` has the storage addresses of the model's parameters and buffers.
+    the samples. `own` has the storages (`_cdata`) of parameters and buffers.
     """
     name, node = tape.names[i], tape.nodes[i]
     if name in PLACEMENT:
@@ -233,7 +233,7 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
         operand = operands[number] if number < len(operands) else None
         tensor = saved_tensor(node, f"_saved_{operand}") if operand else None
         if isinstance(tensor, Tensor):
-            is_own = tensor.untyped_storage().data_ptr() in own
+            is_own = tensor.untyped_storage()._cdata in own
             if tensor.numel() > 1 and not is_own:
                 return True
         elif _is_larger(tape, i):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,14 @@ from . import batchnorm as batch_norms
 from .audit import Audit, audit_losses
 from .errors import CaptureError
 from .passes import is_distributed, run_pass
+from .ranks import Part, Ranks, find_group
 from .reading import Reader, Reading
 from .saved import frames_of
 from .session import Collected, Session
+from .sharded import find_sharding, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GradientProbe"]
 
@@ -58,10 +64,17 @@ class GradientProbe:
         every: probe only every so many steps, the first one included. On the others
             `backward` is a plain backward pass, `attach` does nothing, and `backward`
             and `collect` return None.
+        process_group: a process group, or "world" for all ranks: `backward` and
+            `collect` then return the statistics of all ranks' samples, on every rank.
+            The pass must average the gradients over those ranks, as
+            DistributedDataParallel and `fully_shard` do; with `keep_mean` the probe
+            reduces the mean itself. Every rank creates the probe, and calls it in the
+            same steps. Without it, this rank's samples are what a probe speaks of.
 
     Raises:
-        ValueError: for an unknown word, an unknown direction, no parameter at all, or
-            an `every` below one.
+        ValueError: for an unknown word, an unknown direction, no parameter at all, an
+            `every` below one, sharded parameters other than those of `fully_shard`,
+            or ranks whose probes differ.
 
     Example:
         >>> import torch, fastminima as fm
@@ -86,8 +99,12 @@ class GradientProbe:
         *,
         batch_dim: int = 0,
         every: int = 1,
+        process_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        self._parameters = tracked_parameters(model)
+        sharded_modules = reshard(model)
+        self._owned = tracked_parameters(model)  # they have .grad after a pass
+        sharding = find_sharding(sharded_modules, model, self._owned)
+        self._parameters = self._owned if sharding is None else sharding.whole
         words = (measure,) if isinstance(measure, str) else tuple(measure)
         for word in words:
             _check_word("measure", word, _MEASURES)
@@ -114,7 +131,26 @@ class GradientProbe:
         self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
         module = model if isinstance(model, nn.Module) else None
-        self._reader = Reader(self._parameters, batchnorm, module)
+        self._reader = Reader(self._parameters, batchnorm, module, sharding)
+        group = find_group(process_group)
+        if group is not None and batchnorm == "frozen" and not keep_mean:
+            raise ValueError(
+                'batchnorm="frozen" takes another gradient than the one in .grad, so '
+                "with process_group it needs keep_mean=True."
+            )
+        self._ranks = None
+        if group is not None:
+            self._ranks = Ranks(
+                group,
+                self._parameters,
+                list(self._directions),
+                per_parameter=per_parameter,
+                second_moments="second_moments" in self._measure,
+                keep_mean=keep_mean,
+                sharding=sharding,
+            )
+            self._ranks.check_model(model)
+        self._trouble: CaptureError | ValueError | None = None
         self._announced: set[str] = set()
         self._attached: _Attached | None = None
 
@@ -144,8 +180,10 @@ class GradientProbe:
 
         Raises:
             CaptureError: when the graph cannot be read exactly; the model, its
-                gradients and hooks are then as before.
-            ValueError: for a loss of two dimensions or a scalar without batch size.
+                gradients and hooks are then as before. With `process_group` it is
+                raised on every rank and after the pass, as is a ValueError.
+            ValueError: for a loss of two dimensions or a scalar without batch size;
+                with `process_group`, when `.grad` is not the mean over all samples.
         """
         if self._rests():
             _check_loss(loss, batch_size, reduction, scale)
@@ -157,12 +195,18 @@ class GradientProbe:
             p.grad is None and not p._post_accumulate_grad_hooks
             for p in self._parameters.values()
         )
-        self._attach(
-            loss, batch_size, reduction, scale, batch_dim, hook_gradients=not is_fresh
-        )
+        if self._ranks is not None:
+            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+        else:
+            self._attach(
+                *(loss, batch_size, reduction, scale, batch_dim),
+                hook_gradients=not is_fresh,
+            )
         try:
-            with _explaining():
+            with _explaining(self._before):
                 _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+            if self._ranks is not None:
+                return self._collected_joint(self._ranks)
             assert self._attached is not None
             if is_fresh and self._attached.session is not None:
                 self._attached.session.take_gradients(
@@ -191,14 +235,66 @@ class GradientProbe:
         vector; times `scale` if a GradScaler is used), then `collect()`.
 
         Raises:
-            CaptureError, ValueError: as `backward`.
+            CaptureError, ValueError: as `backward`; with `process_group`, `collect`
+                raises them.
         """
         self._is_resting = self._rests()
         if self._is_resting:
             self._detach()
             _check_loss(loss, batch_size, reduction, scale)
             return
+        if self._ranks is not None:
+            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+            return
         self._attach(loss, batch_size, reduction, scale, batch_dim, hook_gradients=True)
+
+    def _attach_joint(
+        self,
+        loss: Tensor,
+        batch_size: int | None,
+        reduction: str,
+        scale: float,
+        batch_dim: int | None,
+    ) -> None:
+        """Attach on this rank, leaving an error to `_collected_joint`.
+
+        The other ranks wait for this one's gradients and message, so the pass runs in
+        any case, and then all of them raise.
+        """
+        assert self._ranks is not None
+        self._trouble = self._ranks.found_earlier(self._owned)
+        keep_mean = self._keep_mean
+        try:
+            self._attach(
+                loss, batch_size, reduction, scale, batch_dim, hook_gradients=keep_mean
+            )
+        except (CaptureError, ValueError) as error:
+            self._trouble = self._trouble or error
+        if self._trouble is not None:
+            self._detach()
+
+    def _collected_joint(self, ranks: Ranks) -> GradientStatistics:
+        """The statistics of all ranks; every rank gets here, in trouble or not."""
+        trouble, self._trouble = self._trouble, None
+        part = None
+        if trouble is None:
+            try:
+                collected, attached = self._finished()
+                reached = frozenset(collected.sq_norms)
+                part = Part(
+                    self._statistics(collected, attached.count, attached.factor),
+                    reached,
+                    attached.factor,
+                    ranks.grad_sq_norms(self._owned, reached),
+                )
+            except (CaptureError, ValueError) as error:
+                trouble = error
+        return ranks.join(part, trouble)
+
+    def _before(self) -> CaptureError | ValueError | None:
+        """What was wrong before a joint pass, once."""
+        trouble, self._trouble = self._trouble, None
+        return trouble
 
     def _rests(self) -> bool:
         """Whether `every` leaves this step out; counts the step."""
@@ -216,8 +312,12 @@ class GradientProbe:
         hook_gradients: bool,
     ) -> None:
         self._detach()
-        count = _check_loss(loss, batch_size, reduction, scale)
-        batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
+        try:
+            count = _check_loss(loss, batch_size, reduction, scale)
+            batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
+        except ValueError:
+            self._reader.accompany(loss)
+            raise
         is_mean = bool(loss.dim()) or reduction == "mean"
         with _explaining():
             reading = self._reader.read(loss, count, batch_dim)
@@ -242,13 +342,25 @@ class GradientProbe:
 
         Raises:
             CaptureError: when nothing was attached, or no backward pass reached it.
+            ValueError: with `process_group`, as `backward`.
         """
         if self._is_resting:
             self._is_resting = False
             return None
+        if self._ranks is not None:
+            return self._collected_joint(self._ranks)
         return self._collected()
 
+    def detach(self) -> None:
+        """Take back an `attach` whose backward pass did not come: removes its hooks."""
+        self._is_resting = False
+        self._detach()
+
     def _collected(self) -> GradientStatistics:
+        collected, attached = self._finished()
+        return self._statistics(collected, attached.count, attached.factor)
+
+    def _finished(self) -> tuple[Collected, _Attached]:
         if self._attached is None:
             raise CaptureError(
                 "Nothing is attached to this probe; call probe.attach(loss, ...) "
@@ -264,14 +376,15 @@ class GradientProbe:
                 "No backward pass reached the graph since probe.attach(loss, ...). "
                 "Call loss.backward() on that same loss before probe.collect()."
             )
-        return self._statistics(collected, attached.count, attached.factor)
+        return collected, attached
 
     def audit(self, losses: Tensor, samples: int = 4, seed: int = 0) -> Audit:
         """Check this probe against plain autograd on the graph of `losses`.
 
-        Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, and the
-        worst relative difference of |g_n|^2 to `autograd.grad(losses[n])` over up to
-        `samples` random n. No `.grad` changes and the graph stays usable.
+        Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, the worst
+        relative difference of |g_n|^2 to `autograd.grad(losses[n])` over up to
+        `samples` random n, and the cost of its norms. No `.grad` changes and the graph
+        stays usable. The first thing to run on a new model.
 
         Args:
             losses: the vector `[batch]` of per-sample losses.
@@ -290,16 +403,13 @@ class GradientProbe:
         count = _count(losses, None)
         with _explaining():
             reading = self._reader.read(losses, count, 0)
-            session = self._session(reading, count, frozenset(["norms", "totals"]), {})
-            return audit_losses(
-                session,
-                losses,
-                self._parameters,
-                samples,
-                seed,
-                reading,
-                self._batchnorm,
-            )
+            measure = frozenset(["norms", "totals"])
+            with self._reader.extra_passes(reading.tape):
+                return audit_losses(
+                    lambda: self._session(reading, count, measure, {}),
+                    *(losses, self._parameters, samples, seed, reading),
+                    self._batchnorm,
+                )
 
     def _session(
         self,
@@ -317,6 +427,7 @@ class GradientProbe:
             directions=directions,
             keep_grads=self._keep_mean,
             hook_gradients=hook_gradients,
+            defer_errors=self._ranks is not None,
             announce=self._announce,
         )
 
@@ -326,12 +437,13 @@ class GradientProbe:
         handles = batch_norms.freeze(reading.tape, reading.mixing)
         names = list(reading.tape.leaves)
         try:
-            grads = run_pass(
-                loss.mean() if loss.dim() else loss,
-                [self._parameters[name] for name in names],
-                session,
-                frames=frames_of(reading.tape.nodes),
-            )
+            with self._reader.extra_passes(reading.tape):
+                grads = run_pass(
+                    loss.mean() if loss.dim() else loss,
+                    [self._parameters[name] for name in names],
+                    session,
+                    frames=frames_of(reading.tape.nodes),
+                )
             found = zip(names, grads, strict=True)
             session.take_gradients({name: g for name, g in found if g is not None})
             return session.finish()
@@ -346,7 +458,8 @@ class GradientProbe:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
         norms = list(collected.sq_norms.values())
         to_mean = factor / count
-        parts = collected.grad_sq_norms
+        # Where ranks join without the mean nothing was read: it is in .grad by then.
+        parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         return GradientStatistics(
             count=count,
@@ -412,12 +525,17 @@ class _Attached:
 
 
 @contextmanager
-def _explaining() -> Iterator[None]:
-    """Say of the engine's errors what they mean for a probe."""
+def _explaining(
+    earlier: Callable[[], Exception | None] = lambda: None,
+) -> Iterator[None]:
+    """Say of the engine's errors what they mean for a probe.
+
+    What was found wrong `earlier` is why a pass could not run.
+    """
     try:
         yield
     except RuntimeError as error:
-        known = _explained(error)
+        known = earlier() or _explained(error)
         if known is not None:
             raise known from error
         raise
@@ -435,6 +553,12 @@ def _explained(error: RuntimeError) -> CaptureError | None:
             "An audit and a pass with frozen statistics differentiate through "
             "torch.autograd.grad, which checkpoint(use_reentrant=True) does not allow. "
             "Use use_reentrant=False for it."
+        )
+    if "linear_cross_entropy chunked backward called twice" in str(error):
+        return CaptureError(
+            "The loss was computed by linear_cross_entropy in chunks, which lets its "
+            "backward pass run only once. Pass "
+            "LinearCrossEntropyOptions(allow_retain_graph=True), or options=None."
         )
     return None
 
@@ -471,6 +595,11 @@ def _count(loss: Tensor, batch_size: int | None) -> int:
             "losses.flatten(1).mean(1)."
         )
     if loss.dim() == 1:
+        if len(loss) == 0:
+            raise CaptureError(
+                "The vector of per-sample losses is empty, so there is no sample to "
+                "take statistics of. Leave this step out."
+            )
         if batch_size not in (None, len(loss)):
             raise ValueError(
                 f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "

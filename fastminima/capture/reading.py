@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import batchnorm
-from .compiled import NODE as COMPILED
 from .errors import CaptureError
 from .gathers import find_guards, gather_nodes, watched_sources
 from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Measurements, Scheme, Weighting, measure_samples
-from .passes import is_distributed, run_pass, run_whole_pass
+from .measure import (
+    Measurement,
+    Measurements,
+    Scheme,
+    Weighting,
+    leaves_below,
+    measure_samples,
+)
+from .passes import is_distributed, replicas_at_rest, run_pass, run_whole_pass
 from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
+from .refusals import (
+    refuse_collectives,
+    refuse_compiled,
+    refuse_complex,
+    refuse_hidden,
+    refuse_nested,
+)
 from .regions import (
     Region,
     Survey,
@@ -31,6 +45,7 @@ from .regions import (
 from .roots import batch_edges, weigh_edges
 from .routes import find_routes
 from .saved import frames_of
+from .sharded import Sharding, is_sharded
 from .stretches import VIEWS
 from .tape import Tape
 
@@ -56,6 +71,8 @@ class Reader:
         batchnorm: "error", "rows" or "frozen".
         model: the module, if there is one: names its parts in messages, and tells its
             buffers from data.
+        sharding: of the parameters, if they are sharded: then every pass gathers them,
+            and all ranks run equally many.
     """
 
     def __init__(
@@ -63,7 +80,10 @@ class Reader:
         parameters: Mapping[str, Tensor],
         batchnorm: str,
         model: nn.Module | None,
+        sharding: Sharding | None = None,
     ) -> None:
+        self._sharding = sharding
+        self._has_agreed = False
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
         self._model = model
@@ -92,6 +112,38 @@ class Reader:
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
+        if self._sharding is None:
+            return self._read(tape, loss, batch, batch_dim, regions)
+        self._has_agreed = False
+        try:
+            return self._read(tape, loss, batch, batch_dim, regions)
+        finally:
+            if not self._has_agreed:
+                self.accompany(loss)
+
+    def accompany(self, loss: Tensor) -> None:
+        """Run the passes that other ranks measure in and this one does not need."""
+        if self._sharding is None or loss.grad_fn is None:
+            return
+        digits = self._sharding.most(0)
+        tape = Tape([loss.grad_fn], self._names)
+        leaves = leaves_below(tape, _watched(tape, 2)) if digits else []
+        with self.extra_passes(tape):
+            for _ in range(digits + 1 if digits else 0):
+                weights = torch.ones_like(loss) if loss.dim() else None
+                run_pass(loss, leaves, self, weights)
+
+    @contextmanager
+    def extra_passes(self, tape: Tape) -> Iterator[None]:
+        """What wraps the model takes no notice of passes in this context."""
+        sharding = self._sharding
+        at_rest = nullcontext() if sharding is None else sharding.at_rest()
+        with replicas_at_rest(tape.nodes), at_rest:
+            yield
+
+    def _read(
+        self, tape: Tape, loss: Tensor, batch: int, batch_dim: int, regions: list[int]
+    ) -> Reading:
         key = (
             tape.key,
             batch > 1,
@@ -100,8 +152,10 @@ class Reader:
         )
         known = self._known.get(key)
         if known is None:
-            _refuse_compiled(tape, regions)
-            _refuse_complex(tape)
+            refuse_compiled(tape, regions)
+            refuse_complex(tape)
+            refuse_nested(tape)
+            refuse_collectives(tape)
             while len(self._known) >= _MOST_STRUCTURES:  # unrolled loops of any length
                 self._known.pop(next(iter(self._known)))
         candidates = None if known is None else known.norms
@@ -111,7 +165,44 @@ class Reader:
         found = None if known is None else known.recall(tape, batch)
         if found is None:
             found = self._measure(key, tape, loss, batch, batch_dim, mixing, regions)
+        else:
+            self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
         return Reading(tape, found, mixing)
+
+    def _refuse_mixing_uses(
+        self,
+        tape: Tape,
+        plan: Plan,
+        layouts: Layouts,
+        measured: Measurements | None,
+    ) -> None:
+        """Raise for a use that mixes samples by itself.
+
+        For a normalisation that depends on its layout, which may not be sure yet where
+        it was `measured` in this step.
+        """
+        for use, (layout, *_) in zip(plan.uses, layouts, strict=True):
+            if layout is None or layout.batch == 1:
+                continue
+            if batchnorm.counts_in_batch(tape, use.node):
+                does = (
+                    "divides gradients by how often an index is in the batch "
+                    "(scale_grad_by_freq=True)"
+                )
+            elif (
+                # Any other choice than "error" says what is meant.
+                not (use.name in batchnorm.BATCH_NORM and self._batchnorm != "error")
+                and batchnorm.normalises_over(tape, use.node, layout)
+                and (measured is None or _is_sure(measured[use.node], layout.batch))
+            ):
+                does = "takes its statistics over several samples"
+            else:
+                continue
+            raise CaptureError(
+                f"{use.name} at {self._module_at(tape, use.node)} {does}, so the "
+                "gradient of one sample depends on the others. Change the layer, or "
+                "use MinibatchVariance."
+            )
 
     def _measure(
         self,
@@ -124,11 +215,10 @@ class Reader:
         inner: list[int],
     ) -> Found:
         surveys = self._surveys(tape, inner)
-        near = watched_nodes(tape, inner)
-        views = [view for i in near for view in _views_of(tape, i)]
-        watched = sorted({*near, *views, *watched_sources(tape)})
+        watched = _watched(tape, batch, inner)
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
-        roots = {} if loss.dim() else batch_edges(tape, batch, batch_dim)
+        is_open = batch > 1 and loss.dim() == 0
+        roots = batch_edges(tape, batch, batch_dim) if is_open else {}
         accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
 
         def weighting(weights: Tensor) -> list[Any]:
@@ -148,7 +238,7 @@ class Reader:
         regions, is_settled = self._regions(surveys, scheme)
         if batch == 1:
             plan = find_plan(tape, None, inner)
-            _refuse_hidden(plan)
+            refuse_hidden(plan)
             found = Found(plan, _all_of_one(tape, plan), regions)
             known = self._known.get(key)
             if known is None:
@@ -157,7 +247,7 @@ class Reader:
             return found
         assert measured is not None
         plan = find_plan(tape, measured, inner)
-        _refuse_hidden(plan)
+        refuse_hidden(plan)
         routes = find_routes(tape, measured, batch, plan.preparing)
         routed = routes.nodes if routes else ()
         layouts, is_fitted = self._layouts(tape, plan, measured, batch, routed)
@@ -169,6 +259,7 @@ class Reader:
         complete = found.followed(tape, batch)
         assert complete is not None  # the routes agree with this very graph
         covered = routes.covered if routes else ()
+        self._refuse_mixing_uses(tape, plan, complete.layouts, measured)
         guards = find_guards(tape, measured, batch, plan.preparing, covered)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
@@ -200,9 +291,16 @@ class Reader:
             else:
                 run_pass(loss, leaves, self, of_losses, frames)
 
-        return measure_samples(
-            tape, watched, scheme, weighting, backward, regions=inner
-        )
+        sharding = self._sharding
+        if sharding is not None:
+            self._has_agreed = True
+            scheme = replace(scheme, digits=sharding.most(scheme.digits))
+        with self.extra_passes(tape):
+            return measure_samples(
+                *(tape, watched, scheme, weighting, backward),
+                regions=inner,
+                to_the_end=sharding is not None,
+            )
 
     def _surveys(self, tape: Tape, inner: list[int]) -> dict[int, Survey]:
         """Who looks at each region that will be computed again."""
@@ -233,8 +331,8 @@ class Reader:
             if tape is None:  # no gradient came there
                 regions[i] = None
                 continue
-            _refuse_compiled(tape, [])
-            _refuse_complex(tape)
+            refuse_compiled(tape, [])
+            refuse_complex(tape)
             if mixing := batchnorm.mixing_nodes(tape, scheme.batch):
                 raise CaptureError(
                     self._mixing_message(tape, mixing)
@@ -251,6 +349,7 @@ class Reader:
                 for j in survey.reads & plan.preparing:
                     if not is_spread(tape, plan, layouts, j):
                         raise CaptureError(self._mixed_message(tape, j, scheme.batch))
+                self._refuse_mixing_uses(tape, plan, layouts, measured)
                 is_settled &= fits and not gather_nodes(tape)
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
@@ -261,11 +360,14 @@ class Reader:
         return regions, is_settled
 
     def _storages(self) -> set[int]:
-        """Addresses of all that the model itself holds."""
+        """Which storages hold what is the model's own."""
         if self._model is None:
             return set()
-        held = (*self._model.parameters(), *self._model.buffers())
-        return {t.untyped_storage().data_ptr() for t in held}
+        held = [*self._model.parameters(), *self._model.buffers()]
+        if self._sharding is not None:
+            held = [t for t in held if not is_sharded(t)] + self._sharding.held
+        # Addresses would not do: sharded parameters have none between their uses.
+        return {t.untyped_storage()._cdata for t in held}
 
     def _layouts(
         self,
@@ -327,6 +429,20 @@ class Reader:
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
 
 
+def _watched(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
+    near = watched_nodes(tape, regions)
+    views = [view for i in near for view in _views_of(tape, i)]
+    return sorted({*near, *views, *watched_sources(tape, batch)})
+
+
+def _is_sure(measured: list[Measurement | None], batch: int) -> bool:
+    """Whether one layout alone fits what was measured, and all samples were seen."""
+    return all(
+        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
+        for m in measured
+    )
+
+
 def _nearest_parameter(tape: Tape, i: int) -> str | None:
     queue, entered = [i], {i}
     for j in queue:
@@ -337,38 +453,6 @@ def _nearest_parameter(tape: Tape, i: int) -> str | None:
                 entered.add(edge[0])
                 queue.append(edge[0])
     return None
-
-
-def _refuse_compiled(tape: Tape, regions: list[int]) -> None:
-    for i, name in enumerate(tape.names):
-        if name.startswith(COMPILED) and i not in regions:
-            raise CaptureError(
-                "The loss was computed by a region compiled with torch.compile, which "
-                "is one opaque node here. Compile with fastminima.compile(model), or "
-                "probe the uncompiled module (for a compiled `fast = "
-                "torch.compile(model)`, run `model` itself) on the steps that you "
-                "probe."
-            )
-
-
-def _refuse_hidden(plan: Plan) -> None:
-    for name in plan.hidden:
-        raise CaptureError(
-            f"Parameter {name!r} is changed (cast, reshaped, normalised) before it "
-            "enters a region that runs again in the backward pass, a reentrant "
-            "checkpoint or a compiled one. Do that inside the region, or use "
-            "use_reentrant=False or the uncompiled module."
-        )
-
-
-def _refuse_complex(tape: Tape) -> None:
-    for i, node in enumerate(tape.nodes):
-        if any(meta.dtype.is_complex for meta in node._input_metadata):
-            raise CaptureError(
-                f"The loss computes with complex numbers ({tape.names[i]}), which are "
-                "not supported; write that part with real ones, as in a matrix product "
-                "with cosines and sines."
-            )
 
 
 def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:

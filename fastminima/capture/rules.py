@@ -29,6 +29,8 @@ from .contributions import (
 from .layout import RegularLayout, RowLayout
 from .plan import Slot
 from .rules_gathered import GATHERED
+from .rules_layers import LAYERS
+from .spread import spread_gradient as _elementwise
 from .tape import signed
 
 __all__ = ["BATCH_NORM", "RULES", "Rule", "contributions_of"]
@@ -285,42 +287,6 @@ def _embedding(
     return {0: Embedding(ids, layout.rows(g, 1), padding, slots[0].shape[0])}
 
 
-def _elementwise(
-    g: Tensor, factor: Tensor | None, layout: RowLayout, slot: Slot
-) -> Contribution | None:
-    """Gradient of a broadcast operand: the sum of g * factor over all it was spread."""
-    if not isinstance(layout, RegularLayout):
-        return None
-    missing = g.dim() - len(slot.shape)
-    shape = (1,) * missing + slot.shape
-    if shape[layout.dim] != 1 and layout.batch > 1:
-        return None  # the parameter itself has a row for each sample
-    if factor is not None:
-        factor = factor.expand(g.shape)
-    samples = _summed_like(g, factor, layout, shape)
-    return Materialized(samples.reshape(layout.count, *slot.shape))
-
-
-def _summed_like(
-    g: Tensor, factor: Tensor | None, layout: RegularLayout, shape: tuple[int, ...]
-) -> Tensor:
-    """Sum of g * factor over the dims where `shape` is 1: `[batch, *shape]` or flat."""
-    is_last = all(size == 1 for size in shape[:-1]) and shape[-1] == g.shape[-1]
-    if is_last and layout.dim < g.dim() - 1:
-        if factor is None:
-            return broadcast.sum_over_time(layout.rows(g, 1))
-        return broadcast.product_over_time(layout.rows(g, 1), layout.rows(factor, 1))
-    is_channel = len(shape) > 2 and shape[1] == g.shape[1] and set(shape[2:]) == {1}
-    is_plain = layout.dim == 0 and layout.outer * layout.inner == 1
-    if factor is None and is_channel and is_plain:
-        return broadcast.sum_over_space(layout.pick(g).flatten(2))
-    samples = layout.isolate(g)
-    if factor is not None:
-        samples = samples * layout.isolate(factor)
-    dims = [i + 1 for i, size in enumerate(shape) if size == 1]
-    return samples.sum(dims, keepdim=True) if dims else samples
-
-
 def _add(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
@@ -365,10 +331,12 @@ def _spread(
     """Expand and repeat over the batch alone: the output gradient is the answer."""
     if not isinstance(layout, RegularLayout):
         return {}
-    samples = layout.isolate(g)
     slot = slots[0]
-    missing = samples.dim() - 1 - len(slot.shape)
+    missing = g.dim() - len(slot.shape)
     shape = (1,) * missing + slot.shape
+    if layout.outer > 1 and shape[layout.dim] != 1:
+        return {}  # repeats interleave the samples, each a row of the parameter
+    samples = layout.isolate(g)
     dims = [
         i + 1
         for i, (size, full) in enumerate(zip(shape, samples.shape[1:], strict=True))
@@ -397,5 +365,6 @@ RULES: dict[str, Rule] = {
     "WhereBackward0": _where,
     "ExpandBackward0": _spread,
     "RepeatBackward0": _spread,
+    **LAYERS,
     **GATHERED,
 }

@@ -55,9 +55,9 @@ def _grouped_mm(
 
 def _listed(layout: RowLayout) -> IrregularLayout | None:
     """The sample of each row of a matrix."""
-    if isinstance(layout, IrregularLayout):
-        return layout
-    return layout.listed() if layout.dim == 0 else None
+    if isinstance(layout, RegularLayout) and layout.dim != 0:
+        return None
+    return layout.listed()
 
 
 def _index(

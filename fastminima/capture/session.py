@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from .saved import readable, saved_tensor
 from .tape import Tape, signed
 from .universal import Universal
 
-__all__ = ["Collected", "Session"]
+__all__ = ["Collected", "Session", "dense_values"]
 
 _BIASES = (DenseBias, ConvolutionBias)
 _TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
@@ -71,17 +72,26 @@ class Collected:
     grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
     grads: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on the norms
+
+    def spent(self, names: Sequence[str], seconds: float) -> None:
+        """Note time spent on the statistics of some parameters together."""
+        for name in names:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(names)
 
 
 class Session:
     """Hooks on the uses of one graph; what they see ends up in `collected`.
 
     Args:
-        measure: any of "norms", "second_moments", "gram", "totals".
+        measure: any of "norms", "second_moments", "gram", "totals"; with the last one
+            rules are noted and the norms are timed too.
         directions: `{name: {parameter: tensor}}`.
         keep_grads: keep this pass' gradient itself.
         hook_gradients: read the gradient when it is about to be accumulated, for
             passes after which nobody calls `take_gradients`.
+        defer_errors: let the pass go on after a CaptureError and raise it in `finish`:
+            other ranks wait for this one's gradients.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -95,8 +105,11 @@ class Session:
         directions: Mapping[str, Mapping[str, Tensor]],
         keep_grads: bool,
         hook_gradients: bool,
+        defer_errors: bool = False,
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
+        self._defer_errors = defer_errors
+        self._error: CaptureError | None = None
         self.collected = Collected()
         self._parameters = parameters
         self._batch = batch
@@ -143,6 +156,9 @@ class Session:
 
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
+        if self._error is not None:
+            self.close()
+            raise self._error
         with torch.no_grad():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
@@ -201,8 +217,13 @@ class Session:
             if all(g is None for g in grads) or belongs_to_another(self):
                 return
             node = readable(torch._C._current_autograd_node())
-            with _no_grad():
-                self._visit(use, node, grads, layouts, deliver)
+            try:
+                with _no_grad():
+                    self._visit(use, node, grads, layouts, deliver)
+            except CaptureError as error:
+                if not self._defer_errors:
+                    raise
+                self._error = self._error or error
 
         self._handles.append(tape.nodes[use.node].register_prehook(hook))
 
@@ -221,11 +242,15 @@ class Session:
                     f"(parameters {use.parameters}) where none came when its rows were "
                     "measured. Make a new probe; report it if that does not help."
                 )
+        started = self._clock(grads)
         found = contributions_of(use.name, node, grads, layouts, use.slots)
         rest = [slot for slot in use.slots if slot.number not in found]
         if rest:
             self._announce(use.name, [p.parameter for s in rest for p in s.paths])
             found |= Universal(node, grads, layouts, self._batch).contributions(rest)
+        if "totals" in self._measure:
+            spent = self._clock(grads) - started
+            self.collected.spent([own_name(p) for p in use.parameters], spent)
         if len(deliver) > 1:
             # Weights first: they may compute their bias' norms in the same pass.
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
@@ -263,7 +288,10 @@ class Session:
             into.sq_norms[name] = gram.diagonal().clone()
             into.gram = gram if into.gram is None else into.gram + gram
         else:
-            into.sq_norms[name] = whole.sq_norms()
+            started = self._clock()
+            into.sq_norms[name] = norms = whole.sq_norms()
+            if "totals" in self._measure:
+                into.spent([name], self._clock([norms]) - started)
         if "second_moments" in self._measure:
             into.second_moments[name] = whole.second_moment()
         if "totals" in self._measure:
@@ -273,6 +301,14 @@ class Session:
                 dots = whole.dots(parts_of[name])
                 sofar = into.dots.get(direction)
                 into.dots[direction] = dots if sofar is None else sofar + dots
+
+    def _clock(self, tensors: Sequence[Tensor | None] = ()) -> float:
+        """Seconds, once the device has done what it was told; 0 where nobody asks."""
+        if "totals" not in self._measure:
+            return 0.0
+        for device in {t.device for t in tensors if t is not None and t.is_cuda}:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
@@ -292,9 +328,7 @@ class Session:
         """Note the gradients of some parameters in this pass."""
         values = []
         for name, grad in grads.items():
-            if grad.layout != torch.strided:
-                grad = grad.coalesce() if grad.is_sparse else grad.to_dense()
-            values.append(grad.values() if grad.is_sparse else grad)
+            values.append(dense_values(grad))
             if self._keep_grads:
                 kept = grad.to_dense() if grad.is_sparse else grad.clone()
                 self.collected.grads[name] = kept
@@ -358,6 +392,13 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
             name = own_name(leaf)
             total[name] = total.get(name, 0) + count
     return total
+
+
+def dense_values(grad: Tensor) -> Tensor:
+    """A dense tensor with the elements of a gradient that may be sparse."""
+    if grad.layout == torch.strided:
+        return grad
+    return grad.coalesce().values() if grad.is_sparse else grad.to_dense()
 
 
 def _table_delivery(

@@ -54,9 +54,19 @@ class Universal:
             for g, layout in zip(self.grads, self.layouts, strict=True)
         ]
         # Python functions keep their backward in `apply`; calling the node is C++ only.
-        call = getattr(self.node, "apply", self.node)
-        found = call(*masked)
+        call = getattr(self.node, "apply", None)
+        found = self.node(*masked) if call is None else call(*self._filled(masked))
         return found if isinstance(found, tuple) else (found,)
+
+    def _filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Zeros in the place of nothing, as the engine gives Python functions."""
+        metadata = self.node._input_metadata
+        return [
+            torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
+            if grad is None
+            else grad
+            for grad, meta in zip(grads, metadata, strict=True)
+        ]
 
 
 def _fitted(grad: Tensor | None, slot: Slot, like: Tensor) -> Tensor:

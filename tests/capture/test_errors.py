@@ -48,6 +48,8 @@ def test_backward_already_run():
             again.backward(losses)
         with pytest.raises(fm.CaptureError, match="already run"):
             again.backward(losses.mean(), len(X))
+        with pytest.raises(fm.CaptureError, match="already run"):
+            again.audit(losses)
     assert untouched(model)
 
 
@@ -186,6 +188,15 @@ def test_penalty_in_every_samples_loss():
     assert audit.ok, str(audit)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_losses_that_cancel_each_other(factor):
+    """Their mean may have no gradient at all, and that of each loss is not zero."""
+    model, losses = model_and_losses()
+    with pytest.raises(fm.CaptureError, match="samples"):
+        fm.GradientProbe(model).backward(losses - factor * losses.mean())
+    assert untouched(model)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_region():
     model, _ = model_and_losses()
@@ -252,6 +263,18 @@ def test_collect_without_attach_and_without_backward():
         probe.collect()
     probe.attach(losses.mean(), 6)
     with pytest.raises(fm.CaptureError, match="No backward pass reached"):
+        probe.collect()
+
+
+def test_detach_takes_back_an_attach():
+    model, losses = model_and_losses()
+    probe = fm.GradientProbe(model)
+    probe.attach(losses.mean(), 6)
+    probe.detach()
+    probe.detach()
+    losses.mean().backward(retain_graph=True)
+    losses.mean().backward()  # a hook left would take it for an error
+    with pytest.raises(fm.CaptureError, match="Nothing is attached"):
         probe.collect()
 
 

@@ -1,0 +1,243 @@
+"""watch(accelerator, model) in a training loop, against single-sample gradients."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils.data import DataLoader
+from training import (
+    BATCH,
+    BATCHES,
+    Rows,
+    accumulators,
+    check,
+    classifier,
+    dataset,
+    fail_in_backward,
+    losses,
+)
+
+import fastminima as fm
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_other_accelerators():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def prepared(**options):
+    accelerator = accelerate.Accelerator(cpu=True, **options)
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(dataset(), batch_size=BATCH)
+    return accelerator, *accelerator.prepare(model, optimizer, loader)
+
+
+def train(accelerator, model, optimizer, loader, cast=None):
+    """The loop of accelerate's documentation; what each batch saw."""
+    seen = []
+    for x, y in loader:
+        x = x if cast is None else x.to(cast)
+        with accelerator.accumulate(model):
+            bare = copy.deepcopy(accelerator.unwrap_model(model, False))
+            seen.append((bare, (x, y)))
+            loss = losses(model, (x, y)).mean()
+            with torch.no_grad():
+                model(x[:2])  # such as an evaluation: not the batch
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_rows_are_those_of_single_samples(accumulate):
+    accelerator, model, optimizer, loader = prepared(
+        gradient_accumulation_steps=accumulate
+    )
+    rows = Rows()
+    watch = fm.callbacks.watch(accelerator, model, to=rows, optimizer=optimizer)
+    with watch as rows.watch:
+        seen = train(accelerator, model, optimizer, loader)
+    check(rows, seen)
+    assert [row["step"] for row in rows.rows] == [i // accumulate for i in range(4)]
+    for row in rows.rows:
+        assert row["factors/ratio"] == pytest.approx(0.1 / (BATCH * accumulate))
+    assert "backward" not in vars(accelerator)
+    assert not model._forward_pre_hooks
+    train(accelerator, model, optimizer, loader)
+    assert len(rows.rows) == BATCHES
+
+
+def test_training_is_bitwise_the_same():
+    states = []
+    for is_watched in (False, True):
+        accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
+        if is_watched:
+            fm.callbacks.watch(accelerator, model, to=Rows(), optimizer=optimizer)
+        train(accelerator, model, optimizer, loader)
+        states.append(model.state_dict())
+    plain, watched = states
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_scaler_and_autocast():
+    accelerator, model, _, loader = prepared(
+        mixed_precision="bf16", gradient_accumulation_steps=2
+    )
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # without a GPU there is none
+    model.float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # gradients stay scaled
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
+    seen = train(accelerator, model, optimizer, loader, torch.float32)
+    # A scale forgotten is off by 2 or 65536, bfloat16 by some hundredths.
+    check(rows, seen, rtol=0.1, atol=0.02)
+
+
+def test_every_and_batch_size():
+    accelerator, model, optimizer, loader = prepared()
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(
+        accelerator, model, to=rows, every=2, batch_size=lambda x: len(x)
+    )
+    seen = train(accelerator, model, optimizer, loader)
+    check(rows, seen[::2])
+    rows.watch.close()
+    fm.callbacks.watch(accelerator, model, to=Rows(), batch_size=5)
+    with pytest.raises(fm.CaptureError, match="No batch axis of size 5"):
+        train(accelerator, model, optimizer, loader)
+
+
+def test_two_watches_closed_in_any_order():
+    accelerator, model, optimizer, loader = prepared()
+    first, second = Rows(), Rows()
+    first.watch = fm.callbacks.watch(accelerator, model, to=first)
+    second.watch = fm.callbacks.watch(accelerator, model, to=second)
+    seen = train(accelerator, model, optimizer, loader)
+    first.watch.close()
+    check(first, seen)
+    seen += train(accelerator, model, optimizer, loader)
+    second.watch.close()
+    check(second, seen)
+    assert len(first.rows) == BATCHES
+
+
+def test_nothing_stays_behind_after_an_exception():
+    accelerator, model, optimizer, loader = prepared()
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
+    kept = accumulators(model)
+    failing = fail_in_backward(model[2].weight, KeyboardInterrupt())
+    x, y = dataset()[:]
+    with pytest.raises(KeyboardInterrupt):
+        accelerator.backward(losses(model, (x, y)).mean())
+    failing.remove()
+    assert rows.watch._observer._probe._attached is None
+    for _ in range(2):  # a hook left would take the second one for an error
+        losses(model, (x, y)).mean().backward()
+    del kept
+    optimizer.zero_grad()
+    check(rows, train(accelerator, model, optimizer, loader))
+
+
+def test_loss_that_cannot_be_read_stops_training():
+    accelerator, _, _, _ = prepared()
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    x, y = dataset()[:]
+    watch = fm.callbacks.watch(accelerator, model, to=Rows())
+    with pytest.raises(fm.CaptureError, match=r"[Bb]atch norm"):
+        accelerator.backward(losses(model, (x, y)).mean())
+    watch.close()
+    rows = Rows()
+    fm.callbacks.watch(accelerator, model, to=rows, on_error="warn")
+    with pytest.warns(UserWarning, match="no gradient statistics"):
+        accelerator.backward(losses(model, (x, y)).mean())
+    assert model[0].weight.grad is not None
+    assert not rows.rows
+
+
+class Tracker(accelerate.tracking.GeneralTracker):
+    name, requires_logging_directory = "memory", False
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def log(self, values, step=None, **kwargs):
+        self.rows.append((step, values))
+
+
+def test_own_trackers_of_the_accelerator():
+    tracker = Tracker()
+    accelerator, model, optimizer, loader = prepared(log_with=tracker)
+    with fm.callbacks.watch(accelerator, model, every=2):
+        with pytest.warns(UserWarning, match="has no tracker"):
+            train(accelerator, model, optimizer, loader)
+        accelerator.init_trackers("project")
+        train(accelerator, model, optimizer, loader)
+    assert [step for step, _ in tracker.rows] == [4, 6]
+    assert tracker.rows[0][1]["gradient/count"] == BATCH
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_two_processes():
+    here = Path(__file__).parent
+    paths = (here, here.parent, Path(fm.__file__).parents[1])
+    shared = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(here / "two_processes.py")],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("checked" in output for output in outputs), "\n".join(outputs)
+
+
+def test_wrong_arguments(monkeypatch):
+    accelerator, model, _, _ = prepared()
+    with pytest.raises(TypeError, match="pass the one to watch"):
+        fm.callbacks.watch(accelerator)
+    fm.callbacks.watch(accelerator, nn.Linear(2, 2), to=Rows())
+    with pytest.raises(ValueError, match="called before the model"):
+        accelerator.backward(losses(model, dataset()[:]).mean())
+    fsdp = accelerate.DistributedType.FSDP
+    monkeypatch.setattr(type(accelerator), "distributed_type", fsdp)
+    with pytest.raises(ValueError, match="Under FSDP no process"):
+        fm.callbacks.watch(accelerator, model)

@@ -1,0 +1,175 @@
+"""What each logger wrote, read back by its own library; and what is not installed."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from logs import history, scalars
+
+import fastminima as fm
+
+ROW = {"step": 3, "loss": 1.5, "gradient/count": 4, "gradient/signal": -0.25}
+NAN = {**ROW, "step": 4, "loss": math.nan, "is_finite": False}
+
+
+def test_json_lines_append_and_overwrite(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.jsonl"
+    for _ in range(2):
+        fm.monitor.JsonLines(path).write(ROW)
+    assert fm.monitor.read(path) == [ROW, ROW]
+    logger = fm.monitor.JsonLines(path, mode="overwrite")
+    assert fm.monitor.read(path) == [ROW, ROW]  # nothing happens before the first row
+    for step in range(3):
+        logger.write({**ROW, "step": step})
+    assert [row["step"] for row in fm.monitor.read(path)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="Unknown mode 'w'"):
+        fm.monitor.JsonLines(path, mode="w")
+
+
+def test_rows_outlive_a_killed_process(tmp_path):
+    code = (
+        "import os, sys, fastminima as fm\n"
+        "lines = fm.monitor.JsonLines(sys.argv[1] + '/x.jsonl')\n"
+        "board = fm.monitor.TensorBoard(sys.argv[1])\n"
+        "row = {f'gradient/{i}': i for i in range(20)}\n"
+        "for step in range(3):\n"
+        "    lines.write({'step': step, **row})\n"
+        "    board.write({'step': step, **row})\n"
+        "os._exit(1)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 1
+    rows = fm.monitor.read(tmp_path / "x.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    found = scalars(tmp_path)
+    assert found["gradient/19"] == [(step, 19.0) for step in range(3)]
+
+
+def test_a_line_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:20])
+    assert fm.monitor.read(path) == [ROW]
+
+
+def test_tensorboard(tmp_path):
+    logger = fm.monitor.TensorBoard(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for step in (1, 2, 3):
+        logger.write({**ROW, "step": step})
+        before_close = scalars(tmp_path)
+        assert before_close["gradient/signal"][-1] == (step, -0.25)
+    logger.close()
+    logger.close()
+    logger.write(NAN)  # opens another file
+    logger.close()
+    found = scalars(tmp_path)
+    assert set(found) == {"loss", "gradient/count", "gradient/signal", "is_finite"}
+    assert found["gradient/count"] == [(step, 4.0) for step in (1, 2, 3, 4)]
+    assert found["is_finite"] == [(4, 0.0)]
+    (_, good), (step, bad) = found["loss"][-2:]
+    assert (good, step) == (1.5, 4)
+    assert math.isnan(bad)
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = fm.monitor.WandB("project", mode="offline", dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    logger.write(ROW)
+    logger.write({**ROW, "loss": 2.5})  # a second row of the same step
+    logger.write(NAN)
+    logger.close()
+    first, second, third = history(tmp_path)
+    assert first == ROW
+    assert second == {**ROW, "loss": 2.5}
+    assert math.isnan(float(third["loss"]))
+
+
+class Run:
+    """What is asked of a run that somebody else started."""
+
+    def __init__(self):
+        self.rows, self.metrics = [], []
+
+    def define_metric(self, name, **options):
+        self.metrics.append(name)
+
+    def log(self, row):
+        self.rows.append(row)
+
+
+def test_wandb_run_of_somebody_else_goes_on():
+    run = Run()
+    with fm.monitor.Monitor(fm.monitor.WandB(run=run)) as monitor:
+        monitor._loggers[0].write(ROW)
+    assert run.rows == [ROW]
+    assert run.metrics == ["step", "gradient/*", "factors/*", "sharpness/*"]
+    with pytest.raises(
+        ValueError, match=r"takes no options, got \['mode', 'project'\]"
+    ):
+        fm.monitor.WandB("project", run=run, mode="offline")
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "install"),
+    [
+        ("tensorboard", lambda: fm.monitor.TensorBoard("x"), "pip install tensorboard"),
+        ("wandb", lambda: fm.monitor.WandB("x", mode="offline"), "pip install wandb"),
+    ],
+)
+def test_not_installed(package, make, install, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs {package}, which is not") as error:
+        make()
+    assert install in str(error.value)
+    assert "pip install 'fastminima[integrations]'" in str(error.value)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, fastminima as fm; fm.monitor.Monitor('x.jsonl');"
+        "fm.callbacks.watch; fm.callbacks.LightningProbe;"
+        "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    optional = {"lightning", "pytorch_lightning", "transformers", "accelerate"}
+    optional |= {"tensorboard", "wandb", "matplotlib"}
+    assert "fastminima" in out.stdout.split()
+    assert not optional & set(out.stdout.split())
+
+
+def test_several_loggers_get_the_same_row(tmp_path):
+    class Memory(fm.monitor.Logger):
+        rows, is_closed = (), False
+
+        def write(self, row):
+            self.rows = [*self.rows, row]
+
+        def close(self):
+            self.is_closed = True
+
+    a, b = Memory(), Memory()
+    stats = fm.GradientStatistics(2, 3, torch.ones(2), torch.tensor(0.5))
+    with fm.monitor.Monitor(a, b) as monitor:
+        row = monitor.log(0, stats)
+    assert a.rows == b.rows == [row]
+    assert a.is_closed
+    assert b.is_closed
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ("runs/x", ValueError, r"'runs/x' does not say what to write: .*\.jsonl"),
+        (3, TypeError, "Expected a logger or a path, got 3"),
+        (print, TypeError, "Expected a logger or a path"),
+    ],
+)
+def test_what_is_not_a_logger(bad, error, message):
+    with pytest.raises(error, match=message):
+        fm.monitor.Monitor(bad)
