@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,9 @@ class GradientStatistics:
         gram: `[count, count]`, <g_n, g_m>.
         dots: `{direction: [count]}`, <g_n, v>.
         mean_grad: `{name: like the parameter}`, with `keep_mean=True`.
+        mean_count: number of samples behind the mean gradient, where only `count` of
+            them were looked at (`sample=`); None where it is the same.
+        samples: `[count]`, which samples of the batch were looked at; None for all.
     """
 
     count: int
@@ -45,19 +49,53 @@ class GradientStatistics:
     gram: Float[Tensor, "count count"] | None = None
     dots: dict[str, Tensor] = field(default_factory=dict)
     mean_grad: dict[str, Tensor] | None = None
+    mean_count: int | None = None
+    samples: Tensor | None = None
+
+    @property
+    def all_count(self) -> int:
+        """Number of samples behind the mean gradient."""
+        return self.count if self.mean_count is None else self.mean_count
 
     @property
     def covariance_trace(self) -> Float[Tensor, ""]:
         """Trace of Sigma, the summed variance of the gradient over samples; unbiased.
 
-        (sum_n |g_n|^2 - N |mean|^2) / (N - 1).
+        N / (N - 1) (mean_n |g_n|^2 - |mean|^2), the first mean over the samples that
+        were looked at, the second over all N.
 
         Raises:
             ValueError: for one sample, or when norms were not measured.
         """
         self._need_two("A covariance")
-        total = self._total_sq_norm() - self.count * self.mean_grad_sq_norm.double()
-        return (total / (self.count - 1)).to(self.mean_grad_sq_norm.dtype)
+        n = self.all_count
+        spread = self._mean_sq_norm() - self.mean_grad_sq_norm.double()
+        return (spread * (n / (n - 1))).to(self.mean_grad_sq_norm.dtype)
+
+    @property
+    def covariance_trace_error(self) -> Float[Tensor, ""]:
+        """Standard error of `covariance_trace` from looking at some samples only.
+
+        N / (N - 1) s sqrt((1 - m / N) / m), s the standard deviation of |g_n|^2 over
+        the m samples looked at: what drawing others of this batch would change. Zero
+        where all were looked at.
+
+        Source: Cochran (1977), Sampling Techniques, 3rd edition, theorem 2.2.
+
+        Raises:
+            ValueError: for one sample looked at out of several.
+        """
+        n, m = self.all_count, self.count
+        if m == n:
+            return torch.zeros_like(self.mean_grad_sq_norm)
+        if m < 2 or self.sq_norms is None:
+            raise ValueError(
+                f"The standard error of a sampled trace needs 2 samples looked at, got "
+                f"{m}. Create the probe with a larger `sample`."
+            )
+        spread = self.sq_norms.double().std() * (n / (n - 1))
+        error = spread * math.sqrt((1 - m / n) / m)
+        return error.to(self.mean_grad_sq_norm.dtype)
 
     @property
     def signal(self) -> Float[Tensor, ""]:
@@ -65,7 +103,7 @@ class GradientStatistics:
 
         Source: McCandlish et al. (2018), arXiv:1812.06162, appendix A.1.
         """
-        return self.mean_grad_sq_norm - self.covariance_trace / self.count
+        return self.mean_grad_sq_norm - self.covariance_trace / self.all_count
 
     @property
     def noise_scale(self) -> Float[Tensor, ""]:
@@ -91,7 +129,7 @@ class GradientStatistics:
                 "A variance needs the second moments and the mean gradient; create "
                 "the probe with measure=('second_moments',) and keep_mean=True."
             )
-        factor = self.count / (self.count - 1)
+        factor = self.all_count / (self.all_count - 1)
         return {
             name: (moment - self.mean_grad[name].square()).clamp_min(0) * factor
             for name, moment in self.second_moments.items()
@@ -114,9 +152,13 @@ class GradientStatistics:
         }
         if self.sq_norms is not None:
             row["sq_norms"] = self.sq_norms.tolist()
-            if self.count > 1:
+            if self.all_count > 1:
                 for name in ("covariance_trace", "signal", "noise_scale"):
                     row[name] = getattr(self, name).item()
+        if self.mean_count is not None:
+            row["mean_count"] = self.mean_count
+            if self.sq_norms is not None and self.count > 1:
+                row["covariance_trace_error"] = self.covariance_trace_error.item()
         if self.sq_norms_by_parameter is not None:
             row["sq_norms_by_parameter"] = {
                 name: t.tolist() for name, t in self.sq_norms_by_parameter.items()
@@ -137,7 +179,8 @@ class GradientStatistics:
             return NotImplemented
         self._check_same_kind(other)
         a, b = self.count, other.count
-        mean = _weighted(self._kept_mean(), a, other._kept_mean(), b)
+        all_a, all_b = self.all_count, other.all_count
+        mean = _weighted(self._kept_mean(), all_a, other._kept_mean(), all_b)
         return replace(
             self,
             count=a + b,
@@ -152,6 +195,8 @@ class GradientStatistics:
             ),
             gram=None,
             dots=_joined(self.dots, a, other.dots, b) or {},
+            mean_count=None if all_a + all_b == a + b else all_a + all_b,
+            samples=None,
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GradientStatistics:
@@ -170,10 +215,11 @@ class GradientStatistics:
         total = ranks[0]
         for part in ranks[1:]:
             total = total + part
-        mean = self._reduced(self._kept_mean(), total.count, group)
+        weight = self.all_count / total.all_count
+        mean = self._reduced(self._kept_mean(), weight, group)
         moments = self.second_moments
         if moments is not None:
-            moments = self._reduced(moments, total.count, group)
+            moments = self._reduced(moments, self.count / total.count, group)
         return replace(
             total,
             mean_grad=mean,
@@ -182,7 +228,10 @@ class GradientStatistics:
         )
 
     def _reduced(
-        self, part: Mapping[str, Tensor], count: int, group: dist.ProcessGroup | None
+        self,
+        part: Mapping[str, Tensor],
+        weight: float,
+        group: dist.ProcessGroup | None,
     ) -> dict[str, Tensor]:
         """Mean over all ranks' samples; ranks may have reached different parameters."""
         names: list[list[tuple[str, torch.Size]]] = [[]] * dist.get_world_size(group)
@@ -192,22 +241,22 @@ class GradientStatistics:
         result = {}
         for name, shape in shapes.items():
             t = part[name] if name in part else self.mean_grad_sq_norm.new_zeros(shape)
-            result[name] = t * (self.count / count)
+            result[name] = t * weight
             dist.all_reduce(result[name], group=group)
         return result
 
-    def _total_sq_norm(self) -> Tensor:
+    def _mean_sq_norm(self) -> Tensor:
         if self.sq_norms is None:
             raise ValueError(
                 "The gradient norms were not measured; add 'norms' to the probe's "
                 "`measure`."
             )
-        return self.sq_norms.double().sum()
+        return self.sq_norms.double().mean()
 
     def _need_two(self, what: str) -> None:
-        if self.count < 2:
+        if self.all_count < 2:
             raise ValueError(
-                f"{what} needs at least 2 samples, got {self.count}. Use a larger "
+                f"{what} needs at least 2 samples, got {self.all_count}. Use a larger "
                 "batch, or add the statistics of several (keep_mean=True)."
             )
 

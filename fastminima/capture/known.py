@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
 
 from . import batchnorm
 from .gathers import Guard, placing_numbers, read_numbers
-from .layout import RegularLayout, RowLayout
+from .layout import IrregularLayout
 from .plan import Plan
 from .regions import Region, region_shapes
 from .routes import Routes
+from .samples import Batch, Segments
 from .tape import Tape
 
 __all__ = ["Found", "Known", "Layouts"]
 
-Layouts = list[list[RowLayout | None]]  # of each use, of each of its outputs
+# Of each use, of each of its outputs: a RowLayout, None where no gradient comes, or a
+# SegmentLayout, which becomes a RowLayout in each step.
+Layouts = list[list[Any]]
 # Sizes of a graph are measured this often before a layout is carried over to new ones.
 _MEASURED_SIZES = 3
 _MOST_SIZES = 256
@@ -35,20 +41,53 @@ class Found:
     regions: dict[int, Region | None] = field(default_factory=dict)
     routes: Routes | None = None
 
-    def followed(self, tape: Tape, batch: int) -> Found | None:
+    def followed(self, tape: Tape, samples: Batch | Segments) -> Found | None:
         """The same with the layouts of all uses; None where the routes do not agree."""
+        if isinstance(samples, Segments):
+            return self._resolved(tape, samples)
         if self.routes is None:
             return self
         labels = self.routes.labels(tape)
         if labels is None:
             return None
         layouts = [
-            self.routes.layouts(tape, labels, use.node, batch)
+            self.routes.layouts(tape, labels, use.node, samples.count)
             if use.node in self.routes.nodes
             else of_use
             for use, of_use in zip(self.plan.uses, self.layouts, strict=True)
         ]
         return replace(self, layouts=layouts)
+
+    def _resolved(self, tape: Tape, segments: Segments) -> Found:
+        layouts: Layouts = []
+        for use, of_use in zip(self.plan.uses, self.layouts, strict=True):
+            shapes = tape.shapes(use.node)
+            layouts.append(
+                [
+                    None if layout is None else segments.resolve(layout, shape)
+                    for layout, shape in zip(of_use, shapes, strict=True)
+                ]
+            )
+        regions = {
+            i: None if region is None else region.resolved(segments)
+            for i, region in self.regions.items()
+        }
+        return replace(self, layouts=layouts, regions=regions)
+
+    def choosing(self, samples: Tensor) -> Found:
+        """The same, looking at some samples only."""
+        regions = {
+            i: None if r is None else replace(r, layouts=_choosing(r.layouts, samples))
+            for i, r in self.regions.items()
+        }
+        return replace(self, layouts=_choosing(self.layouts, samples), regions=regions)
+
+
+def _choosing(layouts: Sequence[Sequence[Any]], samples: Tensor) -> Layouts:
+    return [
+        [None if layout is None else layout.choose(samples) for layout in of_use]
+        for of_use in layouts
+    ]
 
 
 class Known:
@@ -82,14 +121,14 @@ class Known:
             and self._routed == _routed(found)
         )
 
-    def recall(self, tape: Tape, batch: int) -> Found | None:
+    def recall(self, tape: Tape, samples: Batch | Segments) -> Found | None:
         """What holds for this graph, or None when it has to be measured."""
         if not all(guard.holds(tape) for guard in self._guards):
             return None
-        signature = self._signature(tape, batch)
+        signature = self._signature(tape, samples)
         found = self._found.get(signature)
         if found is not None:
-            return found.followed(tape, batch)
+            return found.followed(tape, samples)
         if len(self._measured) < _MEASURED_SIZES or not self._follows:
             return None
         layouts = self._carried_over(signature)
@@ -97,16 +136,16 @@ class Known:
             return None
         routes = self._found[self._measured[0]].routes
         if routes is not None:
-            routes = routes.resized(tape, batch)
+            routes = routes.resized(tape, samples.count)
             if routes is None:
                 return None
         found = Found(self._plan.sized(tape), layouts, routes=routes)
         self._keep(signature, found)
-        return found.followed(tape, batch)
+        return found.followed(tape, samples)
 
-    def remember(self, tape: Tape, batch: int, found: Found) -> None:
+    def remember(self, tape: Tape, samples: Batch | Segments, found: Found) -> None:
         """Keep what was measured on a graph."""
-        signature = self._signature(tape, batch)
+        signature = self._signature(tape, samples)
         if self._measured:
             self._follows &= self._carried_over(signature) == found.layouts
         self._follows &= not found.regions  # they may compute anything in other sizes
@@ -119,11 +158,11 @@ class Known:
             self._found = {s: self._found[s] for s in self._measured}
         self._found[signature] = found
 
-    def _signature(self, tape: Tape, batch: int) -> tuple:
+    def _signature(self, tape: Tape, samples: Batch | Segments) -> tuple:
         """All by which two graphs of one structure can differ in their layouts."""
         shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
         return (
-            batch,
+            samples.sizes,
             tuple(() if use.node in self._routed else s for use, s in shapes),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),
@@ -133,19 +172,19 @@ class Known:
     def _carried_over(self, signature: tuple) -> Layouts | None:
         """The layouts of the first measurement in the sizes of another graph."""
         _, old_shapes, old_entrances, old_numbers, _ = self._measured[0]
-        batch, new_shapes, entrances, numbers, _ = signature
+        sizes, new_shapes, entrances, numbers, _ = signature
         if numbers != old_numbers or _ones(entrances) != _ones(old_entrances):
             return None
         first = self._found[self._measured[0]].layouts
         layouts: Layouts = []
         for of_use, old, new in zip(first, old_shapes, new_shapes, strict=True):
-            moved: list[RowLayout | None] = []
+            moved: list[Any] = []
             for layout, was, now in zip(of_use, old, new, strict=True):
                 if layout is None:
                     moved.append(None)
                     continue
-                assert isinstance(layout, RegularLayout)
-                carried = layout.transfer(was, now, batch)
+                assert not isinstance(layout, IrregularLayout)
+                carried = layout.transfer(was, now, sizes)
                 if carried is None:
                     return None
                 moved.append(carried)

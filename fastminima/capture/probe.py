@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
 from ..statistics import GradientStatistics
 from . import batchnorm as batch_norms
+from .arguments import Asked, Target, check_dim, check_direction, check_word, whole
 from .audit import Audit, audit_losses
 from .errors import CaptureError
 from .passes import is_distributed, run_pass
@@ -64,6 +65,9 @@ class GradientProbe:
         every: probe only every so many steps, the first one included. On the others
             `backward` is a plain backward pass, `attach` does nothing, and `backward`
             and `collect` return None.
+        sample: look at so many samples of each batch, drawn anew in each step by a
+            generator of the probe's own. The statistics of single samples are theirs;
+            the mean gradient is that of all.
         process_group: a process group, or "world" for all ranks: `backward` and
             `collect` then return the statistics of all ranks' samples, on every rank.
             The pass must average the gradients over those ranks, as
@@ -99,6 +103,7 @@ class GradientProbe:
         *,
         batch_dim: int = 0,
         every: int = 1,
+        sample: int | None = None,
         process_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         sharded_modules = reshard(model)
@@ -107,23 +112,23 @@ class GradientProbe:
         self._parameters = self._owned if sharding is None else sharding.whole
         words = (measure,) if isinstance(measure, str) else tuple(measure)
         for word in words:
-            _check_word("measure", word, _MEASURES)
-        _check_word("batchnorm", batchnorm, ("error", "rows", "frozen"))
-        _check_word("mode", mode, ("observe", "fused"))
+            check_word("measure", word, _MEASURES)
+        check_word("batchnorm", batchnorm, ("error", "rows", "frozen"))
+        check_word("mode", mode, ("observe", "fused"))
         if mode == "fused":
             raise ValueError(
                 'mode="fused" needs kernels that this version does not have yet; use '
                 'mode="observe".'
             )
-        if isinstance(every, bool) or int(every) != every or every < 1:
-            raise ValueError(f"every must be a positive integer, got {every!r}.")
-        self._every = int(every)
+        self._every = whole("every", every)
+        self._sample = None if sample is None else whole("sample", sample)
+        self._generator = torch.Generator().manual_seed(0)  # never the user's
         self._steps = 0  # backward passes announced so far, probed or not
         self._is_resting = False
-        self._batch_dim = _dim(batch_dim)
+        self._batch_dim = check_dim(batch_dim)
         self._measure = frozenset(words)
         self._directions = {
-            name: _direction(name, v, self._parameters)
+            name: check_direction(name, v, self._parameters)
             for name, v in (directions or {}).items()
         }
         self._per_parameter = per_parameter
@@ -163,6 +168,7 @@ class GradientProbe:
         scale: float = 1.0,
         retain_graph: bool = False,
         batch_dim: int | None = None,
+        segment_ids: Tensor | None = None,
     ) -> GradientStatistics | None:
         """Run the backward pass and return the statistics of its samples.
 
@@ -177,6 +183,10 @@ class GradientProbe:
                 mean of `loss` with, as `scaler.get_scale()`.
             retain_graph: keep the graph for another backward pass.
             batch_dim: for this loss, in place of the probe's own.
+            segment_ids: `[rows, time]` (or `[time]`), where documents are packed into
+                rows: the sample of each token, numbered from 0, and -1 for none. The
+                samples are then the segments, and `loss` the vector of their losses, or
+                a scalar made of their tokens' losses. Attention must keep them apart.
 
         Raises:
             CaptureError: when the graph cannot be read exactly; the model, its
@@ -185,9 +195,10 @@ class GradientProbe:
             ValueError: for a loss of two dimensions or a scalar without batch size;
                 with `process_group`, when `.grad` is not the mean over all samples.
         """
+        asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
-            _check_loss(loss, batch_size, reduction, scale)
-            _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+            asked.checked(self._batch_dim)
+            asked.scaled_mean().backward(retain_graph=retain_graph)
             return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
@@ -196,15 +207,12 @@ class GradientProbe:
             for p in self._parameters.values()
         )
         if self._ranks is not None:
-            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
+            self._attach_joint(asked)
         else:
-            self._attach(
-                *(loss, batch_size, reduction, scale, batch_dim),
-                hook_gradients=not is_fresh,
-            )
+            self._attach(asked, hook_gradients=not is_fresh)
         try:
             with _explaining(self._before):
-                _scaled_mean(loss, scale).backward(retain_graph=retain_graph)
+                asked.scaled_mean().backward(retain_graph=retain_graph)
             if self._ranks is not None:
                 return self._collected_joint(self._ranks)
             assert self._attached is not None
@@ -228,6 +236,7 @@ class GradientProbe:
         *,
         scale: float = 1.0,
         batch_dim: int | None = None,
+        segment_ids: Tensor | None = None,
     ) -> None:
         """Prepare the graph of `loss`, for loops that call `loss.backward()`.
 
@@ -238,24 +247,17 @@ class GradientProbe:
             CaptureError, ValueError: as `backward`; with `process_group`, `collect`
                 raises them.
         """
+        asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         self._is_resting = self._rests()
         if self._is_resting:
             self._detach()
-            _check_loss(loss, batch_size, reduction, scale)
-            return
-        if self._ranks is not None:
-            self._attach_joint(loss, batch_size, reduction, scale, batch_dim)
-            return
-        self._attach(loss, batch_size, reduction, scale, batch_dim, hook_gradients=True)
+            asked.checked(self._batch_dim)
+        elif self._ranks is not None:
+            self._attach_joint(asked)
+        else:
+            self._attach(asked, hook_gradients=True)
 
-    def _attach_joint(
-        self,
-        loss: Tensor,
-        batch_size: int | None,
-        reduction: str,
-        scale: float,
-        batch_dim: int | None,
-    ) -> None:
+    def _attach_joint(self, asked: Asked) -> None:
         """Attach on this rank, leaving an error to `_collected_joint`.
 
         The other ranks wait for this one's gradients and message, so the pass runs in
@@ -265,9 +267,7 @@ class GradientProbe:
         self._trouble = self._ranks.found_earlier(self._owned)
         keep_mean = self._keep_mean
         try:
-            self._attach(
-                loss, batch_size, reduction, scale, batch_dim, hook_gradients=keep_mean
-            )
+            self._attach(asked, hook_gradients=keep_mean)
         except (CaptureError, ValueError) as error:
             self._trouble = self._trouble or error
         if self._trouble is not None:
@@ -282,7 +282,7 @@ class GradientProbe:
                 collected, attached = self._finished()
                 reached = frozenset(collected.sq_norms)
                 part = Part(
-                    self._statistics(collected, attached.count, attached.factor),
+                    self._statistics(collected, attached),
                     reached,
                     attached.factor,
                     ranks.grad_sq_norms(self._owned, reached),
@@ -301,39 +301,37 @@ class GradientProbe:
         step, self._steps = self._steps, self._steps + 1
         return step % self._every != 0
 
-    def _attach(
-        self,
-        loss: Tensor,
-        batch_size: int | None,
-        reduction: str,
-        scale: float,
-        batch_dim: int | None,
-        *,
-        hook_gradients: bool,
-    ) -> None:
+    def _attach(self, asked: Asked, *, hook_gradients: bool) -> None:
         self._detach()
+        loss = asked.loss
         try:
-            count = _check_loss(loss, batch_size, reduction, scale)
-            batch_dim = self._batch_dim if batch_dim is None else _dim(batch_dim)
+            target = asked.checked(self._batch_dim)
         except ValueError:
             self._reader.accompany(loss)
             raise
-        is_mean = bool(loss.dim()) or reduction == "mean"
         with _explaining():
-            reading = self._reader.read(loss, count, batch_dim)
-            frozen = None
+            reading = self._reader.read(loss, target.samples)
+            chosen = self._chosen(target.samples.count)
+            if chosen is not None:
+                reading = reading.choosing(chosen)
             if reading.mixing and self._batchnorm == "frozen":
-                frozen = self._frozen_pass(reading, loss, count)
+                frozen = self._frozen_pass(reading, target)
                 # The pass over a vector of losses was not scaled.
-                factor = (count if is_mean else 1.0) / (1.0 if loss.dim() else scale)
-            else:
-                factor = (count if is_mean else 1.0) / scale
-        session = None
-        if frozen is None:
-            session = self._session(
-                reading, count, self._measure, self._directions, hook_gradients
-            )
-        self._attached = _Attached(session, frozen, count, factor)
+                factor = target.factor(is_scaled=not loss.dim())
+                self._attached = _Attached(None, frozen, target, factor, chosen)
+                return
+        count = target.samples.count if chosen is None else len(chosen)
+        session = self._session(
+            reading, count, self._measure, self._directions, hook_gradients
+        )
+        self._attached = _Attached(session, None, target, target.factor(), chosen)
+
+    def _chosen(self, count: int) -> Tensor | None:
+        """Numbers of the samples to look at; None for all of them."""
+        if self._sample is None or self._sample >= count:
+            return None
+        order = torch.randperm(count, generator=self._generator)
+        return order[: self._sample].sort().values
 
     def collect(self) -> GradientStatistics | None:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
@@ -358,7 +356,7 @@ class GradientProbe:
 
     def _collected(self) -> GradientStatistics:
         collected, attached = self._finished()
-        return self._statistics(collected, attached.count, attached.factor)
+        return self._statistics(collected, attached)
 
     def _finished(self) -> tuple[Collected, _Attached]:
         if self._attached is None:
@@ -378,7 +376,14 @@ class GradientProbe:
             )
         return collected, attached
 
-    def audit(self, losses: Tensor, samples: int = 4, seed: int = 0) -> Audit:
+    def audit(
+        self,
+        losses: Tensor,
+        samples: int = 4,
+        seed: int = 0,
+        *,
+        segment_ids: Tensor | None = None,
+    ) -> Audit:
         """Check this probe against plain autograd on the graph of `losses`.
 
         Per parameter: the rule that covers it, |sum_n g_n - grad| / |grad|, the worst
@@ -390,6 +395,7 @@ class GradientProbe:
             losses: the vector `[batch]` of per-sample losses.
             samples: how many samples to differentiate one by one.
             seed: of the choice of samples.
+            segment_ids: as for `backward`.
 
         Raises:
             CaptureError: when the graph cannot be read.
@@ -400,9 +406,10 @@ class GradientProbe:
                 f"An audit needs the vector of per-sample losses, got shape "
                 f"{tuple(losses.shape)}. Use reduction='none' in the loss."
             )
-        count = _count(losses, None)
+        target = Asked(losses, None, "mean", 1.0, 0, segment_ids).checked(0)
+        count = target.samples.count
         with _explaining():
-            reading = self._reader.read(losses, count, 0)
+            reading = self._reader.read(losses, target.samples)
             measure = frozenset(["norms", "totals"])
             with self._reader.extra_passes(reading.tape):
                 return audit_losses(
@@ -431,8 +438,12 @@ class GradientProbe:
             announce=self._announce,
         )
 
-    def _frozen_pass(self, reading: Reading, loss: Tensor, count: int) -> Collected:
+    def _frozen_pass(self, reading: Reading, target: Target) -> Collected:
         """A pass of its own in which batch normalisation keeps its statistics."""
+        loss = target.loss
+        count = target.samples.count
+        if self._sample is not None:
+            count = min(count, self._sample)
         session = self._session(reading, count, self._measure, self._directions)
         handles = batch_norms.freeze(reading.tape, reading.mixing)
         names = list(reading.tape.leaves)
@@ -453,11 +464,14 @@ class GradientProbe:
                 handle.remove()
 
     def _statistics(
-        self, collected: Collected, count: int, factor: float
+        self, collected: Collected, attached: _Attached
     ) -> GradientStatistics:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
+        factor, chosen = attached.factor, attached.chosen
+        batch = attached.target.samples.count
+        count = batch if chosen is None else len(chosen)
         norms = list(collected.sq_norms.values())
-        to_mean = factor / count
+        to_mean = factor / batch
         # Where ranks join without the mean nothing was read: it is in .grad by then.
         parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -490,6 +504,8 @@ class GradientProbe:
             }
             if self._keep_mean
             else None,
+            mean_count=None if chosen is None else batch,
+            samples=chosen,
         )
 
     def _announce(self, node: str, parameters: Sequence[str]) -> None:
@@ -510,18 +526,14 @@ class GradientProbe:
             self._attached = None
 
 
-class _Attached:
+class _Attached(NamedTuple):
     """What waits between `attach` and `collect`."""
 
-    def __init__(
-        self,
-        session: Session | None,
-        frozen: Collected | None,
-        count: int,
-        factor: float,
-    ) -> None:
-        self.session, self.frozen = session, frozen
-        self.count, self.factor = count, factor
+    session: Session | None
+    frozen: Collected | None
+    target: Target
+    factor: float
+    chosen: Tensor | None  # numbers of the samples looked at
 
 
 @contextmanager
@@ -561,89 +573,3 @@ def _explained(error: RuntimeError) -> CaptureError | None:
             "LinearCrossEntropyOptions(allow_retain_graph=True), or options=None."
         )
     return None
-
-
-def _check_loss(
-    loss: Tensor, batch_size: int | None, reduction: str, scale: float
-) -> int:
-    """The number of samples behind a loss, when all that was said of it makes sense."""
-    count = _count(loss, batch_size)
-    _check_word("reduction", reduction, ("mean", "sum"))
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}.")
-    return count
-
-
-def _scaled_mean(loss: Tensor, scale: float) -> Tensor:
-    """What is backpropagated: a scalar as it is, a vector as its mean, scaled."""
-    if not loss.dim():
-        return loss
-    return loss.mean() if scale == 1.0 else loss.mean() * scale
-
-
-def _check_word(what: str, word: object, allowed: Sequence[str]) -> None:
-    if word not in allowed:
-        words = ", ".join(repr(w) for w in allowed)
-        raise ValueError(f"Unknown {what} {word!r}; choose from {words}.")
-
-
-def _count(loss: Tensor, batch_size: int | None) -> int:
-    if loss.dim() > 1:
-        raise ValueError(
-            f"The loss must be a scalar or a vector of per-sample losses, got shape "
-            f"{tuple(loss.shape)}. Average each sample's losses first, as in "
-            "losses.flatten(1).mean(1)."
-        )
-    if loss.dim() == 1:
-        if len(loss) == 0:
-            raise CaptureError(
-                "The vector of per-sample losses is empty, so there is no sample to "
-                "take statistics of. Leave this step out."
-            )
-        if batch_size not in (None, len(loss)):
-            raise ValueError(
-                f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "
-                "out for a vector of losses."
-            )
-        batch_size = len(loss)
-    if batch_size is None:
-        raise ValueError(
-            "A scalar loss needs its number of samples: pass batch_size=len(x)."
-        )
-    if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    return int(batch_size)
-
-
-def _dim(batch_dim: int) -> int:
-    if batch_dim < 0:
-        raise ValueError(f"batch_dim must not be negative, got {batch_dim}.")
-    return batch_dim
-
-
-def _direction(
-    name: str, v: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    if isinstance(v, Tensor):
-        total = sum(p.numel() for p in parameters.values())
-        if v.shape != (total,):
-            raise ValueError(
-                f"Direction {name!r} has shape {tuple(v.shape)}; a flat direction "
-                f"needs ({total},), all tracked parameters in order."
-            )
-        pieces = v.split([p.numel() for p in parameters.values()])
-        return {
-            key: piece.view(p.shape)
-            for (key, p), piece in zip(parameters.items(), pieces, strict=True)
-        }
-    for key, part in v.items():
-        if key not in parameters:
-            raise ValueError(
-                f"Direction {name!r} names {key!r}, which is not a tracked parameter."
-            )
-        if part.shape != parameters[key].shape:
-            raise ValueError(
-                f"Direction {name!r} has shape {tuple(part.shape)} for {key!r}, which "
-                f"has {tuple(parameters[key].shape)}."
-            )
-    return dict(v)

@@ -24,7 +24,7 @@ from .sharded import Sharding, is_sharded, local_part
 __all__ = ["Part", "Ranks", "find_group"]
 
 # Numbers at the head of a message.
-_TROUBLE, _COUNT, _FACTOR, _REPLICATED, _SHARDED, _FIRST_NAME = range(6)
+_TROUBLE, _COUNT, _BATCH, _FACTOR, _REPLICATED, _SHARDED, _FIRST_NAME = range(7)
 # Ranks that hold the same gradient agree on its norm to the last bit; so much is left
 # to reductions that end differently on each rank.
 _TOLERANCE = 1e-5
@@ -168,6 +168,7 @@ class Ranks:
         assert part is not None
         counts = [int(h[_COUNT]) for h in head]
         total = sum(counts)
+        batch = sum(int(h[_BATCH]) for h in head)  # samples behind the mean
         samples = torch.cat(
             [rows[:, :n] for rows, n in zip(body, counts, strict=True)], 1
         )
@@ -186,7 +187,7 @@ class Ranks:
             sq_norms_by_parameter={name: by_parameter[name] for name in reached}
             if self._per_parameter
             else None,
-            second_moments=self._mean(own.second_moments, reached, own, total),
+            second_moments=self._mean(own.second_moments, reached, own.count / total),
             gram=None,
             dots=dict(
                 zip(
@@ -195,7 +196,9 @@ class Ranks:
                     strict=True,
                 )
             ),
-            mean_grad=self._mean(own.mean_grad, reached, own, total),
+            mean_grad=self._mean(own.mean_grad, reached, own.all_count / batch),
+            mean_count=None if batch == total else batch,
+            samples=None,
         )
         return replace(joint, mean_grad_sq_norm=self._mean_sq_norm(joint, head))
 
@@ -206,7 +209,8 @@ class Ranks:
         if part is None:
             head[_TROUBLE] = 1
         else:
-            head[_COUNT], head[_FACTOR] = part.stats.count, part.factor
+            head[_COUNT], head[_BATCH] = part.stats.count, part.stats.all_count
+            head[_FACTOR] = part.factor
             if part.grad_sq_norms is not None:
                 head[_REPLICATED], head[_SHARDED] = part.grad_sq_norms
             was_reached = [float(name in part.reached) for name in self._shapes]
@@ -253,14 +257,14 @@ class Ranks:
         self._check_weights(head)
         self._check_reduced(head)
         # .grad is the mean over ranks of sums over samples of g_n / factor.
-        to_mean = head[0][_FACTOR] * self.size / joint.count
+        to_mean = head[0][_FACTOR] * self.size / joint.all_count
         total = head[0][_REPLICATED] + sum(h[_SHARDED] for h in head)
         return like.new_tensor(total * to_mean**2)
 
     def _check_weights(self, head: Sequence[Sequence[float]]) -> None:
         if len({h[_FACTOR] for h in head}) == 1:
             return
-        counts = [int(h[_COUNT]) for h in head]
+        counts = [int(h[_BATCH]) for h in head]
         raise ValueError(
             f"The ranks' samples weigh differently in .grad, which is the mean of the "
             f"ranks' means: the ranks have {counts} samples. Give every rank as many "
@@ -287,14 +291,12 @@ class Ranks:
         self,
         own: Mapping[str, Tensor] | None,
         reached: Sequence[str],
-        stats: GradientStatistics,
-        total: int,
+        weight: float,
     ) -> dict[str, Tensor] | None:
         """Means over the samples of all ranks of vectors that every rank has whole."""
         if own is None:
             return None
-        weight = stats.count / total
-        zero = stats.mean_grad_sq_norm
+        zero = next(iter(own.values()))
         found: dict[str, Tensor] = {}
         for names in _buckets(reached, self._shapes):
             flat = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import find_guards, gather_nodes, watched_sources
+from .gathers import Guard, find_guards, gather_nodes, watched_sources
 from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import (
@@ -44,6 +44,7 @@ from .regions import (
 )
 from .roots import batch_edges, weigh_edges
 from .routes import find_routes
+from .samples import Batch, Segments
 from .saved import frames_of
 from .sharded import Sharding, is_sharded
 from .stretches import VIEWS
@@ -61,6 +62,10 @@ class Reading:
     tape: Tape
     found: Found
     mixing: list[int]
+
+    def choosing(self, samples: Tensor) -> Reading:
+        """The same, looking at some samples only."""
+        return replace(self, found=self.found.choosing(samples))
 
 
 class Reader:
@@ -90,10 +95,8 @@ class Reader:
         self._modules = {} if model is None else _owners(model)
         self._known: dict[tuple, Known] = {}
 
-    def read(self, loss: Tensor, batch: int, batch_dim: int) -> Reading:
-        """Walk the graph of `loss` and say how to read it for `batch` samples.
-
-        `batch_dim` is the batch dimension of the tensors a scalar loss is made of.
+    def read(self, loss: Tensor, samples: Batch | Segments) -> Reading:
+        """Walk the graph of `loss` and say how to read it for those samples.
 
         Raises:
             CaptureError: for a graph that cannot be read exactly.
@@ -113,10 +116,10 @@ class Reader:
                 "require gradients."
             )
         if self._sharding is None:
-            return self._read(tape, loss, batch, batch_dim, regions)
+            return self._read(tape, loss, samples, regions)
         self._has_agreed = False
         try:
-            return self._read(tape, loss, batch, batch_dim, regions)
+            return self._read(tape, loss, samples, regions)
         finally:
             if not self._has_agreed:
                 self.accompany(loss)
@@ -142,12 +145,18 @@ class Reader:
             yield
 
     def _read(
-        self, tape: Tape, loss: Tensor, batch: int, batch_dim: int, regions: list[int]
+        self,
+        tape: Tape,
+        loss: Tensor,
+        samples: Batch | Segments,
+        regions: list[int],
     ) -> Reading:
+        batch = samples.count
         key = (
             tape.key,
             batch > 1,
-            batch_dim if loss.dim() == 0 else None,
+            samples.dims if loss.dim() == 0 else None,
+            isinstance(samples, Segments),
             tuple(identity(tape, i) for i in regions),
         )
         known = self._known.get(key)
@@ -162,9 +171,9 @@ class Reader:
         mixing = batchnorm.mixing_nodes(tape, batch, candidates)
         if mixing and self._batchnorm == "error":
             raise CaptureError(self._mixing_message(tape, mixing))
-        found = None if known is None else known.recall(tape, batch)
+        found = None if known is None else known.recall(tape, samples)
         if found is None:
-            found = self._measure(key, tape, loss, batch, batch_dim, mixing, regions)
+            found = self._measure(key, tape, loss, samples, mixing, regions)
         else:
             self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
         return Reading(tape, found, mixing)
@@ -209,20 +218,20 @@ class Reader:
         key: tuple,
         tape: Tape,
         loss: Tensor,
-        batch: int,
-        batch_dim: int,
+        samples: Batch | Segments,
         mixing: list[int],
         inner: list[int],
     ) -> Found:
+        batch = samples.count
         surveys = self._surveys(tape, inner)
         watched = _watched(tape, batch, inner)
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
         is_open = batch > 1 and loss.dim() == 0
-        roots = batch_edges(tape, batch, batch_dim) if is_open else {}
+        roots = batch_edges(tape, samples) if is_open else {}
         accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
 
         def weighting(weights: Tensor) -> list[Any]:
-            handles = weigh_edges(tape, roots, weights, batch_dim)
+            handles = weigh_edges(tape, roots, weights, samples)
             handles += batchnorm.freeze(tape, mixing)
             for i, survey in surveys.items():
                 node = tape.nodes[i]
@@ -235,7 +244,7 @@ class Reader:
             measured = self._measured_samples(
                 tape, watched, loss, scheme, weighting, inner, accumulates
             )
-        regions, is_settled = self._regions(surveys, scheme)
+        regions, is_settled = self._regions(surveys, scheme, samples)
         if batch == 1:
             plan = find_plan(tape, None, inner)
             refuse_hidden(plan)
@@ -243,31 +252,33 @@ class Reader:
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = Known(tape, found, [], moves_rows=False)
-            known.remember(tape, batch, found)
+            known.remember(tape, samples, found)
             return found
         assert measured is not None
         plan = find_plan(tape, measured, inner)
         refuse_hidden(plan)
-        routes = find_routes(tape, measured, batch, plan.preparing)
+        routes = None
+        if isinstance(samples, Batch):
+            routes = find_routes(tape, measured, batch, plan.preparing)
         routed = routes.nodes if routes else ()
-        layouts, is_fitted = self._layouts(tape, plan, measured, batch, routed)
+        layouts, is_fitted = self._layouts(tape, plan, measured, samples, routed)
         own = self._storages()
         for i in plan.preparing:
             if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
                 raise CaptureError(self._mixed_message(tape, i, batch))
         found = Found(plan, layouts, regions, routes)
-        complete = found.followed(tape, batch)
+        complete = found.followed(tape, samples)
         assert complete is not None  # the routes agree with this very graph
         covered = routes.covered if routes else ()
         self._refuse_mixing_uses(tape, plan, complete.layouts, measured)
-        guards = find_guards(tape, measured, batch, plan.preparing, covered)
+        guards = _guards(tape, measured, samples, plan, covered)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
             return complete
         known = self._known.get(key)
         if known is None or not known.fits(found, guards):
             known = self._known[key] = Known(tape, found, guards)
-        known.remember(tape, batch, found)
+        known.remember(tape, samples, found)
         return complete
 
     def _measured_samples(
@@ -322,7 +333,10 @@ class Reader:
         }
 
     def _regions(
-        self, surveys: Mapping[int, Survey], scheme: Scheme
+        self,
+        surveys: Mapping[int, Survey],
+        scheme: Scheme,
+        samples: Batch | Segments,
     ) -> tuple[dict[int, Region | None], bool]:
         regions: dict[int, Region | None] = {}
         is_settled = True
@@ -345,11 +359,12 @@ class Reader:
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
-                layouts, fits = self._layouts(tape, plan, measured, scheme.batch)
+                layouts, fits = self._layouts(tape, plan, measured, samples)
                 for j in survey.reads & plan.preparing:
                     if not is_spread(tape, plan, layouts, j):
                         raise CaptureError(self._mixed_message(tape, j, scheme.batch))
-                self._refuse_mixing_uses(tape, plan, layouts, measured)
+                if isinstance(samples, Batch):
+                    self._refuse_mixing_uses(tape, plan, layouts, measured)
                 is_settled &= fits and not gather_nodes(tape)
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
@@ -374,24 +389,26 @@ class Reader:
         tape: Tape,
         plan: Plan,
         measured: Mapping[int, list[Measurement | None]],
-        batch: int,
+        samples: Batch | Segments,
         routed: Container[int] = (),
     ) -> tuple[Layouts, bool]:
         """Layouts of all uses but the routed ones, and whether they may be kept."""
+        batch = samples.count
         layouts: Layouts = []
         is_settled = True
         for use in plan.uses:
-            of_use: list[RowLayout | None] = []
+            of_use: list[Any] = []
             for measurement in () if use.node in routed else measured[use.node]:
                 if measurement is None:
                     of_use.append(None)
                     continue
-                found = measurement.layouts(batch)
-                if len(found) > 1:
+                found: list[Any] = samples.layouts(measurement)
+                if len(found) > 1 and isinstance(samples, Batch):
                     found = _like_views(found, tape, use.node, measured, batch)
                 if not found:
                     raise CaptureError(self._mixed_message(tape, use.node, batch))
-                is_settled &= len(found) == 1 and isinstance(found[0], RegularLayout)
+                is_settled &= len(found) == 1
+                is_settled &= not isinstance(found[0], IrregularLayout)
                 is_settled &= measurement.shows_all(batch)
                 of_use.append(found[0])
             layouts.append(of_use)
@@ -433,6 +450,24 @@ def _watched(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
     near = watched_nodes(tape, regions)
     views = [view for i in near for view in _views_of(tape, i)]
     return sorted({*near, *views, *watched_sources(tape, batch)})
+
+
+def _guards(
+    tape: Tape,
+    measured: Measurements,
+    samples: Batch | Segments,
+    plan: Plan,
+    covered: Container[int],
+) -> list[Guard] | None:
+    """What must stay the same for layouts to hold, or None if that is not known.
+
+    Segments come with their places in each step. That attention keeps them apart was
+    measured; where rows are picked by an index, they are measured each time.
+    """
+    if isinstance(samples, Batch):
+        return find_guards(tape, measured, samples.count, plan.preparing, covered)
+    is_moved = any(i not in plan.preparing for i in gather_nodes(tape))
+    return None if is_moved else []
 
 
 def _is_sure(measured: list[Measurement | None], batch: int) -> bool:

@@ -10,7 +10,7 @@ watchers just before the backward pass runs through it, and read like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .layout import RowLayout
 from .measure import Fingerprints, leaves_below
 from .passes import belongs_to_another
 from .plan import Plan, reads_data, watched_nodes
+from .samples import Segments
 from .tape import Tape
 
 __all__ = [
@@ -60,6 +61,17 @@ class Region:
     layouts: Sequence[Sequence[RowLayout | None]]
     shapes: tuple
     inputs: Mapping[int, str]
+
+    def resolved(self, segments: Segments) -> Region:
+        """The same with the samples of the rows in this step."""
+        layouts = [
+            [
+                None if layout is None else segments.resolve(layout, shape)
+                for layout, shape in zip(of_use, of_shapes, strict=True)
+            ]
+            for of_use, of_shapes in zip(self.layouts, self.shapes, strict=True)
+        ]
+        return replace(self, layouts=layouts)
 
     def read(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import CaptureError
+from .samples import Batch, Segments
 from .tape import Tape, signed
 
 __all__ = ["batch_edges", "weigh_edges"]
@@ -26,8 +27,8 @@ _REDUCTIONS = frozenset(
 _JOINS = frozenset(["StackBackward0", "CatBackward0"])
 
 
-def batch_edges(tape: Tape, batch: int, batch_dim: int) -> Edges:
-    """Edges of the graph from tensors without the batch axis to tensors with it.
+def batch_edges(tape: Tape, samples: Batch | Segments) -> Edges:
+    """Edges of the graph from tensors without the samples' dims to tensors with them.
 
     Raises:
         CaptureError: when a parameter is reached before the axis, or when a tensor has
@@ -43,58 +44,53 @@ def batch_edges(tape: Tape, batch: int, batch_dim: int) -> Edges:
             if edge is None:
                 continue
             child, _ = edge
-            if _starts(tape, child, batch, batch_dim):
+            if _starts(tape, child, samples):
                 edges.setdefault(i, []).append(number)
                 continue
             if tape.names[child].startswith("leaf "):
-                raise CaptureError(
-                    _message(tape.names[child][5:], batch, batch_dim, met)
-                )
+                raise CaptureError(_message(tape.names[child][5:], samples, met))
             if child not in entered:
                 entered.add(child)
                 stack.append(child)
     return edges
 
 
-def _starts(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
+def _starts(tape: Tape, i: int, samples: Batch | Segments) -> bool:
     """Whether the batch axis of the samples is in the output of node i.
 
     The size alone does not say so: where the tensor, or one of its shape that it was
     made of, came from a reduction of that dim, it is another axis of that size.
     """
-    if not _is_batched(tape, i, batch, batch_dim) or tape.is_surely_parameter[i]:
+    if not any(map(samples.is_in, tape.shapes(i))) or tape.is_surely_parameter[i]:
         return False
     shape = tape.shapes(i)[0]
     below: int | None = i
     while below is not None:
         name = tape.names[below]
         if name in _REDUCTIONS:
-            return batch_dim not in _reduced(tape, below)
+            return samples.dims.isdisjoint(_reduced(tape, below))
         if name in _JOINS:
-            _refuse_joined(tape, below, batch, batch_dim)
+            _refuse_joined(tape, below, samples)
         edges = (edge for edge in tape.children[below] if edge is not None)
         alike = (j for j, output in edges if tape.shapes(j)[output] == shape)
         below = next((j for j in alike if not tape.is_surely_parameter[j]), None)
     return True
 
 
-def _refuse_joined(tape: Tape, i: int, batch: int, batch_dim: int) -> None:
+def _refuse_joined(tape: Tape, i: int, samples: Batch | Segments) -> None:
     """Raise where the dim was made by joining as many tensors as there are samples."""
-    if signed(tape.nodes[i]._saved_dim) % len(tape.shapes(i)[0]) != batch_dim:
+    shape = tape.shapes(i)[0]
+    dim = signed(tape.nodes[i]._saved_dim) % len(shape)
+    if dim not in samples.dims:
         return
     pieces = sum(edge is not None for edge in tape.children[i])
-    if tape.names[i] == "StackBackward0" or pieces == batch:
+    if tape.names[i] == "StackBackward0" or pieces == shape[dim]:
         raise CaptureError(
-            f"Dimension {batch_dim} of a tensor of shape {tape.shapes(i)[0]} below the "
-            f"loss was made by joining {pieces} tensors: whether these are the {batch} "
-            "samples (or layers, or heads) cannot be told. Pass the vector of "
-            "per-sample losses."
+            f"Dimension {dim} of a tensor of shape {shape} below the loss was made by "
+            f"joining {pieces} tensors: whether these are the {samples.count} samples "
+            "(or layers, or heads) cannot be told. Pass the vector of per-sample "
+            "losses."
         )
-
-
-def _is_batched(tape: Tape, i: int, batch: int, batch_dim: int) -> bool:
-    shapes = tape.shapes(i)
-    return any(len(s) > batch_dim and s[batch_dim] == batch for s in shapes)
 
 
 def _reduced(tape: Tape, i: int) -> set[int]:
@@ -109,17 +105,24 @@ def _reduced(tape: Tape, i: int) -> set[int]:
 
 
 def weigh_edges(
-    tape: Tape, edges: Mapping[int, Sequence[int]], weights: Tensor, batch_dim: int
+    tape: Tape,
+    edges: Mapping[int, Sequence[int]],
+    weights: Tensor,
+    samples: Batch | Segments,
 ) -> list[Any]:
     """Weight the samples in the gradients that pass those edges; returns handles."""
     return [
-        tape.nodes[i].register_hook(_weigher(tape, i, numbers, weights, batch_dim))
+        tape.nodes[i].register_hook(_weigher(tape, i, numbers, weights, samples))
         for i, numbers in edges.items()
     ]
 
 
 def _weigher(
-    tape: Tape, i: int, numbers: Sequence[int], weights: Tensor, batch_dim: int
+    tape: Tape,
+    i: int,
+    numbers: Sequence[int],
+    weights: Tensor,
+    samples: Batch | Segments,
 ) -> Callable[[Any, Any], Any]:
     shapes = {}
     for number in numbers:
@@ -137,23 +140,20 @@ def _weigher(
                 continue
             if tuple(g.shape) != shape:
                 g = g.sum_to_size(shape)
-            column = [1] * len(shape)
-            column[batch_dim] = len(weights)
-            weighed[number] = g * weights.to(device=g.device, dtype=g.dtype).view(
-                column
-            )
+            of_g = weights.to(device=g.device, dtype=g.dtype)
+            weighed[number] = g * samples.column(of_g, shape)
         return tuple(weighed)
 
     return hook
 
 
 def _message(
-    parameter: str, batch: int, batch_dim: int, met: Sequence[tuple[int, ...]]
+    parameter: str, samples: Batch | Segments, met: Sequence[tuple[int, ...]]
 ) -> str:
     shapes = ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
     return (
-        f"No batch axis of size {batch} (dimension {batch_dim}) on the way "
-        f"from the loss to {parameter!r}; tensors met: {shapes}. Check batch_size, "
-        "name the axis with batch_dim, keep penalties on parameters out of this "
-        "loss, or pass the vector of per-sample losses."
+        f"No {samples.described} on the way from the loss to {parameter!r}; tensors "
+        f"met: {shapes}. Check batch_size, name the axis with batch_dim, keep "
+        "penalties on parameters out of this loss, or pass the vector of per-sample "
+        "losses."
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from ..ops import broadcast
 from .contributions import Contribution, Materialized
-from .layout import RegularLayout, RowLayout
+from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
 
 __all__ = ["spread_gradient"]
@@ -17,15 +20,38 @@ def spread_gradient(
     g: Tensor, factor: Tensor | None, layout: RowLayout, slot: Slot
 ) -> Contribution | None:
     """Gradient of a broadcast operand: the sum of g * factor over all it was spread."""
-    if not isinstance(layout, RegularLayout):
-        return None
     missing = g.dim() - len(slot.shape)
     shape = (1,) * missing + slot.shape
+    if isinstance(layout, IrregularLayout):
+        return _scattered(g, factor, layout, shape, slot) if g.dim() > 1 else None
     if shape[layout.dim] != 1 and layout.batch > 1:
         return None  # the parameter itself has a row for each sample
     if factor is not None:
         factor = factor.expand(g.shape)
     samples = _summed_like(g, factor, layout, shape)
+    return Materialized(samples.reshape(layout.count, *slot.shape))
+
+
+def _scattered(
+    g: Tensor,
+    factor: Tensor | None,
+    layout: IrregularLayout,
+    shape: tuple[int, ...],
+    slot: Slot,
+) -> Contribution:
+    """The same for rows in any order: each is added to its sample, at its place."""
+    g = g.to(accumulation_dtype(g.dtype))
+    if factor is not None:
+        g = g * factor
+    if shape[-1] != g.shape[-1]:
+        g = g.sum(-1, keepdim=True)
+    places = math.prod(shape[:-1])
+    place = torch.arange(places).reshape(shape[:-1]).expand(g.shape[:-1])
+    row = (layout.labels * places + place).flatten()
+    is_read = (layout.labels >= 0).flatten()
+    samples = g.new_zeros(layout.count * places, shape[-1])
+    rows = g.reshape(-1, shape[-1])[is_read.to(g.device)]
+    samples.index_add_(0, row[is_read].to(g.device), rows)
     return Materialized(samples.reshape(layout.count, *slot.shape))
 
 

@@ -1,0 +1,154 @@
+"""What a sample is: an index of the batch dimension, or a segment of packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import IrregularLayout, RowLayout
+from .measure import Measurement
+
+__all__ = ["Batch", "SegmentLayout", "Segments"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples are the indices of dimension `dim` of the tensors that hold a batch."""
+
+    count: int
+    dim: int = 0
+
+    @property
+    def sizes(self) -> int:
+        """What layouts scale with."""
+        return self.count
+
+    @property
+    def dims(self) -> frozenset[int]:
+        """The dims that say which sample it is."""
+        return frozenset([self.dim])
+
+    @property
+    def described(self) -> str:
+        """For messages."""
+        return f"batch axis of size {self.count} (dimension {self.dim})"
+
+    def is_in(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that shape may hold the batch."""
+        return len(shape) > self.dim and shape[self.dim] == self.count
+
+    def column(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
+        """The samples' weights as a factor for a tensor that holds the batch."""
+        sizes = [1] * len(shape)
+        sizes[self.dim] = self.count
+        return weights.view(sizes)
+
+    def layouts(self, measurement: Measurement) -> list[RowLayout]:
+        """The layouts that fit what was measured; the irregular one if no other."""
+        return measurement.layouts(self.count)
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Rows are the tokens of packed rows, in one of the orders that models use.
+
+    Args:
+        is_time_first: whether tokens run over packed rows first, then over time.
+        inner: rows of the tensor for each token, as where heads have their own.
+        start, drop: tokens left out at the start and at the end of each packed row.
+    """
+
+    is_time_first: bool
+    inner: int
+    start: int = 0
+    drop: int = 0
+
+    def labels(self, ids: Tensor, leading: Sequence[int]) -> Tensor | None:
+        """The segment of each row of a tensor `[*leading, features]`, if it can be."""
+        kept = ids[:, self.start : ids.shape[1] - self.drop]
+        ordered = (kept.t() if self.is_time_first else kept).flatten()
+        if ordered.numel() * self.inner != int(np.prod(leading)):
+            return None
+        return ordered.repeat_interleave(self.inner).reshape(tuple(leading))
+
+    def transfer(
+        self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
+    ) -> SegmentLayout | None:
+        """The same layout on a tensor of another shape, where it fits."""
+        tokens = sizes[0] * (sizes[1] - self.start - self.drop)
+        fits = len(old) == len(new) and tokens * self.inner == int(np.prod(new[:-1]))
+        return self if fits else None
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Samples are segments: `ids[row, t]` is the sample of a token, -1 nobody's."""
+
+    ids: Tensor  # [rows, time], int64, on the CPU
+    count: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What layouts scale with."""
+        return tuple(self.ids.shape)
+
+    @property
+    def dims(self) -> frozenset[int]:
+        """The dims that say which sample it is."""
+        return frozenset([0, 1])
+
+    @property
+    def described(self) -> str:
+        """For messages."""
+        return f"tensor whose first dims are those of segment_ids {self.sizes}"
+
+    def is_in(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that shape may hold the packed rows."""
+        return tuple(shape[:2]) == self.sizes
+
+    def column(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
+        """The samples' weights as a factor for a tensor that holds the packed rows."""
+        padded = torch.cat([weights, weights.new_ones(1)])  # -1 is the last one
+        of_tokens = padded[self.ids.to(weights.device)]
+        return of_tokens.reshape(*self.sizes, *[1] * (len(shape) - 2))
+
+    def layouts(self, measurement: Measurement) -> list[RowLayout | SegmentLayout]:
+        """The layouts that fit what was measured; the irregular one if no other."""
+        labels = measurement.leading
+        if labels is None:
+            return []
+        found: list[RowLayout | SegmentLayout] = []
+        for candidate in self._candidates(labels.shape):
+            rows = candidate.labels(self.ids, labels.shape)
+            if rows is None:
+                continue
+            if ((labels == rows.numpy()) | (labels < 0)).all():
+                found.append(candidate)
+        return found or [IrregularLayout(torch.from_numpy(labels), self.count)]
+
+    def _candidates(self, leading: Sequence[int]) -> list[SegmentLayout]:
+        rows, time = self.ids.shape
+        number = int(np.prod(leading))
+        found = []
+        for start, drop in ((0, 0), (0, 1), (1, 0)):
+            tokens = rows * (time - start - drop)
+            if tokens and number % tokens == 0:
+                inner = number // tokens
+                found.append(SegmentLayout(False, inner, start, drop))
+                if rows > 1:  # else it is the same order
+                    found.append(SegmentLayout(True, inner, start, drop))
+        return found
+
+    def resolve(
+        self, layout: RowLayout | SegmentLayout, shape: Sequence[int]
+    ) -> RowLayout:
+        """The samples of the rows in this step."""
+        if not isinstance(layout, SegmentLayout):
+            return layout
+        labels = layout.labels(self.ids, shape[:-1])
+        assert labels is not None  # shapes are part of what a layout is kept under
+        return IrregularLayout(labels, self.count)

@@ -1,0 +1,161 @@
+"""Documents packed into rows: each is a sample."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastminima as fm
+
+VOCABULARY = 13
+
+
+class Decoder(nn.Module):
+    """Pre-norm blocks whose attention stays within documents."""
+
+    def __init__(self, width=8, heads=2, tied=True, time_first=False):
+        super().__init__()
+        self.heads, self.time_first = heads, time_first
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(12, width)
+        self.norm = nn.RMSNorm(width)
+        self.packed = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_norm = nn.Parameter(torch.rand(width // heads) + 0.5)
+        self.scale = nn.Parameter(torch.rand(width) + 0.5)
+        self.last = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, ids, documents, positions):
+        x = self.tokens(ids) + self.positions(positions)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.packed(self.norm(x)).chunk(3, -1)
+        )
+        q = q * self.query_norm
+        time = torch.arange(ids.shape[1])
+        allowed = documents[:, :, None] == documents[:, None, :]
+        allowed = allowed & (time[:, None] >= time)
+        attended = F.scaled_dot_product_attention(q, k, v, allowed[:, None])
+        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.scale
+        x = self.last(x)
+        return (
+            self.head(x.transpose(0, 1)).transpose(0, 1)
+            if self.time_first
+            else (self.head(x))
+        )
+
+
+def packed(lengths, seed=0):
+    """Rows of documents of those lengths, -1 behind them; ids, documents, positions."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(sum(row) for row in lengths)
+    shape = (len(lengths), longest)
+    documents = torch.full(shape, -1)
+    positions = torch.zeros(shape, dtype=torch.long)
+    number = 0
+    for i, row in enumerate(lengths):
+        start = 0
+        for length in row:
+            documents[i, start : start + length] = number
+            positions[i, start : start + length] = torch.arange(length)
+            start += length
+            number += 1
+    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    return ids, documents, positions
+
+
+def token_losses(model, ids, documents, positions):
+    """Cross-entropy of the next token of the same document, `[rows, time]`."""
+    logits = model(ids, documents, positions)
+    targets = torch.roll(ids, -1, 1)
+    follows = torch.roll(documents, -1, 1) == documents
+    follows[:, -1] = False
+    follows &= documents >= 0
+    losses = F.cross_entropy(logits.mT, targets, reduction="none")
+    return losses * follows
+
+
+def document_losses(losses, documents):
+    """The sum over the tokens of each document."""
+    count = int(documents.max()) + 1
+    owner = documents.clamp(min=0).flatten()
+    flat = (losses * (documents >= 0)).flatten()
+    return torch.zeros(count, dtype=losses.dtype).index_add(0, owner, flat)
+
+
+def one_by_one(model, ids, documents, positions):
+    """Each document alone, in float64: `{name: [documents, *shape]}`."""
+    model = copy.deepcopy(model).double()
+    parameters = dict(model.named_parameters())
+    found = {name: [] for name in parameters}
+    for number in range(int(documents.max()) + 1):
+        at = documents == number
+        alone = ids[at][None], torch.zeros(1, int(at.sum())).long(), positions[at][None]
+        loss = token_losses(model, *alone).sum()
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        for name, g in zip(parameters, grads, strict=True):
+            found[name].append(g)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+PACKINGS = [
+    [[3, 4, 2], [5, 4], [2, 2, 2, 2]],
+    [[1 + 3, 4], [2, 6]],
+    [[6, 3, 2]],
+    [[2, 2], [2, 2]],
+    [[7], [3, 3]],
+]
+
+
+def check(stats, want):
+    norms = sum(g.flatten(1).square().sum(1) for g in want.values())
+    torch.testing.assert_close(stats.sq_norms.double(), norms, rtol=1e-4, atol=0)
+    for name, g in want.items():
+        exact = g.flatten(1).square().sum(1)
+        torch.testing.assert_close(
+            stats.sq_norms_by_parameter[name].double(),
+            exact,
+            rtol=2e-4,
+            atol=1e-5 * exact.max().item(),
+        )
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", ["vector", "sum", "flat"])
+def test_each_document_is_a_sample(way, tied, time_first, recwarn):
+    """In packings that change from step to step, with everything a decoder has."""
+    torch.manual_seed(0)
+    model = Decoder(tied=tied, time_first=time_first)
+    probe = fm.GradientProbe(model, per_parameter=True, measure=("norms", "gram"))
+    for seed, lengths in enumerate(PACKINGS + PACKINGS[::-1]):
+        batch = packed(lengths, seed)
+        documents = batch[1]
+        losses = token_losses(model, *batch)
+        count = int(documents.max()) + 1
+        if way == "vector":
+            stats = probe.backward(
+                document_losses(losses, documents), segment_ids=documents
+            )
+        elif way == "sum":
+            stats = probe.backward(losses.sum(), reduction="sum", segment_ids=documents)
+        else:
+            probe.attach(losses.flatten().sum() / count, count, segment_ids=documents)
+            (losses.flatten().sum() / count).backward()
+            continue
+        assert stats.count == count
+        want = one_by_one(model, *batch)
+        check(stats, want)
+        gradients = torch.cat([g.flatten(1) for g in want.values()], 1)
+        torch.testing.assert_close(
+            stats.gram.double(),
+            gradients @ gradients.t(),
+            rtol=1e-4,
+            atol=1e-4 * stats.gram.diagonal().max().item(),
+        )
+    assert not [w for w in recwarn if "No rule" in str(w.message)]
