@@ -66,8 +66,13 @@ class Measurement:
 
         A gradient that was zero, or not finite, for some samples fits too much.
         """
+        return self.seen == batch
+
+    @property
+    def seen(self) -> int:
+        """Number of samples whose rows were seen."""
         labels = self.trailing if self.leading is None else self.leading
-        return labels is not None and len(np.unique(labels[labels >= 0])) == batch
+        return 0 if labels is None else len(np.unique(labels[labels >= 0]))
 
     def layouts(self, batch: int) -> list[RowLayout]:
         """Regular layouts that fit, else the irregular one; empty when mixed."""

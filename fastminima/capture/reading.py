@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -409,7 +410,7 @@ class Reader:
                     raise CaptureError(self._mixed_message(tape, use.node, batch))
                 is_settled &= len(found) == 1
                 is_settled &= not isinstance(found[0], IrregularLayout)
-                is_settled &= measurement.shows_all(batch)
+                is_settled &= samples.are_shown(measurement)
                 of_use.append(found[0])
             layouts.append(of_use)
         return layouts, is_settled
@@ -462,12 +463,18 @@ def _guards(
     """What must stay the same for layouts to hold, or None if that is not known.
 
     Segments come with their places in each step. That attention keeps them apart was
-    measured; where rows are picked by an index, they are measured each time.
+    measured; where rows are picked by an index, they are measured each time. (Not where
+    losses are, of which there is one a token.)
     """
     if isinstance(samples, Batch):
         return find_guards(tape, measured, samples.count, plan.preparing, covered)
-    is_moved = any(i not in plan.preparing for i in gather_nodes(tape))
-    return None if is_moved else []
+    tokens = samples.ids.numel()
+    for i in gather_nodes(tape):
+        edges = (edge for edge in tape.children[i] if edge is not None)
+        shapes = [*tape.shapes(i), *(tape.shapes(j)[output] for j, output in edges)]
+        if i not in plan.preparing and any(math.prod(s) > tokens for s in shapes):
+            return None
+    return []
 
 
 def _is_sure(measured: list[Measurement | None], batch: int) -> bool:

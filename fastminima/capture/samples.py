@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,36 +51,55 @@ class Batch:
         """The layouts that fit what was measured; the irregular one if no other."""
         return measurement.layouts(self.count)
 
+    def are_shown(self, measurement: Measurement) -> bool:
+        """Whether enough samples were seen for what fits to fit again."""
+        return measurement.shows_all(self.count)
+
+
+_AXES = ("rows", "time", "repeats")
+
+
+def _orders(*, several_rows: bool, repeats: bool) -> list[tuple[str, str, str]]:
+    """Those that differ from each other."""
+    orders = [("rows", "time", "repeats")]
+    if several_rows:
+        orders.append(("time", "rows", "repeats"))
+    if repeats:
+        orders.append(("rows", "repeats", "time"))
+    return orders
+
 
 @dataclass(frozen=True)
 class SegmentLayout:
     """Rows are the tokens of packed rows, in one of the orders that models use.
 
     Args:
-        is_time_first: whether tokens run over packed rows first, then over time.
-        inner: rows of the tensor for each token, as where heads have their own.
+        order: what the rows of the tensor run over, slowest first; "repeats" are
+            several rows for each token, as where each head has its own.
+        repeats: how many.
         start, drop: tokens left out at the start and at the end of each packed row.
     """
 
-    is_time_first: bool
-    inner: int
+    order: tuple[str, str, str]
+    repeats: int
     start: int = 0
     drop: int = 0
 
     def labels(self, ids: Tensor, leading: Sequence[int]) -> Tensor | None:
         """The segment of each row of a tensor `[*leading, features]`, if it can be."""
         kept = ids[:, self.start : ids.shape[1] - self.drop]
-        ordered = (kept.t() if self.is_time_first else kept).flatten()
-        if ordered.numel() * self.inner != int(np.prod(leading)):
+        if kept.numel() * self.repeats != math.prod(leading):
             return None
-        return ordered.repeat_interleave(self.inner).reshape(tuple(leading))
+        cube = kept.unsqueeze(2).expand(-1, -1, self.repeats)
+        axes = [_AXES.index(name) for name in self.order]
+        return cube.permute(axes).reshape(tuple(leading))
 
     def transfer(
         self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
     ) -> SegmentLayout | None:
         """The same layout on a tensor of another shape, where it fits."""
         tokens = sizes[0] * (sizes[1] - self.start - self.drop)
-        fits = len(old) == len(new) and tokens * self.inner == int(np.prod(new[:-1]))
+        fits = len(old) == len(new) and tokens * self.repeats == math.prod(new[:-1])
         return self if fits else None
 
 
@@ -130,17 +149,26 @@ class Segments:
                 found.append(candidate)
         return found or [IrregularLayout(torch.from_numpy(labels), self.count)]
 
+    def are_shown(self, measurement: Measurement) -> bool:
+        """Whether enough samples were seen for what fits to fit again.
+
+        Few orders are possible at all, and documents of two tokens leave no gradient in
+        attention's queries and keys: half of the segments will do.
+        """
+        return 2 * measurement.seen >= self.count
+
     def _candidates(self, leading: Sequence[int]) -> list[SegmentLayout]:
         rows, time = self.ids.shape
-        number = int(np.prod(leading))
+        number = math.prod(leading)
         found = []
         for start, drop in ((0, 0), (0, 1), (1, 0)):
             tokens = rows * (time - start - drop)
             if tokens and number % tokens == 0:
-                inner = number // tokens
-                found.append(SegmentLayout(False, inner, start, drop))
-                if rows > 1:  # else it is the same order
-                    found.append(SegmentLayout(True, inner, start, drop))
+                repeats = number // tokens
+                found += [
+                    SegmentLayout(order, repeats, start, drop)
+                    for order in _orders(several_rows=rows > 1, repeats=repeats > 1)
+                ]
         return found
 
     def resolve(
