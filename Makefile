@@ -37,8 +37,10 @@ define environment
 	@$(1)/bin/python -m fastminima | grep -E '^native'
 endef
 
+# timm wants torchvision, which its models do not need.
 $(VENV)/.installed: $(BUILD_INPUTS)
 	$(call environment,$(VENV),test)
+	@$(VENV)/bin/python $(PIP) install --no-deps timm==1.0.31
 	@touch $@
 
 $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh benchmarks/requirements*.txt)

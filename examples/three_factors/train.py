@@ -108,6 +108,7 @@ class Instruments:
         self.train_batch = some(data.train, settings.measure_size)
         self.validation_batch = some(data.validation, settings.validation_size)
         self.gradients = fm.GradientProbe(model)
+        self.is_audited = False  # compared with plain autograd, once
         self.sharpness = fm.SharpnessProbe(model, mean_loss)
         self.hessian = fm.Hessian(model, mean_loss, self.train_batch)
 
@@ -120,6 +121,11 @@ class Instruments:
         """Loss, accuracy, gradient noise and curvature now; moves nothing."""
         x, y = self.train_batch
         losses = F.cross_entropy(self.model(x), y, reduction="none")
+        if not self.is_audited:
+            audit = self.gradients.audit(losses)
+            if not audit.ok:
+                raise RuntimeError(f"The probe disagrees with autograd.\n{audit}")
+            self.is_audited = True
         stats = self.gradients.backward(losses)
         optimizer.zero_grad()
         # The statistics are those of the measured samples; the noise that of a step.
