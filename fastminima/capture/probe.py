@@ -17,9 +17,11 @@ from . import batchnorm as batch_norms
 from .arguments import Asked, Target, check_dim, check_direction, check_word, whole
 from .audit import Audit, audit_losses
 from .errors import CaptureError
+from .grouped import GroupedSession
 from .passes import is_distributed, run_pass
 from .ranks import Part, Ranks, find_group
 from .reading import Reader, Reading
+from .samples import Segments
 from .saved import frames_of
 from .session import Collected, Session
 from .sharded import find_sharding, reshard
@@ -321,10 +323,36 @@ class GradientProbe:
                 self._attached = _Attached(None, frozen, target, factor, chosen)
                 return
         count = target.samples.count if chosen is None else len(chosen)
-        session = self._session(
-            reading, count, self._measure, self._directions, hook_gradients
-        )
+        groups = None
+        if isinstance(target.samples, Segments) and "gram" not in self._measure:
+            groups = target.samples.groups(chosen)
+        if groups is None:
+            session = self._session(
+                reading, count, self._measure, self._directions, hook_gradients
+            )
+        else:
+            session = self._grouped(reading, groups, count, hook_gradients)
         self._attached = _Attached(session, None, target, target.factor(), chosen)
+
+    def _grouped(
+        self, reading: Reading, groups: list[Tensor], count: int, hook_gradients: bool
+    ) -> GroupedSession:
+        sessions: list[Session] = []
+        try:
+            for group in groups:
+                session = self._session(
+                    reading.choosing(group),
+                    len(group),
+                    self._measure,
+                    self._directions,
+                    hook_gradients and not sessions,
+                )
+                sessions.append(session)
+        except BaseException:
+            for session in sessions:
+                session.close()
+            raise
+        return GroupedSession(sessions, groups, count)
 
     def _chosen(self, count: int) -> Tensor | None:
         """Numbers of the samples to look at; None for all of them."""
@@ -529,7 +557,7 @@ class GradientProbe:
 class _Attached(NamedTuple):
     """What waits between `attach` and `collect`."""
 
-    session: Session | None
+    session: Session | GroupedSession | None
     frozen: Collected | None
     target: Target
     factor: float

@@ -56,6 +56,7 @@ class Batch:
         return measurement.shows_all(self.count)
 
 
+_WASTE = 4  # rows with padding over rows without, beyond which segments are grouped
 _AXES = ("rows", "time", "repeats")
 
 
@@ -170,6 +171,18 @@ class Segments:
                     for order in _orders(several_rows=rows > 1, repeats=repeats > 1)
                 ]
         return found
+
+    def groups(self, chosen: Tensor | None) -> list[Tensor] | None:
+        """Places, among the segments looked at, of those of about one length.
+
+        None where padding all to the longest one is no great waste.
+        """
+        lengths = torch.bincount(self.ids[self.ids >= 0], minlength=self.count)
+        lengths = lengths if chosen is None else lengths[chosen]
+        if len(lengths) * int(lengths.max()) <= _WASTE * int(lengths.sum()):
+            return None
+        size = (lengths.clamp(min=1).log2() / math.log2(_WASTE)).ceil()
+        return [(size == s).nonzero().flatten() for s in size.unique()]
 
     def resolve(
         self, layout: RowLayout | SegmentLayout, shape: Sequence[int]

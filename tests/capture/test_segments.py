@@ -257,3 +257,50 @@ def test_what_does_not_make_sense():
     with pytest.raises(fm.CaptureError, match="segment_ids"):
         probe.backward(losses.sum(), reduction="sum", segment_ids=documents[:, :-1])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["backward", "attach", "sample"])
+def test_documents_of_very_different_lengths(way):
+    """One long document among many short ones is not padded for."""
+    torch.manual_seed(0)
+    model = Decoder()
+    lengths = [[12], [2] * 6, [3, 3, 3, 3], [2] * 6, [2] * 6, [2, 3, 2, 3, 2]]
+    batch = packed(lengths)
+    documents = batch[1]
+    direction = torch.randn(sum(p.numel() for p in model.parameters()))
+    options = {
+        "measure": "second_moments",
+        "directions": {"v": direction},
+        "per_parameter": True,
+        "keep_mean": True,
+    }
+    probe = fm.GradientProbe(model, sample=26 if way == "sample" else None, **options)
+    losses = document_losses(token_losses(model, *batch), documents)
+    if way == "attach":
+        probe.attach(losses, segment_ids=documents)
+        assert type(probe._attached.session).__name__ == "GroupedSession"
+        losses.mean().backward()
+        stats = probe.collect()
+    else:
+        stats = probe.backward(losses, segment_ids=documents)
+    want = one_by_one(model, *batch)
+    if stats.samples is not None:
+        want = {name: g[stats.samples] for name, g in want.items()}
+    check(stats, want)
+    gradients = torch.cat([g.flatten(1) for g in want.values()], 1)
+    dots = gradients @ direction.double()
+    scale = dots.abs().max()
+    torch.testing.assert_close(
+        stats.dots["v"].double() / scale, dots / scale, rtol=1e-4, atol=1e-5
+    )
+    for name, g in want.items():
+        moment = g.square().mean(0)
+        scale = moment.max()
+        torch.testing.assert_close(
+            stats.second_moments[name].double() / scale,
+            moment / scale,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(stats.mean_grad[name], p.grad)

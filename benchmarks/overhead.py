@@ -1,0 +1,196 @@
+"""What a probe costs besides its statistics, and what its knobs save.
+
+python -m benchmarks.overhead                everything, a few minutes
+python -m benchmarks.overhead --quick        fewer rounds
+
+- walk: Python time of walking and hooking GPT-2 with 12 layers, a node and a use, in
+  CPU seconds of the thread (other programs do not count).
+- knobs: the ratio of ten steps of W5 to ten plain ones, interleaved, with `every=10`
+  and with `sample=4`; and of one probed step.
+- adapters: the ratio for a model of frozen layers of which only adapters are tracked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastminima as fm
+from benchmarks.harness import interleave, ratio
+from benchmarks.records import describe_run, save
+from benchmarks.workloads import Workload, build
+from fastminima.capture.samples import Batch
+from fastminima.capture.tape import Tape
+
+LAYERS, BATCH, TIME = 12, 4, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="where the record goes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    budget = 6.0 if options.quick else 40.0
+    record = {
+        "run": describe_run(options.threads),
+        "walk": walk(),
+        "knobs": knobs(budget),
+        "adapters": adapters(budget / 4),
+    }
+    path = save(record, options.output)
+    print(json.dumps({k: v for k, v in record.items() if k != "run"}, indent=1))
+    print(f"Recorded in {path}")
+
+
+def walk() -> dict:
+    """Microseconds of Python a node and a use; how wide the model is does not matter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=LAYERS,
+        n_embd=24,
+        n_head=2,
+        vocab_size=64,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    ids = torch.randint(64, (BATCH, TIME))
+
+    def losses():
+        logits = model(ids).logits
+        return nn.functional.cross_entropy(logits.mT, ids, reduction="none").mean(1)
+
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        probe.backward(losses())
+    loss, samples = losses(), Batch(BATCH)
+    reader = probe._reader
+    reading = reader.read(loss, samples)
+    nodes, uses = len(reading.tape.nodes), len(reading.found.plan.uses)
+    norms = frozenset(["norms"])
+
+    def hook(*, gradients: bool) -> None:
+        probe._session(reading, BATCH, norms, {}, gradients).close()
+
+    return {
+        "nodes": nodes,
+        "uses": uses,
+        "walk_us_a_node": _cpu_us(lambda: Tape([loss.grad_fn], reader._names)) / nodes,
+        "read_us_a_node": _cpu_us(lambda: reader.read(loss, samples)) / nodes,
+        "hook_us_a_use": _cpu_us(lambda: hook(gradients=False)) / uses,
+        "hook_us_a_use_with_gradients": _cpu_us(lambda: hook(gradients=True)) / uses,
+    }
+
+
+def _cpu_us(call: Callable[[], object], rounds: int = 50) -> float:
+    """Median microseconds of CPU time of this thread."""
+    found = []
+    for _ in range(rounds):
+        start = time.thread_time_ns()
+        call()
+        found.append((time.thread_time_ns() - start) / 1e3)
+    return statistics.median(found)
+
+
+def knobs(budget: float) -> dict:
+    """Ten steps with each setting beside ten plain steps, on W5."""
+    plain = build("W5")
+
+    def plain_steps() -> None:
+        for _ in range(10):
+            plain.model.zero_grad(set_to_none=True)
+            plain.losses().mean().backward()
+
+    def steps(**options) -> Callable[[], None]:
+        workload = plain.fresh()
+        probe = fm.GradientProbe(workload.model, **options)
+
+        def run() -> None:
+            for _ in range(10):
+                _step(workload, probe)
+
+        return run
+
+    return _ratios(
+        {
+            "plain": plain_steps,
+            "every=10": steps(every=10),
+            "sample=4 of 16": steps(sample=4),
+            "every step": steps(),
+        },
+        budget,
+    )
+
+
+def _step(workload: Workload, probe: fm.GradientProbe) -> None:
+    workload.model.zero_grad(set_to_none=True)
+    probe.backward(workload.losses())
+
+
+class _Adapted(nn.Module):
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.randn(width, rank))
+
+    def forward(self, x):
+        linear = nn.functional.linear
+        return self.layer(x) + linear(linear(x, self.down), self.up)
+
+
+def adapters(budget: float) -> dict:
+    """Six frozen layers of width 512 with adapters of rank 8; the same all trained."""
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(6):
+        layers += [_Adapted(512, 8), nn.Tanh()]
+    model = nn.Sequential(*layers)
+    x = torch.randn(16, 64, 512)
+    probe = fm.GradientProbe(model)
+
+    def losses():
+        model.zero_grad(set_to_none=True)
+        return model(x).square().mean((1, 2))
+
+    return _ratios(
+        {
+            "plain": lambda: losses().mean().backward(),
+            "adapters probed": lambda: probe.backward(losses()),
+        },
+        budget,
+    )
+
+
+def _ratios(steps: dict[str, Callable[[], object]], budget: float) -> dict:
+    times = interleave(steps, plain="plain", budget=budget)
+    found: dict = {"plain_seconds": statistics.median(_seconds(times["plain"]))}
+    for name in steps:
+        if name != "plain":
+            found[name] = vars(ratio(times[name], times["plain"]))
+    return found
+
+
+def _seconds(times) -> list[float]:
+    return [t for t in times if t is not None]
+
+
+if __name__ == "__main__":
+    main()
