@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def walk() -> dict:
-    """Microseconds of Python a node and a use; how wide the model is does not matter."""
+    """Microseconds of Python a node and a use; the width does not matter for them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

@@ -149,7 +149,7 @@ def three_factors(
     trace = 0.0 if trace < 0 else trace
     return ThreeFactors(
         learning_rate=rate * (1 - dampening if momentum else 1),
-        batch_size=stats.count,
+        batch_size=_behind_mean(stats),
         gradient_variance=trace / stats.parameter_count,
         momentum=momentum,
         dataset_size=dataset_size,
@@ -185,9 +185,14 @@ def noise_scale(
         raise ValueError("A noise scale needs the statistics of at least one step.")
     noise = torch.stack([torch.as_tensor(s.covariance_trace) for s in steps])
     signal = torch.stack(
-        [s.mean_grad_sq_norm - s.covariance_trace / s.count for s in steps]
+        [s.mean_grad_sq_norm - s.covariance_trace / _behind_mean(s) for s in steps]
     )
     return noise.mean() / signal.mean()
+
+
+def _behind_mean(stats: _Statistics) -> int:
+    """Samples behind the mean gradient: more than `count` where some were drawn."""
+    return getattr(stats, "all_count", stats.count)
 
 
 def _common_options(optimizer: torch.optim.Optimizer) -> tuple[float, float, float]:

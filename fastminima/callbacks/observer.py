@@ -153,7 +153,7 @@ class Observer:
             stats,
             loss=loss.double() / given,
             optimizer=optimizer,
-            batch_size=stats.count * parts,
+            batch_size=stats.all_count * parts,
             extra={"batch": self._batches - 1, "backward": self._passes - 1},
         )
 

@@ -148,7 +148,7 @@ def _fill(
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(fontsize=8, edgecolor="none", framealpha=0.8)
 
 
 def _curve(

@@ -97,7 +97,7 @@ class Monitor:
         if stats is not None:
             row |= self._gradient(stats)
             if optimizer is not None:
-                row |= self._factors(optimizer, stats, batch_size or stats.count)
+                row |= self._factors(optimizer, stats, batch_size or stats.all_count)
         if sharpness is not None:
             row |= sharpness_row(sharpness)
         row |= extra or {}
@@ -122,7 +122,7 @@ class Monitor:
     ) -> Row:
         """All three factors, or what is known of them."""
         row = _learning_rates(optimizer) | {"factors/batch_size": batch_size}
-        if stats.count < 2 or stats.sq_norms is None:
+        if stats.all_count < 2 or stats.sq_norms is None:
             return row
         try:
             factors = three_factors(optimizer, stats)

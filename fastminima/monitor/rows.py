@@ -22,7 +22,7 @@ def gradient_row(stats: GradientStatistics) -> Row:
     if stats.sq_norms is not None:
         norms = stats.sq_norms.sqrt()
         values |= {"norm_max": norms.max(), "norm_median": norms.quantile(0.5)}
-        if stats.count > 1:
+        if stats.all_count > 1:
             values |= {
                 "covariance_trace": stats.covariance_trace,
                 "signal": stats.signal,

@@ -144,3 +144,19 @@ def test_with_batch_normalisation(batchnorm):
     whole = probed(model, model(x).square().sum(1), batchnorm=batchnorm)
     part = probed(model, model(x).square().sum(1), batchnorm=batchnorm, sample=4)
     torch.testing.assert_close(part.sq_norms, whole.sq_norms[part.samples])
+
+
+def test_factors_are_those_of_the_whole_batch():
+    """The batch size of a step is not the number of samples that were looked at."""
+    model, losses = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stats = probed(model, losses(), sample=8)
+    factors = fm.three_factors(optimizer, stats)
+    assert factors.batch_size == 64
+    torch.testing.assert_close(fm.noise_scale(stats), stats.noise_scale)
+    with fm.monitor.Monitor() as monitor:
+        row = monitor.log(0, stats, optimizer=optimizer)
+    assert row["factors/batch_size"] == 64
+    assert row["gradient/count"] == 8
+    one = probed(model, losses(), sample=1)
+    assert "gradient/covariance_trace" in fm.monitor.Monitor().log(1, one)
