@@ -188,6 +188,27 @@ def test_penalty_in_every_samples_loss():
     assert audit.ok, str(audit)
 
 
+class _Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second((hidden - hidden.mean(0)).tanh())
+
+
+def test_audit_of_layers_that_mix_samples():
+    """It cannot succeed, and says which layer it is about."""
+    for model, named in (
+        (_Centred(), "first"),
+        (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), "1"),
+    ):
+        losses = F.cross_entropy(model(X), Y, reduction="none")
+        with pytest.raises(fm.CaptureError, match=named):
+            fm.GradientProbe(model).audit(losses)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_losses_that_cancel_each_other(factor):
     """Their mean may have no gradient at all, and that of each loss is not zero."""
