@@ -14,6 +14,7 @@ from .tape import Tape
 
 __all__ = [
     "BATCH_NORM",
+    "MAY_MIX",
     "counts_in_batch",
     "freeze",
     "mixing_nodes",
@@ -42,6 +43,15 @@ def mixing_nodes(
         for i in (norm_nodes(tape) if candidates is None else candidates)
         if getattr(tape.nodes[i], "_saved_training", True) and tape.shapes(i)[0][0] > 1
     ]
+
+
+# Nodes that can mix samples by themselves, in one mode or layout or another.
+MAY_MIX = BATCH_NORM | {
+    "EmbeddingBackward0",
+    "EmbeddingBagBackward0",
+    "NativeLayerNormBackward0",
+    "NativeGroupNormBackward0",
+}
 
 
 def counts_in_batch(tape: Tape, i: int) -> bool:

@@ -192,7 +192,7 @@ class Reader:
         it was `measured` in this step.
         """
         for use, (layout, *_) in zip(plan.uses, layouts, strict=True):
-            if layout is None or layout.batch == 1:
+            if use.name not in batchnorm.MAY_MIX or layout is None or layout.batch == 1:
                 continue
             if batchnorm.counts_in_batch(tape, use.node):
                 does = (

@@ -118,18 +118,10 @@ class Session:
         self._keep_grads = keep_grads
         self._announce = announce
         found = reading.found
-        plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
-        self._missing = _added(plan.sources for plan in plans)  # by own names
-        # A parameter whose gradient comes from several graphs gets it in parts.
-        arrivals = [
-            set(reading.tape.leaves),
-            *(
-                set(region.plan.sources)
-                for i, region in found.regions.items()
-                if region is not None and is_reentrant(reading.tape.nodes[i])
-            ),
-        ]
-        self._split = {n for n in self._missing if sum(n in a for a in arrivals) > 1}
+        self._missing = dict(found.plan.sources)
+        self._split: set[str] = set()
+        if found.regions:
+            self._add_regions(reading)
         self._parts: dict[str, Tensor] = {}
         self._accumulators: dict[str, Any] = {}
         self._reads_gradients = hook_gradients
@@ -145,6 +137,22 @@ class Session:
         except BaseException:
             self.close()
             raise
+
+    def _add_regions(self, reading: Reading) -> None:
+        """Expect what comes from the graphs of regions too."""
+        found = reading.found
+        plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
+        self._missing = _added(plan.sources for plan in plans)  # by own names
+        # A parameter whose gradient comes from several graphs gets it in parts.
+        arrivals = [
+            set(reading.tape.leaves),
+            *(
+                set(region.plan.sources)
+                for i, region in found.regions.items()
+                if region is not None and is_reentrant(reading.tape.nodes[i])
+            ),
+        ]
+        self._split = {n for n in self._missing if sum(n in a for a in arrivals) > 1}
 
     def close(self) -> None:
         """Remove every hook and let go of what waits."""

@@ -222,6 +222,37 @@ def ddp_reductions_start_where_they_did():
 
 
 @check
+def ddp_some_samples_of_each_rank():
+    """Norms of the samples looked at; the mean gradient of all, and weighed by all."""
+    for keep_mean in (False, True):
+        single = build()
+        whole = fm.GradientProbe(single, keep_mean=True).backward(
+            losses_of(single, data())
+        )
+        model = DistributedDataParallel(build())
+        probe = fm.GradientProbe(
+            model, process_group="world", sample=2, keep_mean=keep_mean
+        )
+        stats = probe.backward(losses_of(model, share(data())))
+        assert (stats.count, stats.mean_count) == (4, 6)
+        assert_close(stats.mean_grad_sq_norm, whole.mean_grad_sq_norm)
+        # Two of each rank's three samples, the same two since the draws are.
+        kept = [
+            i
+            for i in range(3)
+            if any(
+                torch.isclose(whole.sq_norms[i], n, rtol=1e-4) for n in stats.sq_norms
+            )
+        ]
+        assert len(kept) == 2
+        kept += [i + 3 for i in kept]
+        assert_close(stats.sq_norms, whole.sq_norms[kept])
+        if keep_mean:
+            for name, mean in whole.mean_grad.items():
+                assert_close(stats.mean_grad[f"module.{name}"], mean)
+
+
+@check
 def ddp_one_small_collective_a_step():
     model = DistributedDataParallel(build())
     per_step = []
@@ -231,7 +262,7 @@ def ddp_one_small_collective_a_step():
         with counted_collectives() as calls:
             probe.backward(losses_of(model, share(data())))
         per_step.append(calls)
-    numbers = 5 + len(list(model.parameters())) + 3  # head, was reached?, norms
+    numbers = 6 + len(list(model.parameters())) + 3  # head, was reached?, norms
     assert per_step[1:] == [[("all_gather", 8 * numbers)]] * 2
     assert [name for name, _ in per_step[0]] == ["all_gather"] * 2  # the count is new
     probe = fm.GradientProbe(
