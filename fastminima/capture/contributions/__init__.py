@@ -1,0 +1,31 @@
+"""Per-sample gradients of one parameter, in the form its layer gives them.
+
+A contribution stands for the tensor `[batch, *shape]` of sample gradients without
+holding it. All results are in the accumulation dtype and for gradients as autograd
+delivers them; who collects them scales them.
+"""
+
+from .base import Contribution, Materialized
+from .conv import Convolution, ConvolutionBias, Frames
+from .dense import Column, Dense, DenseBias, Stacked
+from .embedding import Embedding
+from .joined import Apart, Joined, joined
+from .moved import Placed, Pushed
+
+__all__ = [
+    "Apart",
+    "Column",
+    "Contribution",
+    "Convolution",
+    "ConvolutionBias",
+    "Dense",
+    "DenseBias",
+    "Embedding",
+    "Frames",
+    "Joined",
+    "Materialized",
+    "Placed",
+    "Pushed",
+    "Stacked",
+    "joined",
+]
