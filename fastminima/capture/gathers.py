@@ -21,6 +21,7 @@ __all__ = [
     "gather_nodes",
     "placing_numbers",
     "read_numbers",
+    "reordering_nodes",
     "watched_sources",
 ]
 
@@ -127,6 +128,19 @@ def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tupl
             value = getattr(node, name)
             values.append(tuple(value) if isinstance(value, list) else value)
     return tuple(values)
+
+
+# They move dims past each other; where rows go then, the sizes of the dims say too.
+_REORDERING = frozenset(["TBackward0", "TransposeBackward0", "PermuteBackward0"])
+
+
+def reordering_nodes(tape: Tape, preparing: Container[int]) -> list[int]:
+    """Nodes whose shapes say where rows go: [H, B, W] is another order than [W, B, H]."""
+    return [
+        i
+        for i, name in enumerate(tape.names)
+        if name in _REORDERING and i not in preparing
+    ]
 
 
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from . import batchnorm
-from .gathers import Guard, placing_numbers, read_numbers
-from .layout import IrregularLayout
+from .gathers import Guard, placing_numbers, read_numbers, reordering_nodes
+from .layout import IrregularLayout, RegularLayout
 from .plan import Plan
 from .regions import Region, region_shapes
 from .routes import Routes
@@ -109,6 +109,7 @@ class Known:
         self._routed = _routed(found)
         preparing = found.plan.preparing
         self._placing = placing_numbers(tape, preparing) if moves_rows else []
+        self._reordering = reordering_nodes(tape, preparing) if moves_rows else []
         self._found: dict[tuple, Found] = {}
         self._measured: list[tuple] = []
         self._follows = True  # measured layouts were those carried over from the first
@@ -166,18 +167,21 @@ class Known:
             tuple(() if use.node in self._routed else s for use, s in shapes),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),
+            tuple(tape.shapes(i)[0] for i in self._reordering),
             tuple(region_shapes(tape, i) for i in self._regions),
         )
 
     def _carried_over(self, signature: tuple) -> Layouts | None:
         """The layouts of the first measurement in the sizes of another graph."""
-        _, old_shapes, old_entrances, old_numbers, _ = self._measured[0]
-        sizes, new_shapes, entrances, numbers, _ = signature
+        old_sizes, old_shapes, old_entrances, old_numbers, before, _ = self._measured[0]
+        sizes, new_shapes, entrances, numbers, reordered, _ = signature
         if numbers != old_numbers or _ones(entrances) != _ones(old_entrances):
             return None
-        first = self._found[self._measured[0]].layouts
+        first = self._found[self._measured[0]]
+        if _is_between(first) and not _scales(before, reordered, old_sizes, sizes):
+            return None
         layouts: Layouts = []
-        for of_use, old, new in zip(first, old_shapes, new_shapes, strict=True):
+        for of_use, old, new in zip(first.layouts, old_shapes, new_shapes, strict=True):
             moved: list[Any] = []
             for layout, was, now in zip(of_use, old, new, strict=True):
                 if layout is None:
@@ -190,6 +194,35 @@ class Known:
                 moved.append(carried)
             layouts.append(moved)
         return layouts
+
+
+def _is_between(found: Found) -> bool:
+    """Whether the batch is somewhere in the middle of a dim.
+
+    Then the dim's size does not say what is on either side of it.
+    """
+    regular = found.routes.regular.values() if found.routes is not None else ()
+    layouts = [x for of_use in found.layouts for x in of_use]
+    layouts += [stretch.layout for stretch in regular]
+    return any(
+        isinstance(x, RegularLayout) and x.outer > 1 and x.inner > 1 for x in layouts
+    )
+
+
+def _scales(
+    old: Sequence[Sequence[int]],
+    new: Sequence[Sequence[int]],
+    old_batch: int,
+    batch: int,
+) -> bool:
+    """Whether shapes differ by the batch size alone."""
+    return all(
+        len(a) == len(b)
+        and all(
+            x == y or x * batch == y * old_batch for x, y in zip(a, b, strict=True)
+        )
+        for a, b in zip(old, new, strict=True)
+    )
 
 
 def _routed(found: Found) -> frozenset[int]:

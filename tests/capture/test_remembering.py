@@ -251,3 +251,23 @@ def test_long_preparations_take_no_exponential_time():
     for _ in range(40):
         v = v - 0.1 * v.tanh()
     agrees(fm.GradientProbe({"w": w}), {"w": w}, (x * v).sin().sum(1))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(3, 4, 6), (3, 6, 4), (3, 3, 8), (3, 4, 6)],
+        [(2, 4, 6), (3, 4, 6), (5, 4, 6), (7, 4, 6), (7, 6, 4), (4, 8, 3)],
+    ],
+)
+def test_the_batch_in_the_middle_with_other_sizes_around_it(sizes):
+    """Attention along the columns of images: as many pixels, another aspect ratio."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2)
+    probe = fm.GradientProbe(model)
+    for batch, height, width in sizes:
+        x = torch.randn(batch, height, width, 8)
+        columns = x.transpose(0, 1).reshape(height, batch * width, 8)
+        out = model(columns, columns, columns, need_weights=False)[0]
+        out = out.view(height, batch, width, 8).transpose(0, 1)
+        agrees(probe, model, out.sin().flatten(1).sum(1))
