@@ -39,7 +39,7 @@ class Replay:
     ) -> None:
         self.number = number
         self._graph = graph
-        self._inputs = tuple(inputs)
+        self.inputs = tuple(inputs)
         self._outputs = outputs  # output of the node -> output of the graph
         self._versions = versions  # before the call, which may write into a buffer
         self._autocast = [
@@ -51,7 +51,7 @@ class Replay:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the inputs."""
-        return [t for t in self._inputs if isinstance(t, Tensor)]
+        return [t for t in self.inputs if isinstance(t, Tensor)]
 
     def run(self) -> tuple[list[Tensor], list[Any]]:
         """Compute the region uncompiled: its tensors, and what it returns.
@@ -60,14 +60,14 @@ class Replay:
             CaptureError: when it draws random numbers, or a tensor that it was given
                 has changed since, so that the result would be another.
         """
-        if _versions(self._inputs) != self._versions:
+        if _versions(self.inputs) != self._versions:
             raise CaptureError(
                 "A tensor that a compiled region reads was changed in place, by the "
                 "region or after it (a buffer of the model?), so it cannot be run "
                 "again for the probe. Run the uncompiled module on the steps that you "
                 "probe."
             )
-        inputs = [_separate(t) for t in self._inputs]
+        inputs = [_separate(t) for t in self.inputs]
         devices = {t.device for t in self.tensors if t.is_cuda}
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([d.index for d in devices]))

@@ -20,6 +20,7 @@ __all__ = [
     "find_guards",
     "gather_nodes",
     "placing_numbers",
+    "places",
     "read_numbers",
     "reordering_nodes",
     "watched_sources",
@@ -141,6 +142,12 @@ def reordering_nodes(tape: Tape, preparing: Container[int]) -> list[int]:
         for i, name in enumerate(tape.names)
         if name in _REORDERING and i not in preparing
     ]
+
+
+def places(tape: Tape, preparing: Container[int]) -> tuple:
+    """All that says where rows go in this graph, besides the shapes of the uses."""
+    shapes = tuple(tape.shapes(i)[0] for i in reordering_nodes(tape, preparing))
+    return read_numbers(tape, placing_numbers(tape, preparing)), shapes
 
 
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import Guard, find_guards, gather_nodes, watched_sources
+from .gathers import Guard, find_guards, gather_nodes, places, watched_sources
 from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import (
@@ -354,6 +354,7 @@ class Reader:
                     + " (In a region that runs again in the backward pass, a reentrant "
                     "checkpoint or a compiled one, it is refused in any case.)"
                 )
+            placed = None
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
                 layouts = _all_of_one(tape, plan)
@@ -370,8 +371,10 @@ class Reader:
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
                     is_settled = guards == []
+                placed = places(tape, plan.preparing)
             regions[i] = Region(
-                tape.key, plan, layouts, plan.signature(tape), survey.inputs
+                *(tape.key, plan, layouts, plan.signature(tape)),
+                *(survey.inputs, placed),
             )
         return regions, is_settled
 

@@ -259,3 +259,33 @@ def test_inference_and_unprobed_steps_are_plain():
     losses_of(model, ids).mean().backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, g)
+
+
+class Columns(nn.Module):
+    """Attention along the columns of images whose sizes are numbers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, pixels, height, width):
+        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
+        out = x.reshape(height, -1, 8)
+        out = self.attention(out, out, out, need_weights=False)[0]
+        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
+
+
+def test_sizes_that_a_region_is_given_as_numbers():
+    """As many pixels, another aspect ratio, one compiled graph for all of them."""
+    torch.manual_seed(0)
+    model, pixels = Columns(), torch.randn(3, 24, 8)
+    fast = fm.compile(model, backend="aot_eager", dynamic=True)
+    probe = fm.GradientProbe(model)
+    for sizes in ((4, 6), (6, 4), (3, 8), (4, 6)):
+        want, got = (
+            (fm.GradientProbe(model) if run is model else probe).backward(
+                run(pixels, *sizes).sin().flatten(1).sum(1)
+            )
+            for run in (model, fast)
+        )
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
