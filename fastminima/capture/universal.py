@@ -55,8 +55,23 @@ class Universal:
         ]
         # Python functions keep their backward in `apply`; calling the node is C++ only.
         call = getattr(self.node, "apply", None)
-        found = self.node(*masked) if call is None else call(*self._filled(masked))
-        return found if isinstance(found, tuple) else (found,)
+        if call is None:
+            found = self.node(*masked)
+            return found if isinstance(found, tuple) else (found,)
+        return self._of_edges(call(*self._filled(masked)))
+
+    def _of_edges(self, found: Any) -> tuple[Tensor | None, ...]:
+        """What a Python function gives to each edge: it gives one to each argument.
+
+        Those that are no tensors have no edge.
+        """
+        found = found if isinstance(found, tuple) else (found,)
+        asked = zip(found, self.node.needs_input_grad, strict=False)
+        wanted = iter([grad for grad, is_needed in asked if is_needed])
+        return tuple(
+            None if child is None else next(wanted)
+            for child, _ in self.node.next_functions
+        )
 
     def _filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Zeros in the place of nothing, as the engine gives Python functions."""

@@ -208,3 +208,29 @@ def test_rows_that_are_spread_within_the_samples_are_remembered():
         agrees(probe, named, squares(rows))
     (known,) = probe._reader._known.values()
     assert len(known._measured) == 1
+
+
+class Scaled(torch.autograd.Function):
+    """Arguments that are no tensors have a gradient, None, but no edge."""
+
+    @staticmethod
+    def forward(ctx, factor, x, is_scaled, w):
+        ctx.save_for_backward(x, w)
+        ctx.factor = factor if is_scaled else 1.0
+        return x * w * ctx.factor
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return None, g * w * ctx.factor, None, (g * x * ctx.factor).sum(0)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_function_with_arguments_that_are_no_tensors(below):
+    torch.manual_seed(0)
+    named = parameters((6,), (6, 6))
+    x = torch.randn(5, 6)
+    x = x @ named["p1"] if below else x
+    used = named if below else {"p0": named["p0"]}
+    losses = Scaled.apply(3.0, x, True, named["p0"]).sin().sum(1)
+    agrees(fm.GradientProbe(used, per_parameter=True), used, losses)
