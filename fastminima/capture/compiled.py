@@ -4,7 +4,7 @@ A region compiled by `torch.compile` is one opaque node of the autograd graph. A
 is given the region as a graph of ordinary PyTorch operations before it compiles it, and
 the tensors it is called with; `compile` keeps both on the node. On a probed step the
 probe runs that graph on those tensors and takes its backward pass with the same output
-gradient, without weight gradients; training itself uses the compiled code throughout.
+gradient; training itself uses the compiled code throughout.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def compile(
     """`torch.compile` such that `GradientProbe` can read the model.
 
     The compiled code is the same, and so is its speed on steps that are not probed. On
-    a probed step each compiled region runs once more, uncompiled, forward and backward
-    without weight gradients: combine it with `GradientProbe(every=k)`. The statistics
-    are those of the uncompiled operations, equal to compiled ones up to rounding.
+    a probed step each compiled region runs once more, uncompiled, forward and
+    backward: combine it with `GradientProbe(every=k)`. The statistics are those of the
+    uncompiled operations, equal to compiled ones up to rounding.
 
     Regions that draw random numbers (dropout) or change buffers end in a `CaptureError`
     on probed steps: run the uncompiled module on those.

@@ -19,8 +19,8 @@ __all__ = [
     "Guard",
     "find_guards",
     "gather_nodes",
-    "placing_numbers",
     "places",
+    "placing_numbers",
     "read_numbers",
     "reordering_nodes",
     "watched_sources",
@@ -136,7 +136,7 @@ _REORDERING = frozenset(["TBackward0", "TransposeBackward0", "PermuteBackward0"]
 
 
 def reordering_nodes(tape: Tape, preparing: Container[int]) -> list[int]:
-    """Nodes whose shapes say where rows go: [H, B, W] is another order than [W, B, H]."""
+    """Nodes whose shapes say where rows go: [4, B, 6] is not [6, B, 4]."""
     return [
         i
         for i, name in enumerate(tape.names)

@@ -218,9 +218,7 @@ def _scales(
     """Whether shapes differ by the batch size alone."""
     return all(
         len(a) == len(b)
-        and all(
-            x == y or x * batch == y * old_batch for x, y in zip(a, b, strict=True)
-        )
+        and all(x == y or x * batch == y * old_batch for x, y in zip(a, b, strict=True))
         for a, b in zip(old, new, strict=True)
     )
 

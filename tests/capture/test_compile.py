@@ -289,3 +289,33 @@ def test_sizes_that_a_region_is_given_as_numbers():
             for run in (model, fast)
         )
         torch.testing.assert_close(got.sq_norms, want.sq_norms)
+
+
+@pytest.mark.parametrize("name", ["loop over images", "mha cross", "own function"])
+def test_what_rules_take_from_the_nodes_of_a_region(name):
+    """No rule of their own, or places in a packed parameter; in changing sizes too."""
+    case = BY_NAME[name]
+    model, inputs = case.make()
+    options = {"per_parameter": True, "measure": ("norms", "second_moments")}
+    count = sum(p.numel() for p in model.parameters())
+    options["directions"] = {"v": torch.linspace(-1, 1, count)}
+    fast, probe = (
+        fm.compile(model, backend="aot_eager"),
+        fm.GradientProbe(model, **options),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for size in (3, 2, 3):
+            batch = [x[:size] for x in inputs]
+            out = case.call(fast, *batch).flatten(1)
+            weight = torch.linspace(0.5, 1.5, out.shape[1])
+            got = probe.backward((out * weight).sin().sum(1))
+            plain = fm.GradientProbe(model, **options)
+            want = plain.backward(case.losses(model, batch))
+            for p, norms in want.sq_norms_by_parameter.items():
+                scale = float(want.sq_norms.max())
+                close = {"rtol": 1e-4, "atol": 1e-6 * scale}
+                torch.testing.assert_close(got.sq_norms_by_parameter[p], norms, **close)
+                moments = got.second_moments[p], want.second_moments[p]
+                torch.testing.assert_close(*moments, **close)
+            torch.testing.assert_close(got.dots["v"], want.dots["v"], **close)
