@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from .contributions import Contribution, Materialized
+from .errors import CaptureError
 from .layout import RowLayout
 from .plan import Slot
 
@@ -38,11 +39,30 @@ class Universal:
         samples: dict[int, list[Tensor]] = {slot.number: [] for slot in slots}
         for n in range(self.batch):
             found = self._backward_of(n)
+            self._check_asked(found, slots)
             for slot in slots:
                 samples[slot.number].append(
                     _fitted(found[slot.number], slot, self._any)
                 )
         return {i: Materialized(torch.stack(parts)) for i, parts in samples.items()}
+
+    def _check_asked(
+        self, found: Sequence[Tensor | None], slots: Sequence[Slot]
+    ) -> None:
+        """Raise where a node leaves out what its pass does not need.
+
+        Nodes of C++ do: in a pass for other inputs they say nothing of this one.
+        """
+        if hasattr(self.node, "apply") or any(g is None for g in self.grads):
+            return
+        for slot in slots:
+            if found[slot.number] is None:
+                raise CaptureError(
+                    f"The pass does not compute the gradient of "
+                    f"{[p.parameter for p in slot.paths]} at {self.node.name()}, whose "
+                    "norms need it. Run loss.backward() for all parameters, without "
+                    "inputs=, between attach and collect."
+                )
 
     @property
     def _any(self) -> Tensor:

@@ -234,3 +234,15 @@ def test_a_function_with_arguments_that_are_no_tensors(below):
     used = named if below else {"p0": named["p0"]}
     losses = Scaled.apply(3.0, x, True, named["p0"]).sin().sum(1)
     agrees(fm.GradientProbe(used, per_parameter=True), used, losses)
+
+
+def test_a_pass_for_some_inputs_only():
+    """Nodes leave out what such a pass does not need, and a rule may need it."""
+    named = parameters((6,), (6, 6))
+    x = torch.randn(5, 6, requires_grad=True)
+    losses = torch.maximum(x @ named["p1"], named["p0"]).sum(1)
+    probe = fm.GradientProbe(named)
+    probe.attach(losses)
+    with pytest.raises(fm.CaptureError, match=r"\['p0'\] at Maximum"):
+        losses.mean().backward(inputs=[x])
+    probe.detach()
