@@ -163,7 +163,7 @@ class Known:
         """All by which two graphs of one structure can differ in their layouts."""
         shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
         return (
-            samples.sizes,
+            samples.sizes if samples.count > 1 else 1,  # else all rows are the one's
             tuple(() if use.node in self._routed else s for use, s in shapes),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),

@@ -257,3 +257,14 @@ def test_what_does_not_make_sense():
     with pytest.raises(fm.CaptureError, match="segment_ids"):
         probe.backward(losses.sum(), reduction="sum", segment_ids=documents[:, :-1])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_document_a_step():
+    """In more lengths than are measured before layouts are carried over."""
+    torch.manual_seed(0)
+    model = Decoder()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for length in (3, 5, 4, 6, 7, 6):
+        batch = packed([[length]], length)
+        losses = document_losses(token_losses(model, *batch), batch[1])
+        check(probe.backward(losses, segment_ids=batch[1]), one_by_one(model, *batch))
