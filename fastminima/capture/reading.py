@@ -250,10 +250,11 @@ class Reader:
             plan = find_plan(tape, None, inner)
             refuse_hidden(plan)
             found = Found(plan, _all_of_one(tape, plan), regions)
-            known = self._known.get(key)
-            if known is None:
-                known = self._known[key] = Known(tape, found, [], moves_rows=False)
-            known.remember(tape, samples, found)
+            if is_settled:
+                known = self._known.get(key)
+                if known is None:
+                    known = self._known[key] = Known(tape, found, [], moves_rows=False)
+                known.remember(tape, samples, found)
             return found
         assert measured is not None
         plan = find_plan(tape, measured, inner)
@@ -358,6 +359,7 @@ class Reader:
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
                 layouts = _all_of_one(tape, plan)
+                is_settled &= not gather_nodes(tape)  # as many rows in each step?
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)

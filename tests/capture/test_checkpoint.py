@@ -468,3 +468,17 @@ def test_sizes_inside_a_region():
         else:
             with pytest.raises(fm.CaptureError, match="something else now"):
                 unseen.backward(losses_of(closed))
+
+
+def test_experts_of_one_sample_inside_a_region():
+    """Other numbers of rows for each expert in every step."""
+    case = BY_NAME["experts"]
+    model, _ = case.make()
+    probe = fm.GradientProbe(model)
+    key = torch.zeros((), requires_grad=True)
+    for seed in range(4):
+        x = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(seed))
+        run = lambda _, x: case.losses(model, [x])  # noqa: E731
+        got = probe.backward(checkpoint(run, key, x, use_reentrant=True))
+        want = fm.GradientProbe(model).backward(case.losses(model, [x]))
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
