@@ -13,6 +13,7 @@ from .gathers import Guard, placing_numbers, read_numbers, reordering_nodes
 from .layout import IrregularLayout, RegularLayout
 from .plan import Plan
 from .regions import Region, region_shapes
+from .roots import batch_edges
 from .routes import Routes
 from .samples import Batch, Segments
 from .tape import Tape
@@ -100,8 +101,10 @@ class Known:
         guards: Sequence[Guard],
         *,
         moves_rows: bool = True,
+        is_open: bool = False,
     ) -> None:
         self.norms = batchnorm.norm_nodes(tape)
+        self._is_open = is_open  # a scalar loss: its samples are found on the way
         self._uses = found.plan.uses
         self._guards = tuple(guards)
         self._plan = found.plan
@@ -123,7 +126,11 @@ class Known:
         )
 
     def recall(self, tape: Tape, samples: Batch | Segments) -> Found | None:
-        """What holds for this graph, or None when it has to be measured."""
+        """What holds for this graph, or None when it has to be measured.
+
+        Raises:
+            CaptureError: for a batch size that the graph does not have.
+        """
         if not all(guard.holds(tape) for guard in self._guards):
             return None
         signature = self._signature(tape, samples)
@@ -135,6 +142,8 @@ class Known:
         layouts = self._carried_over(signature)
         if layouts is None:
             return None
+        if self._is_open:
+            batch_edges(tape, samples)  # raises where there is no such axis
         routes = self._found[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)

@@ -283,7 +283,7 @@ class Reader:
             return complete
         known = self._known.get(key)
         if known is None or not known.fits(found, guards):
-            known = self._known[key] = Known(tape, found, guards)
+            known = self._known[key] = Known(tape, found, guards, is_open=is_open)
         known.remember(tape, samples, found)
         return complete
 

@@ -271,3 +271,16 @@ def test_the_batch_in_the_middle_with_other_sizes_around_it(sizes):
         out = model(columns, columns, columns, need_weights=False)[0]
         out = out.view(height, batch, width, 8).transpose(0, 1)
         agrees(probe, model, out.sin().flatten(1).sum(1))
+
+
+def test_a_wrong_batch_size_after_many_right_ones():
+    """Layouts carried over to new sizes do not make an axis of the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    probe = fm.GradientProbe(model)
+    for batch in (4, 6, 5, 7):
+        probe.backward(model(torch.randn(batch, 3, 4)).square().mean(), batch)
+    loss = model(torch.randn(8, 3, 4)).square().mean()
+    with pytest.raises(fm.CaptureError, match="batch axis of size 4"):
+        probe.backward(loss, batch_size=4)
+    assert probe.backward(loss, batch_size=8).count == 8
