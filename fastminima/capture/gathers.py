@@ -106,6 +106,18 @@ _PLACING = {
     "MinBackward0": ("dim",),
     "LinalgVectorNormBackward0": ("dim",),
     "LogsumexpBackward0": ("dim",),
+    "UnfoldBackward0": ("dimension", "size", "step"),
+    "Rot90Backward0": ("k", "dims"),
+    "DiagonalBackward0": ("offset", "dim1", "dim2"),
+    "AsStridedBackward0": ("size", "stride", "storage_offset"),
+    **{
+        f"{name}Backward0": ("dim",)
+        for name in (
+            *("Sort", "Topk", "Gather", "IndexSelect", "IndexAdd", "IndexCopy"),
+            *("Scatter", "ScatterAdd", "ScatterReduce", "Softmax", "LogSoftmax"),
+            *("Cumsum", "Cumprod", "Logcumsumexp", "Var", "Std", "Kthvalue"),
+        )
+    },
 }
 
 

@@ -284,3 +284,42 @@ def test_a_wrong_batch_size_after_many_right_ones():
     with pytest.raises(fm.CaptureError, match="batch axis of size 4"):
         probe.backward(loss, batch_size=4)
     assert probe.backward(loss, batch_size=8).count == 8
+
+
+@pytest.mark.parametrize(
+    ("way", "steps"),
+    [
+        (lambda h, k: h.rot90(2, [0, 1] if k else [1, 2]), (0, 1, 0)),
+        (lambda h, k: h.as_strided((4, 2, 3), (6, 3, 1) if k else (3, 12, 1)), (1, 0)),
+        (lambda h, k: h.view(2, 2, 2, 3).diagonal(0, k, 2), (0, 1)),
+    ],
+    ids=["turned", "strided", "diagonal"],
+)
+def test_numbers_that_say_where_rows_go(way, steps):
+    layer = nn.Linear(5, 3)
+    probe = fm.GradientProbe(layer)
+    for k in steps:
+        out = way(layer(torch.randn(4, 2, 5)), k).sin().flatten(1).sum(1)
+        agrees(probe, layer, out)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda h, mixes: h.sort(0 if mixes else 1)[0],
+        lambda h, mixes: h.cumsum(0 if mixes else 1),
+        lambda h, mixes: h.softmax(0 if mixes else 1),
+    ],
+    ids=["sort", "sum", "softmax"],
+)
+def test_a_dim_that_becomes_the_batch(way):
+    """After a step along another dim of that size, the samples are seen to mix."""
+    layer = nn.Linear(5, 3)
+    probe = fm.GradientProbe(layer)
+    for mixes in (False, True):
+        losses = way(layer(torch.randn(4, 4, 5)), mixes).sin().flatten(1).sum(1)
+        if not mixes:
+            agrees(probe, layer, losses)
+            continue
+        with pytest.raises(fm.CaptureError, match="mixes"):
+            probe.backward(losses)
