@@ -246,3 +246,26 @@ def test_a_pass_for_some_inputs_only():
     with pytest.raises(fm.CaptureError, match=r"\['p0'\] at Maximum"):
         losses.mean().backward(inputs=[x])
     probe.detach()
+
+
+class Magnitudes(nn.Module):
+    """Trainable lengths of frozen rows, under a mask that is nobody's buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+        self.length = nn.Parameter(torch.rand(4, 1) + 0.5)
+        self.mask = [(torch.rand(4, 1) < 0.7).float()]
+
+    def forward(self, x):
+        return F.linear(x, self.rows * (self.length * self.mask[0]))
+
+
+def test_frozen_directions():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    layer.parametrizations.weight.original1.requires_grad_(False)
+    for model in (layer, Magnitudes()):
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        losses = model(torch.randn(5, 6)).sin().sum(1)
+        agrees(fm.GradientProbe(model, per_parameter=True), named, losses)
