@@ -220,10 +220,12 @@ def _note(
 def _separate(t: Any) -> Any:
     """An input of a region such that its backward pass ends there.
 
-    Parameters stay themselves; a tensor that needs no gradient is copied, in case the
-    region writes into it.
+    Parameters stay themselves, frozen ones too; any other tensor that needs no gradient
+    is copied, in case the region writes into it.
     """
-    if not isinstance(t, Tensor) or (t.requires_grad and t.is_leaf):
+    if not isinstance(t, Tensor) or isinstance(t, nn.Parameter):
+        return t
+    if t.requires_grad and t.is_leaf:
         return t
     if t.requires_grad:
         return t.detach().requires_grad_()

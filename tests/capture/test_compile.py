@@ -319,3 +319,14 @@ def test_what_rules_take_from_the_nodes_of_a_region(name):
                 moments = got.second_moments[p], want.second_moments[p]
                 torch.testing.assert_close(*moments, **close)
             torch.testing.assert_close(got.dots["v"], want.dots["v"], **close)
+
+
+def test_frozen_factors_inside_a_region():
+    case = BY_NAME["low rank"]
+    model, (x,) = case.make()
+    model.a.requires_grad_(False)
+    fast = fm.compile(model, backend="aot_eager")
+    got, want = (
+        fm.GradientProbe(model).backward(run(x).sin().sum(1)) for run in (fast, model)
+    )
+    torch.testing.assert_close(got.sq_norms, want.sq_norms)
