@@ -145,9 +145,10 @@ def test_each_document_is_a_sample(way, tied, time_first, recwarn):
         elif way == "sum":
             stats = probe.backward(losses.sum(), reduction="sum", segment_ids=documents)
         else:
-            probe.attach(losses.flatten().sum() / count, count, segment_ids=documents)
-            (losses.flatten().sum() / count).backward()
-            continue
+            loss = losses.flatten().sum() / count
+            probe.attach(loss, count, segment_ids=documents)
+            loss.backward()
+            stats = probe.collect()
         assert stats.count == count
         want = one_by_one(model, *batch)
         check(stats, want)
