@@ -4,7 +4,7 @@ A region compiled by `torch.compile` is one opaque node of the autograd graph. A
 is given the region as a graph of ordinary PyTorch operations before it compiles it, and
 the tensors it is called with; `compile` keeps both on the node. On a probed step the
 probe runs that graph on those tensors and takes its backward pass with the same output
-gradient, without weight gradients; training itself uses the compiled code throughout.
+gradient; training itself uses the compiled code throughout.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Replay:
     ) -> None:
         self.number = number
         self._graph = graph
-        self._inputs = tuple(inputs)
+        self.inputs = tuple(inputs)
         self._outputs = outputs  # output of the node -> output of the graph
         self._versions = versions  # before the call, which may write into a buffer
         self._autocast = [
@@ -51,7 +51,7 @@ class Replay:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the inputs."""
-        return [t for t in self._inputs if isinstance(t, Tensor)]
+        return [t for t in self.inputs if isinstance(t, Tensor)]
 
     def run(self) -> tuple[list[Tensor], list[Any]]:
         """Compute the region uncompiled: its tensors, and what it returns.
@@ -60,14 +60,14 @@ class Replay:
             CaptureError: when it draws random numbers, or a tensor that it was given
                 has changed since, so that the result would be another.
         """
-        if _versions(self._inputs) != self._versions:
+        if _versions(self.inputs) != self._versions:
             raise CaptureError(
                 "A tensor that a compiled region reads was changed in place, by the "
                 "region or after it (a buffer of the model?), so it cannot be run "
                 "again for the probe. Run the uncompiled module on the steps that you "
                 "probe."
             )
-        inputs = [_separate(t) for t in self._inputs]
+        inputs = [_separate(t) for t in self.inputs]
         devices = {t.device for t in self.tensors if t.is_cuda}
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
@@ -121,9 +121,9 @@ def compile(
     """`torch.compile` such that `GradientProbe` can read the model.
 
     The compiled code is the same, and so is its speed on steps that are not probed. On
-    a probed step each compiled region runs once more, uncompiled, forward and backward
-    without weight gradients: combine it with `GradientProbe(every=k)`. The statistics
-    are those of the uncompiled operations, equal to compiled ones up to rounding.
+    a probed step each compiled region runs once more, uncompiled, forward and
+    backward: combine it with `GradientProbe(every=k)`. The statistics are those of the
+    uncompiled operations, equal to compiled ones up to rounding.
 
     Regions that draw random numbers (dropout) or change buffers end in a `CaptureError`
     on probed steps: run the uncompiled module on those.
@@ -220,10 +220,12 @@ def _note(
 def _separate(t: Any) -> Any:
     """An input of a region such that its backward pass ends there.
 
-    Parameters stay themselves; a tensor that needs no gradient is copied, in case the
-    region writes into it.
+    Parameters stay themselves, frozen ones too; any other tensor that needs no gradient
+    is copied, in case the region writes into it.
     """
-    if not isinstance(t, Tensor) or (t.requires_grad and t.is_leaf):
+    if not isinstance(t, Tensor) or isinstance(t, nn.Parameter):
+        return t
+    if t.requires_grad and t.is_leaf:
         return t
     if t.requires_grad:
         return t.detach().requires_grad_()

@@ -19,8 +19,10 @@ __all__ = [
     "Guard",
     "find_guards",
     "gather_nodes",
+    "places",
     "placing_numbers",
     "read_numbers",
+    "reordering_nodes",
     "watched_sources",
 ]
 
@@ -104,6 +106,18 @@ _PLACING = {
     "MinBackward0": ("dim",),
     "LinalgVectorNormBackward0": ("dim",),
     "LogsumexpBackward0": ("dim",),
+    "UnfoldBackward0": ("dimension", "size", "step"),
+    "Rot90Backward0": ("k", "dims"),
+    "DiagonalBackward0": ("offset", "dim1", "dim2"),
+    "AsStridedBackward0": ("size", "stride", "storage_offset"),
+    **{
+        f"{name}Backward0": ("dim",)
+        for name in (
+            *("Sort", "Topk", "Gather", "IndexSelect", "IndexAdd", "IndexCopy"),
+            *("Scatter", "ScatterAdd", "ScatterReduce", "Softmax", "LogSoftmax"),
+            *("Cumsum", "Cumprod", "Logcumsumexp", "Var", "Std", "Kthvalue"),
+        )
+    },
 }
 
 
@@ -127,6 +141,25 @@ def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tupl
             value = getattr(node, name)
             values.append(tuple(value) if isinstance(value, list) else value)
     return tuple(values)
+
+
+# They move dims past each other; where rows go then, the sizes of the dims say too.
+_REORDERING = frozenset(["TBackward0", "TransposeBackward0", "PermuteBackward0"])
+
+
+def reordering_nodes(tape: Tape, preparing: Container[int]) -> list[int]:
+    """Nodes whose shapes say where rows go: [4, B, 6] is not [6, B, 4]."""
+    return [
+        i
+        for i, name in enumerate(tape.names)
+        if name in _REORDERING and i not in preparing
+    ]
+
+
+def places(tape: Tape, preparing: Container[int]) -> tuple:
+    """All that says where rows go in this graph, besides the shapes of the uses."""
+    shapes = tuple(tape.shapes(i)[0] for i in reordering_nodes(tape, preparing))
+    return read_numbers(tape, placing_numbers(tape, preparing)), shapes
 
 
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from . import batchnorm
-from .gathers import Guard, placing_numbers, read_numbers
-from .layout import IrregularLayout
+from .gathers import Guard, placing_numbers, read_numbers, reordering_nodes
+from .layout import IrregularLayout, RegularLayout
 from .plan import Plan
 from .regions import Region, region_shapes
+from .roots import batch_edges
 from .routes import Routes
 from .samples import Batch, Segments
 from .tape import Tape
@@ -100,8 +101,10 @@ class Known:
         guards: Sequence[Guard],
         *,
         moves_rows: bool = True,
+        is_open: bool = False,
     ) -> None:
         self.norms = batchnorm.norm_nodes(tape)
+        self._is_open = is_open  # a scalar loss: its samples are found on the way
         self._uses = found.plan.uses
         self._guards = tuple(guards)
         self._plan = found.plan
@@ -109,6 +112,7 @@ class Known:
         self._routed = _routed(found)
         preparing = found.plan.preparing
         self._placing = placing_numbers(tape, preparing) if moves_rows else []
+        self._reordering = reordering_nodes(tape, preparing) if moves_rows else []
         self._found: dict[tuple, Found] = {}
         self._measured: list[tuple] = []
         self._follows = True  # measured layouts were those carried over from the first
@@ -122,7 +126,11 @@ class Known:
         )
 
     def recall(self, tape: Tape, samples: Batch | Segments) -> Found | None:
-        """What holds for this graph, or None when it has to be measured."""
+        """What holds for this graph, or None when it has to be measured.
+
+        Raises:
+            CaptureError: for a batch size that the graph does not have.
+        """
         if not all(guard.holds(tape) for guard in self._guards):
             return None
         signature = self._signature(tape, samples)
@@ -134,6 +142,8 @@ class Known:
         layouts = self._carried_over(signature)
         if layouts is None:
             return None
+        if self._is_open:
+            batch_edges(tape, samples)  # raises where there is no such axis
         routes = self._found[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)
@@ -162,22 +172,25 @@ class Known:
         """All by which two graphs of one structure can differ in their layouts."""
         shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
         return (
-            samples.sizes,
+            samples.sizes if samples.count > 1 else 1,  # else all rows are the one's
             tuple(() if use.node in self._routed else s for use, s in shapes),
             self._plan.entrances(tape),
             read_numbers(tape, self._placing),
+            tuple(tape.shapes(i)[0] for i in self._reordering),
             tuple(region_shapes(tape, i) for i in self._regions),
         )
 
     def _carried_over(self, signature: tuple) -> Layouts | None:
         """The layouts of the first measurement in the sizes of another graph."""
-        _, old_shapes, old_entrances, old_numbers, _ = self._measured[0]
-        sizes, new_shapes, entrances, numbers, _ = signature
+        old_sizes, old_shapes, old_entrances, old_numbers, before, _ = self._measured[0]
+        sizes, new_shapes, entrances, numbers, reordered, _ = signature
         if numbers != old_numbers or _ones(entrances) != _ones(old_entrances):
             return None
-        first = self._found[self._measured[0]].layouts
+        first = self._found[self._measured[0]]
+        if _is_between(first) and not _scales(before, reordered, old_sizes, sizes):
+            return None
         layouts: Layouts = []
-        for of_use, old, new in zip(first, old_shapes, new_shapes, strict=True):
+        for of_use, old, new in zip(first.layouts, old_shapes, new_shapes, strict=True):
             moved: list[Any] = []
             for layout, was, now in zip(of_use, old, new, strict=True):
                 if layout is None:
@@ -190,6 +203,33 @@ class Known:
                 moved.append(carried)
             layouts.append(moved)
         return layouts
+
+
+def _is_between(found: Found) -> bool:
+    """Whether the batch is somewhere in the middle of a dim.
+
+    Then the dim's size does not say what is on either side of it.
+    """
+    regular = found.routes.regular.values() if found.routes is not None else ()
+    layouts = [x for of_use in found.layouts for x in of_use]
+    layouts += [stretch.layout for stretch in regular]
+    return any(
+        isinstance(x, RegularLayout) and x.outer > 1 and x.inner > 1 for x in layouts
+    )
+
+
+def _scales(
+    old: Sequence[Sequence[int]],
+    new: Sequence[Sequence[int]],
+    old_batch: int,
+    batch: int,
+) -> bool:
+    """Whether shapes differ by the batch size alone."""
+    return all(
+        len(a) == len(b)
+        and all(x == y or x * batch == y * old_batch for x, y in zip(a, b, strict=True))
+        for a, b in zip(old, new, strict=True)
+    )
 
 
 def _routed(found: Found) -> frozenset[int]:

@@ -61,6 +61,10 @@ class Measurement:
         """Whether no reading gives every row to one sample."""
         return self.leading is None and self.trailing is None
 
+    def mixed(self) -> Measurement:
+        """The same output, with rows that do not belong to one sample each."""
+        return Measurement(self.shape, None, None)
+
     def shows_all(self, batch: int) -> bool:
         """Whether every sample was seen, so that what fits will fit again.
 

@@ -212,6 +212,11 @@ _OPERANDS = {
     "BaddbmmBackward0": (None, "batch1", "batch2"),
     "ConvolutionBackward0": ("input", "weight", None),
 }
+# The same where a constant as large as the parameter may come in, such as a mask.
+_FACTORS = {
+    "MulBackward0": ("self", "other"),
+    "WeightNormInterfaceBackward0": ("v", "g"),
+}
 
 
 def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
@@ -226,7 +231,7 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     if name == EMBEDDING:
         ids = saved_tensor(node, "_saved_indices")
         return ids.dim() > 1 and len(ids) > 1
-    operands = _OPERANDS.get(name, ())
+    operands = (_OPERANDS | _FACTORS).get(name, ())
     for number, edge in enumerate(tape.children[i]):
         if edge is not None:
             continue
@@ -234,7 +239,8 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
         tensor = saved_tensor(node, f"_saved_{operand}") if operand else None
         if isinstance(tensor, Tensor):
             is_own = tensor.untyped_storage()._cdata in own
-            if tensor.numel() > 1 and not is_own:
+            is_small = name in _FACTORS and not _is_larger(tape, i)
+            if tensor.numel() > 1 and not (is_own or is_small):
                 return True
         elif _is_larger(tape, i):
             return True

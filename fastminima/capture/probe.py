@@ -192,8 +192,10 @@ class GradientProbe:
 
         Raises:
             CaptureError: when the graph cannot be read exactly; the model, its
-                gradients and hooks are then as before. With `process_group` it is
-                raised on every rank and after the pass, as is a ValueError.
+                gradients and hooks are then as before. (Where a region that runs again
+                computes something else than was measured, the pass has begun, and
+                `.grad` is incomplete.) With `process_group` it is raised on every rank
+                and after the pass, as is a ValueError.
             ValueError: for a loss of two dimensions or a scalar without batch size;
                 with `process_group`, when `.grad` is not the mean over all samples.
         """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import Guard, find_guards, gather_nodes, watched_sources
+from .gathers import Guard, find_guards, gather_nodes, places, watched_sources
 from .known import Found, Known, Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import (
@@ -43,7 +43,7 @@ from .regions import (
     region_nodes,
     watch,
 )
-from .roots import batch_edges, weigh_edges
+from .roots import batch_edges, nodes_above, weigh_edges
 from .routes import find_routes
 from .samples import Batch, Segments
 from .saved import frames_of
@@ -245,15 +245,20 @@ class Reader:
             measured = self._measured_samples(
                 tape, watched, loss, scheme, weighting, inner, accumulates
             )
+            # A weight of one is some sample's too, but all of them meet there.
+            for i in nodes_above(tape, roots) if is_open else ():
+                if i in measured:
+                    measured[i] = [m and m.mixed() for m in measured[i]]
         regions, is_settled = self._regions(surveys, scheme, samples)
         if batch == 1:
             plan = find_plan(tape, None, inner)
             refuse_hidden(plan)
             found = Found(plan, _all_of_one(tape, plan), regions)
-            known = self._known.get(key)
-            if known is None:
-                known = self._known[key] = Known(tape, found, [], moves_rows=False)
-            known.remember(tape, samples, found)
+            if is_settled:
+                known = self._known.get(key)
+                if known is None:
+                    known = self._known[key] = Known(tape, found, [], moves_rows=False)
+                known.remember(tape, samples, found)
             return found
         assert measured is not None
         plan = find_plan(tape, measured, inner)
@@ -266,7 +271,7 @@ class Reader:
         own = self._storages()
         for i in plan.preparing:
             if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
-                raise CaptureError(self._mixed_message(tape, i, batch))
+                raise CaptureError(self._mixed_message(tape, i, samples))
         found = Found(plan, layouts, regions, routes)
         complete = found.followed(tape, samples)
         assert complete is not None  # the routes agree with this very graph
@@ -278,7 +283,7 @@ class Reader:
             return complete
         known = self._known.get(key)
         if known is None or not known.fits(found, guards):
-            known = self._known[key] = Known(tape, found, guards)
+            known = self._known[key] = Known(tape, found, guards, is_open=is_open)
         known.remember(tape, samples, found)
         return complete
 
@@ -354,24 +359,28 @@ class Reader:
                     + " (In a region that runs again in the backward pass, a reentrant "
                     "checkpoint or a compiled one, it is refused in any case.)"
                 )
+            placed = None
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
                 layouts = _all_of_one(tape, plan)
+                is_settled &= not gather_nodes(tape)  # as many rows in each step?
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
                 layouts, fits = self._layouts(tape, plan, measured, samples)
                 for j in survey.reads & plan.preparing:
                     if not is_spread(tape, plan, layouts, j):
-                        raise CaptureError(self._mixed_message(tape, j, scheme.batch))
+                        raise CaptureError(self._mixed_message(tape, j, samples))
                 if isinstance(samples, Batch):
                     self._refuse_mixing_uses(tape, plan, layouts, measured)
                 is_settled &= fits and not gather_nodes(tape)
                 if is_settled:
                     guards = find_guards(tape, measured, scheme.batch, plan.preparing)
                     is_settled = guards == []
+                placed = places(tape, plan.preparing)
             regions[i] = Region(
-                tape.key, plan, layouts, plan.signature(tape), survey.inputs
+                *(tape.key, plan, layouts, plan.signature(tape)),
+                *(survey.inputs, placed),
             )
         return regions, is_settled
 
@@ -407,7 +416,7 @@ class Reader:
                 if len(found) > 1 and isinstance(samples, Batch):
                     found = _like_views(found, tape, use.node, measured, batch)
                 if not found:
-                    raise CaptureError(self._mixed_message(tape, use.node, batch))
+                    raise CaptureError(self._mixed_message(tape, use.node, samples))
                 is_settled &= len(found) == 1
                 is_settled &= not isinstance(found[0], IrregularLayout)
                 is_settled &= samples.are_shown(measurement)
@@ -428,14 +437,20 @@ class Reader:
             "call model.eval(), or use MinibatchVariance."
         )
 
-    def _mixed_message(self, tape: Tape, i: int, batch: int) -> str:
+    def _mixed_message(self, tape: Tape, i: int, samples: Batch | Segments) -> str:
         where = self._module_at(tape, i)
+        packed = ""
+        if isinstance(samples, Segments):
+            packed = (
+                "Attention must keep segments apart, and tokens that are -1 in "
+                "segment_ids must have no part in the loss. "
+            )
         return (
             f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do "
-            f"not each belong to one of the {batch} samples: a layer after it mixes "
-            "samples, or the losses do. Leave the mixing layer out, or use "
-            "MinibatchVariance. (In float16, gradients so small that they round do not "
-            "scale either: multiply the loss and pass scale=.)"
+            f"not each belong to one of the {samples.count} samples: a layer after it "
+            "mixes samples, or the losses do. Leave the mixing layer out, or use "
+            f"MinibatchVariance. {packed}(In float16, gradients so small that they "
+            "round do not scale either: multiply the loss and pass scale=.)"
         )
 
     def _module_at(self, tape: Tape, i: int) -> str:

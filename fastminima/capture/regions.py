@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from . import compiled
 from .errors import CaptureError
+from .gathers import places
 from .layout import RowLayout
 from .measure import Fingerprints, leaves_below
 from .passes import belongs_to_another
@@ -53,7 +54,8 @@ _NODE_TYPE = checkpoint.CheckpointFunction._backward_cls
 class Region:
     """What was found out about a region: how to read it.
 
-    `inputs` names the parameters among the region's inputs.
+    `inputs` names the parameters among the region's inputs; `places` say where rows
+    go, None where they all belong to one sample.
     """
 
     key: tuple
@@ -61,6 +63,7 @@ class Region:
     layouts: Sequence[Sequence[RowLayout | None]]
     shapes: tuple
     inputs: Mapping[int, str]
+    places: tuple | None
 
     def resolved(self, segments: Segments) -> Region:
         """The same with the samples of the rows in this step."""
@@ -85,7 +88,10 @@ class Region:
             CaptureError: when it is another.
         """
         tape = Tape(_roots(outputs), _all_names(names, self.inputs, inputs))
-        if tape.key != self.key or self.plan.signature(tape) != self.shapes:
+        is_same = tape.key == self.key and self.plan.signature(tape) == self.shapes
+        if is_same and self.places is not None:
+            is_same = places(tape, self.plan.preparing) == self.places
+        if not is_same:
             raise CaptureError(
                 "A region that runs again in the backward pass (a reentrant "
                 "checkpoint, or a compiled region) computed something else now than "
@@ -202,11 +208,18 @@ def identity(tape: Tape, i: int) -> int:
 
 
 def region_shapes(tape: Tape, i: int) -> tuple:
-    """Shapes of what goes into a region and comes out of it."""
+    """Shapes of what goes into a region and comes out of it, and the integers it gets.
+
+    These may be sizes too, or say where rows go.
+    """
     node = tape.nodes[i]
     replay = compiled.replay_of(node)
-    inputs = node.saved_tensors if replay is None else replay.tensors
-    return (*tape.shapes(i), *(tuple(t.shape) for t in inputs))
+    if replay is None:
+        tensors, others = node.saved_tensors, node.inputs
+    else:
+        tensors, others = replay.tensors, replay.inputs
+    shapes = (tuple(t.shape) for t in tensors)
+    return *tape.shapes(i), *shapes, *(x for x in others if isinstance(x, int))
 
 
 def named_inputs(tape: Tape, i: int) -> dict[int, str]:

@@ -11,7 +11,7 @@ from .errors import CaptureError
 from .samples import Batch, Segments
 from .tape import Tape, signed
 
-__all__ = ["batch_edges", "weigh_edges"]
+__all__ = ["batch_edges", "nodes_above", "weigh_edges"]
 
 Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
 
@@ -53,6 +53,19 @@ def batch_edges(tape: Tape, samples: Batch | Segments) -> Edges:
                 entered.add(child)
                 stack.append(child)
     return edges
+
+
+def nodes_above(tape: Tape, edges: Edges) -> set[int]:
+    """Nodes between the loss and those edges: no weight of a sample comes there."""
+    stack, entered = [0], {0}
+    while stack:
+        i = stack.pop()
+        for number, edge in enumerate(tape.children[i]):
+            if edge is None or number in edges.get(i, ()) or edge[0] in entered:
+                continue
+            entered.add(edge[0])
+            stack.append(edge[0])
+    return entered
 
 
 def _starts(tape: Tape, i: int, samples: Batch | Segments) -> bool:

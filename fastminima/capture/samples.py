@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +133,8 @@ class Segments:
 
     def column(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
         """The samples' weights as a factor for a tensor that holds the packed rows."""
-        padded = torch.cat([weights, weights.new_ones(1)])  # -1 is the last one
+        # The last one is that of -1, nobody's: no sample has it, unless all have one.
+        padded = torch.cat([weights, weights[:1].square()])
         of_tokens = padded[self.ids.to(weights.device)]
         return of_tokens.reshape(*self.sizes, *[1] * (len(shape) - 2))
 
@@ -148,6 +150,10 @@ class Segments:
                 continue
             if ((labels == rows.numpy()) | (labels < 0)).all():
                 found.append(candidate)
+        if found and labels.size == self.count:  # or rows of whole documents, in order?
+            numbers = np.arange(self.count).reshape(labels.shape)
+            if ((labels == numbers) | (labels < 0)).all():
+                found.append(IrregularLayout(torch.from_numpy(numbers), self.count))
         return found or [IrregularLayout(torch.from_numpy(labels), self.count)]
 
     def are_shown(self, measurement: Measurement) -> bool:

@@ -26,7 +26,6 @@ from .contributions import (
 )
 from .errors import CaptureError
 from .layout import RowLayout
-from .measure import leaves_below
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
 from .reading import Reading
@@ -206,7 +205,10 @@ class Session:
             self._hook_graph(tape, region.plan.sized(tape), region.layouts)
             if self._reads_gradients:
                 self._hook_gradients(tape)
-            return leaves_below(tape, [use.node for use in region.plan.uses])
+            # All of them: a node that rules call gives nothing that nobody asked for.
+            return [
+                tape.nodes[tape.leaves[leaf]].variable for leaf in region.plan.sources
+            ]
 
         return watcher
 

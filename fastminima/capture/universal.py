@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from .contributions import Contribution, Materialized
+from .errors import CaptureError
 from .layout import RowLayout
 from .plan import Slot
 
@@ -38,11 +39,30 @@ class Universal:
         samples: dict[int, list[Tensor]] = {slot.number: [] for slot in slots}
         for n in range(self.batch):
             found = self._backward_of(n)
+            self._check_asked(found, slots)
             for slot in slots:
                 samples[slot.number].append(
                     _fitted(found[slot.number], slot, self._any)
                 )
         return {i: Materialized(torch.stack(parts)) for i, parts in samples.items()}
+
+    def _check_asked(
+        self, found: Sequence[Tensor | None], slots: Sequence[Slot]
+    ) -> None:
+        """Raise where a node leaves out what its pass does not need.
+
+        Nodes of C++ do: in a pass for other inputs they say nothing of this one.
+        """
+        if hasattr(self.node, "apply") or any(g is None for g in self.grads):
+            return
+        for slot in slots:
+            if found[slot.number] is None:
+                raise CaptureError(
+                    f"The pass does not compute the gradient of "
+                    f"{[p.parameter for p in slot.paths]} at {self.node.name()}, whose "
+                    "norms need it. Run loss.backward() for all parameters, without "
+                    "inputs=, between attach and collect."
+                )
 
     @property
     def _any(self) -> Tensor:
@@ -55,8 +75,23 @@ class Universal:
         ]
         # Python functions keep their backward in `apply`; calling the node is C++ only.
         call = getattr(self.node, "apply", None)
-        found = self.node(*masked) if call is None else call(*self._filled(masked))
-        return found if isinstance(found, tuple) else (found,)
+        if call is None:
+            found = self.node(*masked)
+            return found if isinstance(found, tuple) else (found,)
+        return self._of_edges(call(*self._filled(masked)))
+
+    def _of_edges(self, found: Any) -> tuple[Tensor | None, ...]:
+        """What a Python function gives to each edge: it gives one to each argument.
+
+        Those that are no tensors have no edge.
+        """
+        found = found if isinstance(found, tuple) else (found,)
+        asked = zip(found, self.node.needs_input_grad, strict=False)
+        wanted = iter([grad for grad, is_needed in asked if is_needed])
+        return tuple(
+            None if child is None else next(wanted)
+            for child, _ in self.node.next_functions
+        )
 
     def _filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Zeros in the place of nothing, as the engine gives Python functions."""

@@ -424,3 +424,62 @@ def test_a_parameter_changed_on_its_way_into_a_region():
     with pytest.raises(fm.CaptureError, match="'weight' is changed"):
         fm.GradientProbe(model).backward(losses)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Columns(nn.Module):
+    """Attention along the columns of images whose sizes are numbers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, pixels, height, width):
+        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
+        out = x.reshape(height, -1, 8)
+        out = self.attention(out, out, out, need_weights=False)[0]
+        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
+
+
+def test_sizes_inside_a_region():
+    """As many pixels, another aspect ratio: measured again, or refused if unseen."""
+    torch.manual_seed(0)
+    model = Columns()
+
+    def losses_of(run, *args):
+        pixels = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
+        return run(pixels.requires_grad_(), *args).sin().flatten(1).sum(1)
+
+    probe, unseen = fm.GradientProbe(model), fm.GradientProbe(model)
+    for height, width in ((4, 6), (6, 4), (3, 8), (4, 6)):
+        sizes = height, width
+        want = fm.GradientProbe(model).backward(losses_of(model, *sizes)).sq_norms
+
+        def told(*args):
+            return checkpoint(model, *args, use_reentrant=True)
+
+        def closed(pixels, sizes=sizes):
+            run = lambda x: model(x, *sizes)  # noqa: E731
+            return checkpoint(run, pixels, use_reentrant=True)
+
+        got = probe.backward(losses_of(told, *sizes)).sq_norms
+        torch.testing.assert_close(got, want)
+        if sizes == (4, 6):
+            got = unseen.backward(losses_of(closed)).sq_norms
+            torch.testing.assert_close(got, want)
+        else:
+            with pytest.raises(fm.CaptureError, match="something else now"):
+                unseen.backward(losses_of(closed))
+
+
+def test_experts_of_one_sample_inside_a_region():
+    """Other numbers of rows for each expert in every step."""
+    case = BY_NAME["experts"]
+    model, _ = case.make()
+    probe = fm.GradientProbe(model)
+    key = torch.zeros((), requires_grad=True)
+    for seed in range(4):
+        x = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(seed))
+        run = lambda _, x: case.losses(model, [x])  # noqa: E731
+        got = probe.backward(checkpoint(run, key, x, use_reentrant=True))
+        want = fm.GradientProbe(model).backward(case.losses(model, [x]))
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)

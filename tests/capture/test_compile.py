@@ -259,3 +259,74 @@ def test_inference_and_unprobed_steps_are_plain():
     losses_of(model, ids).mean().backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, g)
+
+
+class Columns(nn.Module):
+    """Attention along the columns of images whose sizes are numbers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, pixels, height, width):
+        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
+        out = x.reshape(height, -1, 8)
+        out = self.attention(out, out, out, need_weights=False)[0]
+        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
+
+
+def test_sizes_that_a_region_is_given_as_numbers():
+    """As many pixels, another aspect ratio, one compiled graph for all of them."""
+    torch.manual_seed(0)
+    model, pixels = Columns(), torch.randn(3, 24, 8)
+    fast = fm.compile(model, backend="aot_eager", dynamic=True)
+    probe = fm.GradientProbe(model)
+    for sizes in ((4, 6), (6, 4), (3, 8), (4, 6)):
+        want, got = (
+            (fm.GradientProbe(model) if run is model else probe).backward(
+                run(pixels, *sizes).sin().flatten(1).sum(1)
+            )
+            for run in (model, fast)
+        )
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+
+
+@pytest.mark.parametrize("name", ["loop over images", "mha cross", "own function"])
+def test_what_rules_take_from_the_nodes_of_a_region(name):
+    """No rule of their own, or places in a packed parameter; in changing sizes too."""
+    case = BY_NAME[name]
+    model, inputs = case.make()
+    options = {"per_parameter": True, "measure": ("norms", "second_moments")}
+    count = sum(p.numel() for p in model.parameters())
+    options["directions"] = {"v": torch.linspace(-1, 1, count)}
+    fast, probe = (
+        fm.compile(model, backend="aot_eager"),
+        fm.GradientProbe(model, **options),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for size in (3, 2, 3):
+            batch = [x[:size] for x in inputs]
+            out = case.call(fast, *batch).flatten(1)
+            weight = torch.linspace(0.5, 1.5, out.shape[1])
+            got = probe.backward((out * weight).sin().sum(1))
+            plain = fm.GradientProbe(model, **options)
+            want = plain.backward(case.losses(model, batch))
+            for p, norms in want.sq_norms_by_parameter.items():
+                scale = float(want.sq_norms.max())
+                close = {"rtol": 1e-4, "atol": 1e-6 * scale}
+                torch.testing.assert_close(got.sq_norms_by_parameter[p], norms, **close)
+                moments = got.second_moments[p], want.second_moments[p]
+                torch.testing.assert_close(*moments, **close)
+            torch.testing.assert_close(got.dots["v"], want.dots["v"], **close)
+
+
+def test_frozen_factors_inside_a_region():
+    case = BY_NAME["low rank"]
+    model, (x,) = case.make()
+    model.a.requires_grad_(False)
+    fast = fm.compile(model, backend="aot_eager")
+    got, want = (
+        fm.GradientProbe(model).backward(run(x).sin().sum(1)) for run in (fast, model)
+    )
+    torch.testing.assert_close(got.sq_norms, want.sq_norms)

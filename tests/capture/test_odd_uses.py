@@ -208,3 +208,64 @@ def test_rows_that_are_spread_within_the_samples_are_remembered():
         agrees(probe, named, squares(rows))
     (known,) = probe._reader._known.values()
     assert len(known._measured) == 1
+
+
+class Scaled(torch.autograd.Function):
+    """Arguments that are no tensors have a gradient, None, but no edge."""
+
+    @staticmethod
+    def forward(ctx, factor, x, is_scaled, w):
+        ctx.save_for_backward(x, w)
+        ctx.factor = factor if is_scaled else 1.0
+        return x * w * ctx.factor
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return None, g * w * ctx.factor, None, (g * x * ctx.factor).sum(0)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_function_with_arguments_that_are_no_tensors(below):
+    torch.manual_seed(0)
+    named = parameters((6,), (6, 6))
+    x = torch.randn(5, 6)
+    x = x @ named["p1"] if below else x
+    used = named if below else {"p0": named["p0"]}
+    losses = Scaled.apply(3.0, x, True, named["p0"]).sin().sum(1)
+    agrees(fm.GradientProbe(used, per_parameter=True), used, losses)
+
+
+def test_a_pass_for_some_inputs_only():
+    """Nodes leave out what such a pass does not need, and a rule may need it."""
+    named = parameters((6,), (6, 6))
+    x = torch.randn(5, 6, requires_grad=True)
+    losses = torch.maximum(x @ named["p1"], named["p0"]).sum(1)
+    probe = fm.GradientProbe(named)
+    probe.attach(losses)
+    with pytest.raises(fm.CaptureError, match=r"\['p0'\] at Maximum"):
+        losses.mean().backward(inputs=[x])
+    probe.detach()
+
+
+class Magnitudes(nn.Module):
+    """Trainable lengths of frozen rows, under a mask that is nobody's buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+        self.length = nn.Parameter(torch.rand(4, 1) + 0.5)
+        self.mask = [(torch.rand(4, 1) < 0.7).float()]
+
+    def forward(self, x):
+        return F.linear(x, self.rows * (self.length * self.mask[0]))
+
+
+def test_frozen_directions():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    layer.parametrizations.weight.original1.requires_grad_(False)
+    for model in (layer, Magnitudes()):
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        losses = model(torch.randn(5, 6)).sin().sum(1)
+        agrees(fm.GradientProbe(model, per_parameter=True), named, losses)

@@ -251,3 +251,75 @@ def test_long_preparations_take_no_exponential_time():
     for _ in range(40):
         v = v - 0.1 * v.tanh()
     agrees(fm.GradientProbe({"w": w}), {"w": w}, (x * v).sin().sum(1))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(3, 4, 6), (3, 6, 4), (3, 3, 8), (3, 4, 6)],
+        [(2, 4, 6), (3, 4, 6), (5, 4, 6), (7, 4, 6), (7, 6, 4), (4, 8, 3)],
+    ],
+)
+def test_the_batch_in_the_middle_with_other_sizes_around_it(sizes):
+    """Attention along the columns of images: as many pixels, another aspect ratio."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2)
+    probe = fm.GradientProbe(model)
+    for batch, height, width in sizes:
+        x = torch.randn(batch, height, width, 8)
+        columns = x.transpose(0, 1).reshape(height, batch * width, 8)
+        out = model(columns, columns, columns, need_weights=False)[0]
+        out = out.view(height, batch, width, 8).transpose(0, 1)
+        agrees(probe, model, out.sin().flatten(1).sum(1))
+
+
+def test_a_wrong_batch_size_after_many_right_ones():
+    """Layouts carried over to new sizes do not make an axis of the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    probe = fm.GradientProbe(model)
+    for batch in (4, 6, 5, 7):
+        probe.backward(model(torch.randn(batch, 3, 4)).square().mean(), batch)
+    loss = model(torch.randn(8, 3, 4)).square().mean()
+    with pytest.raises(fm.CaptureError, match="batch axis of size 4"):
+        probe.backward(loss, batch_size=4)
+    assert probe.backward(loss, batch_size=8).count == 8
+
+
+@pytest.mark.parametrize(
+    ("way", "steps"),
+    [
+        (lambda h, k: h.rot90(2, [0, 1] if k else [1, 2]), (0, 1, 0)),
+        (lambda h, k: h.as_strided((4, 2, 3), (6, 3, 1) if k else (3, 12, 1)), (1, 0)),
+        (lambda h, k: h.view(2, 2, 2, 3).diagonal(0, k, 2), (0, 1)),
+    ],
+    ids=["turned", "strided", "diagonal"],
+)
+def test_numbers_that_say_where_rows_go(way, steps):
+    layer = nn.Linear(5, 3)
+    probe = fm.GradientProbe(layer)
+    for k in steps:
+        out = way(layer(torch.randn(4, 2, 5)), k).sin().flatten(1).sum(1)
+        agrees(probe, layer, out)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda h, mixes: h.sort(0 if mixes else 1)[0],
+        lambda h, mixes: h.cumsum(0 if mixes else 1),
+        lambda h, mixes: h.softmax(0 if mixes else 1),
+    ],
+    ids=["sort", "sum", "softmax"],
+)
+def test_a_dim_that_becomes_the_batch(way):
+    """After a step along another dim of that size, the samples are seen to mix."""
+    layer = nn.Linear(5, 3)
+    probe = fm.GradientProbe(layer)
+    for mixes in (False, True):
+        losses = way(layer(torch.randn(4, 4, 5)), mixes).sin().flatten(1).sum(1)
+        if not mixes:
+            agrees(probe, layer, losses)
+            continue
+        with pytest.raises(fm.CaptureError, match="mixes"):
+            probe.backward(losses)

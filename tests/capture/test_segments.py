@@ -145,9 +145,10 @@ def test_each_document_is_a_sample(way, tied, time_first, recwarn):
         elif way == "sum":
             stats = probe.backward(losses.sum(), reduction="sum", segment_ids=documents)
         else:
-            probe.attach(losses.flatten().sum() / count, count, segment_ids=documents)
-            (losses.flatten().sum() / count).backward()
-            continue
+            loss = losses.flatten().sum() / count
+            probe.attach(loss, count, segment_ids=documents)
+            loss.backward()
+            stats = probe.collect()
         assert stats.count == count
         want = one_by_one(model, *batch)
         check(stats, want)
@@ -304,3 +305,50 @@ def test_documents_of_very_different_lengths(way):
         )
     for name, p in model.named_parameters():
         torch.testing.assert_close(stats.mean_grad[name], p.grad)
+
+
+def test_one_document_a_step():
+    """In more lengths than are measured before layouts are carried over."""
+    torch.manual_seed(0)
+    model = Decoder()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for length in (3, 5, 4, 6, 7, 6):
+        batch = packed([[length]], length)
+        losses = document_losses(token_losses(model, *batch), batch[1])
+        check(probe.backward(losses, segment_ids=batch[1]), one_by_one(model, *batch))
+
+
+@pytest.mark.parametrize("count", [4, 9, 16, 140])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_loss_of_tokens_of_none_is_refused(count, rows):
+    """It is no sample's, whatever number the weight of such tokens stands for."""
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 20))
+    documents = torch.arange(count).repeat_interleave(2).view(rows, -1)
+    documents = torch.cat([documents, torch.full((rows, 3), -1)], 1)
+    ids = torch.randint(20, documents.shape)
+    losses = F.cross_entropy(model(ids).mT, ids, reduction="none")
+    probe = fm.GradientProbe(model)
+    with pytest.raises(fm.CaptureError, match="-1 in segment_ids must have no part"):
+        probe.backward(losses.sum(), reduction="sum", segment_ids=documents)
+    own = losses * (documents >= 0)
+    stats = probe.backward(own.sum(), reduction="sum", segment_ids=documents)
+    assert stats.count == count
+
+
+def test_documents_of_one_token_gathered_by_a_matrix():
+    """Rows of documents may look like rows of tokens, as long as those are in order."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 5), nn.Linear(5, 2)
+    named = dict(nn.ModuleList([a, b]).named_parameters())
+    probe = fm.GradientProbe(named)
+    for order in ([0, 1, 2, 3, 4, 5], [1, 0, 2, 4, 3, 5], [5, 4, 3, 2, 1, 0]):
+        documents = torch.tensor(order).view(2, 3)
+        gather = F.one_hot(documents.flatten()).float().T
+        losses = b(gather @ a(torch.randn(6, 4)).tanh()).sin().sum(1)
+        want = [
+            torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+            for loss in losses
+        ]
+        want = torch.stack([sum(g.square().sum() for g in gs) for gs in want])
+        got = probe.backward(losses, segment_ids=documents).sq_norms
+        torch.testing.assert_close(got, want)
