@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,16 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .errors import CaptureError
-from .gathers import Guard, find_guards, gather_nodes, places, watched_sources
+from .fitting import (
+    guards_of,
+    is_sure,
+    layouts_of,
+    layouts_of_one,
+    nodes_to_watch,
+)
+from .gathers import find_guards, gather_nodes, places
 from .known import Found, Known, Layouts
-from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import (
-    Measurement,
     Measurements,
     Scheme,
     Weighting,
@@ -25,7 +29,7 @@ from .measure import (
     measure_samples,
 )
 from .passes import is_distributed, replicas_at_rest, run_pass, run_whole_pass
-from .plan import Plan, find_plan, is_spread, reads_data, watched_nodes
+from .plan import Plan, find_plan, is_spread, reads_data
 from .refusals import (
     refuse_collectives,
     refuse_compiled,
@@ -48,8 +52,8 @@ from .routes import find_routes
 from .samples import Batch, Segments
 from .saved import frames_of
 from .sharded import Sharding, is_sharded
-from .stretches import VIEWS
 from .tape import Tape
+from .whereabouts import Whereabouts
 
 __all__ = ["Reader", "Reading"]
 
@@ -93,7 +97,7 @@ class Reader:
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
         self._model = model
-        self._modules = {} if model is None else _owners(model)
+        self._where = Whereabouts(model)
         self._known: dict[tuple, Known] = {}
 
     def read(self, loss: Tensor, samples: Batch | Segments) -> Reading:
@@ -131,7 +135,7 @@ class Reader:
             return
         digits = self._sharding.most(0)
         tape = Tape([loss.grad_fn], self._names)
-        leaves = leaves_below(tape, _watched(tape, 2)) if digits else []
+        leaves = leaves_below(tape, nodes_to_watch(tape, 2)) if digits else []
         with self.extra_passes(tape):
             for _ in range(digits + 1 if digits else 0):
                 weights = torch.ones_like(loss) if loss.dim() else None
@@ -171,7 +175,7 @@ class Reader:
         candidates = None if known is None else known.norms
         mixing = batchnorm.mixing_nodes(tape, batch, candidates)
         if mixing and self._batchnorm == "error":
-            raise CaptureError(self._mixing_message(tape, mixing))
+            raise CaptureError(self._where.mixing_message(tape, mixing))
         found = None if known is None else known.recall(tape, samples)
         if found is None:
             found = self._measure(key, tape, loss, samples, mixing, regions)
@@ -203,13 +207,13 @@ class Reader:
                 # Any other choice than "error" says what is meant.
                 not (use.name in batchnorm.BATCH_NORM and self._batchnorm != "error")
                 and batchnorm.normalises_over(tape, use.node, layout)
-                and (measured is None or _is_sure(measured[use.node], layout.batch))
+                and (measured is None or is_sure(measured[use.node], layout.batch))
             ):
                 does = "takes its statistics over several samples"
             else:
                 continue
             raise CaptureError(
-                f"{use.name} at {self._module_at(tape, use.node)} {does}, so the "
+                f"{use.name} at {self._where.module_at(tape, use.node)} {does}, so the "
                 "gradient of one sample depends on the others. Change the layer, or "
                 "use MinibatchVariance."
             )
@@ -225,7 +229,7 @@ class Reader:
     ) -> Found:
         batch = samples.count
         surveys = self._surveys(tape, inner)
-        watched = _watched(tape, batch, inner)
+        watched = nodes_to_watch(tape, batch, inner)
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
         is_open = batch > 1 and loss.dim() == 0
         roots = batch_edges(tape, samples) if is_open else {}
@@ -253,7 +257,7 @@ class Reader:
         if batch == 1:
             plan = find_plan(tape, None, inner)
             refuse_hidden(plan)
-            found = Found(plan, _all_of_one(tape, plan), regions)
+            found = Found(plan, layouts_of_one(tape, plan), regions)
             if is_settled:
                 known = self._known.get(key)
                 if known is None:
@@ -267,17 +271,19 @@ class Reader:
         if isinstance(samples, Batch):
             routes = find_routes(tape, measured, batch, plan.preparing)
         routed = routes.nodes if routes else ()
-        layouts, is_fitted = self._layouts(tape, plan, measured, samples, routed)
+        layouts, is_fitted = layouts_of(
+            self._where, tape, plan, measured, samples, routed
+        )
         own = self._storages()
         for i in plan.preparing:
             if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
-                raise CaptureError(self._mixed_message(tape, i, samples))
+                raise CaptureError(self._where.mixed_message(tape, i, samples))
         found = Found(plan, layouts, regions, routes)
         complete = found.followed(tape, samples)
         assert complete is not None  # the routes agree with this very graph
         covered = routes.covered if routes else ()
         self._refuse_mixing_uses(tape, plan, complete.layouts, measured)
-        guards = _guards(tape, measured, samples, plan, covered)
+        guards = guards_of(tape, measured, samples, plan, covered)
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
             return complete
@@ -355,22 +361,22 @@ class Reader:
             refuse_complex(tape)
             if mixing := batchnorm.mixing_nodes(tape, scheme.batch):
                 raise CaptureError(
-                    self._mixing_message(tape, mixing)
+                    self._where.mixing_message(tape, mixing)
                     + " (In a region that runs again in the backward pass, a reentrant "
                     "checkpoint or a compiled one, it is refused in any case.)"
                 )
             placed = None
             if scheme.batch == 1:
                 plan = find_plan(tape, None)
-                layouts = _all_of_one(tape, plan)
+                layouts = layouts_of_one(tape, plan)
                 is_settled &= not gather_nodes(tape)  # as many rows in each step?
             else:
                 measured = scheme.decode(survey.seen)
                 plan = find_plan(tape, measured)
-                layouts, fits = self._layouts(tape, plan, measured, samples)
+                layouts, fits = layouts_of(self._where, tape, plan, measured, samples)
                 for j in survey.reads & plan.preparing:
                     if not is_spread(tape, plan, layouts, j):
-                        raise CaptureError(self._mixed_message(tape, j, samples))
+                        raise CaptureError(self._where.mixed_message(tape, j, samples))
                 if isinstance(samples, Batch):
                     self._refuse_mixing_uses(tape, plan, layouts, measured)
                 is_settled &= fits and not gather_nodes(tape)
@@ -394,123 +400,6 @@ class Reader:
         # Addresses would not do: sharded parameters have none between their uses.
         return {t.untyped_storage()._cdata for t in held}
 
-    def _layouts(
-        self,
-        tape: Tape,
-        plan: Plan,
-        measured: Mapping[int, list[Measurement | None]],
-        samples: Batch | Segments,
-        routed: Container[int] = (),
-    ) -> tuple[Layouts, bool]:
-        """Layouts of all uses but the routed ones, and whether they may be kept."""
-        batch = samples.count
-        layouts: Layouts = []
-        is_settled = True
-        for use in plan.uses:
-            of_use: list[Any] = []
-            for measurement in () if use.node in routed else measured[use.node]:
-                if measurement is None:
-                    of_use.append(None)
-                    continue
-                found: list[Any] = samples.layouts(measurement)
-                if len(found) > 1 and isinstance(samples, Batch):
-                    found = _like_views(found, tape, use.node, measured, batch)
-                if not found:
-                    raise CaptureError(self._mixed_message(tape, use.node, samples))
-                is_settled &= len(found) == 1
-                is_settled &= not isinstance(found[0], IrregularLayout)
-                is_settled &= samples.are_shown(measurement)
-                of_use.append(found[0])
-            layouts.append(of_use)
-        return layouts, is_settled
-
-    def _mixing_message(self, tape: Tape, mixing: list[int]) -> str:
-        names = [self._module_at(tape, i) for i in mixing]
-        shown = ", ".join(dict.fromkeys(names[:4])) + (
-            ", ..." if len(names) > 4 else ""
-        )
-        return (
-            f"Batch normalisation in training mode mixes the samples of a batch "
-            f"({len(mixing)} layers: {shown}), so the loss defines no gradient of one "
-            'sample. Choose batchnorm="rows" (each sample\'s rows of the ordinary '
-            'backward pass) or batchnorm="frozen" (batch statistics as constants), '
-            "call model.eval(), or use MinibatchVariance."
-        )
-
-    def _mixed_message(self, tape: Tape, i: int, samples: Batch | Segments) -> str:
-        where = self._module_at(tape, i)
-        packed = ""
-        if isinstance(samples, Segments):
-            packed = (
-                "Attention must keep segments apart, and tokens that are -1 in "
-                "segment_ids must have no part in the loss. "
-            )
-        return (
-            f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do "
-            f"not each belong to one of the {samples.count} samples: a layer after it "
-            "mixes samples, or the losses do. Leave the mixing layer out, or use "
-            f"MinibatchVariance. {packed}(In float16, gradients so small that they "
-            "round do not scale either: multiply the loss and pass scale=.)"
-        )
-
-    def _module_at(self, tape: Tape, i: int) -> str:
-        for edge in tape.children[i]:
-            if edge is not None and tape.names[edge[0]].startswith("leaf "):
-                parameter = tape.names[edge[0]][5:]
-                return self._modules.get(parameter, parameter)
-        below = _nearest_parameter(tape, i)
-        return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
-
-
-def _watched(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
-    near = watched_nodes(tape, regions)
-    views = [view for i in near for view in _views_of(tape, i)]
-    return sorted({*near, *views, *watched_sources(tape, batch)})
-
-
-def _guards(
-    tape: Tape,
-    measured: Measurements,
-    samples: Batch | Segments,
-    plan: Plan,
-    covered: Container[int],
-) -> list[Guard] | None:
-    """What must stay the same for layouts to hold, or None if that is not known.
-
-    Segments come with their places in each step. That attention keeps them apart was
-    measured; where rows are picked by an index, they are measured each time. (Not where
-    losses are, of which there is one a token.)
-    """
-    if isinstance(samples, Batch):
-        return find_guards(tape, measured, samples.count, plan.preparing, covered)
-    tokens = samples.ids.numel()
-    for i in gather_nodes(tape):
-        edges = (edge for edge in tape.children[i] if edge is not None)
-        shapes = [*tape.shapes(i), *(tape.shapes(j)[output] for j, output in edges)]
-        if i not in plan.preparing and any(math.prod(s) > tokens for s in shapes):
-            return None
-    return []
-
-
-def _is_sure(measured: list[Measurement | None], batch: int) -> bool:
-    """Whether one layout alone fits what was measured, and all samples were seen."""
-    return all(
-        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
-        for m in measured
-    )
-
-
-def _nearest_parameter(tape: Tape, i: int) -> str | None:
-    queue, entered = [i], {i}
-    for j in queue:
-        if tape.names[j].startswith("leaf "):
-            return tape.names[j][5:]
-        for edge in tape.children[j]:
-            if edge is not None and edge[0] not in entered:
-                entered.add(edge[0])
-                queue.append(edge[0])
-    return None
-
 
 def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
     """Whether a gradient in float16 reaches one of these nodes."""
@@ -519,60 +408,3 @@ def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:
         for i in nodes
         for meta in tape.nodes[i]._input_metadata
     )
-
-
-def _views_of(tape: Tape, i: int) -> list[int]:
-    """Nodes that view the one output of node `i` in another shape."""
-    if len(tape.shapes(i)) > 1:
-        return []
-    return [parent for parent, _, _ in tape.parents[i] if tape.names[parent] in VIEWS]
-
-
-def _like_views(
-    found: list[RowLayout],
-    tape: Tape,
-    i: int,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-) -> list[RowLayout]:
-    """Those of several layouts that also fit where the output is viewed otherwise.
-
-    Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
-    two layouts if T is one more than a multiple of B; rows [B, T] fit one.
-    """
-    shape = tape.shapes(i)[0]
-    for view in _views_of(tape, i):
-        seen = measured[view][0] if view in measured else None
-        if seen is None:
-            continue
-        fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
-        strides = {x.stride(seen.shape) for x in fitting}
-        common: list[RowLayout] = [
-            x
-            for x in found
-            if isinstance(x, RegularLayout) and x.stride(shape) in strides
-        ]
-        found = common or found
-    return found
-
-
-def _all_of_one(tape: Tape, plan: Plan) -> Layouts:
-    """Layouts of a batch of one: all rows belong to the sample."""
-    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
-    return [
-        [
-            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
-            for shape in tape.shapes(use.node)
-        ]
-        for use in plan.uses
-    ]
-
-
-def _owners(model: nn.Module) -> dict[str, str]:
-    """Name of the module that owns each parameter, for messages."""
-    owners = {}
-    for module_name, module in model.named_modules():
-        for key, _ in module.named_parameters(recurse=False):
-            full = f"{module_name}.{key}" if module_name else key
-            owners[full] = f"{module_name or 'the model'} ({type(module).__name__})"
-    return owners

@@ -100,8 +100,8 @@ def test_a_wrong_row_map_fails_the_audit(name, monkeypatch):
     """Rows of [batch, time] read time-major and the other way round."""
     model, batch = BY_NAME[name].make()
 
-    def swapped(self, *args):
-        found, settled = honest(self, *args)
+    def swapped(*args):
+        found, settled = honest(*args)
         wrong = [
             [
                 RegularLayout(x.dim, x.inner, x.batch, x.outer)
@@ -114,9 +114,9 @@ def test_a_wrong_row_map_fails_the_audit(name, monkeypatch):
         assert wrong != found
         return wrong, settled
 
-    honest = reading.Reader._layouts
+    honest = reading.layouts_of
     assert fm.GradientProbe(model).audit(BY_NAME[name].losses(model, batch)).ok
-    monkeypatch.setattr(reading.Reader, "_layouts", swapped)
+    monkeypatch.setattr(reading, "layouts_of", swapped)
     audit = fm.GradientProbe(model).audit(BY_NAME[name].losses(model, batch))
     assert not audit.ok
     wrong = [row for row in audit.rows if not row.ok]
@@ -133,15 +133,15 @@ def test_a_batch_one_table_read_as_batched_fails_the_audit(monkeypatch):
     losses = model(ids).square().mean((1, 2))
     assert fm.GradientProbe(model).audit(losses).ok
 
-    def by_size(self, tape, plan, *args):
-        found, settled = honest(self, tape, plan, *args)
+    def by_size(where, tape, plan, *args):
+        found, settled = honest(where, tape, plan, *args)
         for use, of_use in zip(plan.uses, found, strict=True):
             if "positions.weight" in use.parameters:
                 of_use[0] = RegularLayout(1, 1, 5, 1)  # time taken for the batch
         return found, settled
 
-    honest = reading.Reader._layouts
-    monkeypatch.setattr(reading.Reader, "_layouts", by_size)
+    honest = reading.layouts_of
+    monkeypatch.setattr(reading, "layouts_of", by_size)
     assert not fm.GradientProbe(model).audit(losses).ok
 
 

@@ -1,0 +1,143 @@
+"""From what was measured to the layouts of a graph, and how long they hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+
+from .errors import CaptureError
+from .gathers import Guard, find_guards, gather_nodes, watched_sources
+from .known import Layouts
+from .layout import IrregularLayout, RegularLayout, RowLayout
+from .measure import Measurement, Measurements
+from .plan import Plan, watched_nodes
+from .samples import Batch, Segments
+from .stretches import VIEWS
+from .tape import Tape
+from .whereabouts import Whereabouts
+
+__all__ = ["guards_of", "is_sure", "layouts_of", "layouts_of_one", "nodes_to_watch"]
+
+
+def nodes_to_watch(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
+    """Nodes whose rows have to be measured: uses, views below them, and gathers."""
+    near = watched_nodes(tape, regions)
+    views = [view for i in near for view in _views_of(tape, i)]
+    return sorted({*near, *views, *watched_sources(tape, batch)})
+
+
+def layouts_of(
+    where: Whereabouts,
+    tape: Tape,
+    plan: Plan,
+    measured: Mapping[int, list[Measurement | None]],
+    samples: Batch | Segments,
+    routed: Container[int] = (),
+) -> tuple[Layouts, bool]:
+    """Layouts of all uses but the routed ones, and whether they may be kept.
+
+    Raises:
+        CaptureError: for rows that do not each belong to one sample.
+    """
+    batch = samples.count
+    layouts: Layouts = []
+    is_settled = True
+    for use in plan.uses:
+        of_use: list[Any] = []
+        for measurement in () if use.node in routed else measured[use.node]:
+            if measurement is None:
+                of_use.append(None)
+                continue
+            found: list[Any] = samples.layouts(measurement)
+            if len(found) > 1 and isinstance(samples, Batch):
+                found = _like_views(found, tape, use.node, measured, batch)
+            if not found:
+                raise CaptureError(where.mixed_message(tape, use.node, samples))
+            is_settled &= len(found) == 1
+            is_settled &= not isinstance(found[0], IrregularLayout)
+            is_settled &= samples.are_shown(measurement)
+            of_use.append(found[0])
+        layouts.append(of_use)
+    return layouts, is_settled
+
+
+def guards_of(
+    tape: Tape,
+    measured: Measurements,
+    samples: Batch | Segments,
+    plan: Plan,
+    covered: Container[int],
+) -> list[Guard] | None:
+    """What must stay the same for layouts to hold, or None if that is not known.
+
+    Segments come with their places in each step. That attention keeps them apart was
+    measured; where rows are picked by an index, they are measured each time. (Not where
+    losses are, of which there is one a token.)
+    """
+    if isinstance(samples, Batch):
+        return find_guards(tape, measured, samples.count, plan.preparing, covered)
+    tokens = samples.ids.numel()
+    for i in gather_nodes(tape):
+        edges = (edge for edge in tape.children[i] if edge is not None)
+        shapes = [*tape.shapes(i), *(tape.shapes(j)[output] for j, output in edges)]
+        if i not in plan.preparing and any(math.prod(s) > tokens for s in shapes):
+            return None
+    return []
+
+
+def is_sure(measured: list[Measurement | None], batch: int) -> bool:
+    """Whether one layout alone fits what was measured, and all samples were seen."""
+    return all(
+        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
+        for m in measured
+    )
+
+
+def _views_of(tape: Tape, i: int) -> list[int]:
+    """Nodes that view the one output of node `i` in another shape."""
+    if len(tape.shapes(i)) > 1:
+        return []
+    return [parent for parent, _, _ in tape.parents[i] if tape.names[parent] in VIEWS]
+
+
+def _like_views(
+    found: list[RowLayout],
+    tape: Tape,
+    i: int,
+    measured: Mapping[int, list[Measurement | None]],
+    batch: int,
+) -> list[RowLayout]:
+    """Those of several layouts that also fit where the output is viewed otherwise.
+
+    Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
+    two layouts if T is one more than a multiple of B; rows [B, T] fit one.
+    """
+    shape = tape.shapes(i)[0]
+    for view in _views_of(tape, i):
+        seen = measured[view][0] if view in measured else None
+        if seen is None:
+            continue
+        fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
+        strides = {x.stride(seen.shape) for x in fitting}
+        common: list[RowLayout] = [
+            x
+            for x in found
+            if isinstance(x, RegularLayout) and x.stride(shape) in strides
+        ]
+        found = common or found
+    return found
+
+
+def layouts_of_one(tape: Tape, plan: Plan) -> Layouts:
+    """Layouts of a batch of one: all rows belong to the sample."""
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
+    return [
+        [
+            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
+            for shape in tape.shapes(use.node)
+        ]
+        for use in plan.uses
+    ]
