@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from . import batchnorm as batch_norms
 from .arguments import Asked, Target, check_dim, check_direction, check_word, whole
 from .audit import Audit, audit_losses
 from .errors import CaptureError
+from .explain import explaining
 from .grouped import GroupedSession
 from .passes import is_distributed, run_pass
 from .ranks import Part, Ranks, find_group
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["GradientProbe"]
 
 _MEASURES = ("norms", "second_moments", "gram")
-# What PyTorch says when ...
-_SPENT_GRAPH = "backward through the graph a second time"
-_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible"
 
 
 class GradientProbe:
@@ -215,7 +212,7 @@ class GradientProbe:
         else:
             self._attach(asked, hook_gradients=not is_fresh)
         try:
-            with _explaining(self._before):
+            with explaining(self._before):
                 asked.scaled_mean().backward(retain_graph=retain_graph)
             if self._ranks is not None:
                 return self._collected_joint(self._ranks)
@@ -313,7 +310,7 @@ class GradientProbe:
         except ValueError:
             self._reader.accompany(loss)
             raise
-        with _explaining():
+        with explaining():
             reading = self._reader.read(loss, target.samples)
             chosen = self._chosen(target.samples.count)
             if chosen is not None:
@@ -438,7 +435,7 @@ class GradientProbe:
             )
         target = Asked(losses, None, "mean", 1.0, 0, segment_ids).checked(0)
         count = target.samples.count
-        with _explaining():
+        with explaining():
             reading = self._reader.read(losses, target.samples)
             measure = frozenset(["norms", "totals"])
             with self._reader.extra_passes(reading.tape):
@@ -564,42 +561,3 @@ class _Attached(NamedTuple):
     target: Target
     factor: float
     chosen: Tensor | None  # numbers of the samples looked at
-
-
-@contextmanager
-def _explaining(
-    earlier: Callable[[], Exception | None] = lambda: None,
-) -> Iterator[None]:
-    """Say of the engine's errors what they mean for a probe.
-
-    What was found wrong `earlier` is why a pass could not run.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        known = earlier() or _explained(error)
-        if known is not None:
-            raise known from error
-        raise
-
-
-def _explained(error: RuntimeError) -> CaptureError | None:
-    """What an error of the engine means for a probe."""
-    if _SPENT_GRAPH in str(error):
-        return CaptureError(
-            "The backward pass of this loss has already run and its graph is gone. "
-            "Compute the loss again, or keep the graph with retain_graph=True."
-        )
-    if _REENTRANT in str(error):
-        return CaptureError(
-            "An audit and a pass with frozen statistics differentiate through "
-            "torch.autograd.grad, which checkpoint(use_reentrant=True) does not allow. "
-            "Use use_reentrant=False for it."
-        )
-    if "linear_cross_entropy chunked backward called twice" in str(error):
-        return CaptureError(
-            "The loss was computed by linear_cross_entropy in chunks, which lets its "
-            "backward pass run only once. Pass "
-            "LinearCrossEntropyOptions(allow_retain_graph=True), or options=None."
-        )
-    return None
