@@ -9,6 +9,7 @@ from torch import nn
 import fastminima as fm
 from fastminima.capture import reading
 from fastminima.capture.layout import IrregularLayout, RegularLayout, fit_layouts
+from fastminima.capture.samples import Batch
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -17,7 +18,7 @@ def read(case_name):
     model, batch = BY_NAME[case_name].make()
     probe = fm.GradientProbe(model)
     losses = BY_NAME[case_name].losses(model, batch)
-    return probe._reader.read(losses, len(losses), 0).found
+    return probe._reader.read(losses, Batch(len(losses))).found
 
 
 def layouts(found):
