@@ -14,6 +14,7 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
+from fastminima.capture.samples import Batch
 from fastminima.capture.saved import frames_of
 from fastminima.capture.tape import Tape
 
@@ -317,7 +318,7 @@ def test_passes_that_are_over_keep_nothing():
     """What a measuring pass recomputes is gone before the training pass begins."""
     model = Blocks(use_reentrant=False)
     losses = model(torch.randn(5, 3, 4))
-    fm.GradientProbe(model)._reader.read(losses, 5, 0)
+    fm.GradientProbe(model)._reader.read(losses, Batch(5))
     frames = frames_of(Tape([losses.grad_fn], {}).nodes)
     assert len(frames) == 3
     for frame in frames:
