@@ -160,12 +160,15 @@ class IrregularLayout:
         flat = t.flatten(0, t.dim() - trailing - 1)
         if len(flat) == 0:  # an expert without tokens
             return flat.new_zeros(self.batch, 1, *flat.shape[1:])
-        return flat[index] * real.reshape((*real.shape, *[1] * trailing))
+        padding = ~real.reshape((*real.shape, *[1] * trailing))
+        return flat[index].masked_fill(padding, 0)  # also where row 0 is not finite
 
     def keep_only(self, t: Tensor, n: int) -> Tensor:
         """A copy of `t` with the rows of every sample but n set to zero."""
-        keep = (self.labels == n).to(t.device)
-        return t * keep.reshape((*keep.shape, *[1] * (t.dim() - keep.dim())))
+        others = (self.labels != n).to(t.device)
+        return t.masked_fill(
+            others.reshape((*others.shape, *[1] * (t.dim() - others.dim()))), 0
+        )
 
 
 RowLayout = RegularLayout | IrregularLayout

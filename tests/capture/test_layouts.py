@@ -126,6 +126,17 @@ def test_a_wrong_row_map_fails_the_audit(name, monkeypatch):
     assert "WRONG" in str(audit)
 
 
+def test_a_sample_that_is_not_finite_leaves_the_others_alone():
+    """Rows in no regular order are padded with zeros, not with zero times NaN."""
+    rows = torch.tensor([[float("nan")], [1.0], [2.0], [3.0]])
+    layout = IrregularLayout(torch.tensor([0, 2, 1, 2]), 3)
+    found = layout.rows(rows, 1)
+    assert found[0, 0].isnan()
+    assert torch.equal(found[1:], torch.tensor([[[2.0], [0.0]], [[1.0], [3.0]]]))
+    kept = layout.keep_only(rows, 2)
+    assert torch.equal(kept, torch.tensor([[0.0], [1.0], [0.0], [3.0]]))
+
+
 def test_a_batch_one_table_read_as_batched_fails_the_audit(monkeypatch):
     torch.manual_seed(0)
     model = Language(False)
