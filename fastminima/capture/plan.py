@@ -97,6 +97,12 @@ class Plan:
         self.uses = uses
         self.hidden = hidden
         self.preparing = preparing
+        self._prepared = [
+            slot.child
+            for use in uses
+            for slot in use.slots
+            if any(path.steps != () for path in slot.paths)
+        ]
         self.sources: dict[str, int] = {}
         for use in uses:
             for name in use.parameters:
@@ -104,7 +110,7 @@ class Plan:
 
     def signature(self, tape: Tape) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of all output gradients that the plan reads."""
-        return tuple(tuple(tape.shapes(use.node)) for use in self.uses)
+        return tuple([tuple(tape.shapes(use.node)) for use in self.uses])
 
     def sized(self, tape: Tape) -> Plan:
         """The same plan with the shapes that parameters have in this graph."""
@@ -123,12 +129,7 @@ class Plan:
 
     def entrances(self, tape: Tape) -> tuple[tuple[int, ...], ...]:
         """Shapes in which prepared parameters enter."""
-        return tuple(
-            tape.shapes(slot.child[0])[slot.child[1]]
-            for use in self.uses
-            for slot in use.slots
-            if any(path.steps != () for path in slot.paths)
-        )
+        return tuple([tape.shapes(i)[output] for i, output in self._prepared])
 
 
 def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:

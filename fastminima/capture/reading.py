@@ -195,8 +195,11 @@ class Reader:
         For a normalisation that depends on its layout, which may not be sure yet where
         it was `measured` in this step.
         """
-        for use, (layout, *_) in zip(plan.uses, layouts, strict=True):
-            if use.name not in batchnorm.MAY_MIX or layout is None or layout.batch == 1:
+        for use, of_use in zip(plan.uses, layouts, strict=True):
+            if use.name not in batchnorm.MAY_MIX:
+                continue
+            layout = of_use[0]
+            if layout is None or layout.batch == 1:
                 continue
             if batchnorm.counts_in_batch(tape, use.node):
                 does = (

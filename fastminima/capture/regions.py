@@ -47,6 +47,7 @@ Watcher = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 # A region may be given a copy of a parameter, and use the parameter itself too.
 _COPY = " (as given to a region)"
 _NODE = "CheckpointFunctionBackward"
+_KINDS = frozenset([_NODE, f"{compiled.NODE}Backward"])
 _NODE_TYPE = checkpoint.CheckpointFunction._backward_cls
 
 
@@ -193,11 +194,13 @@ def is_reentrant(node: Any) -> bool:
 
 def region_nodes(tape: Tape) -> list[int]:
     """Nodes that hold a graph of their own."""
+    if tape.kinds.isdisjoint(_KINDS):
+        return []
     return [
         i
         for i, name in enumerate(tape.names)
         if (name == _NODE and is_reentrant(tape.nodes[i]))
-        or (name.startswith(compiled.NODE) and compiled.replay_of(tape.nodes[i]))
+        or (name in _KINDS and compiled.replay_of(tape.nodes[i]))
     ]
 
 

@@ -49,31 +49,39 @@ class Tape:
         nodes = list(dict.fromkeys(roots))
         index = {node: i for i, node in enumerate(nodes)}
         children = []
+        names = []
+        leaves = {}
+        numbered = index.get
         for node in nodes:
+            name = node.name()
+            below = node.next_functions
+            if not below and name == ACCUMULATE:
+                parameter = parameter_names.get(id(node.variable))  # type: ignore[attr-defined]
+                if parameter is not None:
+                    leaves[parameter] = len(names)
+                    name = f"leaf {parameter}"
+            names.append(name)
             edges = []
-            for child, number in node.next_functions:
-                if child is None:
-                    edges.append(None)
-                    continue
-                i = index.get(child)
+            for child, number in below:
+                i = numbered(child)  # type: ignore[arg-type]  # None is not there
                 if i is None:
+                    if child is None:
+                        edges.append(None)
+                        continue
                     i = index[child] = len(nodes)
                     nodes.append(child)
                 edges.append((i, number))
             children.append(tuple(edges))
-        names = [node.name() for node in nodes]
-        leaves = {}
-        for i, name in enumerate(names):
-            if name == ACCUMULATE:
-                parameter = parameter_names.get(id(nodes[i].variable))  # type: ignore[attr-defined]
-                if parameter is not None:
-                    leaves[parameter] = i
-                    names[i] = f"leaf {parameter}"
         self.nodes: list[Any] = nodes
         self.names: list[str] = names
         self.leaves: dict[str, int] = leaves
         self.children: list[tuple[tuple[int, int] | None, ...]] = children
         self.key = (tuple(names), tuple(children))
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The names that occur."""
+        return frozenset(self.names)
 
     @cached_property
     def parents(self) -> list[list[tuple[int, int, int]]]:
@@ -109,7 +117,10 @@ class Tape:
 
     def shapes(self, i: int) -> list[tuple[int, ...]]:
         """Shapes of the outputs of node `i`."""
-        return [tuple(meta.shape) for meta in self.nodes[i]._input_metadata]
+        metadata = self.nodes[i]._input_metadata
+        if len(metadata) == 1:  # most have one, and are asked in every step
+            return [tuple(metadata[0].shape)]
+        return [tuple(meta.shape) for meta in metadata]
 
     def is_leaf(self, i: int) -> bool:
         """Whether node `i` accumulates the gradient of a leaf, tracked or not."""
