@@ -50,7 +50,8 @@ class Whereabouts:
         if isinstance(samples, Segments):
             packed = (
                 "Attention must keep segments apart, and tokens that are -1 in "
-                "segment_ids must have no part in the loss. "
+                "segment_ids must have no part in the loss; layers that have time in "
+                "their last dim (convolutions) are not read with segments. "
             )
         return (
             f"The rows of {tape.names[i]} at {where} (shape {tape.shapes(i)[0]}) do "

@@ -352,3 +352,13 @@ def test_documents_of_one_token_gathered_by_a_matrix():
         want = torch.stack([sum(g.square().sum() for g in gs) for gs in want])
         got = probe.backward(losses, segment_ids=documents).sq_norms
         torch.testing.assert_close(got, want)
+
+
+def test_convolutions_over_packed_rows_are_refused():
+    """Even one that looks at single tokens: the error says so."""
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Conv1d(4, 3, 1))
+    ids, documents, _ = packed([[3, 4], [5, 2]])
+    out = model[1](model[0](ids).mT)
+    losses = document_losses(out.square().sum(1), documents)
+    with pytest.raises(fm.CaptureError, match="convolutions"):
+        fm.GradientProbe(model).backward(losses, segment_ids=documents)
