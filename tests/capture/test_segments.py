@@ -354,11 +354,15 @@ def test_documents_of_one_token_gathered_by_a_matrix():
         torch.testing.assert_close(got, want)
 
 
-def test_convolutions_over_packed_rows_are_refused():
-    """Even one that looks at single tokens: the error says so."""
-    model = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Conv1d(4, 3, 1))
-    ids, documents, _ = packed([[3, 4], [5, 2]])
-    out = model[1](model[0](ids).mT)
-    losses = document_losses(out.square().sum(1), documents)
+def test_convolutions_over_packed_rows():
+    """Over single tokens: of data refused with the reason, above other layers exact."""
+    first, second = nn.Linear(4, 4), nn.Conv1d(4, 3, 1)
+    model = nn.ModuleList([first, second])
+    _, documents, _ = packed([[3, 4], [5, 2]])
+    x = torch.randn(*documents.shape, 4)
+    losses = document_losses(second(x.mT).square().sum(1), documents)
     with pytest.raises(fm.CaptureError, match="convolutions"):
-        fm.GradientProbe(model).backward(losses, segment_ids=documents)
+        fm.GradientProbe(second).backward(losses, segment_ids=documents)
+    losses = document_losses(second(first(x).tanh().mT).square().sum(1), documents)
+    with pytest.warns(UserWarning, match="No rule"):
+        assert fm.GradientProbe(model).audit(losses, segment_ids=documents).ok
