@@ -1,13 +1,16 @@
 """What a probe costs besides its statistics, and what its knobs save.
 
-python -m benchmarks.overhead                everything, a few minutes
-python -m benchmarks.overhead --quick        fewer rounds
+python -m benchmarks.overhead                      everything, some ten minutes
+python -m benchmarks.overhead --quick              fewer rounds
+python -m benchmarks.overhead --parts walk,knobs   some of it
 
 - walk: Python time of walking and hooking GPT-2 with 12 layers, a node and a use, in
   CPU seconds of the thread (other programs do not count).
 - knobs: the ratio of ten steps of W5 to ten plain ones, interleaved, with `every=10`
   and with `sample=4`; and of one probed step.
 - adapters: the ratio for a model of frozen layers of which only adapters are tracked.
+- compiled: W5 compiled by `fm.compile`, probed and not, beside `torch.compile`; and the
+  uncompiled module probed.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import nn
 import fastminima as fm
 from benchmarks.harness import interleave, ratio
 from benchmarks.records import describe_run, save
-from benchmarks.workloads import Workload, build
+from benchmarks.workloads import Workload, build, sample_losses
 from fastminima.capture.samples import Batch
 from fastminima.capture.tape import Tape
 
@@ -36,18 +39,25 @@ LAYERS, BATCH, TIME = 12, 4, 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--parts", default="walk,knobs,adapters,compiled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="where the record goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     budget = 6.0 if options.quick else 40.0
-    record = {
-        "run": describe_run(options.threads),
-        "walk": walk(),
-        "knobs": knobs(budget),
-        "adapters": adapters(budget / 4),
+    parts = {
+        "walk": walk,
+        "knobs": lambda: knobs(budget),
+        "adapters": lambda: adapters(budget / 4),
+        "compiled": lambda: compiled(budget),
     }
+    asked = options.parts.split(",")
+    if unknown := set(asked) - set(parts):
+        parser.error(f"unknown parts {sorted(unknown)}; choose from {list(parts)}")
+    record: dict = {"run": describe_run(options.threads)}
+    for name in asked:
+        record[name] = parts[name]()
     path = save(record, options.output)
     print(json.dumps({k: v for k, v in record.items() if k != "run"}, indent=1))
     print(f"Recorded in {path}")
@@ -174,6 +184,30 @@ def adapters(budget: float) -> dict:
         {
             "plain": lambda: losses().mean().backward(),
             "adapters probed": lambda: probe.backward(losses()),
+        },
+        budget,
+    )
+
+
+def compiled(budget: float) -> dict:
+    """One step of W5 in each way; compiling takes a minute besides."""
+    plain, unprobed, probed, uncompiled = (build("W5") for _ in range(4))
+    torch_compiled = torch.compile(plain.model)
+    ours, ours_probed = fm.compile(unprobed.model), fm.compile(probed.model)
+    probe, of_uncompiled = (fm.GradientProbe(w.model) for w in (probed, uncompiled))
+
+    def losses(run, workload: Workload) -> torch.Tensor:
+        workload.model.zero_grad(set_to_none=True)
+        return sample_losses(run(workload.inputs), workload.targets)
+
+    return _ratios(
+        {
+            "plain": lambda: losses(torch_compiled, plain).mean().backward(),
+            "fm.compile": lambda: losses(ours, unprobed).mean().backward(),
+            "fm.compile, probed": lambda: probe.backward(losses(ours_probed, probed)),
+            "uncompiled, probed": lambda: of_uncompiled.backward(
+                losses(uncompiled.model, uncompiled)
+            ),
         },
         budget,
     )
