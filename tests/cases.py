@@ -77,6 +77,20 @@ class Language(nn.Module):
         return self.head(self.norm(x.tanh()))
 
 
+class Columns(nn.Module):
+    """Attention along the columns of images whose sizes are numbers beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, pixels, height, width):
+        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
+        out = x.reshape(height, -1, 8)
+        out = self.attention(out, out, out, need_weights=False)[0]
+        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
+
+
 class Reused(nn.Module):
     """One layer three times over, once after a transpose."""
 

@@ -6,7 +6,7 @@ whose rows lie in one matrix, sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from .contributions import (
     Dense,
     Embedding,
     Materialized,
-    Placed,
     Stacked,
+    reshaped,
 )
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
@@ -100,7 +100,7 @@ def _looked_up(
     table = Embedding(layout.rows(ids, 0), values, -1, rows)
     if table.shape == slot.shape:
         return {slot.number: table}
-    return {slot.number: Placed(table, slot.shape, _reshaped(slot.shape))}
+    return {slot.number: reshaped(table, slot.shape)}
 
 
 def _first_dims(labels: Tensor, dims: int) -> Tensor | None:
@@ -111,10 +111,6 @@ def _first_dims(labels: Tensor, dims: int) -> Tensor | None:
     most = rest.amax(-1) if rest.shape[-1] else rest.new_full(rest.shape[:-1], -1)
     agree = (rest == most[..., None]) | (rest < 0)
     return most if bool(agree.all()) else None
-
-
-def _reshaped(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.reshape(shape)
 
 
 def _index_put(

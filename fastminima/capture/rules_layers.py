@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from .contributions import Contribution, Dense, Embedding, Placed
+from .contributions import Contribution, Dense, Embedding, reshaped
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
 from .spread import spread_gradient
@@ -79,12 +79,7 @@ def _trilinear(
     left, right, g = (layout.rows(t, 1).to(dtype) for t in tensors)
     products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
     dense = Dense(products, g, out_first=True)
-    shape = slots[0].shape
-    return {1: Placed(dense, shape, _reshaped(shape))}
-
-
-def _reshaped(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.reshape(shape)
+    return {1: reshaped(dense, slots[0].shape)}
 
 
 def _embedding_bag(
@@ -125,7 +120,7 @@ def _largest(
     is_filled = (node._saved_result2 > 0).unsqueeze(1)
     ids, rows = (layout.rows(t * is_filled, 1).flatten(1) for t in (ids, g))
     table = Embedding(ids, rows.unsqueeze(2), -1, shape[0] * width)
-    return Placed(table, shape, _reshaped(shape))
+    return reshaped(table, shape)
 
 
 LAYERS = {

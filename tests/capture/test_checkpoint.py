@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, Columns
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils import checkpoint as checkpointing
@@ -424,20 +424,6 @@ def test_a_parameter_changed_on_its_way_into_a_region():
     with pytest.raises(fm.CaptureError, match="'weight' is changed"):
         fm.GradientProbe(model).backward(losses)
     assert all(p.grad is None for p in model.parameters())
-
-
-class Columns(nn.Module):
-    """Attention along the columns of images whose sizes are numbers beside them."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2)
-
-    def forward(self, pixels, height, width):
-        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
-        out = x.reshape(height, -1, 8)
-        out = self.attention(out, out, out, need_weights=False)[0]
-        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
 
 
 def test_sizes_inside_a_region():

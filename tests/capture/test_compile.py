@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import CASES, Columns
 from torch import nn
 
 import fastminima as fm
@@ -259,20 +259,6 @@ def test_inference_and_unprobed_steps_are_plain():
     losses_of(model, ids).mean().backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, g)
-
-
-class Columns(nn.Module):
-    """Attention along the columns of images whose sizes are numbers beside them."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2)
-
-    def forward(self, pixels, height, width):
-        x = pixels.unflatten(1, (height, width)).transpose(0, 1)
-        out = x.reshape(height, -1, 8)
-        out = self.attention(out, out, out, need_weights=False)[0]
-        return out.view(x.shape).transpose(0, 1).flatten(1, 2)
 
 
 def test_sizes_that_a_region_is_given_as_numbers():

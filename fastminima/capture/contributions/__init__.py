@@ -10,7 +10,7 @@ from .conv import Convolution, ConvolutionBias, Frames
 from .dense import Column, Dense, DenseBias, Stacked
 from .embedding import Embedding
 from .joined import Apart, Joined, joined
-from .moved import Placed, Pushed
+from .moved import Placed, Pushed, reshaped
 
 __all__ = [
     "Apart",
@@ -28,4 +28,5 @@ __all__ = [
     "Pushed",
     "Stacked",
     "joined",
+    "reshaped",
 ]

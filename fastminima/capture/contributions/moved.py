@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import Contribution, Materialized
 
-__all__ = ["Placed", "Pushed"]
+__all__ = ["Placed", "Pushed", "reshaped"]
 
 
 class Placed(Contribution):
@@ -75,3 +75,8 @@ class Pushed(Contribution):
     def settled(self) -> Contribution:
         # The nodes that `push` runs through are freed as the pass goes on.
         return Materialized(self.per_sample(0, self.batch))
+
+
+def reshaped(inner: Contribution, shape: tuple[int, ...]) -> Placed:
+    """The same elements in the same order, in another shape."""
+    return Placed(inner, shape, lambda t: t.reshape(shape))
