@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -91,6 +93,24 @@ class Op:
                 dtypes=dtypes,
                 preferred=preferred and rank == 0,
             )
+
+    def add_triton(
+        self, launcher: str, *, dtypes: Iterable[torch.dtype], preferred: bool
+    ) -> None:
+        """Add the launcher named "module.function" of `fastminima.ops.triton`.
+
+        Triton itself is imported when the launcher first runs. Where Triton is not
+        installed nothing is added.
+        """
+        if importlib.util.find_spec("triton") is None:
+            return
+        module, name = launcher.split(".")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = importlib.import_module(f".triton.{module}", __package__)
+            return getattr(found, name)(*args, **kwargs)
+
+        self.add("triton", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
 
     def __iter__(self) -> Iterator[Implementation]:
         return iter(self._implementations)

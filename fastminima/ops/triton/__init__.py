@@ -1,0 +1,1 @@
+"""Triton kernels: a file a family, each launcher in the table of its op."""
