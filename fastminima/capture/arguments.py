@@ -11,7 +11,15 @@ from torch import Tensor
 from .errors import CaptureError
 from .samples import Batch, Segments
 
-__all__ = ["Asked", "Target", "check_dim", "check_direction", "check_word", "whole"]
+__all__ = [
+    "Asked",
+    "Target",
+    "check_dim",
+    "check_direction",
+    "check_fused",
+    "check_word",
+    "whole",
+]
 
 
 class Asked(NamedTuple):
@@ -69,6 +77,21 @@ def check_word(what: str, word: object, allowed: Sequence[str]) -> None:
     if word not in allowed:
         words = ", ".join(repr(w) for w in allowed)
         raise ValueError(f"Unknown {what} {word!r}; choose from {words}.")
+
+
+def check_fused(measure: Sequence[str], sample: object, group: object) -> None:
+    """Raise ValueError for what mode="fused" has no kernels for."""
+    asked = {
+        'measure="gram"': "gram" in measure,
+        "sample": sample is not None,
+        "process_group": group is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f'mode="fused" makes the weight gradients of whole batches in one '
+                f'process and does not go with {what}. Use mode="observe".'
+            )
 
 
 def whole(what: str, number: int) -> int:

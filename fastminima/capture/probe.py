@@ -13,10 +13,19 @@ from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
 from ..statistics import GradientStatistics
 from . import batchnorm as batch_norms
-from .arguments import Asked, Target, check_dim, check_direction, check_word, whole
+from .arguments import (
+    Asked,
+    Target,
+    check_dim,
+    check_direction,
+    check_fused,
+    check_word,
+    whole,
+)
 from .audit import Audit, audit_losses
 from .errors import CaptureError
 from .explain import explaining
+from .fused import Fusion, find_fusion
 from .grouped import GroupedSession
 from .passes import is_distributed, run_pass
 from .ranks import Part, Ranks, find_group
@@ -54,8 +63,11 @@ class GradientProbe:
             {parameter name: tensor}; adds <g_n, v> for each.
         per_parameter: keep squared norms for each parameter too.
         keep_mean: keep the mean gradient itself (needed by `a + b` and `all_reduce`).
-        mode: "observe". "fused" (weight gradients by our own kernels) is refused as
-            long as those kernels are not there.
+        mode: "observe"; or "fused": `backward` leaves the weight gradients of dense
+            layers over several rows a sample and of convolutions out of the pass, and
+            the kernels that compute their norms make them from the same tiles. They
+            are then equal to rounding, not bitwise. For parameters used once; the rest
+            is observed.
         batchnorm: what to do about batch normalisation in training mode, which mixes
             samples: "error"; "rows", each sample's rows of the ordinary backward pass,
             which sum to the gradient; "frozen", batch statistics as constants, at the
@@ -114,11 +126,9 @@ class GradientProbe:
             check_word("measure", word, _MEASURES)
         check_word("batchnorm", batchnorm, ("error", "rows", "frozen"))
         check_word("mode", mode, ("observe", "fused"))
-        if mode == "fused":
-            raise ValueError(
-                'mode="fused" needs kernels that this version does not have yet; use '
-                'mode="observe".'
-            )
+        self._is_fused = mode == "fused"
+        if self._is_fused:
+            check_fused(words, sample, process_group)
         self._every = whole("every", every)
         self._sample = None if sample is None else whole("sample", sample)
         self._generator = torch.Generator().manual_seed(0)  # never the user's
@@ -194,8 +204,14 @@ class GradientProbe:
                 `.grad` is incomplete.) With `process_group` it is raised on every rank
                 and after the pass, as is a ValueError.
             ValueError: for a loss of two dimensions or a scalar without batch size;
-                with `process_group`, when `.grad` is not the mean over all samples.
+                with `process_group`, when `.grad` is not the mean over all samples;
+                with mode="fused", under `torch.distributed`.
         """
+        if self._is_fused and is_distributed():
+            raise ValueError(
+                'mode="fused" gives parameters their gradients after the pass, when '
+                'torch.distributed\'s wrappers no longer look. Use mode="observe".'
+            )
         asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
             asked.checked(self._batch_dim)
@@ -212,8 +228,14 @@ class GradientProbe:
         else:
             self._attach(asked, hook_gradients=not is_fresh)
         try:
+            fusion = self._attached and self._attached.fusion
             with explaining(self._before):
-                asked.scaled_mean().backward(retain_graph=retain_graph)
+                asked.scaled_mean().backward(
+                    retain_graph=retain_graph,
+                    inputs=None if fusion is None else fusion.inputs,
+                )
+            if fusion is not None:
+                fusion.deliver()
             if self._ranks is not None:
                 return self._collected_joint(self._ranks)
             assert self._attached is not None
@@ -248,6 +270,12 @@ class GradientProbe:
             CaptureError, ValueError: as `backward`; with `process_group`, `collect`
                 raises them.
         """
+        if self._is_fused:
+            raise ValueError(
+                'mode="fused" runs the backward pass itself: call '
+                'probe.backward(loss), or use mode="observe" where the loop calls '
+                "loss.backward()."
+            )
         asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         self._is_resting = self._rests()
         if self._is_resting:
@@ -325,13 +353,18 @@ class GradientProbe:
         groups = None
         if isinstance(target.samples, Segments) and "gram" not in self._measure:
             groups = target.samples.groups(chosen)
-        if groups is None:
-            session = self._session(
-                reading, count, self._measure, self._directions, hook_gradients
-            )
-        else:
+        fusion = None
+        if groups is not None:
             session = self._grouped(reading, groups, count, hook_gradients)
-        self._attached = _Attached(session, None, target, target.factor(), chosen)
+        else:
+            if self._is_fused:
+                fusion = find_fusion(reading, self._parameters)
+            session = self._session(
+                *(reading, count, self._measure, self._directions, hook_gradients),
+                fusion,
+            )
+        factor = target.factor()
+        self._attached = _Attached(session, None, target, factor, chosen, fusion)
 
     def _grouped(
         self, reading: Reading, groups: list[Tensor], count: int, hook_gradients: bool
@@ -452,6 +485,7 @@ class GradientProbe:
         measure: frozenset[str],
         directions: Mapping[str, Mapping[str, Tensor]],
         hook_gradients: bool = False,
+        fusion: Fusion | None = None,
     ) -> Session:
         return Session(
             reading,
@@ -462,6 +496,7 @@ class GradientProbe:
             keep_grads=self._keep_mean,
             hook_gradients=hook_gradients,
             defer_errors=self._ranks is not None,
+            fusion=fusion,
             announce=self._announce,
         )
 
@@ -561,3 +596,4 @@ class _Attached(NamedTuple):
     target: Target
     factor: float
     chosen: Tensor | None  # numbers of the samples looked at
+    fusion: Fusion | None = None

@@ -25,6 +25,7 @@ from .contributions import (
     joined,
 )
 from .errors import CaptureError
+from .fused import Fusion
 from .layout import RowLayout
 from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
@@ -91,6 +92,7 @@ class Session:
             passes after which nobody calls `take_gradients`.
         defer_errors: let the pass go on after a CaptureError and raise it in `finish`:
             other ranks wait for this one's gradients.
+        fusion: the gradients that this pass leaves out and that are made here.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -105,6 +107,7 @@ class Session:
         keep_grads: bool,
         hook_gradients: bool,
         defer_errors: bool = False,
+        fusion: Fusion | None = None,
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
         self._defer_errors = defer_errors
@@ -115,6 +118,7 @@ class Session:
         self._measure = measure
         self._directions = directions
         self._keep_grads = keep_grads
+        self._fusion = fusion
         self._announce = announce
         found = reading.found
         self._missing = dict(found.plan.sources)
@@ -183,6 +187,8 @@ class Session:
         """Read the gradients of the parameters that are leaves of this graph."""
         for name, i in tape.leaves.items():
             if name not in self._missing:  # unused, or a copy given to a region
+                continue
+            if self._fusion is not None and name in self._fusion.names:
                 continue
             node = tape.nodes[i]
             if self._accumulators.get(name) is not node:  # one for all graphs alive
@@ -291,8 +297,23 @@ class Session:
         else:
             self._complete(name, joined([*waiting, contribution]))
 
+    def _fuse(self, fusion: Fusion, name: str, whole: Contribution) -> None:
+        """The statistics of a parameter together with its gradient."""
+        into = self.collected
+        found = whole.fused(with_second_moment="second_moments" in self._measure)
+        into.sq_norms[name] = found.sq_norms
+        if found.second_moment is not None:
+            into.second_moments[name] = found.second_moment
+        fusion.made[name] = found.total
+        if self._reads_gradients:
+            self.take_gradients({name: found.total})
+
     def _complete(self, name: str, whole: Contribution) -> None:
         into = self.collected
+        if self._fusion is not None and name in self._fusion.names:
+            self._fuse(self._fusion, name, whole)
+            self._add_dots(name, whole)
+            return
         if "gram" in self._measure:
             gram = whole.gram()
             into.sq_norms[name] = gram.diagonal().clone()
@@ -306,6 +327,10 @@ class Session:
             into.second_moments[name] = whole.second_moment()
         if "totals" in self._measure:
             into.totals[name] = whole.total()
+        self._add_dots(name, whole)
+
+    def _add_dots(self, name: str, whole: Contribution) -> None:
+        into = self.collected
         for direction, parts_of in self._directions.items():
             if name in parts_of:
                 dots = whole.dots(parts_of[name])
@@ -361,7 +386,10 @@ class Session:
         nodes = [tape.nodes[node] for node, _, _ in path.steps]
         if names[-1] == EMBEDDING:
             return _table_delivery(nodes, names, slot, shape, parameter)
-        is_transpose = len(names) == 1 and names[0] in _TRANSPOSE
+        moves = [name for name in names if name != "ToCopyBackward0"]
+        if not moves:  # contributions are in the accumulation dtype anyway
+            return None
+        is_transpose = len(moves) == 1 and moves[0] in _TRANSPOSE
         steps = path.steps
         span = _span(nodes[-1], names[-1], steps[-1][1])
 

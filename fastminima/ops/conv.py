@@ -20,6 +20,7 @@ from .table import Op
 __all__ = [
     "ConvGeometry",
     "conv_dots",
+    "conv_fused",
     "conv_gradients",
     "conv_gram",
     "conv_second_moment",
@@ -79,6 +80,34 @@ def _second_moment(
     return total
 
 
+def _fused(
+    x: Float[Tensor, "batch c_in *space"],
+    g: Float[Tensor, "batch c_out *space_out"],
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Tensor, Float[Tensor, " batch"], Float[Tensor, "batch c_out"] | None, Tensor | None
+]:
+    """The ordinary gradient and each sample's squared norm, from the same products.
+
+    If asked for, each sample's bias gradient too, and the second moment.
+    """
+    dtype = accumulation_dtype(g.dtype)
+    total = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    moment = torch.zeros_like(total) if with_second_moment else None
+    norms = g.new_zeros(len(g), dtype=dtype)
+    for block in _blocks(x, g, geometry):
+        grads = _gradients(x[block], g[block], geometry)
+        total += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[block] = squares.flatten(1).sum(dim=1)
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    bias = g.flatten(2).sum(dim=2, dtype=dtype) if with_bias else None
+    return total, norms, bias, moment
+
+
 def _gram(
     x: Float[Tensor, "batch c_in *space"],
     g: Float[Tensor, "batch c_out *space_out"],
@@ -129,5 +158,6 @@ conv_sq_norms = Op("conv_sq_norms", _sq_norms)
 conv_sq_norms.add_native(conv_native.fastest_sq_norms)
 conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
+conv_fused = Op("conv_fused", _fused)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

@@ -24,6 +24,7 @@ __all__ = [
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_dots",
+    "sequence_fused",
     "sequence_gradients",
     "sequence_gram",
     "sequence_second_moment",
@@ -112,6 +113,36 @@ def _sequence_second_moment(
     return total
 
 
+def _sequence_fused(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Float[Tensor, "d_out d_in"],
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch d_out"] | None,
+    Float[Tensor, "d_out d_in"] | None,
+]:
+    """The ordinary gradient and each sample's squared norm, from the same products.
+
+    sum_{n, t} g[n, t] (outer) a[n, t] and |sum_t g[n, t] (outer) a[n, t]|^2; if asked
+    for, each sample's bias gradient sum_t g[n, t] and the second moment.
+    """
+    a, g = accumulated(a, g)
+    total = g.new_zeros(g.shape[2], a.shape[2])
+    moment = torch.zeros_like(total) if with_second_moment else None
+    norms = g.new_zeros(len(g))
+    for rows in _blocks(len(g), total.numel() * g.element_size()):
+        grads = _sequence_gradients(a[rows], g[rows])
+        total += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[rows] = squares.sum(dim=(1, 2))
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    return total, norms, g.sum(dim=1) if with_bias else None, moment
+
+
 def _sequence_gram(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch batch"]:
@@ -174,6 +205,7 @@ sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
 direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
+sequence_fused = Op("sequence_fused", _sequence_fused)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)

@@ -101,7 +101,6 @@ def test_losses_and_another_batch_size():
         ({"measure": "norm"}, "Unknown measure 'norm'"),
         ({"measure": ("norms", "hessian")}, "Unknown measure 'hessian'"),
         ({"mode": "fast"}, "Unknown mode"),
-        ({"mode": "fused"}, "kernels"),
         ({"batchnorm": "ignore"}, "Unknown batchnorm"),
         ({"batch_dim": -1}, "batch_dim"),
         ({"directions": {"v": torch.zeros(3)}}, r"needs \(43,\)"),

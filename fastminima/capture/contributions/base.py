@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
 
-__all__ = ["Contribution", "Materialized", "sq_norms_of", "summed"]
+__all__ = ["Contribution", "Fused", "Materialized", "sq_norms_of", "summed"]
 
 _CHUNK_BYTES = 64 << 20
+
+
+class Fused(NamedTuple):
+    """The ordinary gradient and the statistics that come with it."""
+
+    total: Tensor
+    sq_norms: Tensor
+    second_moment: Tensor | None
 
 
 class Contribution:
@@ -45,6 +54,14 @@ class Contribution:
     def total(self) -> Tensor:
         """sum_n g_n, of the parameter's shape: the ordinary gradient."""
         return summed(chunk.sum(0) for chunk in self.chunks())
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        """The ordinary gradient, norms and second moment, in one pass if there is one.
+
+        The second moment is None unless it is asked for.
+        """
+        moment = self.second_moment() if with_second_moment else None
+        return Fused(self.total(), self.sq_norms(), moment)
 
     def gram(self) -> Tensor:
         """<g_n, g_m>, `[batch, batch]`."""

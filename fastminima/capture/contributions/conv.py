@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops import broadcast, conv
 from ...ops.conv_geometry import ConvGeometry
-from .base import Contribution, sq_norms_of
+from .base import Contribution, Fused, sq_norms_of
 
 __all__ = ["Convolution", "ConvolutionBias", "Frames"]
 
@@ -21,6 +21,7 @@ class Convolution(Contribution):
     ) -> None:
         self.x, self.g, self.geometry = x, g, geometry
         self.with_bias = with_bias
+        self.bias_samples: Tensor | None = None  # its gradients, from a fused pass
         self.batch = len(g)
         self.shape = geometry.weight_shape(x, g)
 
@@ -36,6 +37,12 @@ class Convolution(Contribution):
 
     def second_moment(self) -> Tensor:
         return conv.conv_second_moment(self.x, self.g, self.geometry)
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        total, norms, self.bias_samples, moment = conv.conv_fused(
+            self.x, self.g, self.geometry, self.with_bias, with_second_moment
+        )
+        return Fused(total, norms, moment)
 
     def gram(self) -> Tensor:
         return conv.conv_gram(self.x, self.g, self.geometry)
@@ -54,6 +61,8 @@ class ConvolutionBias(Contribution):
 
     @cached_property
     def _samples(self) -> Tensor:
+        if self.weight.bias_samples is not None:
+            return self.weight.bias_samples
         return broadcast.sum_over_space(self.weight.g.flatten(2))
 
     def per_sample(self, lo: int, hi: int) -> Tensor:

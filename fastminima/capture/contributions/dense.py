@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
 from ...ops import broadcast, dense
-from .base import Contribution, sq_norms_of, summed
+from .base import Contribution, Fused, sq_norms_of, summed
 
 __all__ = ["Column", "Dense", "DenseBias", "Stacked"]
 
@@ -28,6 +28,7 @@ class Dense(Contribution):
         self._a, self._g = a, g
         self.out_first = out_first
         self.with_bias = False  # compute the bias' norms in the same pass
+        self.bias_samples: Tensor | None = None  # its gradients, from a fused pass
         self.batch = len(g)
         d_in, d_out = a.shape[-1], g.shape[-1]
         self.shape = (d_out, d_in) if out_first else (d_in, d_out)
@@ -82,6 +83,15 @@ class Dense(Contribution):
         left, right = (x.flatten(0, 1).to(dtype) for x in (self.left, self.right))
         return left.t() @ right
 
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        total, norms, self.bias_samples, moment = dense.sequence_fused(
+            self.right,
+            self.left,
+            self.with_bias and self.out_first,
+            with_second_moment,
+        )
+        return Fused(total, norms, moment)
+
     def gram(self) -> Tensor:
         return dense.sequence_gram(self.a, self.g)
 
@@ -99,6 +109,8 @@ class DenseBias(Contribution):
 
     @cached_property
     def _samples(self) -> Tensor:
+        if self.weight.bias_samples is not None:
+            return self.weight.bias_samples
         return broadcast.sum_over_time(self.weight.g)
 
     def per_sample(self, lo: int, hi: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import Contribution, Materialized
+from .base import Contribution, Fused, Materialized
 
 __all__ = ["Placed", "Pushed", "reshaped"]
 
@@ -40,6 +40,15 @@ class Placed(Contribution):
 
     def total(self) -> Tensor:
         return self.place(self.inner.total())
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        inner = self.inner.fused(with_second_moment=with_second_moment)
+        moment = inner.second_moment
+        return Fused(
+            self.place(inner.total),
+            inner.sq_norms,
+            None if moment is None else self.place(moment),
+        )
 
     def gram(self) -> Tensor:
         return self.inner.gram()

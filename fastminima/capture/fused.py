@@ -1,0 +1,139 @@
+"""Weight gradients by our own kernels: for which uses, and how they reach `.grad`.
+
+In fused mode the backward pass leaves out the products that make these gradients, and
+the kernel that computes the statistics of a use makes its gradient from the same tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .layout import RegularLayout
+from .plan import Path, Use
+from .reading import Reading
+from .tape import Tape
+
+__all__ = ["Fusion", "find_fusion"]
+
+# The slots by which a weight and its bias enter.
+_WEIGHT_AND_BIAS = {
+    "AddmmBackward0": (2, 0),
+    "MmBackward0": (1, None),
+    "ConvolutionBackward0": (1, 2),
+}
+_CONVOLUTION = "ConvolutionBackward0"
+# Between such a use and its parameter the gradient is at most transposed or rounded.
+_PLAIN = frozenset(["TBackward0", "TransposeBackward0", "ToCopyBackward0"])
+
+
+class Fusion:
+    """What a pass leaves out: the gradients of `names`, made where the uses are seen.
+
+    Attributes:
+        names: parameters whose gradients the session makes.
+        inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
+            uses, so that the pass visits them.
+        made: the gradients, from the time their use is seen until `deliver`.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], inputs: list[Any]) -> None:
+        self._parameters = parameters
+        self.names = frozenset(parameters)
+        self.inputs = inputs
+        self.made: dict[str, Tensor] = {}
+
+    def deliver(self) -> None:
+        """Accumulate the gradients as a backward pass does, with every hook."""
+        handles = []
+        grads = []
+        parameters = [self._parameters[name] for name in self.made]
+        try:
+            for parameter in parameters:
+                grad = self.made.pop(next(iter(self.made)))
+                if grad.dtype != parameter.dtype:
+                    grad = grad.to(parameter.dtype)
+                if parameter.grad is None and not parameter._backward_hooks:
+                    # Handed over inside the pass, where nobody else holds it, it
+                    # becomes `.grad` itself; a gradient from outside would be copied.
+                    handles.append(parameter.register_hook(_hand_over([grad])))
+                    grad = parameter.new_zeros(()).expand_as(parameter)
+                grads.append(grad)
+            if parameters:
+                torch.autograd.backward(parameters, grads)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | None:
+    """The parameters of this graph that can be fused; None where there are none.
+
+    Those of dense layers over several rows a sample and of convolutions, used once.
+    With one row a sample there is nothing to share: norms are products of row norms.
+    """
+    tape, found = reading.tape, reading.found
+    if found.regions:  # they run by a backward pass of their own
+        return None
+    names: set[str] = set()
+    edges: list[GradientEdge] = []
+    for use, layouts in zip(found.plan.uses, found.layouts, strict=True):
+        if not _has_rows(tape, use, layouts[0] if layouts else None):
+            continue
+        slots = _whole_slots(tape, use)
+        fused = {
+            number: name
+            for number, name in slots.items()
+            if found.plan.sources[name] == 1
+            and parameters[name].layout == torch.strided
+        }
+        if _WEIGHT_AND_BIAS[use.name][0] in fused:
+            names.update(fused.values())
+            edges.append(GradientEdge(tape.nodes[use.node], 0))
+    if not names:
+        return None
+    left_out = {tape.leaves[name] for name in names}
+    others = [
+        tape.nodes[i].variable
+        for i in range(len(tape.nodes))
+        if tape.is_leaf(i) and i not in left_out
+    ]
+    fused = {name: parameters[name] for name in sorted(names)}
+    return Fusion(fused, [*others, *edges])
+
+
+def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
+    """Whether a use is one that the kernels know, with several rows a sample."""
+    if use.name not in _WEIGHT_AND_BIAS or not isinstance(layout, RegularLayout):
+        return False
+    if layout.dim != 0 or layout.chosen is not None:
+        return False
+    (shape,) = tape.shapes(use.node)
+    if use.name == _CONVOLUTION:
+        return layout.is_one_row and torch.Size(shape[2:]).numel() > 1
+    return layout.outer * layout.inner > 1
+
+
+def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
+    """The parameters that are a use's weight and bias, where they come as they are."""
+    return {
+        slot.number: slot.paths[0].parameter
+        for slot in use.slots
+        if slot.number in _WEIGHT_AND_BIAS[use.name]
+        and len(slot.paths) == 1
+        and _is_plain(tape, slot.paths[0])
+    }
+
+
+def _is_plain(tape: Tape, path: Path) -> bool:
+    return path.steps is not None and all(
+        tape.names[node] in _PLAIN for node, _, _ in path.steps
+    )
+
+
+def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda _: held.pop()

@@ -1,0 +1,462 @@
+"""mode="fused": the same statistics, gradients equal to rounding, no traces left."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from oracles import flat, single_sample_gradients
+from torch import nn
+
+import fastminima as fm
+from fastminima.capture import fused
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(params=sorted(BY_NAME))
+def case(request):
+    return BY_NAME[request.param]
+
+
+@pytest.fixture
+def fusions(monkeypatch):
+    """The names that each backward pass fused."""
+    seen = []
+
+    def spying(reading, parameters):
+        fusion = fused.find_fusion(reading, parameters)
+        seen.append(set() if fusion is None else set(fusion.names))
+        return fusion
+
+    monkeypatch.setattr("fastminima.capture.probe.find_fusion", spying)
+    return seen
+
+
+def fused_probe(model, **options):
+    return fm.GradientProbe(model, mode="fused", **options)
+
+
+def plain_gradients(model, losses):
+    plain = copy.deepcopy(model)
+    losses(plain).mean().backward()
+    return {name: p.grad for name, p in plain.named_parameters()}
+
+
+def assert_same_gradients(model, plain, rtol=1e-6):
+    """To `rtol` of each parameter's gradient, or of a hundredth of the whole one."""
+    whole = sum(g.square().sum() for g in plain.values() if g is not None).sqrt()
+    for name, p in model.named_parameters():
+        want = plain[name]
+        assert (p.grad is None) == (want is None), name
+        if want is not None:
+            error = (p.grad - want).norm() / want.norm().clamp_min(whole / 100)
+            assert error <= rtol, f"{name}: {error:.1e}"
+            assert p.grad.stride() == want.stride(), name
+
+
+class Mixed(nn.Module):
+    """Sequences and images, with and without bias, a tied and a reused weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+        self.pointwise = nn.Conv2d(4, 6, 1, bias=False)
+        self.dense = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.twice = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.pointwise(self.conv(x).tanh()).flatten(2).mT.contiguous()
+        x = self.norm(self.dense(x))
+        x = self.twice(self.twice(x).tanh())
+        return self.head(x.mean(1))
+
+
+FUSED = {"conv.weight", "conv.bias", "pointwise.weight", "dense.weight", "dense.bias"}
+
+
+def mixed(dtype=torch.float32, n=5):
+    torch.manual_seed(0)
+    return Mixed().to(dtype), torch.randn(n, 2, 5, 4, dtype=dtype)
+
+
+def losses_of(model, x):
+    return model(x).square().sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_case(case, dtype):
+    model, batch = case.make()
+    want = single_sample_gradients(model, case.losses, batch)
+    model = model.to(dtype)
+    batch = [t.to(dtype) if t.is_floating_point() else t for t in batch]
+    plain = plain_gradients(model, lambda m: case.losses(m, batch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = fused_probe(
+            model,
+            measure=("norms", "second_moments"),
+            per_parameter=True,
+            keep_mean=True,
+        ).backward(case.losses(model, batch))
+    rtol = 2e-4 if dtype == torch.float32 else 1e-9
+    gradients = flat(want)
+    exact = gradients.square().sum(1)
+    scale = exact.max()
+    torch.testing.assert_close(
+        stats.sq_norms.double() / scale, exact / scale, rtol=rtol, atol=rtol / 10
+    )
+    moments = gradients.square().mean(0)
+    got = torch.cat([stats.second_moments[name].flatten().double() for name in want])
+    torch.testing.assert_close(
+        got / moments.max(), moments / moments.max(), rtol=rtol, atol=rtol / 10
+    )
+    mean = gradients.mean(0)
+    torch.testing.assert_close(
+        stats.mean_grad_sq_norm.double() / scale,
+        mean.square().sum() / scale,
+        rtol=rtol,
+        atol=rtol / 10,
+    )
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(
+                stats.mean_grad[name], p.grad, rtol=1e-6, atol=1e-12
+            )
+    assert_same_gradients(model, plain, 1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_what_is_fused(fusions):
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    fused_probe(model).backward(losses_of(model, x))
+    assert fusions == [FUSED]
+    assert_same_gradients(model, plain)
+
+
+def test_the_pass_makes_none_of_these_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 7, 3)
+    probe = fused_probe(model)
+    for _ in range(2):  # the first step measures the rows
+        losses = model(x).square().sum((1, 2))
+        with torch.profiler.profile() as profile:
+            probe.backward(losses)
+    nodes = [e for e in profile.events() if e.name == "AddmmBackward0"]
+    products = [
+        child for node in nodes for child in node.cpu_children if "mm" in child.name
+    ]
+    assert len(nodes) == 2
+    assert len(products) == 1  # the gradient of the second layer's input
+
+
+def test_accumulates_into_gradients_that_are_there():
+    model, x = mixed()
+    probe = fused_probe(model)
+    probe.backward(losses_of(model, x))
+    plain = {name: 2 * p.grad for name, p in model.named_parameters()}
+    stats = probe.backward(losses_of(model, x))
+    assert_same_gradients(model, plain)
+    observed = fm.GradientProbe(model).backward(losses_of(model, x))
+    torch.testing.assert_close(stats.mean_grad_sq_norm, observed.mean_grad_sq_norm)
+
+
+def test_becomes_the_gradient_without_a_copy(monkeypatch):
+    model, x = mixed()
+    made = {}
+    deliver = fused.Fusion.deliver
+
+    def noting(fusion):
+        made.update({name: g.data_ptr() for name, g in fusion.made.items()})
+        deliver(fusion)
+
+    monkeypatch.setattr(fused.Fusion, "deliver", noting)
+    fused_probe(model).backward(losses_of(model, x))
+    assert set(made) == FUSED
+    for name, p in model.named_parameters():
+        if name in made:
+            assert p.grad.data_ptr() == made[name], name
+
+
+def test_hooks_of_parameters_fire_once_with_the_gradient():
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    before, after = {}, {}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, n=name: before.setdefault(n, []).append(g.clone()))
+        p.register_post_accumulate_grad_hook(
+            lambda q, n=name: after.setdefault(n, []).append(q.grad.clone())
+        )
+    stats = fused_probe(model).backward(losses_of(model, x))
+    assert stats.mean_grad_sq_norm > 0
+    for name, want in plain.items():
+        for seen in (before, after):
+            (got,) = seen[name]
+            torch.testing.assert_close(got, want, msg=name)
+    assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+
+
+def test_a_hook_that_changes_the_gradient():
+    model, x = mixed()
+    weight = model.dense.weight
+    handle = weight.register_hook(lambda g: 3 * g)
+    fused_probe(model).backward(losses_of(model, x))
+    handle.remove()
+    want = plain_gradients(model, lambda m: losses_of(m, x))["dense.weight"]
+    torch.testing.assert_close(weight.grad, 3 * want)
+
+
+def test_a_second_probe_observes_the_same_pass():
+    model, x = mixed()
+    losses = losses_of(model, x)
+    other = fm.GradientProbe(model, keep_mean=True)
+    other.attach(losses)
+    stats = fused_probe(model).backward(losses)
+    seen = other.collect()
+    torch.testing.assert_close(seen.sq_norms, stats.sq_norms)
+    torch.testing.assert_close(seen.mean_grad_sq_norm, stats.mean_grad_sq_norm)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(seen.mean_grad[name], p.grad)
+
+
+def test_other_leaves_of_the_graph_get_their_gradients():
+    model, x = mixed()
+    x.requires_grad_()
+    scale = torch.ones((), requires_grad=True)
+    losses = losses_of(model, x) * scale
+    fused_probe(model).backward(losses)
+    torch.testing.assert_close(scale.grad, losses.detach().mean())
+    (want,) = torch.autograd.grad(losses_of(model, x).mean(), x)
+    torch.testing.assert_close(x.grad, want)
+
+
+def test_a_model_that_is_watched_in_part(fusions):
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    watched = {"weight": model.dense.weight}
+    stats = fused_probe(watched).backward(losses_of(model, x))
+    assert fusions == [{"weight"}]
+    assert_same_gradients(model, plain)
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    exact = want["dense.weight"].flatten(1).square().sum(1)
+    torch.testing.assert_close(stats.sq_norms, exact.float())
+
+
+def test_autocast(fusions):
+    model, x = mixed()
+    x = x.abs()
+
+    def losses(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().square().sum(1)
+
+    plain = plain_gradients(model, losses)
+    stats = fused_probe(model).backward(losses(model))
+    observed = fm.GradientProbe(model).backward(losses(model))
+    assert fusions[0] >= {"conv.weight", "dense.weight", "dense.bias"}
+    torch.testing.assert_close(stats.sq_norms, observed.sq_norms, rtol=1e-3, atol=0)
+    # Autocast rounds the gradients it delivers to bfloat16, ours are not rounded.
+    model.zero_grad()
+    fused_probe(model).backward(losses(model))
+    assert_same_gradients(model, plain, rtol=2**-7)
+    assert model.dense.weight.grad.dtype == torch.float32
+
+
+def test_half_precision_parameters():
+    model, x = mixed()
+    model, x = model.bfloat16(), x.bfloat16()
+    stats = fused_probe(model).backward(losses_of(model, x).float())
+    assert stats.sq_norms.dtype == torch.float32
+    assert model.dense.weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_retain_graph(retain):
+    model, x = mixed()
+    losses = losses_of(model, x)
+    probe = fused_probe(model)
+    probe.backward(losses, retain_graph=retain)
+    if retain:
+        first = {name: p.grad.clone() for name, p in model.named_parameters()}
+        losses.mean().backward()
+        assert_same_gradients(model, {name: 2 * g for name, g in first.items()})
+    else:
+        with pytest.raises(RuntimeError, match="second time"):
+            losses.mean().backward()
+
+
+def test_the_graph_dies_with_the_step():
+    model, x = mixed()
+    probe = fused_probe(model)
+    for _ in range(3):
+        probe.backward(losses_of(model, x))
+    assert probe._attached is None
+    assert all(not p._backward_hooks for p in model.parameters())
+
+
+def test_an_error_in_the_pass_leaves_nothing_behind(monkeypatch):
+    model, x = mixed()
+    probe = fused_probe(model)
+    probe.backward(losses_of(model, x))
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastminima.ops.dense.sequence_fused", failing)
+        with pytest.raises(KeyboardInterrupt):
+            probe.backward(losses_of(model, x))
+    assert all(not p._backward_hooks for p in model.parameters())
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    model.zero_grad()
+    probe.backward(losses_of(model, x))
+    assert_same_gradients(model, plain)
+
+
+def test_batch_norm_by_rows(fusions):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+    )
+    x = torch.randn(6, 2, 4, 4)
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    probe = fused_probe(model, batchnorm="rows")
+    probe.backward(losses_of(model, x))
+    assert fusions == [{"0.weight", "0.bias"}]
+    assert_same_gradients(model, plain)
+    model.zero_grad()
+    fused_probe(model, batchnorm="frozen").backward(losses_of(model, x))
+    assert_same_gradients(model, plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant, fusions):
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    x.requires_grad_()
+
+    def losses():
+        def images(x):
+            return model.pointwise(model.conv(x).tanh()).flatten(2).mT.contiguous()
+
+        y = model.norm(model.dense(checkpoint(images, x, use_reentrant=use_reentrant)))
+        y = model.twice(model.twice(y).tanh())
+        return model.head(y.mean(1)).square().sum(1)
+
+    stats = fused_probe(model).backward(losses())
+    assert fusions == [set() if use_reentrant else FUSED]
+    assert_same_gradients(model, plain)
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x.detach()])
+    exact = flat(want).square().sum(1).float()
+    torch.testing.assert_close(stats.sq_norms, exact, rtol=1e-5, atol=0)
+
+
+def test_every_leaves_steps_alone(fusions):
+    model, x = mixed()
+    probe = fused_probe(model, every=2)
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    for _ in range(2):
+        model.zero_grad()
+        stats = probe.backward(losses_of(model, x))
+    assert stats is None and len(fusions) == 1
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, plain[name]), name
+
+
+def test_training_goes_where_it_went():
+    model, x = mixed(torch.float64)
+    other = copy.deepcopy(model)
+    probe = fused_probe(model)
+    one = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    two = torch.optim.SGD(other.parameters(), 0.05, momentum=0.9)
+    for _ in range(20):
+        one.zero_grad()
+        two.zero_grad()
+        probe.backward(losses_of(model, x))
+        losses_of(other, x).mean().backward()
+        one.step()
+        two.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_scalar_losses_and_scale():
+    model, x = mixed()
+    stats = fused_probe(model).backward(
+        losses_of(model, x).sum() * 8, batch_size=len(x), reduction="sum", scale=8.0
+    )
+    model.zero_grad()
+    vector = fused_probe(model).backward(losses_of(model, x))
+    torch.testing.assert_close(stats.sq_norms, vector.sq_norms)
+
+
+def test_packed_documents():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    x = torch.randn(2, 6, 3)
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, -1, -1]])
+
+    def losses(model):
+        tokens = model(x).square().sum(-1)
+        return torch.zeros(5).index_add(0, ids.flatten() + 1, tokens.flatten())[1:]
+
+    plain = plain_gradients(model, losses)
+    stats = fused_probe(model).backward(losses(model), segment_ids=ids)
+    observed = fm.GradientProbe(model).backward(losses(model), segment_ids=ids)
+    torch.testing.assert_close(stats.sq_norms, observed.sq_norms)
+    model.zero_grad()
+    fused_probe(model).backward(losses(model), segment_ids=ids)
+    assert_same_gradients(model, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"measure": ("norms", "gram")}, "gram"), ({"sample": 2}, "sample")],
+)
+def test_what_fused_mode_has_no_kernels_for(options, word):
+    with pytest.raises(ValueError, match=word):
+        fused_probe(nn.Linear(2, 2), **options)
+
+
+def test_attach_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"probe\.backward"):
+        fused_probe(model).attach(model(torch.randn(3, 2)).sum(1))
+
+
+def test_a_use_that_no_gradient_reaches():
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+    x = torch.randn(4, 5, 3)
+
+    class Ignored(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return a + b
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, None
+
+    losses = Ignored.apply(model["a"](x), model["b"](x)).square().sum((1, 2))
+    fused_probe(model).backward(losses)
+    assert model["a"].weight.grad is not None
+    assert model["b"].weight.grad is None
+
+
+def test_losses_of_functional_layers(fusions):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(4, 3))
+    x = torch.randn(5, 6, 3)
+    losses = F.linear(x, w).square().sum((1, 2))
+    stats = fused_probe({"w": w}).backward(losses)
+    grads = torch.einsum("ntp,ntd->npd", 2 * (x @ w.T), x).detach()
+    assert fusions == [{"w"}]
+    torch.testing.assert_close(stats.sq_norms, grads.square().sum((1, 2)))
+    torch.testing.assert_close(w.grad, grads.mean(0))
