@@ -15,7 +15,7 @@ template <typename scalar_t>
 void row_sq_norms(const scalar_t* a, int64_t a_stride, const scalar_t* g, int64_t g_stride,
                   int64_t batch, int64_t d_in, int64_t d_out, scalar_t* weight, scalar_t* bias,
                   int threads) {
-  threads = useful_threads(threads, batch * (d_in + d_out) * sizeof(scalar_t));
+  threads = streaming_threads(threads, batch * (d_in + d_out) * sizeof(scalar_t));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t n = 0; n < batch; n++) {
     scalar_t gg = sq_norm(g + n * g_stride, d_out);

@@ -1,4 +1,4 @@
-// Reductions of one dense tensor.
+// Reductions of dense tensors.
 #include "cpu/reduce.h"
 
 #include "parallel.h"
@@ -11,52 +11,84 @@ namespace {
 constexpr int64_t kBlock = 4096;  // added up in scalar_t: at most 64 terms an accumulator in float
 constexpr int64_t kPart = 1 << 18;  // added up in double by one thread
 
-// |x|^2: the parts do not depend on the number of threads, so neither does the result.
+// |x|^2 of one part.
 template <typename scalar_t>
-double sq_norm_of(const scalar_t* x, int64_t n, int threads) {
-  threads = useful_threads(threads, n * sizeof(scalar_t));
-  int64_t parts = (n + kPart - 1) / kPart;
-  double* sums = scratch<double>(parts);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t k = 0; k < parts; k++) {
-    int64_t end = (k + 1) * kPart < n ? (k + 1) * kPart : n;
-    double s = 0;
-    for (int64_t i = k * kPart; i < end; i += kBlock)
-      s += sq_norm(x + i, i + kBlock < end ? kBlock : end - i);
-    sums[k] = s;
+double part_sq_norm(const scalar_t* x, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kBlock) total += sq_norm(x + i, i + kBlock < n ? kBlock : n - i);
+  return total;
+}
+
+// sum_i |x_i|^2 in one parallel region: the parts do not depend on the number of threads, so
+// neither does the result.
+template <typename scalar_t>
+double joint_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors, int threads) {
+  int64_t elements = 0, parts = 0;
+  for (int64_t i = 0; i < tensors; i++) {
+    elements += n[i];
+    parts += (n[i] + kPart - 1) / kPart;
   }
+  threads = streaming_threads(threads, elements * sizeof(scalar_t));
+  double* sums = scratch<double>(parts);
+  const scalar_t** from = scratch<const scalar_t*>(parts);
+  int64_t* length = scratch<int64_t>(parts);
+  int64_t part = 0;
+  for (int64_t i = 0; i < tensors; i++)
+    for (int64_t start = 0; start < n[i]; start += kPart, part++) {
+      from[part] = x[i] + start;
+      length[part] = start + kPart < n[i] ? kPart : n[i] - start;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t k = 0; k < parts; k++) sums[k] = part_sq_norm(from[k], length[k]);
   double total = 0;
   for (int64_t k = 0; k < parts; k++) total += sums[k];
   free(sums);
+  free(from);
+  free(length);
   return total;
 }
 
 }  // namespace
 
-double sq_norm_f32(const float* x, int64_t n, int threads) { return sq_norm_of(x, n, threads); }
-double sq_norm_f64(const double* x, int64_t n, int threads) { return sq_norm_of(x, n, threads); }
+double joint_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads) {
+  return joint_sq_norm(x, n, tensors, threads);
+}
+double joint_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors, int threads) {
+  return joint_sq_norm(x, n, tensors, threads);
+}
 
 }  // namespace FM_ISA
 }  // namespace fastminima
 
 #ifdef FM_BASELINE
+#include <vector>
+
 #include "bind.h"
 
 namespace fastminima {
 
+// `tensors`: (address, number of elements) of each.
 template <typename scalar_t, typename kernel_t>
 static auto bound_reduction(kernel_t kernel) {
-  return [kernel](uintptr_t x, int64_t n, uintptr_t out, int threads) {
-    *pointer<scalar_t>(out) = kernel(pointer<scalar_t>(x), n, threads);
+  return [kernel](py::list tensors, uintptr_t out, int threads) {
+    std::vector<const scalar_t*> x;
+    std::vector<int64_t> n;
+    for (py::handle item : tensors) {
+      py::tuple pair = py::reinterpret_borrow<py::tuple>(item);
+      x.push_back(pointer<scalar_t>(pair[0].cast<uintptr_t>()));
+      n.push_back(pair[1].cast<int64_t>());
+    }
+    double total = kernel(x.data(), n.data(), static_cast<int64_t>(x.size()), threads);
+    *pointer<scalar_t>(out) = static_cast<scalar_t>(total);
   };
 }
 
 void bind_reduce(py::module_& m) {
-#define FM_BIND(ISA, handle)                                            \
-  {                                                                     \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);      \
-    sub.def("sq_norm_f32", bound_reduction<float>(&ISA::sq_norm_f32));  \
-    sub.def("sq_norm_f64", bound_reduction<double>(&ISA::sq_norm_f64)); \
+#define FM_BIND(ISA, handle)                                                        \
+  {                                                                                 \
+    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                  \
+    sub.def("joint_sq_norm_f32", bound_reduction<float>(&ISA::joint_sq_norm_f32));  \
+    sub.def("joint_sq_norm_f64", bound_reduction<double>(&ISA::joint_sq_norm_f64)); \
   }
   FM_EACH_ISA(FM_BIND, m);
 #undef FM_BIND

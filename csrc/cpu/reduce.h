@@ -3,12 +3,13 @@
 #include <cstdint>
 
 // Declared once per instruction set.
-#define FM_DECLARE_REDUCE(ISA)                                 \
-  namespace fastminima {                                       \
-  namespace ISA {                                              \
-  double sq_norm_f32(const float* x, int64_t n, int threads);  \
-  double sq_norm_f64(const double* x, int64_t n, int threads); \
-  }                                                            \
+#define FM_DECLARE_REDUCE(ISA)                                                                     \
+  namespace fastminima {                                                                           \
+  namespace ISA {                                                                                  \
+  double joint_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads); \
+  double joint_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors,              \
+                           int threads);                                                           \
+  }                                                                                                \
   }
 
 FM_DECLARE_REDUCE(generic)

@@ -148,7 +148,9 @@ class Ranks:
         pieces = zero
         for local, replicas in (local_part(g) for g in grads if is_sharded(g)):
             pieces = pieces + reduce.sq_norm(local).double() / replicas
-        return reduce.joint_sq_norm(whole).double() if whole else zero, pieces
+        if not whole:
+            return zero, pieces
+        return reduce.joint_sq_norm(whole[0], whole[1:]).double(), pieces
 
     def join(
         self, part: Part | None, trouble: Exception | None = None

@@ -194,7 +194,7 @@ def is_reentrant(node: Any) -> bool:
 
 def region_nodes(tape: Tape) -> list[int]:
     """Nodes that hold a graph of their own."""
-    if tape.kinds.isdisjoint(_KINDS):
+    if _KINDS.isdisjoint(tape.names):
         return []
     return [
         i

@@ -368,7 +368,8 @@ class Session:
                 kept = grad.to_dense() if grad.is_sparse else grad.clone()
                 self.collected.grads[name] = kept
         if values:
-            self.collected.grad_sq_norms.append(reduce.joint_sq_norm(values))
+            sq_norm = reduce.joint_sq_norm(values[0], values[1:])
+            self.collected.grad_sq_norms.append(sq_norm)
 
     def _delivery(self, tape: Tape, slot: Slot, path: Path) -> _Delivery | None:
         """How a contribution to a slot becomes one to the parameter behind it.

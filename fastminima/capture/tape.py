@@ -79,11 +79,6 @@ class Tape:
         self.key = (tuple(names), tuple(children))
 
     @cached_property
-    def kinds(self) -> frozenset[str]:
-        """The names that occur."""
-        return frozenset(self.names)
-
-    @cached_property
     def parents(self) -> list[list[tuple[int, int, int]]]:
         """For each node its consumers: (node, its input number, output number here)."""
         parents: list[list[tuple[int, int, int]]] = [[] for _ in self.nodes]

@@ -1,4 +1,4 @@
-"""Reductions of one dense tensor."""
+"""Reductions of dense tensors."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
     return x.to(accumulation_dtype(x.dtype)).square().sum()
 
 
+def _joint_sq_norm(
+    first: Float[Tensor, ...], rest: Sequence[Float[Tensor, ...]]
+) -> Float[Tensor, ""]:
+    """Squared norm of some tensors together, in the accumulation dtype of the first."""
+    dtype = accumulation_dtype(first.dtype)
+    return torch.stack([_sq_norm(x).to(dtype) for x in (first, *rest)]).sum()
+
+
 _SMALL = 4096  # PyTorch's two calls take 4 us here, a call of the kernel 5
 
 
 def _sq_norm_native(kernels: Any, x: Tensor) -> Tensor:
-    if x.numel() < _SMALL:
-        return _sq_norm(x)
-    (x,) = accumulated(x)
-    x = x.contiguous()
-    out = x.new_empty(())
-    getattr(kernels, f"sq_norm_{SUFFIX[x.dtype]}")(
-        x.data_ptr(), x.numel(), out.data_ptr(), _native.threads()
+    return _sq_norm(x) if x.numel() < _SMALL else _joint_sq_norm_native(kernels, x, ())
+
+
+def _joint_sq_norm_native(
+    kernels: Any, first: Tensor, rest: Sequence[Tensor]
+) -> Tensor:
+    tensors = [x.contiguous() for x in accumulated(first, *rest)]
+    out = tensors[0].new_empty(())
+    getattr(kernels, f"joint_sq_norm_{SUFFIX[out.dtype]}")(
+        [(x.data_ptr(), x.numel()) for x in tensors],
+        *(out.data_ptr(), _native.threads()),
     )
     return out
 
 
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
-
-
-def joint_sq_norm(tensors: Sequence[Float[Tensor, ...]]) -> Float[Tensor, ""]:
-    """Squared norm of all the tensors together, in the accumulation dtype of the first.
-
-    The small ones are joined before they are summed: a call costs more than they do.
-    """
-    dtype = accumulation_dtype(tensors[0].dtype)
-    parts = [sq_norm(x).to(dtype) for x in tensors if x.numel() >= _SMALL]
-    small = [x.flatten().to(dtype) for x in tensors if x.numel() < _SMALL]
-    if small:
-        parts.append(torch.cat(small).square().sum())
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+joint_sq_norm = Op("joint_sq_norm", _joint_sq_norm)
+joint_sq_norm.add_native(_joint_sq_norm_native, dtypes=FLOATS)

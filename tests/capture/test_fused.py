@@ -322,8 +322,8 @@ def test_batch_norm_by_rows(fusions):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
-    )
-    x = torch.randn(6, 2, 4, 4)
+    ).double()
+    x = torch.randn(6, 2, 4, 4).double()
     plain = plain_gradients(model, lambda m: losses_of(m, x))
     probe = fused_probe(model, batchnorm="rows")
     probe.backward(losses_of(model, x))
