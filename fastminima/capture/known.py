@@ -15,6 +15,7 @@ from .plan import Plan
 from .regions import Region, region_shapes
 from .roots import batch_edges
 from .routes import Routes
+from .row_uses import RowUse, find_row_uses
 from .samples import Batch, Segments
 from .tape import Tape
 
@@ -41,6 +42,13 @@ class Found:
     layouts: Layouts
     regions: dict[int, Region | None] = field(default_factory=dict)
     routes: Routes | None = None
+
+    def row_uses(self, tape: Tape) -> dict[int, RowUse]:
+        """The uses whose norms are those of single rows; the same in every step."""
+        cached = self.__dict__.get("_row_uses")
+        if cached is None:
+            cached = self.__dict__["_row_uses"] = find_row_uses(tape, self)
+        return cached
 
     def followed(self, tape: Tape, samples: Batch | Segments) -> Found | None:
         """The same with the layouts of all uses; None where the routes do not agree."""

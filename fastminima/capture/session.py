@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .passes import belongs_to_another
 from .plan import EMBEDDING, Path, Plan, Slot, Use
 from .reading import Reading
 from .regions import Region, Watcher, is_reentrant, own_name, watch
+from .row_uses import RowUse
 from .rules import contributions_of
 from .saved import readable, saved_tensor
 from .tape import Tape, signed
@@ -38,6 +40,7 @@ from .universal import Universal
 
 __all__ = ["Collected", "Session", "dense_values"]
 
+_NORMS = frozenset(["norms"])
 _BIASES = (DenseBias, ConvolutionBias)
 _TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
 _SAME_ORDER = frozenset(
@@ -131,7 +134,8 @@ class Session:
         self._waiting: dict[str, list[Contribution]] = {}
         self._handles: list[Any] = []
         try:
-            self._hook_graph(reading.tape, found.plan, found.layouts)
+            rows = self._row_uses(reading)
+            self._hook_graph(reading.tape, found.plan, found.layouts, rows)
             for i, region in found.regions.items():
                 node = reading.tape.nodes[i]
                 self._handles.append(watch(node, self._region_watcher(region), self))
@@ -177,11 +181,51 @@ class Session:
         self.close()
         return self.collected
 
+    def _row_uses(self, reading: Reading) -> Mapping[int, RowUse]:
+        is_norms_only = self._measure == _NORMS and not self._directions
+        if not is_norms_only or self._defer_errors or reading.found.routes:
+            return {}
+        return reading.found.row_uses(reading.tape)
+
     def _hook_graph(
-        self, tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]]
+        self,
+        tape: Tape,
+        plan: Plan,
+        layouts: Sequence[Sequence[RowLayout | None]],
+        rows: Mapping[int, RowUse] = MappingProxyType({}),
     ) -> None:
         for use, use_layouts in zip(plan.uses, layouts, strict=True):
-            self._hook_use(tape, use, use_layouts)
+            row = rows.get(use.node)
+            if row is None:
+                self._hook_use(tape, use, use_layouts)
+            else:
+                self._hook_rows(tape, use, use_layouts, row)
+
+    def _hook_rows(
+        self,
+        tape: Tape,
+        use: Use,
+        layouts: Sequence[RowLayout | None],
+        row: RowUse,
+    ) -> None:
+        node = tape.nodes[use.node]
+        if use.name == "AddmmBackward0" and (
+            node._saved_alpha != 1 or node._saved_beta != 1
+        ):
+            self._hook_use(tape, use, layouts)
+            return
+
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            g = grads[0]
+            if g is None or belongs_to_another(self):
+                return
+            with _no_grad():
+                norms = row.norms(torch._C._current_autograd_node(), g)
+            for name in norms:
+                self._count(name)
+            self.collected.sq_norms |= norms
+
+        self._handles.append(node.register_prehook(hook))
 
     def _hook_gradients(self, tape: Tape) -> None:
         """Read the gradients of the parameters that are leaves of this graph."""
@@ -282,13 +326,17 @@ class Session:
                 name = own_name(path.parameter)
                 self.collected.rules.setdefault(name, []).append(rule)
 
-    def _arrive(self, name: str, contribution: Contribution) -> None:
+    def _count(self, name: str) -> None:
+        """Note that one of the uses of a parameter was seen."""
         self._missing[name] -= 1
         if self._missing[name] < 0:
             raise CaptureError(
                 f"A second backward pass reached {name!r} since the probe was "
                 "attached. Attach before each backward pass, and collect after it."
             )
+
+    def _arrive(self, name: str, contribution: Contribution) -> None:
+        self._count(name)
         waiting = self._waiting.pop(name, None)
         if self._missing[name] > 0:
             self._waiting[name] = [*(waiting or ()), contribution.settled()]
