@@ -24,6 +24,7 @@ __all__ = [
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_dots",
+    "sequence_fused",
     "sequence_gradients",
     "sequence_gram",
     "sequence_second_moment",
@@ -136,6 +137,36 @@ def _sequence_dots(
     return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
 
 
+def _sequence_fused(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Float[Tensor, "d_out d_in"],
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch d_out"] | None,
+    Float[Tensor, "d_out d_in"] | None,
+]:
+    """The weight gradient of the batch, and what is per sample in it.
+
+    The sum over the samples of their gradients, the squared norm of each, each one's
+    bias gradient sum_t g[n, t] if `with_bias`, and the sum over the samples of the
+    squared gradients if `with_second_moment`.
+    """
+    a, g = accumulated(a, g)
+    grad, norms = g.new_zeros(g.shape[2], a.shape[2]), g.new_zeros(len(g))
+    moment = torch.zeros_like(grad) if with_second_moment else None
+    for rows in _blocks(len(g), grad.numel() * g.element_size()):
+        grads = _sequence_gradients(a[rows], g[rows])
+        grad += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[rows] = squares.sum(dim=(1, 2))
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    return grad, norms, g.sum(dim=1) if with_bias else None, moment
+
+
 def _sequence_sq_norms_torch(
     a: Tensor, g: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -169,6 +200,12 @@ def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor
     return dense_native.sequence_second_moment(kernels, a, g)
 
 
+def _sequence_fused_native(
+    kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
+
+
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
 sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
@@ -177,6 +214,7 @@ sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
+sequence_fused = Op("sequence_fused", _sequence_fused)
 
 row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
 sequence_sq_norms.add(
@@ -186,3 +224,4 @@ sequence_sq_norms.add_native(_sequence_sq_norms_native, dtypes=FLOATS)
 gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
 direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
 sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
+sequence_fused.add_native(_sequence_fused_native, dtypes=FLOATS)
