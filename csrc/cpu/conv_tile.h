@@ -50,18 +50,14 @@ FM_INLINE Ahead next_sample(const scalar_t* a, int64_t n_a, const scalar_t* b, i
           lines < 12 ? lines : 12};
 }
 
-// acc[i][j] = sum over the positions of the walk of a[i] * b[j][0 .. width).
+// acc[i][j] += sum over the positions of the walk of a[i] * b[j][0 .. width).
 template <typename scalar_t, int M, int NV>
-FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
+FM_INLINE void multiply_add(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
                         typename Simd<scalar_t>::vec (&acc)[M][NV], Ahead* ahead = nullptr) {
   using vec = typename Simd<scalar_t>::vec;
   const scalar_t* base[NV];
 #pragma GCC unroll 3
   for (int j = 0; j < NV; j++) base[j] = b[j];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 3
-    for (int j = 0; j < NV; j++) acc[i][j] = vec{};
   const int64_t n = walk.count[2], a_x = walk.a_step[2], b_x = walk.b_step[2];
   for (int64_t z = 0; z < walk.count[0]; z++)
     for (int64_t y = 0; y < walk.count[1]; y++) {
@@ -80,6 +76,16 @@ FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk&
         }
       }
     }
+}
+
+template <typename scalar_t, int M, int NV>
+FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
+                        typename Simd<scalar_t>::vec (&acc)[M][NV], Ahead* ahead = nullptr) {
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) acc[i][j] = typename Simd<scalar_t>::vec{};
+  multiply_add<scalar_t, M, NV>(a, b, walk, acc, ahead);
 }
 
 }  // namespace

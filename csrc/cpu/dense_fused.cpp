@@ -42,10 +42,6 @@ struct FusedPanel {
     constexpr int64_t size = T::rows * vecs * T::width;
     for (int64_t i = 0; i < panels; i++) {
       scalar_t *out = total + i * size, *out2 = moment + (with_moment ? i * size : 0);
-      for (int64_t j = 0; j < size; j += 64 / sizeof(scalar_t)) {
-        __builtin_prefetch(out + j, 1);
-        if (with_moment) __builtin_prefetch(out2 + j, 1);
-      }
       typename Simd<scalar_t>::vec c[T::rows][vecs], s{};
       multiply<scalar_t, vecs>(left + i * T::rows * time, T::rows, right, time, c);
 #pragma GCC unroll 8

@@ -20,6 +20,7 @@ from .table import Op
 __all__ = [
     "ConvGeometry",
     "conv_dots",
+    "conv_fused",
     "conv_gradients",
     "conv_gram",
     "conv_second_moment",
@@ -114,6 +115,38 @@ def _dots(
     return (output * g).flatten(1).sum(dim=1)
 
 
+def _fused(
+    x: Float[Tensor, "batch c_in *space"],
+    g: Float[Tensor, "batch c_out *space_out"],
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Tensor,
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch c_out"] | None,
+    Tensor | None,
+]:
+    """The weight gradient of the batch, and what is per sample in it.
+
+    The sum over the samples of their gradients, shaped like the weight, the squared
+    norm of each, each one's bias gradient if `with_bias`, and the sum over the samples
+    of the squared gradients if `with_second_moment`.
+    """
+    dtype = accumulation_dtype(g.dtype)
+    grad = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    norms = g.new_zeros(len(g), dtype=dtype)
+    moment = torch.zeros_like(grad) if with_second_moment else None
+    for block in _blocks(x, g, geometry):
+        grads = _gradients(x[block], g[block], geometry)
+        grad += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[block] = squares.flatten(1).sum(dim=1)
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    return grad, norms, g.flatten(2).sum(2, dtype=dtype) if with_bias else None, moment
+
+
 def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
     """Slices of samples whose patches and gradients together stay below _BLOCK."""
     rows, image = geometry.roles(x, g)
@@ -131,3 +164,5 @@ conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)
+conv_fused = Op("conv_fused", _fused)
+conv_fused.add_native(conv_native.fused)

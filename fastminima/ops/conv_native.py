@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _native
 from .conv_geometry import ConvGeometry
 
-__all__ = ["direct_sq_norms", "fastest_sq_norms", "gram_sq_norms", "second_moment"]
+__all__ = ["direct_sq_norms", "fastest_sq_norms", "fused", "gram_sq_norms", "second_moment"]
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -115,3 +115,48 @@ def second_moment(kernels: Any, x: Tensor, g: Tensor, geometry: ConvGeometry) ->
             *(total.data_ptr(), _native.threads()),
         )
     return total
+
+
+def gradient(
+    kernels: Any,
+    x: Tensor,
+    g: Tensor,
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_norms: bool,
+    with_second_moment: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weight gradient and, on request, what is per sample, from the same tiles."""
+    rows, image = geometry.roles(x.contiguous(), g.to(x.dtype).contiguous())
+    grad = x.new_zeros(geometry.weight_shape(x, g))
+    norms = x.new_zeros(len(x)) if with_norms else None
+    bias = x.new_zeros(g.shape[:2]) if with_bias else None
+    moment = torch.zeros_like(grad) if with_second_moment else None
+    if rows.numel():
+        getattr(kernels, f"conv_fused_{_SUFFIX[x.dtype]}")(
+            *(rows.data_ptr(), image.data_ptr()),
+            _sizes(rows.shape, image.shape, geometry),
+            *(0 if t is None else t.data_ptr() for t in (grad, norms, bias, moment)),
+            _native.threads(),
+        )
+    return grad, norms, bias, moment
+
+
+def fused(
+    kernels: Any,
+    x: Tensor,
+    g: Tensor,
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return gradient(kernels, x, g, geometry, with_bias, True, with_second_moment)
+
+
+def fgram(kernels, x, g, geometry, with_bias, with_second_moment):
+    grad = gradient(kernels, x, g, geometry, with_bias, False, False)
+    return grad[0], gram_sq_norms(kernels, x, g, geometry, False)[0], grad[2], None
+
+
+def plain(kernels, x, g, geometry, with_bias, with_second_moment):
+    return gradient(kernels, x, g, geometry, with_bias, False, False)
