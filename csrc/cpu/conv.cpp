@@ -88,7 +88,8 @@ void bind_conv(py::module_& m) {
 #define FM_BIND_TYPE(ISA, scalar_t, suffix)                                           \
   sub.def("conv_direct_" #suffix, bound_norms<scalar_t>(&ISA::conv_direct_##suffix)); \
   sub.def("conv_gram_" #suffix, bound_norms<scalar_t>(&ISA::conv_gram_##suffix));     \
-  sub.def("conv_second_moment_" #suffix, bound_moment<scalar_t>(&ISA::conv_second_moment_##suffix)); \
+  sub.def("conv_second_moment_" #suffix,                                              \
+          bound_moment<scalar_t>(&ISA::conv_second_moment_##suffix));                 \
   sub.def("conv_fused_" #suffix, bound_fused<scalar_t>(&ISA::conv_fused_##suffix));
 #define FM_BIND(ISA, handle)                                       \
   {                                                                \

@@ -13,8 +13,8 @@ struct ConvSizes {
   int64_t image[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 
-// What conv_fused fills: grad and, unless null, moment are [rows, channels / groups, *kernel], norms
-// (unless null) is [batch], and bias (unless null) [batch, channels of the output].
+// What conv_fused fills: grad and, unless null, moment are [rows, channels / groups, *kernel],
+// norms (unless null) is [batch], and bias (unless null) [batch, channels of the output].
 template <typename scalar_t>
 struct ConvResults {
   scalar_t *grad, *norms, *bias, *moment;

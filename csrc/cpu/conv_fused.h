@@ -15,9 +15,10 @@ enum class PerSample { nothing, norms, norms_and_squares };
 // Work is cut into slabs, groups and ranges of row blocks, in numbers that depend on the sizes
 // only, and each task owns its sums: no result depends on the number of threads.
 struct Tasks {
-  int64_t slabs, ranges, chunk;   // samples that a task packs at once
-  int64_t held;                   // samples whose images are packed ahead, all tasks sharing them
-  int64_t vectors, tile, slab;    // of a row tile; elements of its sums, and of those of a slab
+  int64_t slabs, ranges, chunk;  // samples that a task packs at once
+  int64_t held;                  // samples whose images are packed ahead, all tasks sharing them
+  int64_t lines;                 // of positions that a row tile of a sample goes through
+  int64_t vectors, tile, slab;   // of a row tile; elements of its sums, and of those of a slab
   int64_t count(const Plan& p) const { return slabs * p.sizes.groups * ranges; }
 };
 
@@ -33,14 +34,16 @@ Tasks cut_tasks(const Plan& p) {
   constexpr int64_t RB = row_block<scalar_t>(), W = Simd<scalar_t>::width;
   int64_t size = sizeof(scalar_t), batch = p.sizes.batch;
   Tasks t{};
-  for (int64_t i = 0; i < p.piece_count; i++) t.vectors += p.pieces[i].vectors;
+  for (int64_t i = 0; i < p.piece_count; i++) {
+    t.vectors += p.pieces[i].vectors;
+    t.lines += p.pieces[i].count[0] * p.pieces[i].count[1];
+  }
   t.tile = TILE_ROWS * t.vectors * W;
   t.slab = p.sizes.groups * ceil_div(p.rows, TILE_ROWS) * t.tile;
   int64_t blocks = ceil_div(p.rows, RB), group_bytes = blocks * RB * t.vectors * W * size;
   t.ranges = least(ceil_div(group_bytes, kSumBytes), ceil_div(p.rows, 64));
   int64_t pieces = t.ranges * p.sizes.groups;
-  t.slabs = t.slab * size * kTasks <= kSumBytes * kTasks / 4 ? kTasks
-                                                              : ceil_div(kFewTasks, pieces);
+  t.slabs = t.slab * size * kTasks <= kSumBytes * kTasks / 4 ? kTasks : ceil_div(kFewTasks, pieces);
   t.slabs = most(1, least(t.slabs, batch));
   int64_t sample = (p.image_scratch + RB * p.length) * size;
   t.chunk = least(ceil_div(kChunkPositions, p.length), kChunkBytes / sample);
@@ -63,16 +66,17 @@ FM_INLINE void add_wide(double* out, typename Simd<scalar_t>::vec v) {
 // those of sample n, lane by lane, to squares[n * width].
 template <PerSample wanted, int M, int NV, typename scalar_t>
 FM_INLINE void fused_tile(const Plan& p, const Piece& piece, const scalar_t* blocks,
-                          const scalar_t* images, int64_t count, scalar_t* total,
-                          scalar_t* moment, double* squares) {
+                          const scalar_t* images, int64_t count, scalar_t* total, scalar_t* moment,
+                          double* squares, Ahead* ahead) {
   using vec = typename Simd<scalar_t>::vec;
   constexpr int W = Simd<scalar_t>::width;
   const int64_t block = row_block<scalar_t>() * p.length;
   vec acc[M][NV];
   if constexpr (wanted == PerSample::nothing) {
-    gradient_tile<M, NV>(p, piece, blocks, images, acc);
+    gradient_tile<M, NV>(p, piece, blocks, images, acc, ahead);
     for (int64_t n = 1; n < count; n++)
-      add_gradient_tile<M, NV>(p, piece, blocks + n * block, images + n * p.image_scratch, acc);
+      add_gradient_tile<M, NV>(p, piece, blocks + n * block, images + n * p.image_scratch, acc,
+                               ahead);
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 3
@@ -83,7 +87,7 @@ FM_INLINE void fused_tile(const Plan& p, const Piece& piece, const scalar_t* blo
     return;
   }
   for (int64_t n = 0; n < count; n++) {
-    gradient_tile<M, NV>(p, piece, blocks + n * block, images + n * p.image_scratch, acc);
+    gradient_tile<M, NV>(p, piece, blocks + n * block, images + n * p.image_scratch, acc, ahead);
     vec sums[NV]{};
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
@@ -109,11 +113,11 @@ FM_INLINE void fused_tile(const Plan& p, const Piece& piece, const scalar_t* blo
 // All columns of up to TILE_ROWS rows.
 template <PerSample wanted, int M, typename scalar_t>
 void fused_row_tile(const Plan& p, const scalar_t* blocks, const scalar_t* images, int64_t count,
-                    scalar_t* total, scalar_t* moment, double* squares) {
+                    scalar_t* total, scalar_t* moment, double* squares, Ahead* ahead) {
   for (int64_t i = 0; i < p.piece_count; i++) {
     const Piece& piece = p.pieces[i];
 #define FM_USE(NV) \
-  fused_tile<wanted, M, NV>(p, piece, blocks, images, count, total, moment, squares)
+  fused_tile<wanted, M, NV>(p, piece, blocks, images, count, total, moment, squares, ahead)
     FM_FOR_PIECE(piece.vectors, FM_USE)
 #undef FM_USE
     int64_t size = TILE_ROWS * piece.vectors * Simd<scalar_t>::width;
@@ -159,10 +163,23 @@ struct Fused {
     return images;
   }
 
+  // What a task will read of the `count` samples after a chunk, if any.
+  Ahead next_chunk(int64_t n0, int64_t at, int64_t count, int64_t group, int64_t from, int64_t to) {
+    constexpr int64_t RB = row_block<scalar_t>();
+    if (count <= 0) return ahead_of(pieces(rows, 0), pieces(rows, 0), 1);
+    int64_t row = group * p.rows + from * RB, rows = least(to * RB, p.rows) - from * RB;
+    Pieces of_rows = pieces(sample_rows(n0 + at) + row * p.length, rows * p.length,
+                            p.sizes.rows * p.length, count);
+    Pieces of_image = shared ? pieces(packed(n0 + at, at, count, group), count * p.image_scratch)
+                             : pieces(sample_image(n0 + at) + group * p.channels * p.pixels,
+                                      p.channels * p.pixels, p.sizes.channels * p.pixels, count);
+    return ahead_of(of_rows, of_image, t.chunk * t.lines * ceil_div(rows, TILE_ROWS));
+  }
+
   // Rows [row, row + row_block) of a chunk of samples.
   template <PerSample wanted>
   void row_block_tiles(int64_t n, int64_t count, int64_t group, int64_t row,
-                       const scalar_t* packed_images, int64_t at) {
+                       const scalar_t* packed_images, int64_t at, Ahead& ahead) {
     constexpr int RB = row_block<scalar_t>(), M = TILE_ROWS, HALF = TILE_ROWS / 2;
     for (int64_t k = 0; k < count; k++)
       pack_rows(p, sample_rows(n + k), group, row, blocks + k * RB * p.length);
@@ -174,9 +191,11 @@ struct Fused {
     for (int64_t r = 0; r < RB && row + r < p.rows; r += M, at += t.tile) {
       scalar_t *total = totals + at, *moment = moments ? moments + at : nullptr;
       if (p.rows - row - r > HALF)
-        fused_row_tile<wanted, M>(p, blocks + r, packed_images, count, total, moment, squares);
+        fused_row_tile<wanted, M>(p, blocks + r, packed_images, count, total, moment, squares,
+                                  &ahead);
       else
-        fused_row_tile<wanted, HALF>(p, blocks + r, packed_images, count, total, moment, squares);
+        fused_row_tile<wanted, HALF>(p, blocks + r, packed_images, count, total, moment, squares,
+                                     &ahead);
     }
   }
 
@@ -185,15 +204,18 @@ struct Fused {
   void task(int64_t n0, int64_t first, int64_t last, int64_t slab, int64_t group, int64_t range) {
     constexpr int RB = row_block<scalar_t>(), W = Simd<scalar_t>::width;
     int64_t blocks_of_group = ceil_div(p.rows, RB), row_tiles = ceil_div(p.rows, TILE_ROWS);
-    int64_t from = blocks_of_group * range / t.ranges, to = blocks_of_group * (range + 1) / t.ranges;
+    int64_t from = blocks_of_group * range / t.ranges,
+            to = blocks_of_group * (range + 1) / t.ranges;
     for (int64_t i = first; i < last; i += t.chunk) {
       int64_t count = least(t.chunk, last - i);
       const scalar_t* of_chunk = packed(n0 + i, i, count, group);
+      Ahead ahead =
+          next_chunk(n0, i + t.chunk, least(t.chunk, last - i - t.chunk), group, from, to);
       memset(squares, 0, count * W * sizeof(double));
       for (int64_t b = from; b < to; b++)
-        row_block_tiles<wanted>(
-            n0 + i, count, group, b * RB, of_chunk,
-            slab * t.slab + (group * row_tiles + b * RB / TILE_ROWS) * t.tile);
+        row_block_tiles<wanted>(n0 + i, count, group, b * RB, of_chunk,
+                                slab * t.slab + (group * row_tiles + b * RB / TILE_ROWS) * t.tile,
+                                ahead);
       for (int64_t k = 0; partial && k < count; k++) {
         double sum = 0;
         for (int64_t j = 0; j < W; j++) sum += squares[k * W + j];
@@ -252,8 +274,8 @@ void run_tasks(const Plan& p, const Tasks& t, const scalar_t* rows, const scalar
     scalar_t* blocks = allocate<scalar_t>(t.chunk * RB * p.length);
     double* squares = allocate<double>(t.chunk * W);
     memset(images, 0, own * sizeof(scalar_t));
-    Fused<scalar_t> fused{p,       t,       rows,   image,  results, shared,
-                          totals,  moments, partial, images, blocks,  squares};
+    Fused<scalar_t> fused{p,      t,       rows,    image,  results, shared,
+                          totals, moments, partial, images, blocks,  squares};
     for (int64_t n0 = 0; n0 < p.sizes.batch; n0 += t.held) {
       int64_t count = least(t.held, p.sizes.batch - n0);
       if (shared) {

@@ -145,11 +145,19 @@ void sequence_fused(const Sequences<scalar_t>& x, const FusedResults<scalar_t>& 
   double* norms = scratch<double>(panels * x.batch);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int part = 0; part < threads; part++) {
-    Share<scalar_t> share{panels * part / threads, panels * (part + 1) / threads, side.left_width,
-                          side.right_width, vectors, parts, side.is_swapped};
+    Share<scalar_t> share{panels * part / threads,
+                          panels * (part + 1) / threads,
+                          side.left_width,
+                          side.right_width,
+                          vectors,
+                          parts,
+                          side.is_swapped};
     fused_share(x, results, share, norms);
     if (!results.bias) continue;
-    int64_t from = x.d_out * part / threads, to = x.d_out * (part + 1) / threads;
+    // Whole vectors: the columns after them are added up in another order.
+    int64_t whole = (x.d_out + T::width - 1) / T::width;
+    int64_t from = whole * part / threads * T::width;
+    int64_t to = least(x.d_out, whole * (part + 1) / threads * T::width);
     for (int64_t n = 0; n < x.batch; n++) {
       Rows<scalar_t> rows{x.g + n * x.g_batch, x.g_time, nullptr, 0, nullptr, nullptr};
       sum_rows<scalar_t, Terms::sum>(rows, x.time, from, to, nullptr, results.bias + n * x.d_out);
@@ -165,10 +173,10 @@ void sequence_fused(const Sequences<scalar_t>& x, const FusedResults<scalar_t>& 
 
 }  // namespace
 
-#define FM_DEFINE(scalar_t, suffix)                                                            \
-  void sequence_fused_##suffix(const Sequences<scalar_t>& x,                                   \
-                               const FusedResults<scalar_t>& results, int threads) {           \
-    sequence_fused(x, results, threads);                                                       \
+#define FM_DEFINE(scalar_t, suffix)                                                  \
+  void sequence_fused_##suffix(const Sequences<scalar_t>& x,                         \
+                               const FusedResults<scalar_t>& results, int threads) { \
+    sequence_fused(x, results, threads);                                             \
   }
 FM_DEFINE(float, f32)
 FM_DEFINE(double, f64)

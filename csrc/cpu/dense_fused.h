@@ -14,12 +14,12 @@ struct FusedResults {
 
 }  // namespace fastminima
 
-#define FM_DECLARE_DENSE_FUSED(ISA)                                                              \
-  namespace fastminima {                                                                         \
-  namespace ISA {                                                                                \
-  void sequence_fused_f32(const Sequences<float>&, const FusedResults<float>&, int threads);     \
-  void sequence_fused_f64(const Sequences<double>&, const FusedResults<double>&, int threads);   \
-  }                                                                                              \
+#define FM_DECLARE_DENSE_FUSED(ISA)                                                            \
+  namespace fastminima {                                                                       \
+  namespace ISA {                                                                              \
+  void sequence_fused_f32(const Sequences<float>&, const FusedResults<float>&, int threads);   \
+  void sequence_fused_f64(const Sequences<double>&, const FusedResults<double>&, int threads); \
+  }                                                                                            \
   }
 
 FM_DECLARE_DENSE_FUSED(generic)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from . import conv_native
+from ._arguments import FLOATS
 from .conv_geometry import ConvGeometry, patches
 from .table import Op
 
@@ -80,6 +81,34 @@ def _second_moment(
     return total
 
 
+def _fused(
+    x: Float[Tensor, "batch c_in *space"],
+    g: Float[Tensor, "batch c_out *space_out"],
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Tensor, Float[Tensor, " batch"], Float[Tensor, "batch c_out"] | None, Tensor | None
+]:
+    """The ordinary gradient and each sample's squared norm, from the same products.
+
+    If asked for, each sample's bias gradient too, and the second moment.
+    """
+    dtype = accumulation_dtype(g.dtype)
+    total = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    moment = torch.zeros_like(total) if with_second_moment else None
+    norms = g.new_zeros(len(g), dtype=dtype)
+    for block in _blocks(x, g, geometry):
+        grads = _gradients(x[block], g[block], geometry)
+        total += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[block] = squares.flatten(1).sum(dim=1)
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    bias = g.flatten(2).sum(dim=2, dtype=dtype) if with_bias else None
+    return total, norms, bias, moment
+
+
 def _gram(
     x: Float[Tensor, "batch c_in *space"],
     g: Float[Tensor, "batch c_out *space_out"],
@@ -115,38 +144,6 @@ def _dots(
     return (output * g).flatten(1).sum(dim=1)
 
 
-def _fused(
-    x: Float[Tensor, "batch c_in *space"],
-    g: Float[Tensor, "batch c_out *space_out"],
-    geometry: ConvGeometry,
-    with_bias: bool,
-    with_second_moment: bool,
-) -> tuple[
-    Tensor,
-    Float[Tensor, " batch"],
-    Float[Tensor, "batch c_out"] | None,
-    Tensor | None,
-]:
-    """The weight gradient of the batch, and what is per sample in it.
-
-    The sum over the samples of their gradients, shaped like the weight, the squared
-    norm of each, each one's bias gradient if `with_bias`, and the sum over the samples
-    of the squared gradients if `with_second_moment`.
-    """
-    dtype = accumulation_dtype(g.dtype)
-    grad = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
-    norms = g.new_zeros(len(g), dtype=dtype)
-    moment = torch.zeros_like(grad) if with_second_moment else None
-    for block in _blocks(x, g, geometry):
-        grads = _gradients(x[block], g[block], geometry)
-        grad += grads.sum(dim=0)
-        squares = grads.square_()
-        norms[block] = squares.flatten(1).sum(dim=1)
-        if moment is not None:
-            moment += squares.sum(dim=0)
-    return grad, norms, g.flatten(2).sum(2, dtype=dtype) if with_bias else None, moment
-
-
 def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
     """Slices of samples whose patches and gradients together stay below _BLOCK."""
     rows, image = geometry.roles(x, g)
@@ -162,7 +159,7 @@ conv_sq_norms = Op("conv_sq_norms", _sq_norms)
 conv_sq_norms.add_native(conv_native.fastest_sq_norms)
 conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
+conv_fused = Op("conv_fused", _fused)
+conv_fused.add_native(conv_native.fused, dtypes=FLOATS)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)
-conv_fused = Op("conv_fused", _fused)
-conv_fused.add_native(conv_native.fused)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import dense_native
 from ._arguments import FLOATS, accumulated
-from .dense_cost import NARROW, choose, guard, is_torch_faster
+from .dense_cost import NARROW, choose, guard, is_fused_faster, is_torch_faster
 from .table import Op
 
 __all__ = [
@@ -113,6 +113,36 @@ def _sequence_second_moment(
     return total
 
 
+def _sequence_fused(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Float[Tensor, "d_out d_in"],
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch d_out"] | None,
+    Float[Tensor, "d_out d_in"] | None,
+]:
+    """The ordinary gradient and each sample's squared norm, from the same products.
+
+    sum_{n, t} g[n, t] (outer) a[n, t] and |sum_t g[n, t] (outer) a[n, t]|^2; if asked
+    for, each sample's bias gradient sum_t g[n, t] and the second moment.
+    """
+    a, g = accumulated(a, g)
+    total = g.new_zeros(g.shape[2], a.shape[2])
+    moment = torch.zeros_like(total) if with_second_moment else None
+    norms = g.new_zeros(len(g))
+    for rows in _blocks(len(g), total.numel() * g.element_size()):
+        grads = _sequence_gradients(a[rows], g[rows])
+        total += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[rows] = squares.sum(dim=(1, 2))
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    return total, norms, g.sum(dim=1) if with_bias else None, moment
+
+
 def _sequence_gram(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch batch"]:
@@ -135,36 +165,6 @@ def _sequence_dots(
     """Inner product of each sample's gradient with the direction `v`."""
     a, g = accumulated(a, g)
     return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
-
-
-def _sequence_fused(
-    a: Float[Tensor, "batch time d_in"],
-    g: Float[Tensor, "batch time d_out"],
-    with_bias: bool,
-    with_second_moment: bool,
-) -> tuple[
-    Float[Tensor, "d_out d_in"],
-    Float[Tensor, " batch"],
-    Float[Tensor, "batch d_out"] | None,
-    Float[Tensor, "d_out d_in"] | None,
-]:
-    """The weight gradient of the batch, and what is per sample in it.
-
-    The sum over the samples of their gradients, the squared norm of each, each one's
-    bias gradient sum_t g[n, t] if `with_bias`, and the sum over the samples of the
-    squared gradients if `with_second_moment`.
-    """
-    a, g = accumulated(a, g)
-    grad, norms = g.new_zeros(g.shape[2], a.shape[2]), g.new_zeros(len(g))
-    moment = torch.zeros_like(grad) if with_second_moment else None
-    for rows in _blocks(len(g), grad.numel() * g.element_size()):
-        grads = _sequence_gradients(a[rows], g[rows])
-        grad += grads.sum(dim=0)
-        squares = grads.square_()
-        norms[rows] = squares.sum(dim=(1, 2))
-        if moment is not None:
-            moment += squares.sum(dim=0)
-    return grad, norms, g.sum(dim=1) if with_bias else None, moment
 
 
 def _sequence_sq_norms_torch(
@@ -203,7 +203,16 @@ def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor
 def _sequence_fused_native(
     kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
+    time, needs_gradients = g.shape[1], with_second_moment and g.shape[1] != 1
+    if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
+        return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
+    a, g = accumulated(a, g)
+    norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
+    moment = _sequence_second_moment(a, g) if with_second_moment else None
+    bias = g.sum(dim=1) if with_bias else None
+    if a.stride(0) < a.stride(1):  # by time: the sum may be taken in any order
+        a, g = a.transpose(0, 1), g.transpose(0, 1)
+    return g.flatten(0, 1).T @ a.flatten(0, 1), norms, bias, moment
 
 
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
@@ -211,10 +220,10 @@ sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
 direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
+sequence_fused = Op("sequence_fused", _sequence_fused)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
-sequence_fused = Op("sequence_fused", _sequence_fused)
 
 row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
 sequence_sq_norms.add(
