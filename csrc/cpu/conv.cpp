@@ -9,6 +9,7 @@
 #include "cpu/conv.h"
 
 #include "cpu/conv_direct.h"
+#include "cpu/conv_fused.h"
 #include "cpu/conv_gram.h"
 #include "cpu/conv_moment.h"
 
@@ -27,6 +28,10 @@ namespace FM_ISA {
   void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                  \
                                    const ConvSizes& sizes, scalar_t* total, int threads) {       \
     second_moment(rows, image, sizes, total, threads);                                           \
+  }                                                                                              \
+  void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
+                           const ConvResults<scalar_t>& results, int threads) {                  \
+    fused(rows, image, sizes, results, threads);                                                 \
   }
 
 FM_DEFINE(float, f32)
@@ -68,11 +73,24 @@ static auto bound_moment(kernel_t kernel) {
   };
 }
 
+template <typename scalar_t, typename kernel_t>
+static auto bound_fused(kernel_t kernel) {
+  return [kernel](uintptr_t rows, uintptr_t image, const py::tuple& sizes, uintptr_t grad,
+                  uintptr_t norms, uintptr_t bias, uintptr_t moment, int threads) {
+    kernel(pointer<scalar_t>(rows), pointer<scalar_t>(image), conv_sizes(sizes),
+           ConvResults<scalar_t>{pointer<scalar_t>(grad), pointer<scalar_t>(norms),
+                                 pointer<scalar_t>(bias), pointer<scalar_t>(moment)},
+           threads);
+  };
+}
+
 void bind_conv(py::module_& m) {
 #define FM_BIND_TYPE(ISA, scalar_t, suffix)                                           \
   sub.def("conv_direct_" #suffix, bound_norms<scalar_t>(&ISA::conv_direct_##suffix)); \
   sub.def("conv_gram_" #suffix, bound_norms<scalar_t>(&ISA::conv_gram_##suffix));     \
-  sub.def("conv_second_moment_" #suffix, bound_moment<scalar_t>(&ISA::conv_second_moment_##suffix));
+  sub.def("conv_second_moment_" #suffix,                                              \
+          bound_moment<scalar_t>(&ISA::conv_second_moment_##suffix));                 \
+  sub.def("conv_fused_" #suffix, bound_fused<scalar_t>(&ISA::conv_fused_##suffix));
 #define FM_BIND(ISA, handle)                                       \
   {                                                                \
     py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \

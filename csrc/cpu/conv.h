@@ -13,6 +13,13 @@ struct ConvSizes {
   int64_t image[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 
+// What conv_fused fills: grad and, unless null, moment are [rows, channels / groups, *kernel],
+// norms (unless null) is [batch], and bias (unless null) [batch, channels of the output].
+template <typename scalar_t>
+struct ConvResults {
+  scalar_t *grad, *norms, *bias, *moment;
+};
+
 }  // namespace fastminima
 
 // rows is [batch, rows, *out] and image [batch, channels, *image], both contiguous. `bias` may be
@@ -23,7 +30,9 @@ struct ConvSizes {
   void conv_gram_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,   \
                           scalar_t* weight, scalar_t* bias, int threads);                        \
   void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                  \
-                                   const ConvSizes& sizes, scalar_t* total, int threads);
+                                   const ConvSizes& sizes, scalar_t* total, int threads);        \
+  void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
+                           const ConvResults<scalar_t>& results, int threads);
 
 #define FM_DECLARE_CONV(ISA)        \
   namespace fastminima {            \

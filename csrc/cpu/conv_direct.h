@@ -80,8 +80,8 @@ void direct_sq_norms(const scalar_t* rows, const scalar_t* image, const ConvSize
       int64_t n = samples ? samples[i / parts] : i / parts;
       bool has_next = !samples && (i + 1) % chunk != 0 && i + 1 < count;
       const scalar_t *of_rows = rows + n * row_size, *of_image = image + n * image_size;
-      Ahead ahead = next_sample(of_rows + row_size, has_next ? row_size : 0, of_image + image_size,
-                                has_next ? image_size : 0, lines);
+      Ahead ahead = ahead_of(pieces(of_rows + row_size, has_next ? row_size : 0),
+                             pieces(of_image + image_size, has_next ? image_size : 0), lines);
       if (bias && i % parts == 0) bias[n] = bias_of_sample(rows, image, s, n);
       partial[i] = sample_sq_norm(p, of_rows, of_image, i % parts, parts, padded, block, &ahead);
     }

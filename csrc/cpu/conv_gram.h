@@ -221,8 +221,8 @@ void gram_sq_norms(const scalar_t* rows, const scalar_t* image, const ConvSizes&
     for (int64_t n = 0; n < s.batch; n++) {
       bool has_next = (n + 1) % chunk != 0 && n + 1 < s.batch;
       const scalar_t *of_rows = rows + n * row_size, *of_image = image + n * image_size;
-      Ahead ahead = next_sample(of_rows + row_size, has_next ? row_size : 0, of_image + image_size,
-                                has_next ? image_size : 0, tiles);
+      Ahead ahead = ahead_of(pieces(of_rows + row_size, has_next ? row_size : 0),
+                             pieces(of_image + image_size, has_next ? image_size : 0), tiles);
       if (bias) bias[n] = bias_of_sample(rows, image, s, n);
       sums[n] = sample_gram(p, of_rows, of_image, scratch, &ahead);
     }

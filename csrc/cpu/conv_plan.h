@@ -216,11 +216,11 @@ FM_INLINE void pack_rows(const Plan& p, const scalar_t* sample, int64_t group, i
                      dst);
 }
 
-// acc[i][j] = dW[row + i, column[j] ...] where `block` holds the rows from `row` on.
+// acc[i][j] += dW[row + i, column[j] ...] where `block` holds the rows from `row` on.
 template <int M, int NV, typename scalar_t>
-FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* block,
-                             const scalar_t* image, typename Simd<scalar_t>::vec (&acc)[M][NV],
-                             Ahead* ahead = nullptr) {
+FM_INLINE void add_gradient_tile(const Plan& p, const Piece& piece, const scalar_t* block,
+                                 const scalar_t* image, typename Simd<scalar_t>::vec (&acc)[M][NV],
+                                 Ahead* ahead = nullptr) {
   constexpr int RB = row_block<scalar_t>();
   const int64_t* out = p.sizes.out;
   Walk walk = {{piece.count[0], piece.count[1], piece.count[2]},
@@ -234,7 +234,18 @@ FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* 
   }
   const scalar_t* columns[NV];
   for (int j = 0; j < NV; j++) columns[j] = image + piece.offset[j] + b;
-  multiply<scalar_t, M, NV>(block + a, columns, walk, acc, ahead);
+  multiply_add<scalar_t, M, NV>(block + a, columns, walk, acc, ahead);
+}
+
+template <int M, int NV, typename scalar_t>
+FM_INLINE void gradient_tile(const Plan& p, const Piece& piece, const scalar_t* block,
+                             const scalar_t* image, typename Simd<scalar_t>::vec (&acc)[M][NV],
+                             Ahead* ahead = nullptr) {
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) acc[i][j] = typename Simd<scalar_t>::vec{};
+  add_gradient_tile<M, NV>(p, piece, block, image, acc, ahead);
 }
 
 // Calls use(M, NV) with the piece's number of vectors and the rows that a tile takes as constants.

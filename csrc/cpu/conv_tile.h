@@ -20,48 +20,54 @@ struct Walk {
   int64_t count[3], a_step[3], b_step[3];
 };
 
-// Memory that the next sample will read, asked for a few cache lines at a time while this one is
+// `count` pieces of memory, `step` bytes apart.
+struct Pieces {
+  const char* at;
+  int64_t bytes, step, count;
+};
+
+template <typename scalar_t>
+FM_INLINE Pieces pieces(const scalar_t* at, int64_t size, int64_t step = 0, int64_t count = 1) {
+  constexpr int64_t bytes = sizeof(scalar_t);
+  return {reinterpret_cast<const char*>(at), size * bytes, step * bytes, size > 0 ? count : 0};
+}
+
+// Memory that the next samples will read, asked for a few cache lines at a time while these are
 // worked on: samples are too short for the processor to see them coming.
 struct Ahead {
-  const char *at[2], *end[2];
+  Pieces of[2];
   int64_t lines;  // each time
+  int64_t offset;
 };
 
 FM_INLINE void fetch(Ahead* ahead) {
-  for (int64_t i = 0; i < ahead->lines; i++) {
-    if (ahead->at[0] >= ahead->end[0]) {
-      ahead->at[0] = ahead->at[1], ahead->end[0] = ahead->end[1];
-      if (ahead->at[0] >= ahead->end[0]) return;
-      ahead->at[1] = ahead->end[1];
+  Pieces& now = ahead->of[0];
+  for (int64_t i = 0; i < ahead->lines; i++, ahead->offset += 64) {
+    if (ahead->offset >= now.bytes) now.at += now.step, now.count--, ahead->offset = 0;
+    if (now.count <= 0) {
+      now = ahead->of[1], ahead->of[1].count = 0;
+      if (now.count <= 0) ahead->lines = 0;
+      continue;
     }
-    __builtin_prefetch(ahead->at[0], 0, 2);
-    ahead->at[0] += 64;
+    __builtin_prefetch(now.at + ahead->offset, 0, 2);
   }
 }
 
-// What `count` calls of fetch can bring of two arrays of n elements.
-template <typename scalar_t>
-FM_INLINE Ahead next_sample(const scalar_t* a, int64_t n_a, const scalar_t* b, int64_t n_b,
-                            int64_t count) {
+// What `calls` of fetch can bring.
+FM_INLINE Ahead ahead_of(const Pieces& a, const Pieces& b, int64_t calls) {
   // More lines at once than there are fill buffers (about 16) would stall.
-  int64_t lines = (n_a + n_b) * int64_t(sizeof(scalar_t)) / 64 / (count > 0 ? count : 1) + 1;
-  return {{reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b)},
-          {reinterpret_cast<const char*>(a + n_a), reinterpret_cast<const char*>(b + n_b)},
-          lines < 12 ? lines : 12};
+  int64_t lines = (a.bytes * a.count + b.bytes * b.count) / 64 / (calls > 0 ? calls : 1) + 1;
+  return {{a, b}, lines < 12 ? lines : 12, 0};
 }
 
-// acc[i][j] = sum over the positions of the walk of a[i] * b[j][0 .. width).
+// acc[i][j] += sum over the positions of the walk of a[i] * b[j][0 .. width).
 template <typename scalar_t, int M, int NV>
-FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
-                        typename Simd<scalar_t>::vec (&acc)[M][NV], Ahead* ahead = nullptr) {
+FM_INLINE void multiply_add(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
+                            typename Simd<scalar_t>::vec (&acc)[M][NV], Ahead* ahead = nullptr) {
   using vec = typename Simd<scalar_t>::vec;
   const scalar_t* base[NV];
 #pragma GCC unroll 3
   for (int j = 0; j < NV; j++) base[j] = b[j];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 3
-    for (int j = 0; j < NV; j++) acc[i][j] = vec{};
   const int64_t n = walk.count[2], a_x = walk.a_step[2], b_x = walk.b_step[2];
   for (int64_t z = 0; z < walk.count[0]; z++)
     for (int64_t y = 0; y < walk.count[1]; y++) {
@@ -80,6 +86,16 @@ FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk&
         }
       }
     }
+}
+
+template <typename scalar_t, int M, int NV>
+FM_INLINE void multiply(const scalar_t* a, const scalar_t* const* b, const Walk& walk,
+                        typename Simd<scalar_t>::vec (&acc)[M][NV], Ahead* ahead = nullptr) {
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) acc[i][j] = typename Simd<scalar_t>::vec{};
+  multiply_add<scalar_t, M, NV>(a, b, walk, acc, ahead);
 }
 
 }  // namespace

@@ -1,14 +1,12 @@
 // Per-sample statistics of the weight of a dense layer.
 #include "cpu/dense.h"
 
+#include "cpu/dense_panels.h"
 #include "parallel.h"
-#include "tile.h"
 
 namespace fastminima {
 namespace FM_ISA {
 namespace {
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // weight[n] = |a[n]|^2 |g[n]|^2 and bias[n] = |g[n]|^2: one row a sample.
 template <typename scalar_t>
@@ -166,37 +164,6 @@ struct DirectPanel {
         for (int k = 0; k < vecs; k++) s += c[j][k] * c[j][k];
     }
     result += sum<scalar_t>(s);
-  }
-};
-
-// Packs `width` columns of x [time, .] into left panels, some rows at a time: each is read once.
-template <typename scalar_t>
-void pack_panels(const scalar_t* x, int64_t stride, int64_t time, int64_t width, scalar_t* out) {
-  constexpr int R = Tile<scalar_t>::rows;
-  for (int64_t t = 0; t < time; t += 16)
-    for (int64_t i = 0; i < width; i += R)
-      pack_left(x + t * stride + i, stride, least(time - t, 16), least(width - i, R),
-                out + i * time + t * R);
-}
-
-// Which of the two sides is broadcast (in panels of Tile::rows) and which fills vectors: the
-// choice that pads less.
-template <typename scalar_t>
-struct Sides {
-  const scalar_t *left, *right;
-  int64_t left_time, right_time, left_width, right_width;
-
-  Sides(const Sequences<scalar_t>& x, int64_t n) {
-    constexpr int R = Tile<scalar_t>::rows, W = Tile<scalar_t>::width;
-    const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
-    auto padded = [](int64_t width, int64_t size) { return (width + size - 1) / size * size; };
-    if (padded(x.d_out, R) * padded(x.d_in, W) <= padded(x.d_in, R) * padded(x.d_out, W)) {
-      left = g, left_time = x.g_time, left_width = x.d_out;
-      right = a, right_time = x.a_time, right_width = x.d_in;
-    } else {
-      left = a, left_time = x.a_time, left_width = x.d_in;
-      right = g, right_time = x.g_time, right_width = x.d_out;
-    }
   }
 };
 
@@ -374,6 +341,7 @@ FM_DEFINE(double, f64)
 #include <array>
 
 #include "bind.h"
+#include "cpu/dense_fused.h"
 
 namespace fastminima {
 
@@ -418,12 +386,24 @@ static auto bound_total(kernel_t kernel) {
   };
 }
 
+template <typename scalar_t, typename kernel_t>
+static auto bound_fused(kernel_t kernel) {
+  return [kernel](const Numbers& x, uintptr_t grad, uintptr_t norms, uintptr_t bias,
+                  uintptr_t moment, int threads) {
+    kernel(sequences<scalar_t>(x),
+           FusedResults<scalar_t>{pointer<scalar_t>(grad), pointer<scalar_t>(norms),
+                                  pointer<scalar_t>(bias), pointer<scalar_t>(moment)},
+           threads);
+  };
+}
+
 void bind_dense(py::module_& m) {
 #define FM_BIND_OF(ISA, scalar_t, suffix)                                                         \
   sub.def("row_sq_norms_" #suffix, bound_rows<scalar_t>(&ISA::row_sq_norms_##suffix));            \
   sub.def("sequence_sq_norms_" #suffix, bound_norms<scalar_t>(&ISA::sequence_sq_norms_##suffix)); \
   sub.def("sequence_second_moment_" #suffix,                                                      \
-          bound_total<scalar_t>(&ISA::sequence_second_moment_##suffix));
+          bound_total<scalar_t>(&ISA::sequence_second_moment_##suffix));                          \
+  sub.def("sequence_fused_" #suffix, bound_fused<scalar_t>(&ISA::sequence_fused_##suffix));
 #define FM_BIND(ISA, handle)                                       \
   {                                                                \
     py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \

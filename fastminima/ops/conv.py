@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from . import conv_native
+from ._arguments import FLOATS
 from .conv_geometry import ConvGeometry, patches
 from .table import Op
 
@@ -159,5 +160,6 @@ conv_sq_norms.add_native(conv_native.fastest_sq_norms)
 conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
 conv_fused = Op("conv_fused", _fused)
+conv_fused.add_native(conv_native.fused, dtypes=FLOATS)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

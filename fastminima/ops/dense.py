@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import dense_native
 from ._arguments import FLOATS, accumulated
-from .dense_cost import NARROW, choose, guard, is_torch_faster
+from .dense_cost import NARROW, choose, guard, is_fused_faster, is_torch_faster
 from .table import Op
 
 __all__ = [
@@ -200,6 +200,21 @@ def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor
     return dense_native.sequence_second_moment(kernels, a, g)
 
 
+def _sequence_fused_native(
+    kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    time, needs_gradients = g.shape[1], with_second_moment and g.shape[1] != 1
+    if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
+        return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
+    a, g = accumulated(a, g)
+    norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
+    moment = _sequence_second_moment(a, g) if with_second_moment else None
+    bias = g.sum(dim=1) if with_bias else None
+    if a.stride(0) < a.stride(1):  # by time: the sum may be taken in any order
+        a, g = a.transpose(0, 1), g.transpose(0, 1)
+    return g.flatten(0, 1).T @ a.flatten(0, 1), norms, bias, moment
+
+
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
 sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
@@ -218,3 +233,4 @@ sequence_sq_norms.add_native(_sequence_sq_norms_native, dtypes=FLOATS)
 gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
 direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
 sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
+sequence_fused.add_native(_sequence_fused_native, dtypes=FLOATS)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["NARROW", "choose", "guard", "is_torch_faster"]
+__all__ = ["NARROW", "choose", "guard", "is_fused_faster", "is_torch_faster"]
 
 Way = Literal["rows", "gram", "direct"]
 
@@ -17,6 +17,7 @@ Way = Literal["rows", "gram", "direct"]
 _DIRECT_PRODUCT = 0.7  # a multiply-add of the direct kernel: its panels are short
 _DIRECT_ELEMENT = 2.3  # squaring one element of the gradient
 _DIRECT_PACKING = 23.0  # reading one element of the inputs
+_FUSED_ELEMENT = 2.5  # adding one to the sum over the samples, beside squaring it
 _ROWS, _COLUMNS = 8, 16  # what the tiles of the kernels round sizes up to
 
 # Elements of a gradient up to which `torch.bmm`, a square and a sum take 0.7 to 0.9 of
@@ -33,6 +34,18 @@ def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def _gram(time: int, d_in: int, d_out: int) -> float:
+    padded = _up(time, _COLUMNS)
+    return padded * (padded + _COLUMNS) / 2 * (d_in + d_out)
+
+
+def _elements(d_in: int, d_out: int) -> int:
+    """Those of a gradient in whole tiles."""
+    return min(
+        _up(d_out, _ROWS) * _up(d_in, _COLUMNS), _up(d_in, _ROWS) * _up(d_out, _COLUMNS)
+    )
+
+
 def choose(time: int, d_in: int, d_out: int) -> Way:
     """The fastest way to the squared norm of one sample's weight gradient.
 
@@ -44,11 +57,7 @@ def choose(time: int, d_in: int, d_out: int) -> Way:
     """
     if time == 1:
         return "rows"
-    padded = _up(time, _COLUMNS)
-    gram = padded * (padded + _COLUMNS) / 2 * (d_in + d_out)
-    elements = min(
-        _up(d_out, _ROWS) * _up(d_in, _COLUMNS), _up(d_in, _ROWS) * _up(d_out, _COLUMNS)
-    )
+    gram, elements = _gram(time, d_in, d_out), _elements(d_in, d_out)
     direct = elements * (_DIRECT_PRODUCT * time + _DIRECT_ELEMENT)
     direct += _DIRECT_PACKING * time * (d_in + d_out)
     return "gram" if gram < direct else "direct"
@@ -60,6 +69,21 @@ def is_torch_faster(time: int, d_in: int, d_out: int) -> bool:
     if way == "gram":
         return _SHORT < time < _LONG
     return way == "direct" and d_in * d_out <= NARROW
+
+
+def is_fused_faster(time: int, d_in: int, d_out: int) -> bool:
+    """Whether norms from the tiles of the weight gradient beat a product plus norms.
+
+    The tiles are those of the product, which costs the same either way. What norms add
+    to it is an update for each element of each sample's gradient or, apart from it, the
+    Gram sum: the cheaper one where time is short and the layer wide. One time step
+    leaves nothing to choose: its norms are those of two rows.
+    """
+    if time == 1:
+        return False
+    if choose(time, d_in, d_out) == "direct" or d_in * d_out <= NARROW:
+        return True
+    return _FUSED_ELEMENT * _elements(d_in, d_out) < _gram(time, d_in, d_out)
 
 
 def guard(d_in: int, d_out: int, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _native
@@ -14,6 +15,7 @@ __all__ = [
     "direct_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
+    "sequence_fused",
     "sequence_second_moment",
     "sequence_sq_norms",
 ]
@@ -89,3 +91,19 @@ def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
         numbers, total.data_ptr(), _native.threads()
     )
     return total
+
+
+def sequence_fused(
+    kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See `fastminima.ops.dense.sequence_fused`: all from the tiles of one product."""
+    a, g, numbers = _numbers(a, g)
+    grad, norms = g.new_empty(g.shape[2], a.shape[2]), g.new_empty(len(g))
+    bias = g.new_empty(len(g), g.shape[2]) if with_bias else None
+    moment = torch.empty_like(grad) if with_second_moment else None
+    getattr(kernels, f"sequence_fused_{SUFFIX[g.dtype]}")(
+        *(numbers, grad.data_ptr(), norms.data_ptr()),
+        *(0 if bias is None else bias.data_ptr(),),
+        *(0 if moment is None else moment.data_ptr(), _native.threads()),
+    )
+    return grad, norms, bias, moment
