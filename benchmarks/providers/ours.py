@@ -8,10 +8,10 @@ from benchmarks.providers.base import Provider
 from benchmarks.workloads import mean_loss
 
 
-def _probe(workload, measure):
+def _probe(workload, measure, mode="observe"):
     import fastminima as fm
 
-    probe = fm.GradientProbe(workload.model, measure=measure, mode="observe")
+    probe = fm.GradientProbe(workload.model, measure=measure, mode=mode)
 
     def step():
         workload.model.zero_grad(set_to_none=True)
@@ -102,6 +102,18 @@ PROVIDERS = [
         **_OURS,
         needs=_CURVATURE
         | {"norms": ("GradientProbe",), "second_moments": ("GradientProbe",)},
+    ),
+    Provider(
+        "fastminima-fused",
+        '**fastminima** `mode="fused"`',
+        {
+            "norms": lambda workload: _probe(workload, "norms", "fused"),
+            "second_moments": lambda workload: _probe(
+                workload, "second_moments", "fused"
+            ),
+        },
+        **_OURS,
+        needs={"norms": ("GradientProbe",), "second_moments": ("GradientProbe",)},
     ),
     Provider(
         "fastminima-warm",
