@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from . import dense_native
@@ -21,9 +21,11 @@ from .table import Op
 
 __all__ = [
     "direct_sq_norms",
+    "gathered_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_dots",
+    "sequence_fused",
     "sequence_gradients",
     "sequence_gram",
     "sequence_second_moment",
@@ -112,6 +114,52 @@ def _sequence_second_moment(
     return total
 
 
+def _sequence_fused(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Float[Tensor, "d_out d_in"],
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch d_out"] | None,
+    Float[Tensor, "d_out d_in"] | None,
+]:
+    """Gradient of the batch, with statistics of its samples' gradients beside it.
+
+    The sum of the samples' weight gradients, the squared norm of each, each sample's
+    bias gradient if `with_bias`, and if `with_second_moment` the sum over the samples
+    of the elementwise square of their weight gradients.
+    """
+    a, g = accumulated(a, g)
+    grad, norms = g.new_zeros(g.shape[2], a.shape[2]), g.new_zeros(len(g))
+    moment = torch.zeros_like(grad) if with_second_moment else None
+    for rows in _blocks(len(g), grad.numel() * g.element_size()):
+        grads = _sequence_gradients(a[rows], g[rows])
+        grad += grads.sum(dim=0)
+        squares = grads.square()
+        norms[rows] = squares.sum(dim=(1, 2))
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    return grad, norms, g.sum(dim=1) if with_bias else None, moment
+
+
+def _gathered_sq_norms(
+    a: Float[Tensor, "rows d_in"],
+    g: Float[Tensor, "rows d_out"],
+    index: Int64[Tensor, "batch time"],
+) -> Float[Tensor, " batch"]:
+    """Squared norm of each sample's gradient, its rows named by `index`; -1: no row."""
+    if len(g) == 0:
+        return accumulated(a, g)[1].new_zeros(len(index))
+    is_row = (index >= 0)[..., None]
+    rows = index.clamp_min(0)
+    # Also `a` without the rows that are missing: infinity times zero is no number.
+    return _direct_sq_norms(
+        torch.where(is_row, a[rows], 0), torch.where(is_row, g[rows], 0)
+    )
+
+
 def _sequence_gram(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch batch"]:
@@ -174,6 +222,8 @@ sequence_sq_norms = Op("sequence_sq_norms", _sequence_sq_norms)
 gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
 direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
+sequence_fused = Op("sequence_fused", _sequence_fused)
+gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
@@ -186,3 +236,10 @@ sequence_sq_norms.add_native(_sequence_sq_norms_native, dtypes=FLOATS)
 gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
 direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
 sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
+
+_TRITON = (torch.float32, torch.float16, torch.bfloat16)
+for _op in (
+    *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
+    *(sequence_second_moment, sequence_fused, gathered_sq_norms),
+):
+    _op.add_triton(f"dense.{_op.name}", dtypes=_TRITON, preferred=False)
