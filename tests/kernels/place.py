@@ -31,7 +31,8 @@ def _parts(result: Any) -> list[Tensor | None]:
 def _assert_same(first: Any, second: Any, what: str) -> None:
     for one, other in zip(_parts(first), _parts(second), strict=True):
         if one is not None:
-            assert torch.equal(one, other), what
+            same = torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+            assert same, what
 
 
 class Interpreter:

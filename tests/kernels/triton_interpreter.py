@@ -197,7 +197,8 @@ class CheckedExecutor(interpreter.GridExecutor):
         if self._report.sample:
             self.fn = _only_where_running(self.fn, builder)
         try:
-            super().__call__(*args_dev, **kwargs)
+            with np.errstate(all="ignore"):  # infinities are no news to a GPU
+                super().__call__(*args_dev, **kwargs)
         except InterpreterError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, CheckError):

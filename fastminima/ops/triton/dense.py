@@ -40,10 +40,9 @@ def gram_sq_norms(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _guarded(a: Tensor, g: Tensor, index: Tensor | None) -> Tensor:
-    """By Gram sums, and directly where those are not accurate: decided on the device."""
-    norms, is_lost = gram_sums(
-        a, g, guard_on_gpu(a.shape[-1], g.shape[-1], a.dtype), index
-    )
+    """By Gram sums, and directly where those are inaccurate: decided on the device."""
+    share = guard_on_gpu(a.shape[-1], g.shape[-1], a.dtype)
+    norms, is_lost = gram_sums(a, g, share, index)
     replace_lost(a, g, norms, is_lost, index)
     return norms
 

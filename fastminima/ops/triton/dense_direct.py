@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import one_dtype
+from ._launch import gradient_blocks, one_dtype
 from ._tiles import gradient_tile, swizzled
 
 __all__ = ["direct_sums", "replace_lost"]
@@ -98,45 +96,21 @@ def _replace_kernel(
         tl.store(norms_ptr + n, total)
 
 
-class _Blocks(NamedTuple):
-    """Launch configuration of `_direct_kernel`."""
-
-    out: int
-    inputs: int
-    time: int
-    warps: int
-    stages: int
-
-
-def _side(width: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(width)))
-
-
-def _blocks(dtype: torch.dtype, time: int, d_in: int, d_out: int) -> _Blocks:
-    """Blocks for tensor cores in half precision, for multiply-adds in float32."""
-    is_half = dtype != torch.float32
-    largest = 128 if is_half else 64
-    out, inputs = _side(d_out, largest), _side(d_in, largest)
-    steps = _side(time, 64 if is_half else 32)
-    warps = 8 if out * inputs == 128 * 128 else 4
-    return _Blocks(out, inputs, steps, warps, 3)
-
-
 def _launch(
     a: Tensor, g: Tensor, index: Tensor | None, is_wanted: Tensor | None, most: int
 ) -> Tensor:
     """Partial sums [batch, programs], by at most `most` programs a sample."""
     batch, time = g.shape[:2] if index is None else index.shape
-    blocks = _blocks(a.dtype, time, a.shape[-1], g.shape[-1])
-    tiles = triton.cdiv(g.shape[-1], blocks.out)
-    tiles *= triton.cdiv(a.shape[-1], blocks.inputs)
+    d_in, d_out = a.shape[-1], g.shape[-1]
+    blocks = gradient_blocks(a, g, time, kept=1)
+    tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
     programs = min(tiles, most)
     sums = g.new_empty(batch, programs, dtype=torch.float32)
     strides = [x.stride(0) if index is None else 0 for x in (a, g)]
     _direct_kernel[programs * batch,](
         *(a, g, sums if index is None else index.contiguous()),
         *(sums if is_wanted is None else is_wanted, sums, programs),
-        *(time, a.shape[-1], g.shape[-1]),
+        *(time, d_in, d_out),
         *(strides[0], a.stride(-2), strides[1], g.stride(-2)),
         OUT=blocks.out,
         IN=blocks.inputs,
@@ -151,7 +125,7 @@ def _launch(
 
 
 def direct_sums(a: Tensor, g: Tensor, index: Tensor | None = None) -> Tensor:
-    """Squared norms of the gradients of [batch, time, *], or of rows and their index."""
+    """Squared norms of gradients, of [batch, time, *] or of rows and their index."""
     a, g = one_dtype(a, g)
     batch, time = g.shape[:2] if index is None else index.shape
     if batch * time * a.shape[-1] * g.shape[-1] == 0:

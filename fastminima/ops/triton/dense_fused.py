@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import one_dtype, split
+from ._launch import gradient_blocks, one_dtype, split
 from ._tiles import gradient_tile, swizzled
 
 __all__ = ["Sums", "sequence_sums"]
@@ -89,30 +89,6 @@ def _fused_kernel(
         tl.store(moments_ptr + places, moment, mask=is_place)
 
 
-class _Blocks(NamedTuple):
-    """Launch configuration of `_fused_kernel`."""
-
-    out: int
-    inputs: int
-    time: int
-    warps: int
-    stages: int
-
-
-def _side(width: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(width)))
-
-
-def _blocks(dtype: torch.dtype, time: int, d_in: int, d_out: int) -> _Blocks:
-    """Blocks for tensor cores in half precision, for multiply-adds in float32."""
-    is_half = dtype != torch.float32
-    largest = 128 if is_half else 64
-    out, inputs = _side(d_out, largest), _side(d_in, largest)
-    steps = _side(time, 64 if is_half else 32)
-    warps = 8 if out * inputs == 128 * 128 else 4
-    return _Blocks(out, inputs, steps, warps, 3)
-
-
 class Sums(NamedTuple):
     """What was asked for: gradient, squared norms, second moment."""
 
@@ -127,7 +103,7 @@ def sequence_sums(
     """Launch the fused kernel for those of its outputs that are wanted."""
     a, g = one_dtype(a, g)
     (batch, time, d_in), d_out = a.shape, g.shape[2]
-    blocks = _blocks(a.dtype, time, d_in, d_out)
+    blocks = gradient_blocks(a, g, time, kept=1 + grad + second_moment)
     tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
     parts, each = split(batch, tiles)
     grads, moments = (

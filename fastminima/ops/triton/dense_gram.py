@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import PROGRAMS, one_dtype
+from ._launch import PROGRAMS, one_dtype, side
 from ._tiles import lower_triangle, row_products
 
 __all__ = ["GramSums", "gram_sums"]
@@ -134,10 +134,9 @@ def _blocks(dtype: torch.dtype, time: int, batch: int) -> _Blocks:
     there are few.
     """
     if dtype == torch.float32:
-        side = min(64, max(16, triton.next_power_of_2(time)))
-        return _Blocks(side, 32, 4 if side == 64 else 2, 3)
+        return _Blocks(side(time, 64), 16, 4 if time > 32 else 2, 3)
     if time <= 32:
-        return _Blocks(16 if time <= 16 else 32, 128, 2, 4)
+        return _Blocks(side(time, 32), 128, 2, 4)
     tiles = triton.cdiv(time, 128)
     if time > 64 and batch * tiles * (tiles + 1) // 2 >= PROGRAMS // 2:
         return _Blocks(128, 64, 8, 3)

@@ -13,6 +13,7 @@ from ._tiles import swizzled
 __all__ = ["row_sq_norms", "row_sums"]
 
 _LANES = 4096  # elements that a program of `_row_norms_kernel` loads at a time
+_SIDE, _SAMPLES = 64, 16  # the tile of a program of `_row_sums_kernel`, rows at a time
 
 
 @triton.jit
@@ -89,14 +90,15 @@ def _row_sums_kernel(
     OUT: tl.constexpr,
     IN: tl.constexpr,
     SAMPLES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SQUARES: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WITH_SQUARES: tl.constexpr,
 ):
     """sum_n g_n (outer) a_n and the same of the elements' squares, over `each` samples.
 
-    One program a tile and part of the batch. The squares are multiplied in float32:
-    they overflow float16.
+    One program a tile and part of the batch. Squares overflow float16, so they are
+    multiplied in float32, where those of half precisions have up to 22 bits: exactly
+    two TF32 parts, which three products on tensor cores multiply to 2^-22.
 
     Floor, with e bytes an element: a and g once, e batch (d_in + d_out) bytes, and
     4 parts d_in d_out for each output; batch d_in d_out multiply-adds for each.
@@ -120,10 +122,10 @@ def _row_sums_kernel(
         a = tl.load(a_at, mask=is_sample[:, None] & is_in[None, :], other=0.0)
         g = tl.load(g_at, mask=is_sample[None, :] & is_out[:, None], other=0.0)
         if WITH_GRAD:
-            grad = tl.dot(g, a, grad, input_precision=PRECISION)
+            grad = tl.dot(g, a, grad, input_precision="ieee")
         if WITH_SQUARES:
             a, g = a.to(tl.float32), g.to(tl.float32)
-            squares = tl.dot(g * g, a * a, squares, input_precision=PRECISION)
+            squares = tl.dot(g * g, a * a, squares, input_precision=SQUARES)
         a_at += step * a_batch
         g_at += step * g_batch
     places = (part * d_out + outs)[:, None] * d_in + ins[None, :]
@@ -140,9 +142,8 @@ def row_sums(
     """Sum over rows of g (outer) a, and of its square, each on request."""
     a, g = one_dtype(a, g)
     d_in, d_out = a.shape[1], g.shape[1]
-    side = 64
-    tiles = triton.cdiv(d_in, side) * triton.cdiv(d_out, side)
-    parts, each = split(triton.cdiv(len(g), 32), tiles)
+    tiles = triton.cdiv(d_in, _SIDE) * triton.cdiv(d_out, _SIDE)
+    parts, each = split(triton.cdiv(len(g), _SAMPLES), tiles)
     sums = [
         g.new_empty(parts, d_out, d_in, dtype=torch.float32) if wanted else None
         for wanted in (with_grad, with_squares)
@@ -152,11 +153,11 @@ def row_sums(
     unused = next(x for x in sums if x is not None)
     _row_sums_kernel[tiles * parts,](
         *(a, g, *(unused if x is None else x for x in sums)),
-        *(tiles, each * 32, len(g), d_in, d_out, a.stride(0), g.stride(0)),
-        OUT=side,
-        IN=side,
-        SAMPLES=32,
-        PRECISION="ieee",
+        *(tiles, each * _SAMPLES, len(g), d_in, d_out, a.stride(0), g.stride(0)),
+        OUT=_SIDE,
+        IN=_SIDE,
+        SAMPLES=_SAMPLES,
+        SQUARES="ieee" if a.dtype == torch.float32 else "tf32x3",
         WITH_GRAD=with_grad,
         WITH_SQUARES=with_squares,
         num_warps=4,
