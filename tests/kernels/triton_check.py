@@ -55,6 +55,7 @@ class _Twin:
     """
 
     def __init__(self, function: types.FunctionType) -> None:
+        function = inspect.unwrap(function)  # of what checks shapes in annotations
         copy = types.FunctionType(function.__code__, {}, function.__name__)
         self._original = function
         self._globals = copy.__globals__

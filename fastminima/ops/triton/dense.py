@@ -1,10 +1,12 @@
 """Dense weights in Triton: the launchers that the table of ops names.
 
 float32 products are made in float32 ("ieee"), never in TF32, which cuts operands to
-11 bits: a bias of 1e-3 in norms. Three TF32 products ("tf32x3") restore the operands,
-but tensor cores truncate each sum that they add up, so that an error grows with the
-width of the layer: about 3 d / 16 truncations of 2^-24, 5e-5 at d = 4096 (Ootomo and
-Yokota 2022, arXiv:2203.03341), where float32 arithmetic stays near 1e-6.
+11 bits: norms come out 1.4e-3 too small. Three TF32 products ("tf32x3") would run on
+tensor cores and leave 7e-7 of that, against 1e-7 in float32; but tensor cores also
+truncate the sums that they add up, an error that grows with the width of the layer:
+3 d / 8 steps of 2^-25 each, 5e-5 at d = 4096.
+
+Source: Ootomo and Yokota (2022), arXiv:2203.03341, for the truncation of sums.
 """
 
 from __future__ import annotations
