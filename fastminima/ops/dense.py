@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from . import dense_native
@@ -21,6 +21,7 @@ from .table import Op
 
 __all__ = [
     "direct_sq_norms",
+    "gathered_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_dots",
@@ -143,6 +144,22 @@ def _sequence_fused(
     return total, norms, g.sum(dim=1) if with_bias else None, moment
 
 
+def _gathered_sq_norms(
+    a: Float[Tensor, "rows d_in"],
+    g: Float[Tensor, "rows d_out"],
+    index: Int64[Tensor, "batch time"],
+) -> Float[Tensor, " batch"]:
+    """Squared norm of each sample's gradient, its rows named by `index`; -1: no row."""
+    if len(g) == 0:
+        return accumulated(a, g)[1].new_zeros(len(index))
+    is_row = (index >= 0)[..., None]
+    rows = index.clamp_min(0)
+    # Also `a` without the rows that are missing: infinity times zero is no number.
+    return _direct_sq_norms(
+        torch.where(is_row, a[rows], 0), torch.where(is_row, g[rows], 0)
+    )
+
+
 def _sequence_gram(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch batch"]:
@@ -221,6 +238,7 @@ gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
 direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
 sequence_fused = Op("sequence_fused", _sequence_fused)
+gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
@@ -234,3 +252,10 @@ gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
 direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
 sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
 sequence_fused.add_native(_sequence_fused_native, dtypes=FLOATS)
+
+_TRITON = (torch.float32, torch.float16, torch.bfloat16)
+for _op in (
+    *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
+    *(sequence_second_moment, sequence_fused, gathered_sq_norms),
+):
+    _op.add_triton(f"dense.{_op.name}", dtypes=_TRITON, preferred=False)

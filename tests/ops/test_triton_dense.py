@@ -1,0 +1,359 @@
+"""Triton kernels of dense weights against the float64 reference, on any machine."""
+
+import pytest
+import torch
+from kernels.triton_check import Report, interpreting
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastminima.ops import dense, dense_cost
+from fastminima.ops.triton import _launch, dense_direct, dense_gram
+from fastminima.ops.triton import dense as launchers
+
+HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, *HALVES]
+# batch, time, d_in, d_out: empty, least, odd, and either side of the sides of blocks.
+SHAPES = [
+    *[(0, 3, 4, 5), (3, 0, 4, 5), (1, 1, 1, 1), (5, 1, 70, 17), (3, 5, 7, 4)],
+    *[(2, 16, 64, 16), (2, 17, 63, 33), (1, 64, 129, 3), (1, 66, 48, 130)],
+]
+NORMS = ["gram_sq_norms", "direct_sq_norms"]
+# Room for rounding, relative to |gradient| where nothing cancels: a few sums.
+ROOM = {"rtol": 3e-5, "atol": 1e-5}
+
+
+def double(value):
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def check(place, name, *args, **room):
+    """A launcher where it runs against the reference of its op in float64."""
+    got = place(getattr(launchers, name), *args)
+    want = getattr(dense, name).reference(*map(double, args))
+    many = isinstance(want, tuple)
+    pairs = zip(got, want, strict=True) if many else [(got, want)]
+    for part, truth in pairs:
+        if truth is None:
+            assert part is None, name
+            continue
+        torch.testing.assert_close(
+            part, truth.float(), **{**ROOM, **room}, msg=lambda m: f"{name}: {m}"
+        )
+
+
+def sequences(shape, dtype=torch.float32):
+    batch, time, d_in, d_out = shape
+    a, g = torch.randn(batch, time, d_in), torch.randn(batch, time, d_out)
+    return a.to(dtype), g.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squared_norms(place, shape, dtype):
+    a, g = sequences(shape, dtype)
+    for name in NORMS:
+        check(place, name, a, g)
+    check(place, "sequence_sq_norms", a, g, True)
+    check(place, "sequence_sq_norms", a, g, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_over_samples(place, shape, dtype):
+    a, g = sequences(shape, dtype)
+    check(place, "sequence_second_moment", a, g, atol=1e-3)
+    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+    check(place, "sequence_fused", a, g, False, False, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5, 3), (1, 1, 1), (70, 63, 10), (3, 5000, 64)])
+def test_squared_norms_of_rows(place, shape, dtype):
+    batch, d_in, d_out = shape
+    a, g = torch.randn(batch, d_in).to(dtype), torch.randn(batch, d_out).to(dtype)
+    check(place, "row_sq_norms", a, g)
+
+
+def layouts(batch, time, width, dtype):
+    """By time, slices, last dimension apart, and samples that overlap."""
+    yield torch.randn(time, batch, width).to(dtype).transpose(0, 1)
+    yield torch.randn(batch, time, 2 * width + 3).to(dtype)[:, :, 2 : 2 + width]
+    yield torch.randn(batch, width, time).to(dtype).transpose(1, 2)
+    rows = torch.randn(batch + time, width).to(dtype)
+    yield rows.as_strided((batch, time, width), (width, width, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", range(4))
+@pytest.mark.parametrize("time", [1, 18])
+def test_layouts(place, layout, time, dtype):
+    a = list(layouts(3, time, 20, dtype))[layout]
+    g = list(layouts(3, time, 9, dtype))[layout]
+    for name in NORMS:
+        check(place, name, a, g)
+    check(place, "sequence_sq_norms", a, g, True)
+    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(7, 7), (20, 7)])
+def test_a_batch_in_parts_where_the_layer_is_small(place, monkeypatch, batch, parts):
+    monkeypatch.setattr(_launch, "PROGRAMS", 8)
+    assert _launch.split(batch, 1)[0] == parts
+    assert _launch.split(batch, 6)[0] == 1
+    a, g = sequences((batch, 2, 5, 3))
+    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+    a, g = sequences((16 * batch, 1, 5, 3))
+    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+
+
+@pytest.mark.parametrize("time", [1, 20])
+def test_half_precision_does_not_overflow(place, time):
+    a, g = sequences((2, time, 20, 30), torch.float16)
+    a, g = 300 * a, 300 * g  # squares near 1e5, float16 ends at 65504
+    for name in NORMS:
+        check(place, name, a, g)
+    check(place, "sequence_sq_norms", a, g, True)
+    check(place, "sequence_fused", a, g, True, True)
+
+
+def test_dtypes_that_differ_meet_in_float32(place):
+    a, g = sequences((2, 5, 7, 4))
+    check(place, "direct_sq_norms", a.half(), g.bfloat16())
+    check(place, "sequence_sq_norms", a, g.bfloat16(), True)
+    with pytest.raises(TypeError, match=r"got torch.float64 and torch.float32"):
+        launchers.gram_sq_norms(a.double(), g)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(place, value):
+    a, g = sequences((3, 5, 7, 4))
+    a[1, 2, 3] = value
+    want = torch.tensor([False, True, False])
+    for name in NORMS:
+        norms = place(getattr(launchers, name), a, g)
+        assert torch.equal(~norms.isfinite(), want), name
+    norms = place(launchers.sequence_fused, a, g, False, False)[1]
+    torch.testing.assert_close(
+        norms, dense.direct_sq_norms.reference(a, g), equal_nan=True
+    )
+
+
+def cancelling(dtype):
+    """Three samples; the steps of the middle one cancel but for a thousandth."""
+    a, g = sequences((3, 6, 200, 150))
+    a[1] = 1 + a[1] / 1000
+    g[1, 1::2] = -g[1, ::2]
+    return a.to(dtype), g.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_contributions_cancel_the_gradient_is_made(place, dtype):
+    a, g = cancelling(dtype)
+    assert dense_cost.choose_on_gpu(6, 200, 150) == "gram"
+    share = dense_cost.guard_on_gpu(200, 150, dtype)
+    lost = place(lambda a, g: dense_gram.gram_sums(a, g, share).is_lost, a, g)
+    assert lost.tolist() == [0, 1, 0]
+    check(place, "sequence_sq_norms", a, g, True, rtol=1e-4)
+
+
+def test_a_gram_sum_alone_loses_what_cancels(place):
+    a, g = cancelling(torch.float32)
+    got = place(launchers.gram_sq_norms, a, g)
+    want = dense.direct_sq_norms.reference(a.double(), g.double()).float()
+    error = (got / want - 1).abs()
+    assert error[1] > 1e-4  # or the test before this one shows nothing
+    assert error[[0, 2]].max() < 1e-5
+
+
+def counts(launcher, *args, **options):
+    """Counts of the launches of each kernel, by its name."""
+    with interpreting(report=Report(**options)) as report:
+        launcher(*args)
+    return {launch.kernel: launch for launch in report.per_launch}
+
+
+def test_samples_that_are_not_lost_are_not_read_again():
+    a, g = sequences((3, 6, 200, 150))
+    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
+    assert direct.load_bytes == 4 * direct.programs  # the flags
+    assert direct.store_bytes == 0
+    a, g = cancelling(torch.float32)
+    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
+    assert direct.unique_load_bytes == 4 * (3 + 6 * 200 + 6 * 150)
+
+
+def close(count, floor):
+    return floor <= count <= 1.05 * floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floors(dtype):
+    """Bytes and operations are what the docstrings of the kernels state."""
+    batch, time, d_in, d_out = 2, 64, 128, 128
+    a, g = sequences((batch, time, d_in, d_out), dtype)
+    read = a.element_size() * batch * time * (d_in + d_out)
+    product = 2 * batch * time * d_in * d_out
+
+    gram = counts(launchers.gram_sq_norms, a, g)["_gram_kernel"]
+    tile = dense_gram._blocks(dtype, time, batch).time
+    assert close(gram.unique_load_bytes, read)
+    assert close(gram.dot_flops, batch * time * (time + tile) * (d_in + d_out))
+
+    direct = counts(launchers.direct_sq_norms, a, g)["_direct_kernel"]
+    assert close(direct.unique_load_bytes, read)
+    assert close(direct.dot_flops, product)
+
+    fused = counts(launchers.sequence_fused, a, g, False, True)["_fused_kernel"]
+    parts, _ = _launch.split(batch, fused.programs // batch)
+    tiles = fused.programs // parts
+    assert close(fused.unique_load_bytes, read)
+    assert close(fused.dot_flops, product)
+    written = 2 * 4 * parts * d_in * d_out + 4 * batch * tiles
+    assert close(fused.unique_store_bytes, written)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floors_of_rows(dtype):
+    batch, d_in, d_out = 64, 128, 64
+    a, g = torch.randn(batch, d_in).to(dtype), torch.randn(batch, d_out).to(dtype)
+    read = a.element_size() * batch * (d_in + d_out)
+    norms = counts(launchers.row_sq_norms, a, g)["_row_norms_kernel"]
+    assert close(norms.load_bytes + norms.store_bytes, read + 8 * batch)
+    sums = counts(launchers.sequence_fused, a[:, None], g[:, None], False, True)
+    sums = sums["_row_sums_kernel"]
+    parts = sums.programs // 2
+    assert close(sums.unique_load_bytes, read)
+    assert close(sums.unique_store_bytes, 2 * 4 * parts * d_in * d_out)
+    assert close(sums.dot_flops, 2 * 2 * batch * d_in * d_out)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 512, 512), (512, 64, 128), (128, 512, 64), (16, 128, 128)]
+)
+def test_the_way_that_is_chosen_multiplies_least(shape):
+    a, g = (torch.zeros(1, shape[0], width, dtype=torch.half) for width in shape[1:])
+    gram, direct = (
+        sum(x.dot_flops for x in counts(launch, a, g, sample=1).values())
+        for launch in (launchers.gram_sq_norms, launchers.direct_sq_norms)
+    )
+    assert dense_cost.choose_on_gpu(*shape) == ("gram" if gram < direct else "direct")
+
+
+def test_one_step_is_a_row():
+    assert dense_cost.choose_on_gpu(1, 5, 7) == "rows"
+    a, g = sequences((3, 1, 5, 7))
+    assert [*counts(launchers.sequence_sq_norms, a, g, True)] == ["_row_norms_kernel"]
+
+
+def indexed(rows, batch, time, widths, dtype):
+    """Rows in no order, some used twice, some by nobody, and places without a row."""
+    index = torch.randint(-1, rows, (batch, time))
+    index[:, -1] = -1
+    a, g = (torch.randn(rows, width).to(dtype) for width in widths)
+    return a, g, index
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(7, 5), (70, 130)])
+@pytest.mark.parametrize("time", [3, 19])
+def test_gathered_rows(place, time, widths, dtype):
+    a, g, index = indexed(40, 3, time, widths, dtype)
+    a[index.unique()[1]] = a[index.unique()[1]] * 2  # a row that is used
+    check(place, "gathered_sq_norms", a, g, index)
+    for way in (
+        lambda a, g, index: dense_gram.gram_sums(a, g, 0.0, index).norms,
+        dense_direct.direct_sums,
+    ):
+        want = dense.gathered_sq_norms.reference(a.double(), g.double(), index)
+        torch.testing.assert_close(place(way, a, g, index), want.float(), **ROOM)
+
+
+def test_gathered_rows_where_there_are_none(place):
+    a, g, index = indexed(4, 3, 5, (7, 5), torch.float32)
+    check(place, "gathered_sq_norms", a, g, torch.full_like(index, -1))
+    check(place, "gathered_sq_norms", a, g, index[:, :0])
+    check(place, "gathered_sq_norms", a, g, index[:0])
+    check(place, "gathered_sq_norms", a[:0], g[:0], torch.full_like(index, -1))
+
+
+def test_gathered_rows_that_cancel(place):
+    a, g = cancelling(torch.float32)
+    index = torch.arange(18).reshape(3, 6)[:, torch.randperm(6)]
+    a, g = a.flatten(0, 1), g.flatten(0, 1)
+    check(place, "gathered_sq_norms", a, g, index, rtol=1e-4)
+
+
+class NoLook(TorchDispatchMode):
+    """Refuses what would wait for the device to tell a value, or a size."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "index", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITING), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("time", [1, 6, 40])
+def test_no_launcher_waits_for_the_device(time):
+    a, g = sequences((3, time, 17, 9))
+    index = torch.arange(3 * time).reshape(3, time)
+    with NoLook(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        a.sum().item()
+    with NoLook(), interpreting():
+        launchers.gram_sq_norms(a, g)
+        launchers.direct_sq_norms(a, g)
+        launchers.sequence_sq_norms(a, g, True)
+        launchers.sequence_fused(a, g, True, True)
+        launchers.sequence_second_moment(a, g)
+        launchers.gathered_sq_norms(a.flatten(0, 1), g.flatten(0, 1), index)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_launches_are_captured_in_a_graph():
+    a, g = (x.cuda() for x in cancelling(torch.float32))
+    launchers.sequence_sq_norms(a, g, True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = launchers.sequence_sq_norms(a, g, True)
+    a.mul_(2)
+    graph.replay()
+    want = dense.sequence_sq_norms.reference(a.double(), g.double(), True)
+    for part, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(part, truth.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_references_against_single_samples():
+    a, g = torch.randn(4, 6, 5).double(), torch.randn(4, 6, 3).double()
+    grads = torch.stack(
+        [sum(torch.outer(g[n, t], a[n, t]) for t in range(6)) for n in range(4)]
+    )
+    want = (grads.sum(0), grads.square().sum((1, 2)), g.sum(1), grads.square().sum(0))
+    for got, truth in zip(dense.sequence_fused(a, g, True, True), want, strict=True):
+        torch.testing.assert_close(got, truth)
+    assert dense.sequence_fused(a, g, False, False)[2:] == (None, None)
+
+    index = torch.tensor([[2, -1, 5], [2, 2, -1]])
+    a, g = a[0], g[0]
+    pairs = [[2, 5], [2, 2]]
+    want = [sum(torch.outer(g[i], a[i]) for i in pair).square().sum() for pair in pairs]
+    torch.testing.assert_close(dense.gathered_sq_norms(a, g, index), torch.stack(want))
+
+
+@pytest.mark.parametrize("name", launchers.__all__)
+def test_every_launcher_is_in_the_table(name):
+    op = getattr(dense, name)
+    for dtype in DTYPES:
+        assert "triton" in op.backends("cuda", dtype)
+        assert op.backends("cuda", dtype)[0] != "triton"  # until it is measured
+    assert "triton" not in op.backends("cuda", torch.float64)
+    assert "triton" not in op.backends("cpu", torch.float32)
+
+
+def test_the_table_finds_the_launcher():
+    a, g = sequences((2, 5, 7, 4))
+    run = dense.direct_sq_norms.on("triton", "cuda", torch.float32)
+    with interpreting() as report:
+        torch.testing.assert_close(run(a, g), dense.direct_sq_norms.reference(a, g))
+    assert report.launches == 1
