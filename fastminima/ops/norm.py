@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .. import _native
-from ._arguments import FLOATS, SUFFIX, accumulated, contiguous_rows
+from ._arguments import FLOATS, SUFFIX, TRITON, accumulated, contiguous_rows
 from .table import Op
 
 __all__ = [
@@ -145,11 +144,10 @@ channel_norm_gradients.add_native(_channel_norm_gradients_native, dtypes=FLOATS)
 layer_norm_fused = Op("layer_norm_fused", _layer_norm_fused)
 channel_norm_fused = Op("channel_norm_fused", _channel_norm_fused)
 
-_HALVES = (torch.float32, torch.float16, torch.bfloat16)
 for _op in (
     layer_norm_gradients,
     channel_norm_gradients,
     layer_norm_fused,
     channel_norm_fused,
 ):
-    _op.add_triton(f"norm.{_op.name}", dtypes=_HALVES, preferred=False)
+    _op.add_triton(f"norm.{_op.name}", dtypes=TRITON, preferred=False)

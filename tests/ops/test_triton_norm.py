@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.place import PLACES, Interpreter, place_named
+from kernels.place import Interpreter
 from kernels.triton_check import Report, interpreting
 from ops.triton_cases import (
     DTYPES,
@@ -21,11 +21,6 @@ SHAPES = [
     *[(0, 3, 4), (3, 0, 4), (3, 2, 0), (2, 6100, 3)],
 ]
 ROUNDINGS = 24  # a term: its product, then log2 of its tile, and the tiles of a lane
-
-
-@pytest.fixture(params=PLACES)
-def place(request):
-    return place_named(request.param)
 
 
 def rows(batch, time):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import PROGRAMS, WARPS, Tiles, oriented, tiles
+from ._time_tiles import PROGRAMS, WARPS, Tiles, oriented, tiles
 
 __all__ = [
     "channel_norm_fused",
