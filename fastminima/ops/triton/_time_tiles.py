@@ -23,7 +23,7 @@ WARPS = 4
 # lines of one feature and four features a program.
 RUN_FEATURES = 128
 RUN_TIME = 512
-PROGRAMS = 512  # about 4 for each of 108 to 148 multiprocessors
+PROGRAMS = 1024  # about 8 for each of 108 to 148 multiprocessors
 STEPS = 8  # tiles that a program sums at least before time is split: writing is 1/8
 
 
