@@ -75,8 +75,10 @@ def test_larger_tiles(monkeypatch, place):
 def test_gradients_in_several_chunks(monkeypatch, place):
     monkeypatch.setattr(pairs, "SCRATCH_BYTES", 1 << 18)
     monkeypatch.setattr(pairs, "SCRATCH_ROWS", 16)
-    a, g = inputs((17, 3, 20, 100), torch.float32)
+    a, g = inputs((17, 3, 20, 200), torch.float32)
     check(place, by(pairs._by_gradients), dense.sequence_gram, a, g)
+    if place.report is not None:
+        assert place.report.launches == 4
 
 
 def test_each_way_is_taken_where_it_is_cheaper():
