@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 
-__all__ = ["FLOATS", "SUFFIX", "accumulated", "contiguous_rows"]
+__all__ = ["FLOATS", "SUFFIX", "TRITON", "accumulated", "contiguous_rows"]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dtypes import accumulation_dtype
-from ._arguments import FLOATS, SUFFIX, accumulated, contiguous_rows
+from ._arguments import FLOATS, SUFFIX, TRITON, accumulated, contiguous_rows
 from .table import Op
 
 __all__ = ["product_over_time", "sum_over_space", "sum_over_time"]
@@ -79,3 +79,6 @@ product_over_time = Op("product_over_time", _product_over_time)
 sum_over_time.add_native(_sum_over_time_native, dtypes=FLOATS, preferred=False)
 sum_over_space.add_native(_sum_over_space_native, dtypes=FLOATS, preferred=False)
 product_over_time.add_native(_product_over_time_native, dtypes=FLOATS)
+
+for _op in (sum_over_time, sum_over_space, product_over_time):
+    _op.add_triton(f"broadcast.{_op.name}", dtypes=TRITON, preferred=False)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from . import dense_native
-from ._arguments import FLOATS, accumulated
+from ._arguments import FLOATS, TRITON, accumulated
 from .dense_cost import NARROW, choose, guard, is_fused_faster, is_torch_faster
 from .table import Op
 
@@ -28,6 +28,7 @@ __all__ = [
     "sequence_fused",
     "sequence_gradients",
     "sequence_gram",
+    "sequence_multi_dots",
     "sequence_second_moment",
     "sequence_sq_norms",
 ]
@@ -184,6 +185,23 @@ def _sequence_dots(
     return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
 
 
+def _sequence_multi_dots(
+    a: Float[Tensor, "batch time d_in"],
+    g: Float[Tensor, "batch time d_out"],
+    v: Float[Tensor, "directions d_out d_in"],
+) -> Float[Tensor, "batch directions"]:
+    """Inner product of each sample's gradient with each of the directions `v`.
+
+    Beside `sequence_dots`: other kinds of gradients take one direction at a time, and
+    directions are not stacked unless it pays to read `a` and `g` once for all of them.
+    """
+    a, g = accumulated(a, g)
+    dots = g.new_empty(len(g), len(v))
+    for k, direction in enumerate(v):
+        dots[:, k] = _sequence_dots(a, g, direction)
+    return dots
+
+
 def _sequence_sq_norms_torch(
     a: Tensor, g: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -241,6 +259,7 @@ sequence_fused = Op("sequence_fused", _sequence_fused)
 gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
 sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
+sequence_multi_dots = Op("sequence_multi_dots", _sequence_multi_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
 
 row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
@@ -253,9 +272,12 @@ direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
 sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
 sequence_fused.add_native(_sequence_fused_native, dtypes=FLOATS)
 
-_TRITON = (torch.float32, torch.float16, torch.bfloat16)
 for _op in (
     *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
     *(sequence_second_moment, sequence_fused, gathered_sq_norms),
 ):
-    _op.add_triton(f"dense.{_op.name}", dtypes=_TRITON, preferred=False)
+    _op.add_triton(f"dense.{_op.name}", dtypes=TRITON, preferred=False)
+
+sequence_gram.add_triton("pairs.sequence_gram", dtypes=TRITON, preferred=False)
+for _op in (sequence_dots, sequence_multi_dots):
+    _op.add_triton(f"dots.{_op.name}", dtypes=TRITON, preferred=False)

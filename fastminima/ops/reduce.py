@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dtypes import accumulation_dtype
-from ._arguments import FLOATS, SUFFIX, accumulated
+from ._arguments import FLOATS, SUFFIX, TRITON, accumulated
 from .table import Op
 
 __all__ = ["joint_sq_norm", "sq_norm"]
@@ -51,5 +51,6 @@ def _joint_sq_norm_native(
 
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
+sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON, preferred=False)
 joint_sq_norm = Op("joint_sq_norm", _joint_sq_norm)
 joint_sq_norm.add_native(_joint_sq_norm_native, dtypes=FLOATS)

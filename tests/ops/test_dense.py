@@ -71,6 +71,8 @@ def test_sums_over_sequences(check, shape, dtype):
         check(dense.sequence_gram, a, g, **loose)
         check(dense.sequence_gradients, a, g, **loose)
         check(dense.sequence_dots, a, g, torch.randn(shape[3], shape[2]), **loose)
+        directions = torch.randn(2, shape[3], shape[2])
+        check(dense.sequence_multi_dots, a, g, directions, **loose)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,6 +116,10 @@ def test_references_against_single_samples():
         torch.testing.assert_close(op.reference(a, g), value)
     torch.testing.assert_close(
         dense.sequence_dots.reference(a, g, v), flat @ v.flatten()
+    )
+    many = torch.stack((v, 2 * v.flip(0)))
+    torch.testing.assert_close(
+        dense.sequence_multi_dots.reference(a, g, many), flat @ many.flatten(1).T
     )
     torch.testing.assert_close(weight, flat.square().sum(1))
     torch.testing.assert_close(bias, g.sum(1).square().sum(1))

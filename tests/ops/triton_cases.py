@@ -1,0 +1,69 @@
+"""What the tests of the Triton kernels share: layouts, and room for rounding."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["samples", "times", "slice", "transposed"]
+HALF_ULP = 2.0**-24  # of float32, relative
+
+
+def laid_out(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Random `[batch, time, width]` as they come: by sample, by time, cut, transposed.
+
+    A slice starts off the 16 bytes that vector loads want.
+    """
+    batch, time, width = shape
+    match layout:
+        case "samples":
+            return torch.randn(batch, time, width).to(dtype)
+        case "times":
+            return torch.randn(time, batch, width).to(dtype).transpose(0, 1)
+        case "slice":
+            return torch.randn(batch, time, width + 3).to(dtype)[:, :, 1 : 1 + width]
+        case "transposed":
+            return torch.randn(batch, width, time).to(dtype).transpose(1, 2)
+    raise LookupError(layout)
+
+
+@contextlib.contextmanager
+def far_apart(
+    shape: tuple[int, int, int], strides: tuple[int, int, int]
+) -> Iterator[Tensor]:
+    """A float16 `[batch, time, width]` in 4 GB of memory, of which little is touched.
+
+    An offset that was computed in 32 bits is wrong in it.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        whole = torch.empty(2**31 + 2**10, dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    yield whole.as_strided(shape, strides).copy_(torch.randn(shape))
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The oracle's arguments."""
+    return [None if t is None else t.double() for t in tensors]
+
+
+def assert_within(got: Tensor, want: Tensor, size: Tensor, roundings: int) -> None:
+    """Compare with float64, where each term of a sum was rounded some times.
+
+    Args:
+        got: The kernel's result, float32.
+        want: The oracle's, float64.
+        size: The same sums over absolute values: what the roundings are relative to.
+        roundings: How many a term passes through.
+    """
+    assert got.dtype == torch.float32
+    assert got.shape == want.shape
+    error = (got.double() - want).abs()
+    fits = error <= roundings * HALF_ULP * size.abs() + 1e-30
+    assert fits.all(), f"{error[~fits][:3]} past {size.abs()[~fits][:3]} in size"
