@@ -20,6 +20,7 @@ from .table import Op
 __all__ = [
     "ConvGeometry",
     "conv_dots",
+    "conv_fused",
     "conv_gradients",
     "conv_gram",
     "conv_second_moment",
@@ -79,6 +80,39 @@ def _second_moment(
     return total
 
 
+def _fused(
+    x: Float[Tensor, "batch c_in *space"],
+    g: Float[Tensor, "batch c_out *space_out"],
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[
+    Tensor,
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch c_out"] | None,
+    Tensor | None,
+]:
+    """The batch's weight gradient together with the statistics of its samples.
+
+    In this order: the gradient of the weight; the squared norm of each sample's part of
+    it; each sample's bias gradient, if asked for; and, if asked for, the sum over the
+    samples of the squared weight gradient, shaped like the weight.
+    """
+    dtype = accumulation_dtype(g.dtype)
+    grad = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    moment = torch.zeros_like(grad) if with_second_moment else None
+    norms = g.new_zeros(len(g), dtype=dtype)
+    for block in _blocks(x, g, geometry):
+        grads = _gradients(x[block], g[block], geometry)
+        grad += grads.sum(dim=0)
+        squares = grads.square_()
+        norms[block] = squares.flatten(1).sum(dim=1)
+        if moment is not None:
+            moment += squares.sum(dim=0)
+    bias = g.sum(dim=tuple(range(2, g.dim())), dtype=dtype) if with_bias else None
+    return grad, norms, bias, moment
+
+
 def _gram(
     x: Float[Tensor, "batch c_in *space"],
     g: Float[Tensor, "batch c_out *space_out"],
@@ -124,10 +158,18 @@ def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, len(g), size))
 
 
+_TRITON = (torch.float32, torch.float16, torch.bfloat16)
+
 conv_gradients = Op("conv_gradients", _gradients)
 conv_sq_norms = Op("conv_sq_norms", _sq_norms)
 conv_sq_norms.add_native(conv_native.fastest_sq_norms)
+conv_sq_norms.add_triton("conv.conv_sq_norms", dtypes=_TRITON, preferred=False)
 conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
+conv_second_moment.add_triton(
+    "conv.conv_second_moment", dtypes=_TRITON, preferred=False
+)
+conv_fused = Op("conv_fused", _fused)
+conv_fused.add_triton("conv.conv_fused", dtypes=_TRITON, preferred=False)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

@@ -1,0 +1,119 @@
+"""What a convolution kernel is told of sizes, strides and geometry."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..conv_geometry import ConvGeometry
+
+__all__ = ["ConvSizes", "Operands", "operands"]
+
+# Offsets within a sample are computed in 32 bits below this many elements.
+_NARROW = 2**31
+
+
+class ConvSizes(NamedTuple):
+    """One call's sizes, three to each tuple: missing leading axes have size 1."""
+
+    batch: int
+    groups: int
+    height: int  # rows of a group
+    channels: int  # channels of the image of a group
+    space: tuple[int, int, int]  # of the image
+    out: tuple[int, int, int]  # positions of the rows
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    axes: int
+
+    @property
+    def taps(self) -> int:
+        """Elements of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def length(self) -> int:
+        """Positions of the rows, summed over in each product."""
+        return math.prod(self.out)
+
+    @property
+    def weight(self) -> int:
+        """Elements of the weight."""
+        return self.groups * self.height * self.channels * self.taps
+
+    def constants(self) -> dict[str, object]:
+        """The geometry, as the compile-time constants that all kernels share."""
+        return {
+            "KERNEL": self.kernel,
+            "STRIDE": self.stride,
+            "PADDING": self.padding,
+            "DILATION": self.dilation,
+            "AXES": self.axes,
+        }
+
+
+class Operands(NamedTuple):
+    """The two factors of a weight gradient and how they lie in memory."""
+
+    rows: Tensor  # [batch, groups * height, length]
+    image: Tensor  # [batch, groups * channels, *space]
+    sizes: ConvSizes
+    row_strides: tuple[int, int, int]  # of sample, row, position
+    image_strides: tuple[int, int, int, int, int]  # of sample, channel, and axes
+
+    @property
+    def positions_last(self) -> dict[str, object]:
+        """Which tiles have positions, not channels, along their contiguous axis.
+
+        And whether offsets need 64 bits.
+        """
+        spans = (_span(self.rows), _span(self.image))
+        return {
+            "ROWS_BY_POSITION": self.row_strides[2] <= self.row_strides[1],
+            "IMAGE_BY_POSITION": self.image_strides[4] <= self.image_strides[1],
+            "WIDE": max(spans) >= _NARROW,
+        }
+
+    def samples(self, part: slice) -> Operands:
+        """The same of some of the samples."""
+        rows, image = self.rows[part], self.image[part]
+        sizes = self.sizes._replace(batch=len(rows))
+        return self._replace(rows=rows, image=image, sizes=sizes)
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements between the first and the last of one sample."""
+    axes = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return sum((size - 1) * stride for size, stride in axes)
+
+
+def operands(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Operands:
+    """Rows and image of a convolution, in one dtype, without a copy where possible.
+
+    A sample of the rows is a matrix: positions that do not lie evenly are copied.
+    """
+    dtype = torch.promote_types(x.dtype, g.dtype)
+    rows, image = geometry.roles(x.to(dtype), g.to(dtype))
+    missing = 3 - len(geometry.kernel_size)
+    ones, zeros = (1,) * missing, (0,) * missing
+    sizes = ConvSizes(
+        batch=len(rows),
+        groups=geometry.groups,
+        height=rows.shape[1] // geometry.groups,
+        channels=image.shape[1] // geometry.groups,
+        space=(*ones, *image.shape[2:]),
+        out=(*ones, *rows.shape[2:]),
+        kernel=(*ones, *geometry.kernel_size),
+        stride=(*ones, *geometry.stride),
+        padding=(*zeros, *geometry.padding),
+        dilation=(*ones, *geometry.dilation),
+        axes=len(geometry.kernel_size),
+    )
+    rows = rows.flatten(2)
+    strides = (*image.stride()[:2], *zeros, *image.stride()[2:])
+    return Operands(rows, image, sizes, rows.stride(), strides)
