@@ -1,10 +1,16 @@
 """The loop over the implementations of an op."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastminima._dtypes import accumulation_dtype
+
+collect_ignore_glob = []
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob.append("test_triton_*.py")
 
 
 def _double(value):
@@ -44,3 +50,12 @@ def _check(op, *args, dtype=None, rtol=None, atol=None, nonnegative=False):
 def check():
     """Compare every implementation of an op with its reference in float64."""
     return _check
+
+
+if importlib.util.find_spec("triton") is not None:
+    from kernels.place import PLACES, Cuda, Interpreter, place_named
+
+    @pytest.fixture(params=PLACES)
+    def place(request) -> Interpreter | Cuda:
+        """Where a launcher of Triton kernels runs: `place(launcher, *args)`."""
+        return place_named(request.param)
