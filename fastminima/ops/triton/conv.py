@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ..conv_geometry import ConvGeometry
+from ..dense_cost import guard
+from .conv_cost import DirectTile, GramTile, direct_tile, fastest
 from .conv_direct import products
-from .conv_sizes import operands
+from .conv_gram import gram_parts
+from .conv_sizes import Operands, operands
 
 __all__ = ["conv_fused", "conv_second_moment", "conv_sq_norms"]
 
@@ -25,8 +28,26 @@ def conv_sq_norms(
     of = operands(x, g, geometry)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(len(g), dtype=torch.float32), bias
-    norms, _, _ = products(of, norms=True)
-    return norms, bias
+    return _sq_norms(of, fastest(of.sizes, of.image.dtype)), bias
+
+
+def _sq_norms(of: Operands, tile: DirectTile | GramTile) -> Tensor:
+    """By the way whose tile is given; again by direct where a Gram sum is inaccurate.
+
+    Which samples these are is known to the device only: the direct kernel is always
+    launched, and ends at once for the others.
+    """
+    if isinstance(tile, DirectTile):
+        norms, _, _ = products(of, tile, norms=True)
+        return norms
+    sizes = of.sizes
+    total, diagonal = gram_parts(of, tile)
+    share = guard(sizes.channels * sizes.taps, sizes.height, torch.float32)
+    # Neither is a sum that is not a number.
+    lost = ~(total >= share * diagonal)
+    direct = direct_tile(sizes, of.image.dtype, outputs=0)
+    again, _, _ = products(of, direct, norms=True, wanted=lost)
+    return torch.where(lost, again, total)
 
 
 def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -35,7 +56,8 @@ def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     shape = geometry.weight_shape(x, g)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(shape, dtype=torch.float32)
-    _, _, moment = products(of, moment=True)
+    tile = direct_tile(of.sizes, of.image.dtype, outputs=1)
+    _, _, moment = products(of, tile, moment=True)
     return moment.reshape(shape)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_cost import chunks, direct_tile
+from .conv_cost import DirectTile, chunks
 from .conv_sizes import Operands
 from .conv_tiles import advance, load_patches, load_rows, split, tap_of_column
 
@@ -59,6 +59,8 @@ def _products_kernel(
     rows_ptr += (group * height).to(tl.int64) * row_strides[1]
     image_ptr += (group * channels).to(tl.int64) * image_strides[1]
 
+    is_element = (r < height)[:, None] & (c < channels)[None, :]
+
     step = split(BLOCK_T, out)
     t_first = tl.arange(0, BLOCK_T)
     if GRAD:
@@ -86,6 +88,8 @@ def _products_kernel(
             )
             grad = tl.dot(left, right, grad, input_precision=PRECISION)
             z, y, x = advance(z, y, x, step, out, AXES)
+        # An infinite pixel times the zeros beside the rows is not a number.
+        grad = tl.where(is_element, grad, 0.0)
         if NORMS:
             tl.store(norms_ptr + sample * tiles + tile, tl.sum(grad * grad))
         if GRAD:
@@ -97,11 +101,10 @@ def _products_kernel(
     row = (group * height + r).to(tl.int64) * (channels * taps)
     at = row[:, None] + (c * taps + tap)[None, :]
     at += tl.cast(chunk, tl.int64) * groups * height * channels * taps
-    mask = (r < height)[:, None] & (c < channels)[None, :]
     if GRAD:
-        tl.store(grad_ptr + at, total, mask=mask)
+        tl.store(grad_ptr + at, total, mask=is_element)
     if MOMENT:
-        tl.store(moment_ptr + at, squares, mask=mask)
+        tl.store(moment_ptr + at, squares, mask=is_element)
 
 
 @triton.jit
@@ -134,6 +137,7 @@ def _load_columns(
 
 def products(
     of: Operands,
+    tile: DirectTile,
     *,
     norms: bool = False,
     grad: bool = False,
@@ -146,11 +150,8 @@ def products(
     the others are zero; their programs end at once.
     """
     sizes = of.sizes
-    tile = direct_tile(sizes, of.image.dtype, outputs=grad + moment)
     tiles = tile.count(sizes)
-    parts = (
-        chunks(sizes.batch, tiles, of.image.device) if grad or moment else sizes.batch
-    )
+    parts = chunks(sizes.batch, tiles) if grad or moment else sizes.batch
     per_chunk = -(-sizes.batch // parts)
     parts = -(-sizes.batch // per_chunk)
     new = of.image.new_empty
@@ -165,7 +166,7 @@ def products(
         *(sizes.length, sizes.space, sizes.out, of.row_strides, of.image_strides),
         *(norms, grad, moment, wanted is not None),
         **sizes.constants(),
-        **of.positions_last,
+        **of.layout(),
         **tile.constants(),
     )
     return (

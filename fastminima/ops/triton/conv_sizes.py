@@ -46,6 +46,22 @@ class ConvSizes(NamedTuple):
         """Elements of the weight."""
         return self.groups * self.height * self.channels * self.taps
 
+    @property
+    def phases(self) -> int:
+        """Residues of pixels modulo the stride."""
+        return math.prod(self.stride)
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        """Size of a phase: the pixels of the image that have one residue."""
+        z, y, x = (-(-n // s) for n, s in zip(self.space, self.stride, strict=True))
+        return z, y, x
+
+    @property
+    def gram(self) -> int:
+        """Elements of the Gram matrices of a sample's image."""
+        return self.groups * self.phases * math.prod(self.cells) ** 2
+
     def constants(self) -> dict[str, object]:
         """The geometry, as the compile-time constants that all kernels share."""
         return {
@@ -66,11 +82,11 @@ class Operands(NamedTuple):
     row_strides: tuple[int, int, int]  # of sample, row, position
     image_strides: tuple[int, int, int, int, int]  # of sample, channel, and axes
 
-    @property
-    def positions_last(self) -> dict[str, object]:
-        """Which tiles have positions, not channels, along their contiguous axis.
+    def layout(self) -> dict[str, object]:
+        """How to load tiles, as compile-time constants.
 
-        And whether offsets need 64 bits.
+        Which have positions, not channels, along their contiguous axis; and whether
+        offsets within a sample need 64 bits.
         """
         spans = (_span(self.rows), _span(self.image))
         return {
