@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..conv_geometry import ConvGeometry
 from ..dense_cost import guard
-from .conv_cost import DirectTile, GramTile, direct_tile, fastest
+from .conv_cost import GramTile, direct_tile, fastest_gram
 from .conv_direct import products
 from .conv_gram import gram_parts
 from .conv_sizes import Operands, operands
@@ -28,26 +28,27 @@ def conv_sq_norms(
     of = operands(x, g, geometry)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(len(g), dtype=torch.float32), bias
-    return _sq_norms(of, fastest(of.sizes, of.image.dtype)), bias
+    gram = fastest_gram(of)
+    return direct_norms(of) if gram is None else gram_norms(of, gram), bias
 
 
-def _sq_norms(of: Operands, tile: DirectTile | GramTile) -> Tensor:
-    """By the way whose tile is given; again by direct where a Gram sum is inaccurate.
+def direct_norms(of: Operands, wanted: Tensor | None = None) -> Tensor:
+    """From the gradients themselves; zero for samples that are not wanted."""
+    norms, _, _ = products(*direct_tile(of, outputs=0), norms=True, wanted=wanted)
+    return norms
+
+
+def gram_norms(of: Operands, tile: GramTile) -> Tensor:
+    """From Gram matrices, and directly where rounding errors may be larger than 1e-4.
 
     Which samples these are is known to the device only: the direct kernel is always
     launched, and ends at once for the others.
     """
-    if isinstance(tile, DirectTile):
-        norms, _, _ = products(of, tile, norms=True)
-        return norms
-    sizes = of.sizes
     total, diagonal = gram_parts(of, tile)
-    share = guard(sizes.channels * sizes.taps, sizes.height, torch.float32)
-    # Neither is a sum that is not a number.
-    lost = ~(total >= share * diagonal)
-    direct = direct_tile(sizes, of.image.dtype, outputs=0)
-    again, _, _ = products(of, direct, norms=True, wanted=lost)
-    return torch.where(lost, again, total)
+    columns = of.sizes.channels * of.sizes.taps
+    # A sum that is not a number passes no test: its sample is done again, too.
+    holds = total >= guard(columns, of.sizes.height, torch.float32) * diagonal
+    return torch.where(holds, total, direct_norms(of, wanted=~holds))
 
 
 def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -56,8 +57,7 @@ def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     shape = geometry.weight_shape(x, g)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(shape, dtype=torch.float32)
-    tile = direct_tile(of.sizes, of.image.dtype, outputs=1)
-    _, _, moment = products(of, tile, moment=True)
+    _, _, moment = products(*direct_tile(of, outputs=1), moment=True)
     return moment.reshape(shape)
 
 

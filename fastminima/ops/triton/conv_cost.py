@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from .conv_sizes import ConvSizes
+from .conv_sizes import ConvSizes, Operands
 
 __all__ = [
     "DirectTile",
     "GramTile",
     "chunks",
     "direct_tile",
-    "fastest",
+    "fastest_gram",
     "gram_tile",
     "samples_at_once",
 ]
@@ -94,6 +94,13 @@ class GramTile(NamedTuple):
         blocks = _blocks(length, self.positions)
         return blocks * (blocks + 1) // 2
 
+    def requests(self, sizes: ConvSizes) -> tuple[int, int]:
+        """How often the kernels ask for each element of the rows, and of the image."""
+        rows = _blocks(sizes.length, self.positions) + 1
+        if self.shifts:
+            return rows, _blocks(math.prod(sizes.cells), self.positions) + 1
+        return rows, rows * sizes.taps
+
     def cost(self, sizes: ConvSizes, gather: int) -> int:
         """Multiply-adds a sample, with all padding."""
         height = _blocks(sizes.height, self.channels) * self.channels
@@ -116,16 +123,49 @@ class GramTile(NamedTuple):
         }
 
 
-def direct_tile(sizes: ConvSizes, dtype: torch.dtype, outputs: int) -> DirectTile:
-    """Tiles for the direct kernel with `outputs` running sums beside a product."""
-    one_tap = sizes.channels >= 32
-    columns = sizes.channels if one_tap else sizes.channels * sizes.taps
-    half = dtype != torch.float32
+def direct_tile(of: Operands, outputs: int) -> tuple[Operands, DirectTile]:
+    """The operands laid out for the direct kernel, and its tiles."""
+    sizes = of.sizes
+    columns = sizes.channels * (1 if _is_one_tap(sizes) else sizes.taps)
+    of = of.packed(
+        _blocks(columns, 64) * (sizes.taps if _is_one_tap(sizes) else 1),
+        _blocks(sizes.height, 64) * sizes.taps,
+    )
+    return of, _direct_tile(of, outputs)
+
+
+def _is_one_tap(sizes: ConvSizes) -> bool:
+    """Whether blocks of columns are channels of one tap."""
+    return sizes.channels >= 32
+
+
+def _direct_tile(of: Operands, outputs: int) -> DirectTile:
+    """Tiles for the direct kernel of operands as they lie in memory.
+
+    `outputs` running sums lie beside the product of a sample: on sm_80, 90 and 100 no
+    tile here runs out of registers, where twice the positions, or half the warps, do.
+
+    | tile | for | because |
+    |---|---|---|
+    | 128 x 128 x 32 | wide layers, halves | tensor cores bind, not issue slots |
+    | 64 x 64 x 64 | halves, norms only | half the loop's overhead of 32 positions |
+    | 64 x 64 x 32 | halves, sums beside them | sums take 32 registers each |
+    | 64 x 64 x 16 | float32 | no tensor cores: 16 positions occupy them all |
+    """
+    sizes = of.sizes
+    one_tap = _is_one_tap(sizes)
+    columns = sizes.channels * (1 if one_tap else sizes.taps)
+    half = of.image.dtype != torch.float32
+    is_wide = half and one_tap and min(sizes.height, columns) >= 128 and outputs < 2
+    side = 128 if is_wide else 64
+    positions = 16 if not half else 64 if not outputs and not is_wide else 32
+    by_position = of.layout()["IMAGE_BY_POSITION"]
     return DirectTile(
-        rows=_power(sizes.height, 64),
-        columns=_power(columns, 64),
-        positions=_power(sizes.length, 64 if half else 32),
-        warps=4,
+        rows=_power(sizes.height, side),
+        columns=_power(columns, side),
+        positions=_power(sizes.length, positions),
+        # The addresses of pixels one by one take registers that channels do not.
+        warps=8 if is_wide or (by_position and not half) else 4,
         stages=3,
         one_tap=one_tap,
     )
@@ -136,15 +176,15 @@ def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:
     half = dtype != torch.float32
     return GramTile(
         positions=_power(sizes.length, 64),
-        channels=_power(max(sizes.height, sizes.channels), 64 if half else 32),
+        channels=_power(max(sizes.height, sizes.channels), 64 if half else 16),
         warps=4,
         stages=3,
         shifts=shifts,
     )
 
 
-def fastest(sizes: ConvSizes, dtype: torch.dtype) -> DirectTile | GramTile:
-    """The way to squared norms with the fewest multiply-adds.
+def fastest_gram(of: Operands) -> GramTile | None:
+    """The Gram way with the fewest multiply-adds; None if direct has fewer.
 
     | way | multiply-adds a sample | is right when |
     |---|---|---|
@@ -152,15 +192,16 @@ def fastest(sizes: ConvSizes, dtype: torch.dtype) -> DirectTile | GramTile:
     | Gram, shifted | (cells^2 phases channels + length^2 height) / 2 | they are small |
     | Gram | length^2 (height + channels * taps) / 2 | and there is one tap |
     """
+    sizes, dtype = of.sizes, of.image.dtype
     gather = _GATHER_SINGLE if dtype == torch.float32 else _GATHER_HALF
-    direct = direct_tile(sizes, dtype, outputs=0)
-    ways = [(direct.cost(sizes), direct)]
+    best, least = None, _direct_tile(of, 0).cost(sizes)
     for shifts in (False, True):
         if shifts and (sizes.taps == 1 or 4 * sizes.gram > _WORKSPACE):
             continue
         gram = gram_tile(sizes, dtype, shifts)
-        ways.append((gram.cost(sizes, gather), gram))
-    return min(ways, key=lambda way: way[0])[1]
+        if gram.cost(sizes, gather) < least:
+            best, least = gram, gram.cost(sizes, gather)
+    return best
 
 
 def samples_at_once(sizes: ConvSizes) -> int:

@@ -154,16 +154,15 @@ def products(
     parts = chunks(sizes.batch, tiles) if grad or moment else sizes.batch
     per_chunk = -(-sizes.batch // parts)
     parts = -(-sizes.batch // per_chunk)
-    new = of.image.new_empty
+    new, unused = of.image.new_empty, of.image
     of_norms = new(sizes.batch, tiles, dtype=torch.float32) if norms else None
     of_grad = new(parts, sizes.weight, dtype=torch.float32) if grad else None
     of_moment = new(parts, sizes.weight, dtype=torch.float32) if moment else None
-    unused = of.image
     _products_kernel[(parts * tiles,)](
         *(of.rows, of.image, unused if wanted is None else wanted),
         *(unused if t is None else t for t in (of_norms, of_grad, of_moment)),
         *(sizes.batch, per_chunk, sizes.groups, sizes.height, sizes.channels),
-        *(sizes.length, sizes.space, sizes.out, of.row_strides, of.image_strides),
+        *(sizes.length, sizes.space, sizes.out, *of.strides()),
         *(norms, grad, moment, wanted is not None),
         **sizes.constants(),
         **of.layout(),

@@ -253,6 +253,7 @@ def gram_parts(of: Operands, tile: GramTile) -> tuple[Tensor, Tensor]:
     The smaller R / Q, the less of float32's precision is left in R.
     """
     sizes = of.sizes
+    of = of.packed(*tile.requests(sizes))
     pairs = tile.pairs(sizes.length)
     sums = of.rows.new_empty(sizes.batch, 2, sizes.groups * pairs, dtype=torch.float32)
     step = samples_at_once(sizes) if tile.shifts else sizes.batch
@@ -273,7 +274,7 @@ def _image_gram(of: Operands, tile: GramTile, gram: Tensor) -> None:
     matrices = sizes.batch * sizes.groups * sizes.phases
     _image_gram_kernel[(matrices * tile.pairs(math.prod(sizes.cells)),)](
         *(of.image, gram, sizes.groups, sizes.channels, sizes.space, sizes.cells),
-        of.image_strides,
+        of.strides()[1],
         **of.layout(),
         **sizes.constants(),
         **tile.constants(),
@@ -285,7 +286,7 @@ def _pairs(of: Operands, tile: GramTile, gram: Tensor, sums: Tensor) -> None:
     _pairs_kernel[(sizes.batch * sizes.groups * tile.pairs(sizes.length),)](
         *(of.rows, of.image, gram, sums, sizes.groups, sizes.height, sizes.channels),
         *(sizes.length, sizes.space, sizes.out, sizes.cells),
-        *(of.row_strides, of.image_strides),
+        *of.strides(),
         SHIFTS=tile.shifts,
         **sizes.constants(),
         **of.layout(),
