@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..conv_geometry import ConvGeometry
 from ..dense_cost import guard
-from .conv_cost import GramTile, direct_tile, fastest_gram
+from .conv_cost import GramTile, direct_tile, fastest_gram, is_depthwise
+from .conv_depthwise import depthwise_products
 from .conv_direct import products
 from .conv_gram import gram_parts
 from .conv_sizes import Operands, operands
@@ -32,9 +33,24 @@ def conv_sq_norms(
     return direct_norms(of) if gram is None else gram_norms(of, gram), bias
 
 
+def _products(
+    of: Operands,
+    *,
+    norms: bool = False,
+    grad: bool = False,
+    moment: bool = False,
+    wanted: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By the kernel for depth-wise convolutions, or the one for all others."""
+    if is_depthwise(of.sizes):
+        return depthwise_products(of, norms=norms, grad=grad, moment=moment)
+    packed, tile = direct_tile(of, outputs=grad + moment)
+    return products(packed, tile, norms=norms, grad=grad, moment=moment, wanted=wanted)
+
+
 def direct_norms(of: Operands, wanted: Tensor | None = None) -> Tensor:
-    """From the gradients themselves; zero for samples that are not wanted."""
-    norms, _, _ = products(*direct_tile(of, outputs=0), norms=True, wanted=wanted)
+    """From the gradients themselves; of some samples only, where `wanted` says so."""
+    norms, _, _ = _products(of, norms=True, wanted=wanted)
     return norms
 
 
@@ -57,7 +73,7 @@ def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     shape = geometry.weight_shape(x, g)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(shape, dtype=torch.float32)
-    _, _, moment = products(*direct_tile(of, outputs=1), moment=True)
+    _, _, moment = _products(of, moment=True)
     return moment.reshape(shape)
 
 
@@ -76,6 +92,8 @@ def conv_fused(
         zeros = g.new_zeros(shape, dtype=torch.float32)
         moment = torch.zeros_like(zeros) if with_second_moment else None
         return zeros, g.new_zeros(len(g), dtype=torch.float32), bias, moment
-    norms, grad, moment = products(of, norms=True, grad=True, moment=with_second_moment)
+    norms, grad, moment = _products(
+        of, norms=True, grad=True, moment=with_second_moment
+    )
     moment = moment.reshape(shape) if moment is not None else None
     return grad.reshape(shape), norms, bias, moment

@@ -10,12 +10,15 @@ import torch
 from .conv_sizes import ConvSizes, Operands
 
 __all__ = [
+    "DepthwiseTile",
     "DirectTile",
     "GramTile",
     "chunks",
+    "depthwise_tile",
     "direct_tile",
     "fastest_gram",
     "gram_tile",
+    "is_depthwise",
     "samples_at_once",
 ]
 
@@ -77,6 +80,29 @@ class DirectTile(NamedTuple):
             "BLOCK_T": self.positions,
             "num_warps": self.warps,
             "num_stages": self.stages,
+        }
+
+
+class DepthwiseTile(NamedTuple):
+    """A launch configuration of the kernel of depth-wise convolutions."""
+
+    rows: int
+    taps: int
+    positions: int
+
+    def count(self, sizes: ConvSizes) -> int:
+        """Tiles of the weight."""
+        rows = _blocks(sizes.groups * sizes.height, self.rows)
+        return rows * _blocks(sizes.taps, self.taps)
+
+    def constants(self) -> dict[str, object]:
+        """As the arguments of a launch."""
+        return {
+            "BLOCK_R": self.rows,
+            "BLOCK_K": self.taps,
+            "BLOCK_T": self.positions,
+            "num_warps": 4,
+            "num_stages": 2,
         }
 
 
@@ -171,6 +197,23 @@ def _direct_tile(of: Operands, outputs: int) -> DirectTile:
     )
 
 
+def is_depthwise(sizes: ConvSizes) -> bool:
+    """Whether products of matrices would mostly multiply padding."""
+    return sizes.channels == 1 and sizes.height < 8 and sizes.groups > 1
+
+
+def depthwise_tile(of: Operands) -> DepthwiseTile:
+    """Tiles for depth-wise convolutions: 4096 products, 32 in a thread's registers.
+
+    As many lanes as a warp has go along what is contiguous in memory.
+    """
+    taps = 1 << (min(of.sizes.taps, 64) - 1).bit_length()
+    long, short = 32, max(1, 128 // taps)
+    if of.layout()["IMAGE_BY_POSITION"]:
+        return DepthwiseTile(rows=short, taps=taps, positions=long)
+    return DepthwiseTile(rows=long, taps=taps, positions=short)
+
+
 def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:
     """Tiles for the Gram kernels."""
     half = dtype != torch.float32
@@ -186,6 +229,8 @@ def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:
 def fastest_gram(of: Operands) -> GramTile | None:
     """The Gram way with the fewest multiply-adds; None if direct has fewer.
 
+    Never for depth-wise convolutions: a Gram matrix would be of single channels.
+
     | way | multiply-adds a sample | is right when |
     |---|---|---|
     | direct | length * height * channels * taps | images are large |
@@ -193,6 +238,8 @@ def fastest_gram(of: Operands) -> GramTile | None:
     | Gram | length^2 (height + channels * taps) / 2 | and there is one tap |
     """
     sizes, dtype = of.sizes, of.image.dtype
+    if is_depthwise(sizes):
+        return None
     gather = _GATHER_SINGLE if dtype == torch.float32 else _GATHER_HALF
     best, least = None, _direct_tile(of, 0).cost(sizes)
     for shifts in (False, True):

@@ -6,12 +6,12 @@ the sum over samples, and the sum of squares over samples, or several of them at
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_cost import DirectTile, chunks
+from .conv_cost import DirectTile
+from .conv_outputs import outputs
 from .conv_sizes import Operands
 from .conv_tiles import advance, load_patches, load_rows, split, tap_of_column
 
@@ -149,31 +149,16 @@ def products(
     What is not asked for is None. With `wanted`, a bool for each sample, the norms of
     the others are zero; their programs end at once.
     """
-    sizes = of.sizes
-    tiles = tile.count(sizes)
-    parts = chunks(sizes.batch, tiles) if grad or moment else sizes.batch
-    per_chunk = -(-sizes.batch // parts)
-    parts = -(-sizes.batch // per_chunk)
-    new, unused = of.image.new_empty, of.image
-    of_norms = new(sizes.batch, tiles, dtype=torch.float32) if norms else None
-    of_grad = new(parts, sizes.weight, dtype=torch.float32) if grad else None
-    of_moment = new(parts, sizes.weight, dtype=torch.float32) if moment else None
-    _products_kernel[(parts * tiles,)](
-        *(of.rows, of.image, unused if wanted is None else wanted),
-        *(unused if t is None else t for t in (of_norms, of_grad, of_moment)),
-        *(sizes.batch, per_chunk, sizes.groups, sizes.height, sizes.channels),
+    sizes, tiles = of.sizes, tile.count(of.sizes)
+    to = outputs(of, tiles, norms, grad, moment)
+    _products_kernel[(to.chunks * tiles,)](
+        *(of.rows, of.image, of.image if wanted is None else wanted),
+        *to.pointers(of.image),
+        *(sizes.batch, to.per_chunk, sizes.groups, sizes.height, sizes.channels),
         *(sizes.length, sizes.space, sizes.out, *of.strides()),
         *(norms, grad, moment, wanted is not None),
         **sizes.constants(),
         **of.layout(),
         **tile.constants(),
     )
-    return (
-        None if of_norms is None else of_norms.sum(dim=1),
-        None if of_grad is None else _total(of_grad),
-        None if of_moment is None else _total(of_moment),
-    )
-
-
-def _total(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
+    return to.results()

@@ -47,7 +47,7 @@ def _image_gram_kernel(
     blocks = tl.cdiv(count, BLOCK)
     pairs = blocks * (blocks + 1) // 2
     phases: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2]
-    i, j = triangle(tl.program_id(0) % pairs)
+    i, j = triangle(tl.program_id(0) % pairs, blocks)
     matrix = (tl.program_id(0) // pairs).to(tl.int64)  # n, group, phase
     pz, py, px = split((matrix % phases).to(tl.int32), STRIDE)
     group = matrix // phases % groups
@@ -127,7 +127,7 @@ def _pairs_kernel(
     blocks = tl.cdiv(length, BLOCK)
     pairs = blocks * (blocks + 1) // 2
     pair = tl.program_id(0) % pairs
-    i, j = triangle(pair)
+    i, j = triangle(pair, blocks)
     matrix = (tl.program_id(0) // pairs).to(tl.int64)  # n, group
     n, group = matrix // groups, matrix % groups
     rows_ptr += n * row_strides[0] + group * height * row_strides[1]

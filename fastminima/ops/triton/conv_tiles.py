@@ -126,10 +126,15 @@ def load_patches(
 
 
 @triton.jit
-def triangle(pair):
-    """Block row and column, i >= j, of the pair-th block of a lower triangle."""
-    i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The float32 root may be off by one.
-    i = tl.where((i + 1) * (i + 2) // 2 <= pair, i + 1, i)
-    i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)
-    return i, pair - i * (i + 1) // 2
+def triangle(pair, blocks):
+    """Block row and column, i >= j, of the pair-th block of a lower triangle.
+
+    Rows i from the bottom, together with rows from the top, fill lines of one length:
+    no square root is needed.
+    """
+    even = 1 - blocks % 2
+    line, place = pair // (blocks + even), pair % (blocks + even)
+    of_bottom = blocks - line
+    is_bottom = place < of_bottom
+    i = tl.where(is_bottom, of_bottom - 1, line - 1 + even)
+    return i, tl.where(is_bottom, place, place - of_bottom)
