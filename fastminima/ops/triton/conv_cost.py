@@ -219,7 +219,7 @@ def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:
     half = dtype != torch.float32
     return GramTile(
         positions=_power(sizes.length, 64),
-        channels=_power(max(sizes.height, sizes.channels), 64 if half else 16),
+        channels=_power(max(sizes.height, sizes.channels), 32 if half else 16),
         warps=4,
         stages=3,
         shifts=shifts,

@@ -27,7 +27,7 @@ __all__ = ["gram_parts"]
 @triton.jit
 def _image_gram_kernel(
     image_ptr,  # [batch, groups * channels, *space]
-    gram_ptr,  # [batch, groups, phases, cells, cells]
+    gram_ptr,  # [batch, groups, phases, 1 + cells + 1, 1 + cells + 1]
     groups, channels, space, cells, image_strides,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr, AXES: tl.constexpr, ROWS_BY_POSITION: tl.constexpr,
@@ -36,12 +36,13 @@ def _image_gram_kernel(
 ):  # fmt: skip
     """gram[u, v] = image[:, u] . image[:, v] of a phase, tiles on and below i = j.
 
-    Cell u of phase p is the pixel u * stride + p. One program a tile of a phase of a
-    group of a sample.
+    Cell u of phase p is the pixel u * stride + p. A column of zeros comes before the
+    cells and a row of zeros after them: what a tap beyond the image meets. One program
+    a tile of a phase of a group of a sample.
 
-    Floor: reads the image once, writes half of the Gram matrices; batch * groups *
-    phases * cells^2 * channels operations, a whole tile counting on the diagonal. Each
-    element of the image is requested once for each block of cells, and once more.
+    Floor: reads the image once, writes the tiles; 2 * channels operations for each
+    element of a tile. Each element of the image is requested once for each block of
+    cells, and once more.
     """
     count = cells[0] * cells[1] * cells[2]
     blocks = tl.cdiv(count, BLOCK)
@@ -68,9 +69,17 @@ def _image_gram_kernel(
             *(STRIDE, AXES, IMAGE_BY_POSITION, WIDE),
         )
         gram = tl.dot(tl.trans(left), right, gram, input_precision=PRECISION)
-    at = u.to(tl.int64)[:, None] * count + v[None, :]
-    mask = (u < count)[:, None] & (v < count)[None, :]
-    tl.store(gram_ptr + matrix * count * count + at, gram, mask=mask)
+    width = count + 2
+    gram_ptr += matrix * width * width
+    at = (u + 1)[:, None] * width + (v + 1)[None, :]
+    tl.store(gram_ptr + at, gram, mask=(u < count)[:, None] & (v < count)[None, :])
+    if j == 0:
+        tl.store(gram_ptr + (u + 1) * width, tl.zeros((BLOCK,), tl.float32), u < count)
+    if i == blocks - 1:
+        border = gram_ptr + (count + 1) * width
+        tl.store(border + v + 1, tl.zeros((BLOCK,), tl.float32), v < count)
+        if j == 0:
+            tl.store(border, 0.0)
 
 
 @triton.jit
@@ -104,7 +113,7 @@ def _load_cells(
 def _pairs_kernel(
     rows_ptr,  # [batch, groups * height, length]
     image_ptr,  # [batch, groups * channels, *space], or unused
-    gram_ptr,  # [batch, groups, phases, cells, cells], or unused
+    gram_ptr,  # [batch, groups, phases, 1 + cells + 1, 1 + cells + 1], or unused
     sums_ptr,  # [batch, 2, groups * pairs]
     groups, height, channels, length, space, out, cells, row_strides, image_strides,
     SHIFTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,10 +127,10 @@ def _pairs_kernel(
     One program a tile of pairs t >= s of a group of a sample. With SHIFTS the products
     of patches are gathered from Gram matrices of the image, else made here.
 
-    Floor: reads the rows once, and the image or its Gram matrices (half of them) once;
-    batch * length^2 * groups * height operations, and without SHIFTS as many with
-    channels * taps. Each row is requested once for each block of positions, and once
-    more; Gram matrices, on the side t >= s, once a tap.
+    Floor: reads the rows once, and the image or what was written of its Gram matrices
+    once; 2 * height operations for each element of a tile, and without SHIFTS
+    2 * channels * taps more. The rows are requested once for each block of positions,
+    and once more; with SHIFTS each tile takes one element a tap.
     """
     taps: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     blocks = tl.cdiv(length, BLOCK)
@@ -139,22 +148,23 @@ def _pairs_kernel(
 
     patches = tl.zeros((BLOCK, BLOCK), tl.float32)
     if SHIFTS:
-        count = cells[0] * cells[1] * cells[2]
+        width = cells[0] * cells[1] * cells[2] + 2
         phases: tl.constexpr = STRIDE[0] * STRIDE[1] * STRIDE[2]
-        gram_ptr += matrix * phases * count * count
+        gram_ptr += matrix * phases * width * width
+        # The cell under a tap is that of the position, moved by a constant.
+        u = (((tz * cells[1] + ty) * cells[2] + tx) + 1) * width
+        v = ((sz * cells[1] + sy) * cells[2] + sx) + 1
         for tap in range(taps):
-            phase = _phase(tap, KERNEL, STRIDE, PADDING, DILATION)
-            u, is_u = _cell(
-                *(tap, tz, ty, tx, space, cells),
-                *(KERNEL, STRIDE, PADDING, DILATION),
+            phase, shift, limit = _shift(
+                *(tap, space, KERNEL, STRIDE, PADDING, DILATION)
             )
-            v, is_v = _cell(
-                *(tap, sz, sy, sx, space, cells),
-                *(KERNEL, STRIDE, PADDING, DILATION),
-            )
-            at = (phase * count + u)[:, None] * count + v[None, :]
-            mask = below & is_u[:, None] & is_v[None, :]
-            patches += tl.load(gram_ptr + at, mask=mask, other=0.0)
+            moved = (shift[0] * cells[1] + shift[1]) * cells[2] + shift[2]
+            is_u = _is_inside(tz, ty, tx, shift, limit, t < length, AXES)
+            is_v = _is_inside(sz, sy, sx, shift, limit, s < length, AXES)
+            at_u = tl.where(is_u, u + moved * width, (width - 1) * width)
+            at_v = tl.where(is_v, v + moved, 0) + phase * width * width
+            # Above the diagonal this reads what nobody wrote, and drops it below.
+            patches += tl.load(gram_ptr + (at_u[:, None] + at_v[None, :]))
     else:
         image_ptr += n * image_strides[0] + group * channels * image_strides[1]
         channel_blocks = tl.cdiv(channels, BLOCK_C)
@@ -217,34 +227,41 @@ def _load_taps(
 
 
 @triton.jit
-def _cell(
-    tap, z, y, x, space, cells,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+def _shift(
+    tap, space, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr,
 ):  # fmt: skip
-    """Cell under a tap at positions, in the tap's phase; and whether it is inside."""
+    """Which phase a tap meets; how far its cells are moved; where each axis ends."""
     kz, ky, kx = split(tap, KERNEL)
-    z = z * STRIDE[0] + (kz * DILATION[0] - PADDING[0])
-    y = y * STRIDE[1] + (ky * DILATION[1] - PADDING[1])
-    x = x * STRIDE[2] + (kx * DILATION[2] - PADDING[2])
-    inside = (z >= 0) & (z < space[0]) & (y >= 0) & (y < space[1])
-    inside = inside & (x >= 0) & (x < space[2])
-    cell = (z // STRIDE[0] * cells[1] + y // STRIDE[1]) * cells[2] + x // STRIDE[2]
-    return cell, inside
+    phase_z, z, end_z = _shift_axis(kz, space[0], 0, STRIDE, PADDING, DILATION)
+    phase_y, y, end_y = _shift_axis(ky, space[1], 1, STRIDE, PADDING, DILATION)
+    phase_x, x, end_x = _shift_axis(kx, space[2], 2, STRIDE, PADDING, DILATION)
+    phase = (phase_z * STRIDE[1] + phase_y) * STRIDE[2] + phase_x
+    return phase, (z, y, x), (end_z, end_y, end_x)
 
 
 @triton.jit
-def _phase(
-    tap, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+def _shift_axis(
+    k, size, AXIS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr,
 ):  # fmt: skip
-    """The phase whose pixels a tap meets, k * dilation - padding modulo the stride."""
-    kz, ky, kx = split(tap, KERNEL)
+    """K * dilation - padding = shift * stride + phase; and the phase's cells."""
     # A multiple of the stride is added, so that nothing is negative.
-    z = (kz * DILATION[0] + PADDING[0] * (STRIDE[0] - 1)) % STRIDE[0]
-    y = (ky * DILATION[1] + PADDING[1] * (STRIDE[1] - 1)) % STRIDE[1]
-    x = (kx * DILATION[2] + PADDING[2] * (STRIDE[2] - 1)) % STRIDE[2]
-    return (z * STRIDE[1] + y) * STRIDE[2] + x
+    above = k * DILATION[AXIS] + PADDING[AXIS] * (STRIDE[AXIS] - 1)
+    phase = above % STRIDE[AXIS]
+    shift = above // STRIDE[AXIS] - PADDING[AXIS]
+    return phase, shift, (size - phase + STRIDE[AXIS] - 1) // STRIDE[AXIS]
+
+
+@triton.jit
+def _is_inside(z, y, x, shift, limit, exists, AXES: tl.constexpr):
+    """Whether cells that are moved by `shift` are of the image."""
+    inside = exists & (x + shift[2] >= 0) & (x + shift[2] < limit[2])
+    if AXES > 1:
+        inside = inside & (y + shift[1] >= 0) & (y + shift[1] < limit[1])
+    if AXES > 2:
+        inside = inside & (z + shift[0] >= 0) & (z + shift[0] < limit[0])
+    return inside
 
 
 def gram_parts(of: Operands, tile: GramTile) -> tuple[Tensor, Tensor]:

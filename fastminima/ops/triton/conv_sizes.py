@@ -62,8 +62,8 @@ class ConvSizes(NamedTuple):
 
     @property
     def gram(self) -> int:
-        """Elements of the Gram matrices of a sample's image."""
-        return self.groups * self.phases * math.prod(self.cells) ** 2
+        """Elements of the Gram matrices of a sample's image, with their borders."""
+        return self.groups * self.phases * (math.prod(self.cells) + 2) ** 2
 
     def constants(self) -> dict[str, object]:
         """The geometry, as the compile-time constants that all kernels share."""
