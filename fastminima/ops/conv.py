@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from . import conv_native
-from ._arguments import FLOATS
+from ._arguments import FLOATS, TRITON
 from .conv_geometry import ConvGeometry, patches
 from .table import Op
 
@@ -88,25 +88,30 @@ def _fused(
     with_bias: bool,
     with_second_moment: bool,
 ) -> tuple[
-    Tensor, Float[Tensor, " batch"], Float[Tensor, "batch c_out"] | None, Tensor | None
+    Tensor,
+    Float[Tensor, " batch"],
+    Float[Tensor, "batch c_out"] | None,
+    Tensor | None,
 ]:
-    """The ordinary gradient and each sample's squared norm, from the same products.
+    """The batch's weight gradient together with the statistics of its samples.
 
-    If asked for, each sample's bias gradient too, and the second moment.
+    In this order: the gradient of the weight; the squared norm of each sample's part of
+    it; each sample's bias gradient, if asked for; and, if asked for, the sum over the
+    samples of the squared weight gradient, shaped like the weight.
     """
     dtype = accumulation_dtype(g.dtype)
-    total = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
-    moment = torch.zeros_like(total) if with_second_moment else None
+    grad = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    moment = torch.zeros_like(grad) if with_second_moment else None
     norms = g.new_zeros(len(g), dtype=dtype)
     for block in _blocks(x, g, geometry):
         grads = _gradients(x[block], g[block], geometry)
-        total += grads.sum(dim=0)
+        grad += grads.sum(dim=0)
         squares = grads.square_()
         norms[block] = squares.flatten(1).sum(dim=1)
         if moment is not None:
             moment += squares.sum(dim=0)
-    bias = g.flatten(2).sum(dim=2, dtype=dtype) if with_bias else None
-    return total, norms, bias, moment
+    bias = g.sum(dim=tuple(range(2, g.dim())), dtype=dtype) if with_bias else None
+    return grad, norms, bias, moment
 
 
 def _gram(
@@ -157,9 +162,12 @@ def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
 conv_gradients = Op("conv_gradients", _gradients)
 conv_sq_norms = Op("conv_sq_norms", _sq_norms)
 conv_sq_norms.add_native(conv_native.fastest_sq_norms)
+conv_sq_norms.add_triton("conv.conv_sq_norms", dtypes=TRITON, preferred=False)
 conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
+conv_second_moment.add_triton("conv.conv_second_moment", dtypes=TRITON, preferred=False)
 conv_fused = Op("conv_fused", _fused)
 conv_fused.add_native(conv_native.fused, dtypes=FLOATS)
+conv_fused.add_triton("conv.conv_fused", dtypes=TRITON, preferred=False)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

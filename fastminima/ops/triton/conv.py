@@ -1,0 +1,99 @@
+"""Per-sample statistics of a convolution's weight gradient, by Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..conv_geometry import ConvGeometry
+from ..dense_cost import guard
+from .conv_cost import GramTile, direct_tile, fastest_gram, is_depthwise
+from .conv_depthwise import depthwise_products
+from .conv_direct import products
+from .conv_gram import gram_parts
+from .conv_sizes import Operands, operands
+
+__all__ = ["conv_fused", "conv_second_moment", "conv_sq_norms"]
+
+
+def _bias_gradients(g: Tensor) -> Tensor:
+    """Each sample's bias gradient, [batch, c_out]."""
+    return g.sum(dim=tuple(range(2, g.dim())), dtype=torch.float32)
+
+
+def conv_sq_norms(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Squared norm of each sample's weight gradient, and of its bias's if asked for."""
+    bias = _bias_gradients(g).square().sum(dim=1) if with_bias else None
+    of = operands(x, g, geometry)
+    if not of.rows.numel() or not of.image.numel():
+        return g.new_zeros(len(g), dtype=torch.float32), bias
+    gram = fastest_gram(of)
+    return direct_norms(of) if gram is None else gram_norms(of, gram), bias
+
+
+def _products(
+    of: Operands,
+    *,
+    norms: bool = False,
+    grad: bool = False,
+    moment: bool = False,
+    wanted: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By the kernel for depth-wise convolutions, or the one for all others."""
+    if is_depthwise(of.sizes):
+        return depthwise_products(of, norms=norms, grad=grad, moment=moment)
+    packed, tile = direct_tile(of, outputs=grad + moment)
+    return products(packed, tile, norms=norms, grad=grad, moment=moment, wanted=wanted)
+
+
+def direct_norms(of: Operands, wanted: Tensor | None = None) -> Tensor:
+    """From the gradients themselves; of some samples only, where `wanted` says so."""
+    norms, _, _ = _products(of, norms=True, wanted=wanted)
+    return norms
+
+
+def gram_norms(of: Operands, tile: GramTile) -> Tensor:
+    """From Gram matrices, and directly where rounding errors may be larger than 1e-4.
+
+    Which samples these are is known to the device only: the direct kernel is always
+    launched, and ends at once for the others.
+    """
+    total, diagonal = gram_parts(of, tile)
+    columns = of.sizes.channels * of.sizes.taps
+    # A sum that is not a number passes no test: its sample is done again, too.
+    holds = total >= guard(columns, of.sizes.height, torch.float32) * diagonal
+    return torch.where(holds, total, direct_norms(of, wanted=~holds))
+
+
+def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Sum over the samples of the squared weight gradient, shaped like the weight."""
+    of = operands(x, g, geometry)
+    shape = geometry.weight_shape(x, g)
+    if not of.rows.numel() or not of.image.numel():
+        return g.new_zeros(shape, dtype=torch.float32)
+    _, _, moment = _products(of, moment=True)
+    return moment.reshape(shape)
+
+
+def conv_fused(
+    x: Tensor,
+    g: Tensor,
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weight gradient, squared norms, bias gradients, second moment, in one pass."""
+    bias = _bias_gradients(g) if with_bias else None
+    of = operands(x, g, geometry)
+    shape = geometry.weight_shape(x, g)
+    if not of.rows.numel() or not of.image.numel():
+        zeros = g.new_zeros(shape, dtype=torch.float32)
+        moment = torch.zeros_like(zeros) if with_second_moment else None
+        return zeros, g.new_zeros(len(g), dtype=torch.float32), bias, moment
+    norms, grad, moment = _products(
+        of, norms=True, grad=True, moment=with_second_moment
+    )
+    moment = moment.reshape(shape) if moment is not None else None
+    return grad.reshape(shape), norms, bias, moment
