@@ -82,9 +82,6 @@ FM_DECLARE(Half, f16, float)
 FM_DECLARE(BFloat16, bf16, float)
 #undef FM_DECLARE
 
-// Architectures that nvcc compiled for, as in "80;90a;100+PTX".
-const char* architectures();
-
 }  // namespace cuda
 }  // namespace fastminima
 
