@@ -182,12 +182,18 @@ __global__ void __launch_bounds__(kBlock)
   const Stretch part(n, each);
   for (int64_t i = part.begin + int64_t(threadIdx.x) * V; i < part.end; i += kBlock * V) {
     Pack<T, V> x = load_pack<T, V>(w, i, part.end);
-#pragma unroll 4
-    for (int r = 0; r < count; r++) {
-      const Pack<T, V> row = load_pack<T, V>(rows.at[r], i, part.end);
-      const T factor = T(c[r]);
+    for (int first = 0; first < count; first += kUnroll) {
+      Pack<T, V> row[kUnroll];
 #pragma unroll
-      for (int j = 0; j < V; j++) x.v[j] -= factor * row.v[j];
+      for (int r = 0; r < kUnroll; r++)
+        if (first + r < count) row[r] = load_pack<T, V>(rows.at[first + r], i, part.end);
+#pragma unroll
+      for (int r = 0; r < kUnroll; r++)
+        if (first + r < count) {
+          const T factor = T(c[first + r]);
+#pragma unroll
+          for (int j = 0; j < V; j++) x.v[j] -= factor * row[r].v[j];
+        }
     }
     store_pack(x, w, i, part.end);
   }
@@ -206,15 +212,22 @@ __global__ void __launch_bounds__(kBlock)
     for (int o = 0; o < kOutTile; o++)
       if (adds && first + o < outputs)
         sum[o] = load_pack<T, V>(out + (first + o) * out_stride, i, part.end);
-#pragma unroll 4
-    for (int r = 0; r < count; r++) {
-      const Pack<T, V> row = load_pack<T, V>(rows.at[r], i, part.end);
+    for (int begin = 0; begin < count; begin += kUnroll) {
+      Pack<T, V> row[kUnroll];
 #pragma unroll
-      for (int o = 0; o < kOutTile; o++) {
-        const T factor = first + o < outputs ? weights[int64_t(r) * outputs + first + o] : T(0);
+      for (int r = 0; r < kUnroll; r++)
+        if (begin + r < count) row[r] = load_pack<T, V>(rows.at[begin + r], i, part.end);
 #pragma unroll
-        for (int j = 0; j < V; j++) sum[o].v[j] += factor * row.v[j];
-      }
+      for (int r = 0; r < kUnroll; r++)
+        if (begin + r < count) {
+          const T* const factors = weights + int64_t(begin + r) * outputs + first;
+#pragma unroll
+          for (int o = 0; o < kOutTile; o++) {
+            const T factor = first + o < outputs ? factors[o] : T(0);
+#pragma unroll
+            for (int j = 0; j < V; j++) sum[o].v[j] += factor * row[r].v[j];
+          }
+        }
     }
 #pragma unroll
     for (int o = 0; o < kOutTile; o++)

@@ -42,7 +42,7 @@ def emulated(tmp_path_factory):
     if reason := emulation.missing([], folder):
         pytest.skip(reason)
     sources = [*emulation.KERNELS, emulation.HERE / "emulated.cpp"]
-    flags = ["-shared", "-fPIC", "-O2"]
+    flags = ["-shared", "-fPIC"]
     return emulation.Emulated(emulation.build(folder / "emulated.so", sources, flags))
 
 

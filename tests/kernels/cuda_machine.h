@@ -264,6 +264,16 @@ ON_CPU_MACHINE inline void* shared_variable(const void* key, size_t bytes) {
 
 ON_CPU_MACHINE inline void* dynamic_shared() { return machine().dynamic_shared; }
 
+// Nobody may wait for the lane that leaves.
+ON_CPU_MACHINE inline void check_exit(const Fiber& me) {
+  const Machine& m = machine();
+  for (unsigned i = me.linear / 32 * 32; i < me.linear / 32 * 32 + 32 && i < m.count; i++) {
+    const Fiber& other = m.fibers[i];
+    if (other.state == State::at_warp_barrier && other.mask >> (me.linear & 31) & 1)
+      fail("mask names an exited or absent lane: " + where(other));
+  }
+}
+
 // What a fiber runs.
 ON_CPU_MACHINE inline void enter() {
   Machine& m = machine();
@@ -282,6 +292,7 @@ ON_CPU_MACHINE inline void enter() {
   m.alive--;
   m.warps[me->linear / 32].alive &= ~(1u << (me->linear & 31));
   try {
+    if (!m.has_failed) check_exit(*me);
     if (!m.has_failed && m.alive && m.at_barrier == m.alive) release_block();
   } catch (const Abandoned&) {
   }

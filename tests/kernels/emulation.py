@@ -9,8 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 KERNELS = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
 BASE = ["-std=c++17", "-O1", "-g0", "-w", f"-I{HERE}", "-x", "c++"]
-ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-THREAD = ["-fsanitize=thread"]
+ADDRESS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREAD = ["-O0", "-fsanitize=thread"]
 COMPILER = os.environ.get("CXX", "g++")
 _TYPES = {"p": ctypes.c_void_p, "d": ctypes.c_double, "i": ctypes.c_int64}
 
