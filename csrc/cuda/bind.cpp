@@ -1,5 +1,6 @@
 // The submodule `cuda`: every launcher of api.h, pointers as data_ptr() integers.
 #include "bind.h"
+
 #include "cuda/api.h"
 
 namespace fastminima {

@@ -1,7 +1,6 @@
 // Launches of embedding.cuh.
-#include "embedding.cuh"
-
 #include "api.h"
+#include "embedding.cuh"
 
 namespace fastminima {
 namespace cuda {
@@ -53,8 +52,8 @@ void sq_norms(const int64_t* words, const T* g, int64_t g_batch, int64_t g_time,
               int64_t time, int64_t width, double* partials, wide_t<T>* norms, Stream stream) {
   if (!batch) return;
   const uint64_t* const keys = sorted(words, batch * time, time);
-  auto* const launch = rows_aligned(g, g_batch, g_time) ? &launch_norms<T, kVector<T>>
-                                                        : &launch_norms<T, 1>;
+  auto* const launch =
+      rows_aligned(g, g_batch, g_time) ? &launch_norms<T, kVector<T>> : &launch_norms<T, 1>;
   launch(keys, g, g_batch, g_time, batch, time, width, partials, norms, stream);
 }
 
@@ -69,11 +68,11 @@ void launch_moment(const uint64_t* keys, const T* g, int64_t g_batch, int64_t g_
 }
 
 template <typename T>
-void second_moment(const int64_t* words, const T* g, int64_t g_batch, int64_t g_time,
-                   int64_t batch, int64_t time, int64_t width, wide_t<T>* total, Stream stream) {
+void second_moment(const int64_t* words, const T* g, int64_t g_batch, int64_t g_time, int64_t batch,
+                   int64_t time, int64_t width, wide_t<T>* total, Stream stream) {
   const uint64_t* const keys = sorted(words, batch * time, batch * time);
-  auto* const launch = rows_aligned(g, g_batch, g_time) ? &launch_moment<T, kVector<T>>
-                                                        : &launch_moment<T, 1>;
+  auto* const launch =
+      rows_aligned(g, g_batch, g_time) ? &launch_moment<T, kVector<T>> : &launch_moment<T, 1>;
   launch(keys, g, g_batch, g_time, batch * time, time, width, total, stream);
 }
 
@@ -91,9 +90,8 @@ void launch_dots(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, in
 }
 
 template <typename T>
-void dots(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, int64_t batch,
-          int64_t width, const wide_t<T>* v, int64_t v_row, double* partials, wide_t<T>* out,
-          Stream stream) {
+void dots(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, int64_t batch, int64_t width,
+          const wide_t<T>* v, int64_t v_row, double* partials, wide_t<T>* out, Stream stream) {
   if (!batch) return;
   const bool aligned = rows_aligned(g, g_batch, g_time) && v_row % kVector<T> == 0 &&
                        is_aligned(v, int(sizeof(Pack<wide_t<T>, kVector<T>>)));

@@ -10,10 +10,10 @@
 namespace fastminima {
 namespace cuda {
 
-constexpr int kRun = 4096;        // steps sorted in shared memory: 32 KiB
-constexpr int kSortBlock = 512;   // threads that sort a run, at most
-constexpr int kChunk = 32;        // sorted steps of a warp: a lane looks at one
-constexpr int kAhead = 8;         // rows that a lane loads before it uses the first
+constexpr int kRun = 4096;       // steps sorted in shared memory: 32 KiB
+constexpr int kSortBlock = 512;  // threads that sort a run, at most
+constexpr int kChunk = 32;       // sorted steps of a warp: a lane looks at one
+constexpr int kAhead = 8;        // rows that a lane loads before it uses the first
 
 // A key is id << bits | step; the rows of `padding_idx` get the largest id there is.
 struct Keys {
@@ -226,8 +226,9 @@ __global__ void __launch_bounds__(kBlock)
 // partials[n, chunk, slice] = sum over the steps of the chunk of <v[ids[n, t]], g[n, t]>.
 template <typename T, int V>
 __global__ void __launch_bounds__(kBlock)
-    step_dots(Ids ids, const T* g, int64_t g_batch, int64_t g_time, int64_t width, const wide_t<T>* v,
-              int64_t v_row, int64_t chunks, int64_t slices, int64_t units, double* partials) {
+    step_dots(Ids ids, const T* g, int64_t g_batch, int64_t g_time, int64_t width,
+              const wide_t<T>* v, int64_t v_row, int64_t chunks, int64_t slices, int64_t units,
+              double* partials) {
   const int64_t unit = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
   if (unit >= units) return;
   const int64_t n = unit / slices / chunks, begin = unit / slices % chunks * kChunk;

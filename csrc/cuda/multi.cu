@@ -1,7 +1,6 @@
 // Launches of multi.cuh.
-#include "multi.cuh"
-
 #include "api.h"
+#include "multi.cuh"
 #include "partials.cuh"
 
 namespace fastminima {
@@ -93,8 +92,7 @@ int64_t multi_partials(const int64_t* sizes, int64_t count) {
     launch_dot<scalar_t>(x, y, sizes, count, partials, result, stream);                            \
   }                                                                                                \
   void multi_axpy_##suffix(const int64_t* x, const int64_t* y, const int64_t* sizes,               \
-                           int64_t count, double factor, const double* factor_at,                  \
-                           Stream stream) {                                                        \
+                           int64_t count, double factor, const double* factor_at, Stream stream) { \
     launch_axpy<scalar_t>(x, y, sizes, count, factor, factor_at, stream);                          \
   }                                                                                                \
   void langevin_step_##suffix(const int64_t* grads, const int64_t* params, const int64_t* sizes,   \

@@ -127,9 +127,8 @@ FM_DEVICE void store_four(const wide_t<T> (&v)[4], T* p, int64_t left, bool alig
 
 // y_k <- y_k - lr x_k + deviation noise, rounded once; without deviation no noise is made.
 template <typename T>
-__global__ void __launch_bounds__(kBlock)
-    langevin(const FM_PARAMETER Table<T> table, int64_t each, double lr, double deviation,
-             Noise noise) {
+__global__ void __launch_bounds__(kBlock) langevin(const FM_PARAMETER Table<T> table, int64_t each,
+                                                   double lr, double deviation, Noise noise) {
   const Share<T> share(table, each);
   const wide_t<T> step = wide_t<T>(lr), scale = wide_t<T>(deviation);
   const uint64_t stream = noise.stream();

@@ -7,8 +7,8 @@ namespace fastminima {
 namespace cuda {
 
 // result[s * step] = sum of the s-th `count` partials, its root where bit s of `roots` is set.
-static __global__ void __launch_bounds__(kBlock) add_partials(const double* partials, int64_t count,
-                                                        double* result, int step, unsigned roots) {
+static __global__ void __launch_bounds__(kBlock)
+    add_partials(const double* partials, int64_t count, double* result, int step, unsigned roots) {
   FM_SHARED(double, shared, kWarps);
   const unsigned s = blockIdx.x;
   double sum = 0;

@@ -14,24 +14,23 @@
 
 #define FM_SHARED(type, name, count) __shared__ type name[count]
 #define FM_PARAMETER __grid_constant__
-#define FM_DYNAMIC_SHARED(type, name)                       \
+#define FM_DYNAMIC_SHARED(type, name)                      \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* name = reinterpret_cast<type*>(name##_)
-#define FM_LAUNCH(kernel, grid, block, shared, stream, ...)                                   \
-  do {                                                                                        \
+#define FM_LAUNCH(kernel, grid, block, shared, stream, ...)                          \
+  do {                                                                               \
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    ::fastminima::cuda::check_launch();                                                       \
+    ::fastminima::cuda::check_launch();                                              \
   } while (0)
 #else
 #include "cuda_on_cpu.h"
 #define FM_PARAMETER
-#define FM_SHARED(type, name, count)                                     \
-  static char name##_key;                                                \
-  using name##_type = type[count];                                       \
-  name##_type& name = *static_cast<name##_type*>(                        \
-      cuda_on_cpu::shared_variable(&name##_key, sizeof(name##_type)))
-#define FM_DYNAMIC_SHARED(type, name) \
-  type* name = static_cast<type*>(cuda_on_cpu::dynamic_shared())
+#define FM_SHARED(type, name, count) \
+  static char name##_key;            \
+  using name##_type = type[count];   \
+  name##_type& name =                \
+      *static_cast<name##_type*>(cuda_on_cpu::shared_variable(&name##_key, sizeof(name##_type)))
+#define FM_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(cuda_on_cpu::dynamic_shared())
 #define FM_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ((void)(stream), cuda_on_cpu::launch(grid, block, shared, [=] { kernel(__VA_ARGS__); }))
 #endif
@@ -46,8 +45,8 @@ namespace cuda {
 inline void check_launch() {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error("CUDA error " + std::to_string(int(error)) + " at a kernel launch: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error("CUDA error " + std::to_string(int(error)) +
+                             " at a kernel launch: " + cudaGetErrorString(error));
 }
 #endif
 
@@ -98,9 +97,11 @@ FM_DEVICE float widen(Half x) {
 #if defined(__CUDACC__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000)
+                                                                     << 16;
   const bool is_finite = magnitude < (0x1fu << 23);
-  const float value = is_finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7f800000);
+  const float value =
+      is_finite ? from_bits(magnitude) * 0x1p112f : from_bits(magnitude | 0x7f800000);
   return from_bits(to_bits(value) | sign);
 #endif
 }

@@ -12,8 +12,8 @@ constexpr int kBlock = FM_THREADS;  // tests take fewer: each is a fiber
 constexpr int kBlock = 256;  // threads
 #endif
 constexpr int kWarps = kBlock / 32;
-constexpr int kUnroll = 4;               // packs that a thread loads before it uses the first
-constexpr int64_t kMaxBlocks = 4096;     // 4 waves on 132 multiprocessors: no long last one
+constexpr int kUnroll = 4;            // packs that a thread loads before it uses the first
+constexpr int64_t kMaxBlocks = 4096;  // 4 waves on 132 multiprocessors: no long last one
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <typename T, int V>

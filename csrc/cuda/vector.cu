@@ -1,8 +1,7 @@
 // Launches of vector.cuh.
-#include "vector.cuh"
-
 #include "api.h"
 #include "partials.cuh"
+#include "vector.cuh"
 
 namespace fastminima {
 namespace cuda {
@@ -50,7 +49,8 @@ void power_step(const T* w, const T* v, double shift, int64_t n, T* next, double
     if (n)
       FM_LAUNCH((dot_and_distance<T, V>), blocks, kBlock, 0, stream, w, v, shift, n, each,
                 partials);
-    launch_add_partials(partials, blocks, result, 2, 2, 2, stream);  // into result[0] and, its root, result[2]
+    launch_add_partials(partials, blocks, result, 2, 2, 2,
+                        stream);  // into result[0] and, its root, result[2]
     if (n)
       FM_LAUNCH((normalise<T, V>), blocks, kBlock, 0, stream, w, v, shift, result, n, each, next,
                 partials);
@@ -110,8 +110,8 @@ void linear_combinations(const int64_t* rows, int64_t count, const T* weights, i
                          int64_t n, T* out, int64_t out_stride, Stream stream) {
   if (!n || !outputs) return;
   const int64_t each = elements_per_block(n), blocks = blocks_for(n, each);
-  const bool aligned = all_aligned(rows, count) && is_aligned(out) &&
-                       (outputs == 1 || out_stride % kVector<T> == 0);
+  const bool aligned =
+      all_aligned(rows, count) && is_aligned(out) && (outputs == 1 || out_stride % kVector<T> == 0);
   with_width<T>(aligned, [&](auto width) {
     constexpr int V = decltype(width)::value;
     for (int64_t first = 0; first < count; first += kRows) {
@@ -131,24 +131,24 @@ int64_t vector_partials(int64_t n, int64_t sums) {
   return sums * blocks_for(n, elements_per_block(n));
 }
 
-#define FM_DEFINE(scalar_t, suffix)                                                               \
-  void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* u,                   \
-                             const double* beta, int64_t n, double* partials, double* result,     \
-                             Stream stream) {                                                     \
-    lanczos_step(w, v, u, beta, n, partials, result, stream);                                     \
-  }                                                                                               \
-  void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,         \
-                           scalar_t* next, double* partials, double* result, Stream stream) {     \
-    power_step(w, v, shift, n, next, partials, result, stream);                                   \
-  }                                                                                               \
-  void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,           \
-                            double* partials, double* result, Stream stream) {                    \
-    project_out(w, rows, count, n, partials, result, stream);                                     \
-  }                                                                                               \
-  void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights,  \
-                                    int64_t outputs, int64_t n, scalar_t* out,                    \
-                                    int64_t out_stride, Stream stream) {                          \
-    linear_combinations(rows, count, weights, outputs, n, out, out_stride, stream);               \
+#define FM_DEFINE(scalar_t, suffix)                                                                \
+  void lanczos_step_##suffix(scalar_t* w, const scalar_t* v, const scalar_t* u,                    \
+                             const double* beta, int64_t n, double* partials, double* result,      \
+                             Stream stream) {                                                      \
+    lanczos_step(w, v, u, beta, n, partials, result, stream);                                      \
+  }                                                                                                \
+  void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,          \
+                           scalar_t* next, double* partials, double* result, Stream stream) {      \
+    power_step(w, v, shift, n, next, partials, result, stream);                                    \
+  }                                                                                                \
+  void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,            \
+                            double* partials, double* result, Stream stream) {                     \
+    project_out(w, rows, count, n, partials, result, stream);                                      \
+  }                                                                                                \
+  void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights,   \
+                                    int64_t outputs, int64_t n, scalar_t* out, int64_t out_stride, \
+                                    Stream stream) {                                               \
+    linear_combinations(rows, count, weights, outputs, n, out, out_stride, stream);                \
   }
 FM_DEFINE(float, f32)
 FM_DEFINE(double, f64)

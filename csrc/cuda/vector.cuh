@@ -9,9 +9,9 @@
 namespace fastminima {
 namespace cuda {
 
-constexpr int kRows = 256;    // addresses of vectors in one launch
-constexpr int kRowTile = 8;   // vectors that a block multiplies with one load of w
-constexpr int kOutTile = 8;   // combinations that a block makes of one load of the vectors
+constexpr int kRows = 256;   // addresses of vectors in one launch
+constexpr int kRowTile = 8;  // vectors that a block multiplies with one load of w
+constexpr int kOutTile = 8;  // combinations that a block makes of one load of the vectors
 
 template <typename T>
 struct Rows {
@@ -146,8 +146,8 @@ FM_DEVICE void store_pack(const Pack<T, V>& pack, T* p, int64_t i, int64_t end) 
 // Partials of <w, row>, for kRowTile of the rows; blocks of a row lie side by side.
 template <typename T, int V>
 __global__ void __launch_bounds__(kBlock)
-    dot_rows(const T* w, const FM_PARAMETER Rows<T> rows, int count, int64_t n, int64_t each, int64_t blocks,
-             double* partials) {
+    dot_rows(const T* w, const FM_PARAMETER Rows<T> rows, int count, int64_t n, int64_t each,
+             int64_t blocks, double* partials) {
   FM_SHARED(double, shared, kWarps);
   const int first = int(blockIdx.y) * kRowTile;
   const Stretch part(n, each);
@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kBlock)
 // w <- w - sum_i c_i row_i, in the order of the rows.
 template <typename T, int V>
 __global__ void __launch_bounds__(kBlock)
-    subtract_rows(T* w, const FM_PARAMETER Rows<T> rows, int count, const double* c, int64_t n, int64_t each) {
+    subtract_rows(T* w, const FM_PARAMETER Rows<T> rows, int count, const double* c, int64_t n,
+                  int64_t each) {
   const Stretch part(n, each);
   for (int64_t i = part.begin + int64_t(threadIdx.x) * V; i < part.end; i += kBlock * V) {
     Pack<T, V> x = load_pack<T, V>(w, i, part.end);
@@ -202,8 +203,8 @@ __global__ void __launch_bounds__(kBlock)
 // out[o] (+)= sum_i weights[i, o] row_i for kOutTile of the outputs.
 template <typename T, int V>
 __global__ void __launch_bounds__(kBlock)
-    combine_rows(const FM_PARAMETER Rows<T> rows, int count, const T* weights, int outputs, bool adds, int64_t n,
-                 int64_t each, T* out, int64_t out_stride) {
+    combine_rows(const FM_PARAMETER Rows<T> rows, int count, const T* weights, int outputs,
+                 bool adds, int64_t n, int64_t each, T* out, int64_t out_stride) {
   const int first = int(blockIdx.y) * kOutTile;
   const Stretch part(n, each);
   for (int64_t i = part.begin + int64_t(threadIdx.x) * V; i < part.end; i += kBlock * V) {

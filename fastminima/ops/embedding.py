@@ -167,9 +167,8 @@ embedding_dots = Op("embedding_dots", _embedding_dots)
 embedding_gradients = Op("embedding_gradients", _embedding_gradients)
 tied_cross = Op("tied_cross", _tied_cross)
 embedding_sq_norms.add_native(_embedding_sq_norms_native, dtypes=(torch.int64,))
-for op, call in (
-    (embedding_sq_norms, embedding_cuda.embedding_sq_norms),
-    (embedding_second_moment, embedding_cuda.embedding_second_moment),
-    (embedding_dots, embedding_cuda.embedding_dots),
-):
-    op.add_cuda(call, dtypes=(torch.int64,))
+embedding_sq_norms.add_cuda(embedding_cuda.embedding_sq_norms, dtypes=(torch.int64,))
+embedding_second_moment.add_cuda(
+    embedding_cuda.embedding_second_moment, dtypes=(torch.int64,)
+)
+embedding_dots.add_cuda(embedding_cuda.embedding_dots, dtypes=(torch.int64,))

@@ -20,7 +20,7 @@ __all__ = ["multi_axpy", "multi_dot", "multi_sq_norm"]
 
 
 def _multi_dot(
-    xs: Sequence[Float[Tensor, "..."]], ys: Sequence[Float[Tensor, "..."]]
+    xs: Sequence[Float[Tensor, ...]], ys: Sequence[Float[Tensor, ...]]
 ) -> Float64[Tensor, ""]:
     """Inner product of two lists of tensors, sum_k <xs[k], ys[k]>."""
     return torch.stack(
@@ -28,14 +28,14 @@ def _multi_dot(
     ).sum()
 
 
-def _multi_sq_norm(xs: Sequence[Float[Tensor, "..."]]) -> Float64[Tensor, ""]:
+def _multi_sq_norm(xs: Sequence[Float[Tensor, ...]]) -> Float64[Tensor, ""]:
     """Squared norm of all the tensors together, sum_k |xs[k]|^2."""
     return _multi_dot(xs, xs)
 
 
 def _multi_axpy(
-    ys: Sequence[Float[Tensor, "..."]],
-    xs: Sequence[Float[Tensor, "..."]],
+    ys: Sequence[Float[Tensor, ...]],
+    xs: Sequence[Float[Tensor, ...]],
     factor: float | Float64[Tensor, ""],
 ) -> None:
     """Add multiples in place: ys[k] <- ys[k] + factor xs[k], rounded once.

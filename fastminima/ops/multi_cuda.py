@@ -1,7 +1,7 @@
 """Calls of the CUDA kernels over lists of tensors, each list in one launch per 96.
 
-Lists that a launch cannot take, of several dtypes or with outputs that are not dense, go
-to the reference.
+Lists that a launch cannot take, of several dtypes or with outputs that are not dense,
+go to the reference.
 """
 
 from __future__ import annotations

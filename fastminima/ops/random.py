@@ -68,23 +68,23 @@ def _fill(out: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _gaussian_fill_(
-    out: Float[Tensor, "..."], seed: int, offset: int | Int64[Tensor, ""]
-) -> Float[Tensor, "..."]:
+    out: Float[Tensor, ...], seed: int, offset: int | Int64[Tensor, ""]
+) -> Float[Tensor, ...]:
     """Fill `out` with independent standard normal numbers, at most 6.8 in size."""
     return _fill(out, _normals(_words(seed, offset, 0, -(-out.numel() // 4), out)))
 
 
 def _rademacher_fill_(
-    out: Float[Tensor, "..."], seed: int, offset: int | Int64[Tensor, ""]
-) -> Float[Tensor, "..."]:
+    out: Float[Tensor, ...], seed: int, offset: int | Int64[Tensor, ""]
+) -> Float[Tensor, ...]:
     """Fill `out` with independent signs, 1 or -1 with equal probability."""
     words = _words(seed, offset, 0, -(-out.numel() // 4), out).flatten()
     return _fill(out, 1 - 2 * (words >> 31))
 
 
 def _langevin_step_(
-    params: Sequence[Float[Tensor, "..."]],
-    grads: Sequence[Float[Tensor, "..."]],
+    params: Sequence[Float[Tensor, ...]],
+    grads: Sequence[Float[Tensor, ...]],
     lr: float,
     deviation: float,
     seed: int,
@@ -92,8 +92,9 @@ def _langevin_step_(
 ) -> None:
     """One Langevin step in place: params <- params - lr grads + deviation noise.
 
-    `deviation` is sqrt(2 lr temperature). The noise is standard normal, numbered through
-    the list, each tensor starting at the next multiple of four; a sum is rounded once.
+    `deviation` is sqrt(2 lr temperature). The noise is standard normal, numbered
+    through the list, each tensor starting at the next multiple of four; a sum is
+    rounded once.
     """
     place = 0
     for p, g in zip(params, grads, strict=True):

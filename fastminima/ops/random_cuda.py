@@ -48,7 +48,7 @@ def rademacher_fill_(
 
 
 def langevin_step_(reference: Callable[..., None]) -> Callable[..., None]:
-    """See `fastminima.ops.random.langevin_step_`; `reference` where lists do not fit."""
+    """See `fastminima.ops.random.langevin_step_`; else `reference`."""
 
     def run(
         kernels: Any,

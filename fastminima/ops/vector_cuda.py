@@ -55,9 +55,9 @@ def linear_combinations(
     rows = addresses((first, *rest))
     weights = weights.to(first).contiguous()
     padded = -(-len(first) // 4) * 4  # so that every output can be written in 16 bytes
-    out = torch.empty(
-        weights.shape[1], padded, dtype=first.dtype, device=first.device
-    )[:, : len(first)]
+    out = torch.empty(weights.shape[1], padded, dtype=first.dtype, device=first.device)[
+        :, : len(first)
+    ]
     getattr(kernels, f"linear_combinations_{SUFFIX[first.dtype]}")(
         *(rows.data_ptr(), len(rows), weights.data_ptr(), weights.shape[1]),
         *(len(first), out.data_ptr(), padded, stream(first)),

@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run: on the emulated device, and on a real one if there is one."""
+"""Where the CUDA kernels run: the emulated device, and a real one if there is one."""
 
 import emulation
 import pytest
@@ -24,14 +24,18 @@ class Device:
             if first is None:
                 first = got
             for a, b in zip(first, got, strict=True):
-                assert torch.equal(a, b), "the result depends on the order of the threads"
+                assert torch.equal(a, b), (
+                    "the result depends on the order of the threads"
+                )
         return [x.cpu() for x in first]
 
     def put(self, x):
         """A copy of `x` on this device, with its strides and its offset."""
         if x is None:
             return None
-        flat = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+        flat = torch.empty(
+            x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype
+        )
         flat = flat.to(self.name)
         return flat.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(x)
 
@@ -52,7 +56,9 @@ def device(request):
         kernels = request.getfixturevalue("emulated")
         orders = ("forward", "reverse", "random")
         return Device(
-            "cpu", kernels, [lambda o=order: kernels.set_schedule(o) for order in orders]
+            "cpu",
+            kernels,
+            [lambda o=order: kernels.set_schedule(o) for order in orders],
         )
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

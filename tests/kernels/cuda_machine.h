@@ -375,7 +375,8 @@ ON_CPU_MACHINE inline void prepare(dim3 grid, dim3 block, size_t shared_bytes) {
   if (!m.count || m.count > 1024) throw std::runtime_error("cuda_on_cpu: bad block size");
   if (!grid.x || grid.x > 0x7fffffff || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535)
     throw std::runtime_error("cuda_on_cpu: bad grid size");
-  if (shared_bytes > 48 * 1024) throw std::runtime_error("cuda_on_cpu: over 48 KiB of shared memory");
+  if (shared_bytes > 48 * 1024)
+    throw std::runtime_error("cuda_on_cpu: over 48 KiB of shared memory");
   m.grid = {grid.x, grid.y, grid.z};
   m.block = {block.x, block.y, block.z};
   m.shared_bytes = shared_bytes;

@@ -93,8 +93,8 @@ T read_modify_write(T* p, F f) {
     std::memcpy(&a, &before, sizeof(T));
     b = f(a);
     std::memcpy(&after, &b, sizeof(T));
-  } while (!__atomic_compare_exchange_n(q, &before, after, false, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED));
+  } while (
+      !__atomic_compare_exchange_n(q, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return a;
 }
 

@@ -44,8 +44,8 @@ struct Entry {
   void* run;
 };
 
-#define ENTRY(name)                                                  \
-  {#name, Call<&fastminima::cuda::name>::signature,                  \
+#define ENTRY(name)                                 \
+  {#name, Call<&fastminima::cuda::name>::signature, \
    reinterpret_cast<void*>(&Call<&fastminima::cuda::name>::run)},
 const Entry entries[] = {FM_EACH_LAUNCHER(ENTRY){nullptr, nullptr, nullptr}};
 

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the emulated device and calls them as the extension would."""
+"""Builds the CUDA kernels for the emulated device, callable as in the extension."""
 
 import ctypes
 import os
@@ -36,7 +36,7 @@ def build(target, sources, flags):
 
 
 def run(program, *arguments, check=True):
-    """Runs a program; without address randomisation, which ThreadSanitizer may dislike."""
+    """Runs a program; without random addresses, which ThreadSanitizer may dislike."""
     quiet = [tool, "-R"] if (tool := shutil.which("setarch")) else []
     return subprocess.run(
         [*quiet, str(program), *arguments],

@@ -1,4 +1,5 @@
-// Kernels with one fault each, to see that the emulation and the sanitizers notice; and some without.
+// Kernels with one fault each, to see that the emulation and the sanitizers notice; and some
+// without.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -104,10 +105,12 @@ struct Case {
 };
 #define CASE(kernel, blocks) {#kernel, kernel, blocks}
 const Case cases[] = {
-    CASE(divergent_barrier, 1), CASE(deadlock, 1),         CASE(mask_of_absent_lanes, 1),
-    CASE(source_outside_the_mask, 1), CASE(stale_shared, 1), CASE(past_the_end, 1),
-    CASE(past_shared, 1),       CASE(misaligned, 1),       CASE(shared_race, 1),
-    CASE(block_race, 2),        CASE(missing_syncwarp, 1), CASE(sound, 1),
+    CASE(divergent_barrier, 1),    CASE(deadlock, 1),
+    CASE(mask_of_absent_lanes, 1), CASE(source_outside_the_mask, 1),
+    CASE(stale_shared, 1),         CASE(past_the_end, 1),
+    CASE(past_shared, 1),          CASE(misaligned, 1),
+    CASE(shared_race, 1),          CASE(block_race, 2),
+    CASE(missing_syncwarp, 1),     CASE(sound, 1),
     CASE(sound_ticket, 4),
 };
 

@@ -35,71 +35,72 @@ void require(bool holds, const char* what) {
   std::exit(7);
 }
 
-#define VECTOR_CASES(scalar_t, suffix)                                                             \
-  void vector_##suffix(int64_t n, int shift, int64_t count) {                                      \
-    Buffer<scalar_t> w(n, shift), v(n, shift), u(n, shift), next(n, shift);                        \
-    std::vector<Buffer<scalar_t>> basis(size_t(count), Buffer<scalar_t>(n, shift));                \
-    std::vector<int64_t> rows;                                                                     \
-    for (auto& b : basis) rows.push_back(b.address());                                             \
-    double beta = 0.5;                                                                             \
-    std::vector<double> partials(size_t(vector_partials(n, 2))), result(size_t(count + 3));        \
-    std::vector<double> more(size_t(vector_partials(n, count)));                                   \
-    lanczos_step_##suffix(w.data(), v.data(), u.data(), &beta, n, partials.data(), result.data(),  \
-                          nullptr);                                                                \
-    lanczos_step_##suffix(w.data(), v.data(), nullptr, &beta, n, partials.data(), result.data(),   \
-                          nullptr);                                                                \
-    power_step_##suffix(w.data(), v.data(), 0.1, n, next.data(), partials.data(), result.data(),   \
-                        nullptr);                                                                  \
-    require(result[2] == result[2], "power_step");                                                 \
-    project_out_##suffix(w.data(), rows.data(), count, n, more.data(), result.data(), nullptr);    \
-    std::vector<scalar_t> weights(size_t(count * 3), scalar_t(0.25)), out(size_t(3 * n));          \
-    linear_combinations_##suffix(rows.data(), count, weights.data(), 3, n, out.data(), n, nullptr); \
+#define VECTOR_CASES(scalar_t, suffix)                                                            \
+  void vector_##suffix(int64_t n, int shift, int64_t count) {                                     \
+    Buffer<scalar_t> w(n, shift), v(n, shift), u(n, shift), next(n, shift);                       \
+    std::vector<Buffer<scalar_t>> basis(size_t(count), Buffer<scalar_t>(n, shift));               \
+    std::vector<int64_t> rows;                                                                    \
+    for (auto& b : basis) rows.push_back(b.address());                                            \
+    double beta = 0.5;                                                                            \
+    std::vector<double> partials(size_t(vector_partials(n, 2))), result(size_t(count + 3));       \
+    std::vector<double> more(size_t(vector_partials(n, count)));                                  \
+    lanczos_step_##suffix(w.data(), v.data(), u.data(), &beta, n, partials.data(), result.data(), \
+                          nullptr);                                                               \
+    lanczos_step_##suffix(w.data(), v.data(), nullptr, &beta, n, partials.data(), result.data(),  \
+                          nullptr);                                                               \
+    power_step_##suffix(w.data(), v.data(), 0.1, n, next.data(), partials.data(), result.data(),  \
+                        nullptr);                                                                 \
+    require(result[2] == result[2], "power_step");                                                \
+    project_out_##suffix(w.data(), rows.data(), count, n, more.data(), result.data(), nullptr);   \
+    std::vector<scalar_t> weights(size_t(count * 3), scalar_t(0.25)), out(size_t(3 * n));         \
+    linear_combinations_##suffix(rows.data(), count, weights.data(), 3, n, out.data(), n,         \
+                                 nullptr);                                                        \
   }
 VECTOR_CASES(float, f32)
 VECTOR_CASES(double, f64)
 
-#define TENSOR_CASES(scalar_t, suffix)                                                            \
-  void tensors_##suffix(const std::vector<int64_t>& sizes, int shift) {                           \
-    std::vector<Buffer<scalar_t>> buffers;                                                        \
-    std::vector<int64_t> x, y;                                                                    \
-    const int64_t count = int64_t(sizes.size());                                                  \
-    for (int64_t n : sizes) buffers.emplace_back(n, shift), buffers.emplace_back(n, shift);       \
-    for (size_t k = 0; k < buffers.size(); k++) (k % 2 ? y : x).push_back(buffers[k].address());  \
-    std::vector<double> partials(size_t(multi_partials(sizes.data(), count)));                    \
-    double result;                                                                                \
-    int64_t offset = 9;                                                                           \
-    multi_dot_##suffix(x.data(), y.data(), sizes.data(), count, partials.data(), &result,         \
-                       nullptr);                                                                  \
-    require(result == result, "multi_dot");                                                       \
-    multi_axpy_##suffix(x.data(), y.data(), sizes.data(), count, 0, &result, nullptr);            \
-    langevin_step_##suffix(x.data(), y.data(), sizes.data(), count, 0.1, 0.2, 3, 4, &offset,      \
-                           nullptr);                                                              \
-    for (auto& b : buffers) {                                                                     \
-      const int64_t n = int64_t(b.values.size()) - shift;                                         \
-      gaussian_fill_##suffix(b.data(), n, -1, 2, nullptr, nullptr);                               \
-      rademacher_fill_##suffix(b.data(), n, 5, 2, &offset, nullptr);                              \
-    }                                                                                             \
-  }                                                                                               \
-  void embedding_##suffix(int64_t batch, int64_t time, int64_t width, int shift) {                \
-    using wide = wide_t<scalar_t>;                                                                \
-    Buffer<scalar_t> g(batch* time* width, shift);                                                \
-    Buffer<wide> table(7 * width, shift);                                                         \
-    std::vector<int64_t> ids(size_t(batch * time));                                               \
-    for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i * i * 5 % 7);                      \
-    std::vector<int64_t> words(size_t(sort_words(batch, time)));                                  \
-    std::vector<int64_t> all(size_t(sort_words(1, batch * time)));                                \
-    std::vector<double> partials(size_t(embedding_partials(batch, time, width)));                 \
-    std::vector<wide> norms(size_t(batch), wide(-1)), moment(size_t(7 * width));                  \
-    sort_steps(ids.data(), time, 1, batch, time, time, 3, words.data(), nullptr);                 \
-    embedding_sq_norms_##suffix(words.data(), g.data(), time* width, width, batch, time, width,   \
-                                partials.data(), norms.data(), nullptr);                          \
-    for (wide norm : norms) require(norm >= 0, "embedding_sq_norms");                             \
-    sort_steps(ids.data(), time, 1, 1, batch* time, time, 3, all.data(), nullptr);                \
-    embedding_second_moment_##suffix(all.data(), g.data(), time* width, width, batch, time,       \
-                                     width, moment.data(), nullptr);                              \
-    embedding_dots_##suffix(ids.data(), time, 1, g.data(), time* width, width, batch, time,       \
-                            width, 3, table.data(), width, partials.data(), norms.data(),         \
-                            nullptr);                                                             \
+#define TENSOR_CASES(scalar_t, suffix)                                                           \
+  void tensors_##suffix(const std::vector<int64_t>& sizes, int shift) {                          \
+    std::vector<Buffer<scalar_t>> buffers;                                                       \
+    std::vector<int64_t> x, y;                                                                   \
+    const int64_t count = int64_t(sizes.size());                                                 \
+    for (int64_t n : sizes) buffers.emplace_back(n, shift), buffers.emplace_back(n, shift);      \
+    for (size_t k = 0; k < buffers.size(); k++) (k % 2 ? y : x).push_back(buffers[k].address()); \
+    std::vector<double> partials(size_t(multi_partials(sizes.data(), count)));                   \
+    double result;                                                                               \
+    int64_t offset = 9;                                                                          \
+    multi_dot_##suffix(x.data(), y.data(), sizes.data(), count, partials.data(), &result,        \
+                       nullptr);                                                                 \
+    require(result == result, "multi_dot");                                                      \
+    multi_axpy_##suffix(x.data(), y.data(), sizes.data(), count, 0, &result, nullptr);           \
+    langevin_step_##suffix(x.data(), y.data(), sizes.data(), count, 0.1, 0.2, 3, 4, &offset,     \
+                           nullptr);                                                             \
+    for (auto& b : buffers) {                                                                    \
+      const int64_t n = int64_t(b.values.size()) - shift;                                        \
+      gaussian_fill_##suffix(b.data(), n, -1, 2, nullptr, nullptr);                              \
+      rademacher_fill_##suffix(b.data(), n, 5, 2, &offset, nullptr);                             \
+    }                                                                                            \
+  }                                                                                              \
+  void embedding_##suffix(int64_t batch, int64_t time, int64_t width, int shift) {               \
+    using wide = wide_t<scalar_t>;                                                               \
+    Buffer<scalar_t> g(batch * time * width, shift);                                             \
+    Buffer<wide> table(7 * width, shift);                                                        \
+    std::vector<int64_t> ids(size_t(batch * time));                                              \
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i * i * 5 % 7);                     \
+    std::vector<int64_t> words(size_t(sort_words(batch, time)));                                 \
+    std::vector<int64_t> all(size_t(sort_words(1, batch * time)));                               \
+    std::vector<double> partials(size_t(embedding_partials(batch, time, width)));                \
+    std::vector<wide> norms(size_t(batch), wide(-1)), moment(size_t(7 * width));                 \
+    sort_steps(ids.data(), time, 1, batch, time, time, 3, words.data(), nullptr);                \
+    embedding_sq_norms_##suffix(words.data(), g.data(), time * width, width, batch, time, width, \
+                                partials.data(), norms.data(), nullptr);                         \
+    for (wide norm : norms) require(norm >= 0, "embedding_sq_norms");                            \
+    sort_steps(ids.data(), time, 1, 1, batch * time, time, 3, all.data(), nullptr);              \
+    embedding_second_moment_##suffix(all.data(), g.data(), time * width, width, batch, time,     \
+                                     width, moment.data(), nullptr);                             \
+    embedding_dots_##suffix(ids.data(), time, 1, g.data(), time * width, width, batch, time,     \
+                            width, 3, table.data(), width, partials.data(), norms.data(),        \
+                            nullptr);                                                            \
   }
 TENSOR_CASES(float, f32)
 TENSOR_CASES(double, f64)

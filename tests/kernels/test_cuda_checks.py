@@ -56,9 +56,7 @@ def test_a_race_is_noticed(thread_faults, fault):
 
 
 @pytest.mark.parametrize("name", ["sound", "sound_ticket"])
-def test_nothing_is_noticed_where_nothing_is_wrong(
-    address_faults, thread_faults, name
-):
+def test_nothing_is_noticed_where_nothing_is_wrong(address_faults, thread_faults, name):
     for program in (address_faults, thread_faults):
         assert outcome(program, name) == (0, "nothing noticed\n")
 

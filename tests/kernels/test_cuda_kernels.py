@@ -1,7 +1,7 @@
-"""The CUDA kernels against the float64 references, on an emulated and on a real device.
+"""The CUDA kernels against the float64 references, on an emulated and a real device.
 
-Each case runs with the threads and blocks forwards, backwards and shuffled, and must give
-the same bits; on a real device twice.
+Each case runs with the threads and blocks forwards, backwards and shuffled, and must
+give the same bits; on a real device twice.
 """
 
 import math
@@ -88,7 +88,9 @@ def test_power_step_of_zero_is_zero(device):
     assert not out.any()
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, 33), (1, 4099), (9, 20_011), (300, 37)])
+@pytest.mark.parametrize(
+    ("count", "size"), [(0, 33), (1, 4099), (9, 20_011), (300, 37)]
+)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_project_out(device, size, dtype, count):
     w, basis = torch.randn(size, dtype=dtype), torch.randn(count, size, dtype=dtype)
