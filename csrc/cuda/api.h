@@ -64,7 +64,8 @@ FM_DECLARE(BFloat16, bf16)
 void sort_steps(const int64_t* ids, int64_t ids_batch, int64_t ids_time, int64_t lists,
                 int64_t length, int64_t time, int64_t padding_idx, int64_t* words, Stream stream);
 
-// `words` as sort_steps left them. g has unit stride along its width, the others in elements.
+// `words` as sort_steps left them: lists of samples for the norms, one list of the batch, shorter
+// than 2^32, for the second moment. g has unit stride along its width, the others in elements.
 #define FM_DECLARE(scalar_t, suffix, wide_t)                                                      \
   void embedding_sq_norms_##suffix(const int64_t* words, const scalar_t* g, int64_t g_batch,      \
                                    int64_t g_time, int64_t batch, int64_t time, int64_t width,    \
