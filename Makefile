@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BENCH_VENV := .venv-bench
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
 PIP := -m pip --disable-pip-version-check -qq
 # The pinned linters of pyproject.toml, without building the package once more.
 LINTERS := import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
@@ -70,12 +70,13 @@ bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, prin
 lint: $(VENV)/.linters  ## ruff, pyright, clang-format
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
-	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(BUILD_INPUTS))
+	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(BUILD_INPUTS)) \
+		$(wildcard tests/kernels/*.h tests/kernels/*.cpp)
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	@echo "lint: clean"
 
 clean:  ## remove what the other targets made (results/ stays)
 	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f fastminima/_native_ext*.so fastminima/_native_missing.txt
+	rm -f fastminima/_native_ext*.so fastminima/_native_missing.txt fastminima/_cuda_missing.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,8 @@ so the kernels run on PyTorch's own threads.
 
 FASTMINIMA_NATIVE=0 leaves the extension out; FASTMINIMA_NATIVE=1 makes a failed build
 an error. Otherwise a failed build is reported, and its reason kept for
-`python -m fastminima`.
+`python -m fastminima`. Where nvcc works, the CUDA kernels go into the same extension:
+see build_cuda.py.
 """
 
 import os
@@ -22,7 +23,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # the build frontend may have left it out
+import build_cuda  # noqa: E402
+
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 BASE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fopenmp"]
 BASE_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 BASE_FLAGS += ["-g0"]  # Python's own flags may ask for -g, which keeps build paths
@@ -37,6 +42,7 @@ if IS_X86:
     ]
 MODE = os.environ.get("FASTMINIMA_NATIVE")
 NOTE = "_native_missing.txt"  # beside the package: why there is no extension
+CUDA_NOTE = "_cuda_missing.txt"  # or why there are no CUDA kernels in it
 BUILD_ERRORS = (CCompilerError, CompileError, ExecError, PlatformError, OSError)
 
 
@@ -46,7 +52,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(target, target.with_name(NOTE))  # of an earlier build in this folder
+        # Of an earlier build in this folder:
+        _remove(target, target.with_name(NOTE), target.with_name(CUDA_NOTE))
         if MODE == "0":
             return self._skip(target, "FASTMINIMA_NATIVE=0 at install time")
         try:
@@ -62,25 +69,38 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, *ext.name.split("."))
             source = Path(self.get_ext_fullpath(ext.name))
-            _remove(source, source.with_name(NOTE))
-            if built.with_name(NOTE).exists():
-                self.copy_file(str(built.with_name(NOTE)), str(source.with_name(NOTE)))
+            _remove(source)
+            for name in (NOTE, CUDA_NOTE):
+                _remove(source.with_name(name))
+                note = built.with_name(name)
+                if note.exists():
+                    self.copy_file(str(note), str(source.with_name(name)))
         super().copy_extensions_to_source()
 
     def _build(self, target):
         if sys.platform == "win32":
             raise PlatformError("the native kernels need gcc or clang")
+        toolkit, reason = build_cuda.find()
         jobs = [(name, source) for name in INSTRUCTION_SETS for source in KERNELS]
-        jobs.append(("generic", "csrc/module.cpp"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [o for found in pool.map(self._compile, jobs) for o in found]
-        self.compiler.link_shared_object(
-            objects, str(target), target_lang="c++", build_temp=self.build_temp
-        )
+            compiled = pool.map(self._compile, jobs)
+            objects = next(compiled)  # fails at once where there is no compiler
+            cuda = pool.submit(self._compile_cuda, toolkit) if toolkit else None
+            try:
+                objects += [o for found in compiled for o in found]
+                if cuda is not None:
+                    objects += cuda.result()
+            except build_cuda.CudaMissing as error:
+                toolkit, reason = None, build_cuda.refuse(error)
+        objects += self._compile_bindings(toolkit)
+        self._link(objects, target, toolkit)
+        if toolkit is None:
+            target.with_name(CUDA_NOTE).write_text(reason + "\n")
+            self.warn(f"fastminima: CUDA kernels not built ({reason})")
 
-    def _compile(self, job):
+    def _compile(self, job, defines=()):
         name, source = job
-        flags = [*BASE_FLAGS, f"-DFM_ISA={name}", *INSTRUCTION_SETS[name]]
+        flags = [*BASE_FLAGS, f"-DFM_ISA={name}", *INSTRUCTION_SETS[name], *defines]
         return self.compiler.compile(
             [source],
             output_dir=str(Path(self.build_temp) / name),
@@ -88,7 +108,38 @@ class BuildNative(build_ext):
             extra_postargs=flags,
         )
 
+    def _compile_cuda(self, toolkit):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            folder = Path(self.build_temp) / "cuda"
+            targets = [str(folder / f"{Path(s).stem}.cu.o") for s in CUDA_KERNELS]
+            return list(pool.map(toolkit.compile, CUDA_KERNELS, targets))
+
+    def _compile_bindings(self, toolkit):
+        sources, defines = ["csrc/module.cpp"], []
+        if toolkit is not None:
+            sources.append("csrc/cuda/bind.cpp")
+            names = toolkit.architectures
+            defines = ["-DFM_WITH_CUDA", f'-DFM_CUDA_ARCHITECTURES="{names}"']
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [(("generic", source), defines) for source in sources]
+            done = list(pool.map(lambda job: self._compile(*job), jobs))
+        return [o for found in done for o in found]
+
+    def _link(self, objects, target, toolkit):
+        more = {}
+        if toolkit is not None:
+            more = {
+                "libraries": build_cuda.LIBRARIES,
+                "library_dirs": toolkit.library_dirs,
+                "extra_postargs": ["-Wl,--exclude-libs,ALL"],
+            }
+        self.compiler.link_shared_object(
+            objects, str(target), target_lang="c++", build_temp=self.build_temp, **more
+        )
+
     def _skip(self, target, reason):
+        if build_cuda.MODE == "1":
+            build_cuda.refuse(reason)
         target.with_name(NOTE).write_text(reason + "\n")
         self.warn(f"fastminima: native kernels not built ({reason})")
         self.warn("fastminima: the PyTorch reference implementations will be used")

@@ -4,6 +4,7 @@
 namespace fastminima {
 void bind_broadcast(py::module_& m);
 void bind_conv(py::module_& m);
+void bind_cuda(py::module_& m);
 void bind_dense(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_norm(py::module_& m);
@@ -50,4 +51,7 @@ PYBIND11_MODULE(_native_ext, m) {
   fastminima::bind_norm(m);
   fastminima::bind_reduce(m);
   fastminima::bind_vector(m);
+#ifdef FM_WITH_CUDA
+  fastminima::bind_cuda(m);
+#endif
 }

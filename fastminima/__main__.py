@@ -40,6 +40,7 @@ def _machine() -> Iterator[str]:
         "devices": ", ".join(_devices()),
         "threads": str(_native.threads()),
         "native": _native_line(),
+        "cuda": _cuda_line(),
     }
     return (f"{name:<11}{value}" for name, value in rows.items())
 
@@ -60,6 +61,13 @@ def _native_line() -> str:
     if _native.missing_reason is not None:
         return f"no: {_native.missing_reason}"
     return f"{_native.available_isas()[0]} (of {', '.join(_native.available_isas())})"
+
+
+def _cuda_line() -> str:
+    if (reason := _native.cuda_missing_reason()) is not None:
+        return f"no: {reason}"
+    here = "" if torch.cuda.is_available() else "; no CUDA device here"
+    return f"built for {', '.join(_native.cuda_architectures())}{here}"
 
 
 def _ops() -> Iterator[str]:
@@ -113,9 +121,10 @@ def _not_there(op: Op, device: str) -> Iterator[tuple[str, str]]:
     else:
         for isa in _ISAS[: _ISAS.index(_native.available_isas()[0])]:
             yield f"native-{isa}", "not in this build or not on this processor"
-    for backend in ("triton", "cuda"):
-        if backend not in found:
-            yield backend, "no such kernel"
+    if "triton" not in found:
+        yield "triton", "no such kernel"
+    if "cuda" not in found:
+        yield "cuda", _native.cuda_missing_reason() or "no such kernel"
 
 
 if __name__ == "__main__":

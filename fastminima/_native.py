@@ -14,6 +14,9 @@ import torch  # first: its OpenMP runtime is the one the extension runs on
 
 __all__ = [
     "available_isas",
+    "cuda_architectures",
+    "cuda_kernels",
+    "cuda_missing_reason",
     "kernels",
     "kernels_for",
     "missing_reason",
@@ -38,9 +41,9 @@ def _load() -> tuple[Any, str | None]:
         return None, f"this PyTorch exports no OpenMP runtime ({error})"
 
 
-def _build_failure() -> str:
-    """What setup.py wrote down when it could not build the extension."""
-    note = Path(__file__).with_name("_native_missing.txt")
+def _build_failure(name: str = "_native_missing.txt") -> str:
+    """What setup.py wrote down when it could not build the extension, or a part."""
+    note = Path(__file__).with_name(name)
     return note.read_text().strip() if note.exists() else "never compiled here"
 
 
@@ -85,6 +88,24 @@ def kernels_for(isa: str) -> ModuleType:
 kernels: ModuleType | None = (
     None if _extension is None else kernels_for(available_isas()[0])
 )
+
+
+def cuda_kernels() -> ModuleType | None:
+    """The launchers of the CUDA kernels, if the extension was built with them."""
+    return getattr(_extension, "cuda", None)
+
+
+def cuda_missing_reason() -> str | None:
+    """Why there are no CUDA kernels, or None."""
+    if cuda_kernels() is not None:
+        return None
+    return missing_reason or f"not built: {_build_failure('_cuda_missing.txt')}"
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What the CUDA kernels were compiled for, such as "sm_90a"; PTX last."""
+    found = getattr(cuda_kernels(), "architectures", "")
+    return tuple(name for name in found.split(";") if name)
 
 
 def threads() -> int:

@@ -36,6 +36,18 @@ def test_instruction_set_or_the_reason_for_none(lines):
     assert wanted in line_of(lines, "native")
 
 
+def test_cuda_architectures_or_the_reason_for_none(lines):
+    wanted = _native.cuda_missing_reason() or ", ".join(_native.cuda_architectures())
+    assert wanted and wanted in line_of(lines, "cuda")
+
+
+def test_cuda_kernels_without_a_device(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: None)
+    monkeypatch.setattr(_native, "cuda_architectures", lambda: ("sm_80", "sm_90a"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report._cuda_line() == "built for sm_80, sm_90a; no CUDA device here"
+
+
 def test_every_op_with_the_implementation_that_runs(lines):
     listed = [line for line in lines if line.startswith("  ")]
     names = {line.split()[0] for line in listed}
@@ -56,7 +68,8 @@ def others(op):
     return " ; ".join(report._others(op, "cpu"))
 
 
-def test_why_others_do_not_run(op):
+def test_why_others_do_not_run(op, monkeypatch):
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: None)
     op.add("quick", abs, devices=("cpu",), dtypes=(torch.float32,))
     op.add("quicker", abs, devices=("cpu",), dtypes=(torch.float32,))
     op.add("wide", abs, devices=("cpu",), dtypes=(torch.float64,))
@@ -72,7 +85,13 @@ def test_why_others_do_not_run(op):
 
 def test_missing_extension_is_the_reason(op, monkeypatch):
     monkeypatch.setattr(_native, "missing_reason", "not built: no g++")
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: None)
     assert "native: not built: no g++" in others(op)
+
+
+def test_missing_cuda_kernels_are_the_reason(op, monkeypatch):
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: "not built: no nvcc")
+    assert "cuda: not built: no nvcc" in others(op)
 
 
 def test_instruction_set_that_is_not_here(op, monkeypatch):

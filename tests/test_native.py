@@ -11,6 +11,8 @@ import torch
 
 from fastminima import _native
 from fastminima.ops.dense import direct_sq_norms
+from fastminima.ops.table import REGISTRY, Op
+from fastminima.ops.vector import lanczos_step
 
 native_only = pytest.mark.skipif(
     _native.missing_reason is not None, reason=str(_native.missing_reason)
@@ -159,3 +161,51 @@ def _extension_path():
 def test_a_missing_extension_is_announced():
     with pytest.warns(UserWarning, match=r"without its native kernels.*no g\+\+"):
         _native._announce("not built: no g++")
+
+
+cuda_only = pytest.mark.skipif(
+    _native.cuda_missing_reason() is not None, reason=str(_native.cuda_missing_reason())
+)
+
+
+def test_cuda_kernels_or_a_reason():
+    reason = _native.cuda_missing_reason()
+    assert (reason is None) == (_native.cuda_kernels() is not None)
+    assert bool(_native.cuda_architectures()) == (reason is None)
+    assert reason is None or "\n" not in reason
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_cuda_is_in_the_table_where_it_was_built(monkeypatch, built):
+    kernels = object() if built else None
+    monkeypatch.setattr(_native, "cuda_kernels", lambda: kernels)
+    op = Op("native_test", lambda x: x)
+    try:
+        op.add_cuda(lambda module, x: (module, x), dtypes=(torch.float32,))
+        names = op.backends("cuda", torch.float32)
+        assert names == (("reference", "cuda") if built else ("reference",))
+        if built:
+            run, x = op.on("cuda", "cuda", torch.float32), torch.ones(2)
+            assert run(x) == (kernels, x) and run([x])[0] is kernels
+    finally:
+        del REGISTRY["native_test"]
+
+
+@cuda_only
+def test_every_launcher_is_bound_and_refuses_cleanly_without_a_device():
+    kernels = _native.cuda_kernels()
+    for name in ("lanczos_step_f32", "multi_dot_bf16", "embedding_sq_norms_f16"):
+        assert callable(getattr(kernels, name))
+    assert kernels.vector_partials(10, 3) == 3
+    assert "cuda" in lanczos_step.backends("cuda", torch.float32)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            kernels.gaussian_fill_f32(0, 4, 0, 0, 0, 0)
+
+
+@cuda_only
+@linux_only
+def test_no_cuda_library_is_linked():
+    content = Path(_native._extension.__file__).read_bytes()
+    assert b"libcudart.so" not in content
+    assert _native.cuda_architectures()[0].startswith("sm_")

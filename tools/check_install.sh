@@ -59,6 +59,14 @@ if build forced FASTMINIMA_NATIVE=1 CC=/nonexistent CXX=/nonexistent > "$work/fo
 fi
 echo "  the build is refused"
 
+echo "with FASTMINIMA_CUDA=1 and no CUDA compiler that works:"
+if build cuda FASTMINIMA_CUDA=1 FASTMINIMA_CUDA_ARCHS=1 > "$work/cuda.out"; then
+  echo "a build that had to have CUDA kernels passed without them"
+  exit 1
+fi
+grep -q 'FASTMINIMA_CUDA=1, but' "$work/cuda.log"
+echo "  the build is refused"
+
 echo "the references serve:"
 run none - << 'PYTHON'
 import torch, fastminima as fm

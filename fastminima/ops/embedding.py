@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from .._dtypes import accumulation_dtype
+from . import embedding_cuda
 from ._arguments import SUFFIX, accumulated, contiguous_rows
 from .table import Op
 
@@ -166,3 +167,8 @@ embedding_dots = Op("embedding_dots", _embedding_dots)
 embedding_gradients = Op("embedding_gradients", _embedding_gradients)
 tied_cross = Op("tied_cross", _tied_cross)
 embedding_sq_norms.add_native(_embedding_sq_norms_native, dtypes=(torch.int64,))
+embedding_sq_norms.add_cuda(embedding_cuda.embedding_sq_norms, dtypes=(torch.int64,))
+embedding_second_moment.add_cuda(
+    embedding_cuda.embedding_second_moment, dtypes=(torch.int64,)
+)
+embedding_dots.add_cuda(embedding_cuda.embedding_dots, dtypes=(torch.int64,))

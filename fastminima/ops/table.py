@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,11 @@ class Implementation(NamedTuple):
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     is_preferred: bool
+
+
+def _leader(first: Tensor | Sequence[Tensor]) -> Tensor:
+    """The tensor that decides: the argument itself, or the first of a list."""
+    return first if isinstance(first, Tensor) else first[0]
 
 
 class Op:
@@ -112,6 +117,27 @@ class Op:
 
         self.add("triton", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
 
+    def add_cuda(
+        self,
+        run: Callable[..., Any],
+        *,
+        dtypes: Iterable[torch.dtype],
+        preferred: bool = False,
+    ) -> None:
+        """Add `run(kernels, *args)`, where the extension was built with CUDA.
+
+        It runs with the device of the first tensor current, as a launch needs it.
+        """
+        kernels = _native.cuda_kernels()
+        if kernels is None:
+            return
+
+        def call(first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+            with torch.cuda.device_of(_leader(first)):
+                return run(kernels, first, *args, **kwargs)
+
+        self.add("cuda", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
+
     def __iter__(self) -> Iterator[Implementation]:
         return iter(self._implementations)
 
@@ -138,8 +164,11 @@ class Op:
             f"{device!r}; it has {self.backends(device, dtype)}."
         )
 
-    def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        key = (first.device.type, first.dtype)
+    def __call__(
+        self, first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        leader = _leader(first)
+        key = (leader.device.type, leader.dtype)
         run = self._chosen.get(key)
         if run is None:
             run = self._chosen[key] = self.on(self.backends(*key)[0], *key)

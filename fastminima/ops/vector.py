@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .. import _native
+from . import vector_cuda
 from .table import Op
 
 __all__ = [
@@ -162,11 +163,15 @@ def _same_values_native(kernels: Any, a: Tensor, b: Tensor) -> bool:
 
 lanczos_step = Op("lanczos_step", _lanczos_step)
 lanczos_step.add_native(_lanczos_step_native)
+lanczos_step.add_cuda(vector_cuda.lanczos_step, dtypes=_SUFFIX)
 power_step = Op("power_step", _power_step)
 power_step.add_native(_power_step_native)
+power_step.add_cuda(vector_cuda.power_step, dtypes=_SUFFIX)
 project_out = Op("project_out", _project_out)
 project_out.add_native(_project_out_native)
+project_out.add_cuda(vector_cuda.project_out, dtypes=_SUFFIX)
 linear_combinations = Op("linear_combinations", _linear_combinations)
 linear_combinations.add_native(_linear_combinations_native)
+linear_combinations.add_cuda(vector_cuda.linear_combinations, dtypes=_SUFFIX)
 same_values = Op("same_values", _same_values)
 same_values.add_native(_same_values_native)

@@ -1,0 +1,45 @@
+"""How tensors become arguments of the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "SUFFIX", "addresses", "alike", "scratch", "sizes", "stream"]
+
+SUFFIX = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+DTYPES = tuple(SUFFIX)
+
+
+def stream(x: Tensor) -> int:
+    """The stream that PyTorch would use for `x` at this moment."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def scratch(count: int, like: Tensor) -> Tensor:
+    """Memory for `count` doubles where `like` is."""
+    return torch.empty(count, dtype=torch.float64, device=like.device)
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors' addresses, on the host."""
+    return torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
+
+
+def sizes(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors' numbers of elements, on the host."""
+    return torch.tensor([x.numel() for x in tensors], dtype=torch.int64)
+
+
+def alike(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    """Whether one launch can take both lists: one device, one dtype, dense outputs."""
+    kinds = {(x.device, x.dtype) for x in (*written, *read)}
+    same = [x.shape for x in written] == [x.shape for x in read]
+    return len(kinds) == 1 and same and all(x.is_contiguous() for x in written)
