@@ -6,6 +6,7 @@ that a GPU would see.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastminima import ops
 from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.table import REGISTRY, Op
 
 __all__ = ["ARGUMENTS", "Case", "Tensors", "all_ops", "cases"]
-
-_FAMILIES = ("broadcast", "conv", "dense", "embedding", "norm", "reduce", "vector")
-_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Tensors:
         return torch.randint(high, shape, device=self.device)
 
 
+_DIRECTION = ("direction",)  # stands for a tensor shaped like the weight
 Make = Callable[[Tensors], tuple[Any, ...]]
 
 
@@ -62,7 +62,8 @@ class Case:
     @property
     def key(self) -> torch.dtype:
         """The dtype that the table of the op looks at: that of the first argument."""
-        return self.make(Tensors("meta", self.dtype))[0].dtype
+        first = self.make(Tensors("meta", self.dtype))[0]
+        return (first if isinstance(first, Tensor) else first[0]).dtype
 
     def has(self, backend: str, device: str = "cuda") -> bool:
         return backend in self.op.backends(device, self.key)
@@ -76,28 +77,33 @@ def _rows(new: Tensors, batch: int, d_in: int, d_out: int) -> tuple[Tensor, ...]
     return new.normal(batch, d_in), new.normal(batch, d_out)
 
 
+# batch, time, width in and out
+_SEQUENCES = {
+    "16x512x768->3072": (16, 512, 768, 3072),
+    "64x32x768->768": (64, 32, 768, 768),
+    "16x100x257->129": (16, 100, 257, 129),
+}
+
+
 def _dense(
-    new: Tensors, batch: int, time: int, d_in: int, d_out: int, extra: str = ""
+    new: Tensors, *, size: tuple[int, ...], then: tuple[Any, ...]
 ) -> tuple[Any, ...]:
+    batch, time, d_in, d_out = size
     pair = new.normal(batch, time, d_in), new.normal(batch, time, d_out)
-    if extra == "bias":
-        return *pair, True
-    return (*pair, new.normal(d_out, d_in)) if extra == "direction" else pair
+    return *pair, *((new.normal(d_out, d_in),) if then == _DIRECTION else then)
 
 
-def _sizes_of_dense(extra: str = "") -> dict[str, Make]:
-    sizes = {
-        "16x512x768->3072": (16, 512, 768, 3072),
-        "64x32x768->768": (64, 32, 768, 768),
-        "16x100x257->129": (16, 100, 257, 129),
-    }
+def _gathered(new: Tensors, *, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    batch, time, d_in, d_out = size
+    rows = _rows(new, batch * time, d_in, d_out)
+    return *rows, new.integers(batch * time + 1, batch, time) - 1
+
+
+def _sequences(*then: Any) -> dict[str, Make]:
+    """With more arguments behind the two tensors."""
     return {
-        name: partial(_dense_of, size=size, extra=extra) for name, size in sizes.items()
+        name: partial(_dense, size=size, then=then) for name, size in _SEQUENCES.items()
     }
-
-
-def _dense_of(new: Tensors, *, size: tuple[int, ...], extra: str) -> tuple[Any, ...]:
-    return _dense(new, *size, extra=extra)
 
 
 # batch, channels in and out, positions, kernel, stride, groups
@@ -109,23 +115,23 @@ _CONVOLUTIONS = {
 }
 
 
-def _conv(new: Tensors, *, size: tuple[int, ...], extra: str) -> tuple[Any, ...]:
+def _conv(
+    new: Tensors, *, size: tuple[int, ...], then: tuple[Any, ...]
+) -> tuple[Any, ...]:
     batch, c_in, c_out, side, kernel, stride, groups = size
     geometry = ConvGeometry(
         (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups
     )
     out = (side - 1) // stride + 1
     pair = new.normal(batch, c_in, side, side), new.normal(batch, c_out, out, out)
-    if extra == "bias":
-        return *pair, geometry, True
-    if extra == "direction":
-        return *pair, geometry, new.normal(c_out, c_in // groups, kernel, kernel)
-    return *pair, geometry
+    if then == _DIRECTION:
+        then = (new.normal(c_out, c_in // groups, kernel, kernel),)
+    return *pair, geometry, *then
 
 
-def _convs(extra: str = "") -> dict[str, Make]:
+def _convolutions(*then: Any) -> dict[str, Make]:
     return {
-        name: partial(_conv, size=size, extra=extra)
+        name: partial(_conv, size=size, then=then)
         for name, size in _CONVOLUTIONS.items()
     }
 
@@ -136,6 +142,12 @@ def _tokens(new: Tensors, *extra: Any) -> tuple[Any, ...]:
 
 def _basis(new: Tensors, count: int) -> list[Tensor]:
     return [new.normal(10_000_000) for _ in range(count)]
+
+
+def _list(new: Tensors) -> list[Tensor]:
+    """The parameters of twelve transformer blocks of width 768."""
+    sizes = [(2304, 768), (768, 768), (3072, 768), (768, 3072), *[(768,)] * 6]
+    return [new.normal(*size) for size in sizes for _ in range(12)]
 
 
 def _layer_norm(new: Tensors, *, mean: bool) -> tuple[Any, ...]:
@@ -163,23 +175,29 @@ _CHANNEL_NORMS = {
     "64x64x49 group": partial(_channel_norm, shared=64, groups=32, space=49),
 }
 _WIDE = {"16x512x768": lambda new: (new.normal(16, 512, 768),)}
-_FLAT = "10M"
+_LIST = "120 tensors, 85M"
+_FLAT = "10M"  # vectors of parameters are not narrower than float32
 
 # Of each op: the arguments by size.
 ARGUMENTS: dict[str, dict[str, Make]] = {
     "row_sq_norms": {"512x768->3072": partial(_rows, batch=512, d_in=768, d_out=3072)},
-    "sequence_sq_norms": _sizes_of_dense("bias"),
-    "gram_sq_norms": _sizes_of_dense(),
-    "direct_sq_norms": _sizes_of_dense(),
-    "sequence_second_moment": _sizes_of_dense(),
-    "sequence_gram": _sizes_of_dense(),
-    "sequence_dots": _sizes_of_dense("direction"),
-    "sequence_gradients": _sizes_of_dense(),
-    "conv_gradients": _convs(),
-    "conv_sq_norms": _convs("bias"),
-    "conv_second_moment": _convs(),
-    "conv_gram": _convs(),
-    "conv_dots": _convs("direction"),
+    "sequence_sq_norms": _sequences(True),
+    "sequence_fused": _sequences(True, False),
+    "gram_sq_norms": _sequences(),
+    "direct_sq_norms": _sequences(),
+    "gathered_sq_norms": {
+        "16x512x768->3072": partial(_gathered, size=(16, 512, 768, 3072))
+    },
+    "sequence_second_moment": _sequences(),
+    "sequence_gram": _sequences(),
+    "sequence_dots": _sequences(*_DIRECTION),
+    "sequence_gradients": _sequences(),
+    "conv_gradients": _convolutions(),
+    "conv_sq_norms": _convolutions(True),
+    "conv_fused": _convolutions(True, False),
+    "conv_second_moment": _convolutions(),
+    "conv_gram": _convolutions(),
+    "conv_dots": _convolutions(*_DIRECTION),
     "layer_norm_gradients": _LAYER_NORMS,
     "layer_norm_fused": _LAYER_NORMS,
     "channel_norm_gradients": _CHANNEL_NORMS,
@@ -211,25 +229,35 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
         _FLAT: lambda new: (_basis(new, 1)[0], _basis(new, 7), new.normal(8, 4))
     },
     "same_values": {_FLAT: lambda new: tuple(_basis(new, 2))},
+    "multi_dot": {_LIST: lambda new: (_list(new), _list(new))},
+    "multi_sq_norm": {_LIST: lambda new: (_list(new),)},
+    "multi_axpy": {_LIST: lambda new: (_list(new), _list(new), 0.5)},
+    "gaussian_fill_": {_FLAT: lambda new: (*_basis(new, 1), 1, 0)},
+    "rademacher_fill_": {_FLAT: lambda new: (*_basis(new, 1), 1, 0)},
+    "langevin_step_": {
+        _LIST: lambda new: (_list(new), _list(new), 0.1, 0.01, 1, 0),
+    },
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
 }
 
 
 def all_ops() -> dict[str, Op]:
     """Every op of the package by name, its table filled."""
-    for family in _FAMILIES:
-        import_module(f"fastminima.ops.{family}")
+    for module in pkgutil.iter_modules(ops.__path__):
+        import_module(f"{ops.__name__}.{module.name}")
     return {n: op for n, op in REGISTRY.items() if not n.startswith("doctest_")}
 
 
 def cases(backend: str = "triton") -> Iterator[Case]:
-    """Every size and dtype of the ops that have this implementation for CUDA."""
+    """Every size of the ops that have this implementation for CUDA.
+
+    In bfloat16 where it can be, and the first of them in float32 too.
+    """
     for name, op in all_ops().items():
-        sizes = ARGUMENTS.get(name, {})
-        # Vectors of parameters are not narrower than float32.
-        dtypes = _DTYPES[1:] if _FLAT in sizes else _DTYPES
-        for size, make in sizes.items():
-            for dtype in dtypes:
+        for i, (size, make) in enumerate(ARGUMENTS.get(name, {}).items()):
+            halves = [] if size in (_FLAT, _LIST) else [torch.bfloat16]
+            wide = [] if i and halves else [torch.float32]
+            for dtype in halves + wide:
                 case = Case(op, size, dtype, make)
                 if case.has(backend):
                     yield case
