@@ -106,6 +106,11 @@ def _sequences(*then: Any) -> dict[str, Make]:
     }
 
 
+def _first(sizes: dict[str, Make]) -> dict[str, Make]:
+    """For ops that share their kernels with an op that has all sizes."""
+    return dict(list(sizes.items())[:1])
+
+
 # batch, channels in and out, positions, kernel, stride, groups
 _CONVOLUTIONS = {
     "64x256@8->512 k3": (64, 256, 512, 8, 3, 1, 1),
@@ -188,14 +193,14 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "gathered_sq_norms": {
         "16x512x768->3072": partial(_gathered, size=(16, 512, 768, 3072))
     },
-    "sequence_second_moment": _sequences(),
+    "sequence_second_moment": _first(_sequences()),
     "sequence_gram": _sequences(),
     "sequence_dots": _sequences(*_DIRECTION),
     "sequence_gradients": _sequences(),
     "conv_gradients": _convolutions(),
     "conv_sq_norms": _convolutions(True),
     "conv_fused": _convolutions(True, False),
-    "conv_second_moment": _convolutions(),
+    "conv_second_moment": _first(_convolutions()),
     "conv_gram": _convolutions(),
     "conv_dots": _convolutions(*_DIRECTION),
     "layer_norm_gradients": _LAYER_NORMS,

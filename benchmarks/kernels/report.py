@@ -42,6 +42,7 @@ class Row:
     async_copies: int
     instructions: int
     loop: int  # instructions of the hot loop
+    loop_fp32: int  # of them: float32 multiplications, additions or both in one
 
     @property
     def key(self) -> str:
@@ -129,6 +130,7 @@ def _measure(
 ) -> Row:
     found = count(function.instructions)
     shared += function.static_shared
+    loop = count(hot_loop(function.instructions))
     held = occupancy(MACHINES[architecture], function.registers, shared, warps)
     return Row(
         case=case,
@@ -147,7 +149,8 @@ def _measure(
         narrow_loads=found["load.8"] + found["load.narrow"] + found["async.narrow"],
         async_copies=found["async.16"] + found["async.narrow"] + found["bulk"],
         instructions=found["all"],
-        loop=count(hot_loop(function.instructions))["all"],
+        loop=loop["all"],
+        loop_fp32=loop["fp32"],
     )
 
 
