@@ -1,8 +1,8 @@
 """How fast each op could be on a GPU at best, and which implementation that favours.
 
-python -m benchmarks.floors              a table of bounds on an H100
-python -m benchmarks.floors --json FILE  the same as JSON
-python -m benchmarks.floors --update     write fastminima/ops/preferences.json
+python -m benchmarks.floors                a table of bounds on an H100
+python -m benchmarks.floors --json FILE    the same as JSON
+python -m benchmarks.floors --preferences  lines for fastminima/ops/preferences.py
 
 These are bounds and not predictions: what memory and arithmetic allow when nothing else
 costs. Three columns: `floor`, the least that any implementation needs; `kernel`, the
@@ -26,12 +26,12 @@ import torch
 from benchmarks.kernels.cases import Case, Tensors, all_ops, cases
 from benchmarks.kernels.tally import tally
 from benchmarks.kernels.work import Work, work_of
+from fastminima.ops.preferences import Preference
 
 __all__ = ["H100", "MARGIN", "Bound", "Rates", "bounds", "main", "prefer"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "benchmarks" / "kernel_baseline.json"
-PREFERENCES = ROOT / "fastminima" / "ops" / "preferences.json"
 # Kernels are taken to reach two thirds of their bound.
 MARGIN = 2 / 3
 
@@ -69,6 +69,7 @@ class Bound:
 
     case: str
     op: str
+    dtype: torch.dtype
     bytes: int
     products: int
     floor: float
@@ -84,10 +85,10 @@ class Bound:
         return self.plain / self.kernel
 
 
-def bounds(rates: Rates = H100) -> list[Bound]:
-    """Every case of every op that has a floor."""
+def bounds(rates: Rates = H100, backend: str = "reference") -> list[Bound]:
+    """Every case of every op that has this implementation."""
     rows = json.loads(BASELINE.read_text())["rows"]
-    return [_bound(case, rows, rates) for case in cases("reference")]
+    return [_bound(case, rows, rates) for case in cases(backend)]
 
 
 def _bound(case: Case, rows: dict, rates: Rates) -> Bound:
@@ -97,6 +98,7 @@ def _bound(case: Case, rows: dict, rates: Rates) -> Bound:
     return Bound(
         case.label,
         case.op.name,
+        case.key,
         *work,
         floor=rates.launch + least,
         kernel=_kernel(case, work, rows, rates),
@@ -166,13 +168,17 @@ def _filled(blocks: int, rates: Rates) -> float:
     return blocks / (rounds * rates.multiprocessors)
 
 
-def prefer(found: list[Bound]) -> dict[str, float]:
-    """Of each op with kernels: how many times as fast they are, at the worst size."""
-    least: dict[str, float] = {}
+def prefer(found: list[Bound]) -> dict[tuple[str, torch.dtype], Preference]:
+    """By op and dtype: what the model says is faster, by the worst size."""
+    least: dict[tuple[str, torch.dtype], float] = {}
     for bound in found:
         if bound.speedup is not None:
-            least[bound.op] = min(bound.speedup, least.get(bound.op, float("inf")))
-    return least
+            key = bound.op, bound.dtype
+            least[key] = min(bound.speedup, least.get(key, float("inf")))
+    return {
+        key: Preference("triton" if s * MARGIN > 1 else "reference", s)
+        for key, s in sorted(least.items(), key=str)
+    }
 
 
 def table(found: list[Bound]) -> str:
@@ -194,29 +200,20 @@ def table(found: list[Bound]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--preferences", action="store_true")
     options = parser.parse_args(arguments)
     found = bounds()
+    if options.preferences:
+        for (op, dtype), told in prefer(found).items():
+            kind = "_FLOAT" if dtype == torch.float32 else "_HALF"
+            value = f'Preference("{told.backend}", {told.speedup:.2g})'
+            print(f'    ("{op}", {kind}): {value},')
+        return
     print(table(found))
     print("\nTimes in microseconds; bounds, nothing was measured.")
     if options.json:
         rows = [asdict(bound) for bound in found]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.update:
-        PREFERENCES.write_text(as_json(prefer(found)))
-
-
-def as_json(speedups: dict[str, float]) -> str:
-    """What the package reads; see fastminima/ops/preferences.py."""
-    told = {
-        op: {
-            "prefer": "triton" if speedup * MARGIN > 1 else "reference",
-            "speedup": round(speedup, 1),
-            "source": "floor model, H100; not measured",
-        }
-        for op, speedup in sorted(speedups.items())
-    }
-    return json.dumps(told, indent=1) + "\n"
+        options.json.write_text(json.dumps(rows, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
