@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.cases import Case, Tensors, all_ops, cases
+from benchmarks.kernels.cases import Case, Tensors, cases
 from benchmarks.kernels.tally import tally
 from benchmarks.kernels.work import Work, work_of
 from fastminima.ops.preferences import Preference
@@ -107,32 +107,31 @@ def _bound(case: Case, rows: dict, rates: Rates) -> Bound:
     )
 
 
-# These have a plain way that looks at values, to choose between these two.
-_CHOOSES = {"sequence_sq_norms": ("gram_sq_norms", "direct_sq_norms")}
+# Their plain way needs values: it runs on the CPU to be counted, or is too large for it.
 _TAKES_VALUES = ("embedding_sq_norms", "embedding_second_moment", "embedding_gram")
 _NOT_COUNTED = ("embedding_gradients", "same_values")
 
 
 def _plain(case: Case, rates: Rates) -> float | None:
-    """The reference: every operation reads its inputs and writes its outputs.
+    """PyTorch's operations, each of which reads its inputs and writes its outputs.
 
-    It converts halves to float32 first, and multiplies in float32.
+    They convert halves to float32 first, and multiply in float32. Of the reference and
+    the table's other way by PyTorch, the faster.
     """
     name = case.op.name
     if name in _NOT_COUNTED:
         return None
     device = "cpu" if name in _TAKES_VALUES else "meta"
     arguments = case.make(Tensors(device, case.dtype))
-    ways = [all_ops()[n].reference for n in _CHOOSES.get(name, ())]
-    if ways:
-        arguments = arguments[:2]
     return min(
-        sum(
-            rates.launch + rates.seconds(step, torch.float32)
-            for step in tally(way, arguments).steps
-        )
-        for way in ways or [case.op.reference]
+        _in_turn(tally(case.op.on(way, "cuda", case.key), arguments).steps, rates)
+        for way in ("reference", "torch")
+        if case.has(way)
     )
+
+
+def _in_turn(steps: list[Work], rates: Rates) -> float:
+    return sum(rates.launch + rates.seconds(s, torch.float32) for s in steps)
 
 
 def _kernel(case: Case, work: Work, rows: dict, rates: Rates) -> float | None:
@@ -146,7 +145,7 @@ def _kernel(case: Case, work: Work, rows: dict, rates: Rates) -> float | None:
         return None
     arguments = case.make(Tensors("meta", case.dtype))
     found = tally(case.op.on("triton", "cuda", case.key), arguments)
-    own = sum(rates.launch + rates.seconds(step, torch.float32) for step in found.steps)
+    own = _in_turn(found.steps, rates)
     main = max(mine, key=lambda row: row["loop"])
     speed = rates.bfloat16 if main["tensor"] else _issued(main) * rates.float32
     products = work.products / speed / _filled(main["blocks"], rates)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -48,6 +49,15 @@ class _Counter(TorchDispatchMode):
         if not func.is_view and func not in _EMPTY:
             self.steps.append(_work(func, args, kwargs, result))
         return result
+
+
+class _NothingIsLost(TorchFunctionMode):
+    """Decides what host code asks of the device, `if lost.any()`, by False."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 def _work(func: Any, args: tuple, kwargs: dict, result: Any) -> Work:
@@ -89,7 +99,11 @@ def _launches() -> Iterator[list[str]]:
 
 
 def tally(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Tally:
-    """Run on tensors, with or without data, and count."""
-    with _launches() as launches, _Counter() as counter:
+    """Run on tensors, with or without data, and count.
+
+    Where a way depends on a condition, it is the one of conditions that are false:
+    the cheaper one in this package.
+    """
+    with _launches() as launches, _NothingIsLost(), _Counter() as counter:
         run(*arguments)
     return Tally(counter.steps, launches)

@@ -40,7 +40,7 @@ def test_least_work_of_a_convolution_is_that_of_its_weight_gradient():
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = ARGUMENTS["conv_sq_norms"]
-    x, g, geometry, _ = sizes["64x128@32->256 k1 s2"](Tensors("meta", torch.float32))
+    x, g, geometry, _ = sizes["64x3@32->64 k3"](Tensors("meta", torch.float32))
     with FlopCounterMode(display=False) as counter:
         torch.ops.aten.convolution_backward(
             *(g, x, x.new_empty(geometry.weight_shape(x, g)), None),
