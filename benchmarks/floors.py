@@ -107,7 +107,7 @@ def _bound(case: Case, rows: dict, rates: Rates) -> Bound:
     )
 
 
-# Their plain way needs values: it runs on the CPU to be counted, or is too large for it.
+# Their plain way needs values: it runs on the CPU to be counted, unless too large.
 _TAKES_VALUES = ("embedding_sq_norms", "embedding_second_moment", "embedding_gram")
 _NOT_COUNTED = ("embedding_gradients", "same_values")
 
