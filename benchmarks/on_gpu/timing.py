@@ -41,7 +41,12 @@ def kernels(seconds: float) -> dict:
             left.append(label)
             continue
         rows[label] = _case(case, share, flush)
-    wrong = [n for n, row in rows.items() if "wrong" in str(row) or "error" in str(row)]
+    wrong = [
+        f"{label} {backend}"
+        for label, row in rows.items()
+        for backend in _BACKENDS
+        if backend in row and "median_us" not in row[backend]
+    ]
     return {"ok": bool(rows) and not wrong, "wrong": wrong, "left": left, "cases": rows}
 
 
