@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .preferences import is_preferred
 
 __all__ = ["REGISTRY", "Implementation", "Op"]
 
@@ -100,13 +101,23 @@ class Op:
             )
 
     def add_triton(
-        self, launcher: str, *, dtypes: Iterable[torch.dtype], preferred: bool
+        self,
+        launcher: str,
+        *,
+        dtypes: Iterable[torch.dtype],
+        preferred: bool | None = None,
     ) -> None:
         """Add the launcher named "module.function" of `fastminima.ops.triton`.
 
         Triton itself is imported when the launcher first runs. Where Triton is not
-        installed nothing is added.
+        installed nothing is added. `preferred` is as `preferences.py` says, for each
+        dtype, if it is not given.
         """
+        if preferred is None:
+            for dtype in dtypes:
+                chosen = is_preferred(self.name, "triton", dtype)
+                self.add_triton(launcher, dtypes=(dtype,), preferred=chosen)
+            return
         if importlib.util.find_spec("triton") is None:
             return
         module, name = launcher.split(".")
