@@ -22,7 +22,7 @@ double part_sq_norm(const scalar_t* x, int64_t n) {
 // sum_i |x_i|^2 in one parallel region: the parts do not depend on the number of threads, so
 // neither does the result.
 template <typename scalar_t>
-double joint_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors, int threads) {
+double multi_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors, int threads) {
   int64_t elements = 0, parts = 0;
   for (int64_t i = 0; i < tensors; i++) {
     elements += n[i];
@@ -50,11 +50,11 @@ double joint_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors
 
 }  // namespace
 
-double joint_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads) {
-  return joint_sq_norm(x, n, tensors, threads);
+double multi_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads) {
+  return multi_sq_norm(x, n, tensors, threads);
 }
-double joint_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors, int threads) {
-  return joint_sq_norm(x, n, tensors, threads);
+double multi_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors, int threads) {
+  return multi_sq_norm(x, n, tensors, threads);
 }
 
 }  // namespace FM_ISA
@@ -78,8 +78,7 @@ static auto bound_reduction(kernel_t kernel) {
       x.push_back(pointer<scalar_t>(pair[0].cast<uintptr_t>()));
       n.push_back(pair[1].cast<int64_t>());
     }
-    double total = kernel(x.data(), n.data(), static_cast<int64_t>(x.size()), threads);
-    *pointer<scalar_t>(out) = static_cast<scalar_t>(total);
+    *pointer<double>(out) = kernel(x.data(), n.data(), static_cast<int64_t>(x.size()), threads);
   };
 }
 
@@ -87,8 +86,8 @@ void bind_reduce(py::module_& m) {
 #define FM_BIND(ISA, handle)                                                        \
   {                                                                                 \
     py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                  \
-    sub.def("joint_sq_norm_f32", bound_reduction<float>(&ISA::joint_sq_norm_f32));  \
-    sub.def("joint_sq_norm_f64", bound_reduction<double>(&ISA::joint_sq_norm_f64)); \
+    sub.def("multi_sq_norm_f32", bound_reduction<float>(&ISA::multi_sq_norm_f32));  \
+    sub.def("multi_sq_norm_f64", bound_reduction<double>(&ISA::multi_sq_norm_f64)); \
   }
   FM_EACH_ISA(FM_BIND, m);
 #undef FM_BIND

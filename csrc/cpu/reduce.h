@@ -6,8 +6,8 @@
 #define FM_DECLARE_REDUCE(ISA)                                                                     \
   namespace fastminima {                                                                           \
   namespace ISA {                                                                                  \
-  double joint_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads); \
-  double joint_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors,              \
+  double multi_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads); \
+  double multi_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tensors,              \
                            int threads);                                                           \
   }                                                                                                \
   }

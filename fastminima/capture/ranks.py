@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops import reduce
+from ..ops import multi, reduce
 from ..statistics import GradientStatistics
 from .errors import CaptureError
 from .session import dense_values
@@ -150,7 +150,7 @@ class Ranks:
             pieces = pieces + reduce.sq_norm(local).double() / replicas
         if not whole:
             return zero, pieces
-        return reduce.joint_sq_norm(whole[0], whole[1:]).double(), pieces
+        return multi.multi_sq_norm(whole), pieces
 
     def join(
         self, part: Part | None, trouble: Exception | None = None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..ops import reduce
+from .._dtypes import accumulation_dtype
+from ..ops import multi
 from .contributions import (
     Contribution,
     ConvolutionBias,
@@ -416,8 +417,8 @@ class Session:
                 kept = grad.to_dense() if grad.is_sparse else grad.clone()
                 self.collected.grads[name] = kept
         if values:
-            sq_norm = reduce.joint_sq_norm(values[0], values[1:])
-            self.collected.grad_sq_norms.append(sq_norm)
+            dtype = accumulation_dtype(values[0].dtype)
+            self.collected.grad_sq_norms.append(multi.multi_sq_norm(values).to(dtype))
 
     def _delivery(self, tape: Tape, slot: Slot, path: Path) -> _Delivery | None:
         """How a contribution to a slot becomes one to the parameter behind it.

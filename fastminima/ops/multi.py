@@ -12,7 +12,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from . import multi_cuda
+from . import multi_cuda, multi_native
+from ._arguments import FLOATS
 from ._cuda import DTYPES
 from .table import Op
 
@@ -51,6 +52,7 @@ def _multi_axpy(
 multi_dot = Op("multi_dot", _multi_dot)
 multi_dot.add_cuda(multi_cuda.dot(_multi_dot), dtypes=DTYPES)
 multi_sq_norm = Op("multi_sq_norm", _multi_sq_norm)
+multi_sq_norm.add_native(multi_native.sq_norm, dtypes=FLOATS)
 multi_sq_norm.add_cuda(multi_cuda.sq_norm(_multi_dot), dtypes=DTYPES)
 multi_axpy = Op("multi_axpy", _multi_axpy)
 multi_axpy.add_cuda(multi_cuda.axpy(_multi_axpy), dtypes=DTYPES)

@@ -42,3 +42,24 @@ def test_lists_of_different_length_are_an_error():
     for call in (lambda: multi_dot([x], [x, x]), lambda: multi_axpy([x], [], 1.0)):
         with pytest.raises(ValueError, match="zip"):
             call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sq_norm_by_every_implementation(dtype):
+    sizes = [(3, 5), (0,), (1 << 18,), (600, 700), (1,)]
+    tensors = [torch.randn(size).to(dtype) for size in sizes]
+    tensors.append(tensors[3].T[1:])
+    want = multi_sq_norm.reference(tensors)
+    before = torch.get_num_threads()
+    for backend in multi_sq_norm.backends("cpu", dtype):
+        run = multi_sq_norm.on(backend, "cpu", dtype)
+        try:
+            torch.set_num_threads(1)
+            one = run(tensors)
+            torch.set_num_threads(2)
+            assert torch.equal(run(tensors), one), backend
+        finally:
+            torch.set_num_threads(before)
+        assert one.dtype == torch.float64, backend
+        rtol = 1e-13 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(one, want, rtol=rtol, atol=0)

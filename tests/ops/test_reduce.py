@@ -5,8 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastminima._dtypes import accumulation_dtype
-from fastminima.ops.reduce import joint_sq_norm, sq_norm
+from fastminima.ops.reduce import sq_norm
 
 
 @contextmanager
@@ -48,19 +47,3 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
             one = run(x)
         with threads(2):
             assert torch.equal(run(x), one), backend
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_several_tensors_together(dtype):
-    sizes = [(3, 5), (0,), (1 << 18,), (600, 700), (1,)]
-    tensors = [torch.randn(size).to(dtype) for size in sizes]
-    tensors.append(tensors[3].T[1:])
-    want = sum(x.double().square().sum() for x in tensors)
-    for backend in joint_sq_norm.backends("cpu", dtype):
-        run = joint_sq_norm.on(backend, "cpu", dtype)
-        for n in (1, 2):
-            with threads(n):
-                got = run(tensors[0], tensors[1:])
-            assert got.dtype == accumulation_dtype(dtype), backend
-            rtol = 1e-13 if dtype == torch.float64 else 1e-6
-            torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
