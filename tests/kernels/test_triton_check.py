@@ -228,6 +228,8 @@ def test_a_sample_of_the_programs_estimates_the_counts():
     assert report.programs == 5
     assert report.per_launch[0].programs == 100
     assert report.load_bytes == report.store_bytes == 400 * BLOCK
+    with pytest.raises(CheckError, match="64 of 64 lanes out of bounds"):
+        launch(double_kernel, x[: 10 * BLOCK], out, n=x.numel(), sample=5)
 
 
 def compile_double_kernel():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["CheckError", "Shadow"]
+__all__ = ["CheckError", "Extents", "Shadow"]
 
 _SEVERAL = -1  # in place of a program's number: more than one program
 
@@ -41,6 +42,55 @@ def _merged(extents: Iterable[tuple[int, int]]) -> list[list[int]]:
         else:
             segments.append([low, high])
     return segments
+
+
+def _active(addresses: np.ndarray, mask: object) -> np.ndarray:
+    """Addresses of the lanes that a mask leaves."""
+    addresses = np.asarray(addresses, np.uint64)
+    if mask is None:
+        return addresses.ravel()
+    return addresses[np.broadcast_to(np.asarray(mask, bool), addresses.shape)]
+
+
+def _refuse_outside(
+    what: str, program: int, is_bad: np.ndarray, addresses: np.ndarray
+) -> None:
+    if is_bad.any():
+        raise CheckError(
+            f"{what}: {is_bad.sum()} of {is_bad.size} lanes out of bounds in "
+            f"program {program - 1}, first at {int(addresses[is_bad][0]):#x}"
+        )
+
+
+class Extents:
+    """Memory between the ends of each tensor of one launch: bounds and no more.
+
+    In place of a `Shadow` where that would be too large.
+    """
+
+    bytes_read = bytes_written = 0
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        segments = _merged(_extent(t) for t in tensors if t.numel())
+        self._low = np.array([low for low, _ in segments], np.uint64)
+        self._high = np.array([high for _, high in segments], np.uint64)
+
+    def _count(
+        self, what: str, program: int, addresses: np.ndarray, mask: object, size: int
+    ) -> int:
+        addresses = _active(addresses, mask)
+        if not len(self._low):
+            is_bad = np.ones(addresses.shape, bool)
+        else:
+            segment = np.searchsorted(self._low, addresses, side="right") - 1
+            end = addresses + np.uint64(size)
+            is_bad = (segment < 0) | (end > self._high[np.maximum(segment, 0)])
+        _refuse_outside(what, program, is_bad, addresses)
+        return addresses.size * size
+
+    load = functools.partialmethod(_count, "load")
+    store = functools.partialmethod(_count, "store")
+    atomic = functools.partialmethod(_count, "atomic")
 
 
 class Shadow:
@@ -97,18 +147,10 @@ class Shadow:
         self, what: str, program: int, addresses: np.ndarray, mask: object, size: int
     ) -> np.ndarray:
         """Every byte that the active lanes access, all checked to be elements'."""
-        addresses = np.asarray(addresses, np.uint64)
-        if mask is not None:
-            active = np.broadcast_to(np.asarray(mask, bool), addresses.shape)
-            addresses = addresses[active]
-        addresses = addresses.reshape(-1, 1) + np.arange(size, dtype=np.uint64)
-        places = self._offsets(addresses)
+        lanes = _active(addresses, mask)
+        places = self._offsets(lanes[:, None] + np.arange(size, dtype=np.uint64))
         is_bad = ~self._is_element[places].all(axis=1)
-        if is_bad.any():
-            raise CheckError(
-                f"{what}: {is_bad.sum()} of {len(is_bad)} lanes out of bounds in "
-                f"program {program - 1}, first at {int(addresses[is_bad][0, 0]):#x}"
-            )
+        _refuse_outside(what, program, is_bad, lanes)
         return places.ravel()
 
     def _compare(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from kernels.triton_memory import Shadow
+from kernels.triton_memory import Extents, Shadow
 from torch import Tensor
 
 __all__ = ["Launch", "Report"]
@@ -62,7 +62,8 @@ class Report:
             round to nearest, None keep them in full.
         order: In which order the programs run.
         sample: Run only about that many programs of each launch, spread over the grid,
-            and scale the counts; results are meaningless, memory is not checked.
+            and scale the counts. Results are meaningless; of memory only the ends of
+            tensors are checked, and no races.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Report:
         self.unique_load_bytes = self.unique_store_bytes = 0
         self.dot_flops = 0
         self._now = Launch("", ())
-        self._shadow: Shadow | None = None
+        self._memory: Shadow | Extents = Extents(())
         self._program = 0  # the one that runs, from 1
 
     @property
@@ -93,7 +94,10 @@ class Report:
     def begin(self, kernel: str, tensors: Iterable[Tensor]) -> None:
         """A launch on these tensors begins."""
         self._now = Launch(kernel, ())
-        self._shadow = None if self.sample else Shadow(tensors, self.racecheck)
+        if self.sample:
+            self._memory = Extents(tensors)
+        else:
+            self._memory = Shadow(tensors, self.racecheck)
         self._program = 0
 
     def is_next_run(self, programs: int) -> bool:
@@ -108,9 +112,8 @@ class Report:
         """The launch is over."""
         now = self._now
         now.grid, now.programs = grid, int(np.prod(grid))
-        if self._shadow is not None:
-            now.unique_load_bytes = self._shadow.bytes_read
-            now.unique_store_bytes = self._shadow.bytes_written
+        now.unique_load_bytes = self._memory.bytes_read
+        now.unique_store_bytes = self._memory.bytes_written
         for name in _SUMS:
             scaled = getattr(now, name) * now.programs / max(1, now.sampled)
             setattr(now, name, scaled if now.sampled < now.programs else round(scaled))
@@ -122,13 +125,8 @@ class Report:
     def _access(
         self, kind: str, addresses: np.ndarray, mask: object, size: int
     ) -> None:
-        if self._shadow is not None:
-            note = getattr(self._shadow, kind)
-            count = note(self._program, addresses, mask, size)
-        else:
-            lanes = True if mask is None else np.asarray(mask, bool)
-            active = np.broadcast_to(lanes, np.shape(addresses))
-            count = size * int(np.count_nonzero(active))
+        note = getattr(self._memory, kind)
+        count = note(self._program, addresses, mask, size)
         name = f"{kind}_bytes"
         setattr(self._now, name, getattr(self._now, name) + count)
 

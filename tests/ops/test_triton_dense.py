@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from kernels.triton_check import Report, interpreting
-from torch.utils._python_dispatch import TorchDispatchMode
+from triton_cases import DTYPES, cancelling, sequences
 
 from fastminima.ops import dense, dense_cost
 from fastminima.ops.triton import _launch, dense_direct, dense_gram
 from fastminima.ops.triton import dense as launchers
 
-HALVES = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float32, *HALVES]
 # batch, time, d_in, d_out: empty, least, odd, and either side of the sides of blocks.
 SHAPES = [
     *[(0, 3, 4, 5), (3, 0, 4, 5), (1, 1, 1, 1), (5, 1, 70, 17), (3, 5, 7, 4)],
@@ -39,12 +36,6 @@ def check(place, name, *args, **room):
         torch.testing.assert_close(
             part, truth.float(), **{**ROOM, **room}, msg=lambda m: f"{name}: {m}"
         )
-
-
-def sequences(shape, dtype=torch.float32):
-    batch, time, d_in, d_out = shape
-    a, g = torch.randn(batch, time, d_in), torch.randn(batch, time, d_out)
-    return a.to(dtype), g.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,14 +129,6 @@ def test_what_is_not_finite_stays_so(place, value):
     )
 
 
-def cancelling(dtype):
-    """Three samples; the steps of the middle one cancel but for a thousandth."""
-    a, g = sequences((3, 6, 200, 150))
-    a[1] = 1 + a[1] / 1000
-    g[1, 1::2] = -g[1, ::2]
-    return a.to(dtype), g.to(dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_contributions_cancel_the_gradient_is_made(place, dtype):
     a, g = cancelling(dtype)
@@ -163,86 +146,6 @@ def test_a_gram_sum_alone_loses_what_cancels(place):
     error = (got / want - 1).abs()
     assert error[1] > 1e-4  # or the test before this one shows nothing
     assert error[[0, 2]].max() < 1e-5
-
-
-def counts(launcher, *args, **options):
-    """Counts of the launches of each kernel, by its name."""
-    with interpreting(report=Report(**options)) as report:
-        launcher(*args)
-    return {launch.kernel: launch for launch in report.per_launch}
-
-
-def test_samples_that_are_not_lost_are_not_read_again():
-    a, g = sequences((3, 6, 200, 150))
-    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
-    assert direct.load_bytes == 4 * direct.programs  # the flags
-    assert direct.store_bytes == 0
-    a, g = cancelling(torch.float32)
-    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
-    assert direct.unique_load_bytes == 4 * (3 + 6 * 200 + 6 * 150)
-
-
-def close(count, floor):
-    return floor <= count <= 1.05 * floor
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_floors(dtype):
-    """Bytes and operations are what the docstrings of the kernels state."""
-    batch, time, d_in, d_out = 2, 64, 128, 128
-    a, g = sequences((batch, time, d_in, d_out), dtype)
-    read = a.element_size() * batch * time * (d_in + d_out)
-    product = 2 * batch * time * d_in * d_out
-
-    gram = counts(launchers.gram_sq_norms, a, g)["_gram_kernel"]
-    tile = dense_gram._blocks(dtype, time, batch).time
-    assert close(gram.unique_load_bytes, read)
-    assert close(gram.dot_flops, batch * time * (time + tile) * (d_in + d_out))
-
-    direct = counts(launchers.direct_sq_norms, a, g)["_direct_kernel"]
-    assert close(direct.unique_load_bytes, read)
-    assert close(direct.dot_flops, product)
-
-    fused = counts(launchers.sequence_fused, a, g, False, True)["_fused_kernel"]
-    parts, _ = _launch.split(batch, fused.programs // batch)
-    tiles = fused.programs // parts
-    assert close(fused.unique_load_bytes, read)
-    assert close(fused.dot_flops, product)
-    written = 2 * 4 * parts * d_in * d_out + 4 * batch * tiles
-    assert close(fused.unique_store_bytes, written)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_floors_of_rows(dtype):
-    batch, d_in, d_out = 64, 128, 64
-    a, g = torch.randn(batch, d_in).to(dtype), torch.randn(batch, d_out).to(dtype)
-    read = a.element_size() * batch * (d_in + d_out)
-    norms = counts(launchers.row_sq_norms, a, g)["_row_norms_kernel"]
-    assert close(norms.load_bytes + norms.store_bytes, read + 8 * batch)
-    sums = counts(launchers.sequence_fused, a[:, None], g[:, None], False, True)
-    sums = sums["_row_sums_kernel"]
-    parts = sums.programs // 2
-    assert close(sums.unique_load_bytes, read)
-    assert close(sums.unique_store_bytes, 2 * 4 * parts * d_in * d_out)
-    assert close(sums.dot_flops, 2 * 2 * batch * d_in * d_out)
-
-
-@pytest.mark.parametrize(
-    "shape", [(64, 512, 512), (512, 64, 128), (128, 512, 64), (16, 128, 128)]
-)
-def test_the_way_that_is_chosen_multiplies_least(shape):
-    a, g = (torch.zeros(1, shape[0], width, dtype=torch.half) for width in shape[1:])
-    gram, direct = (
-        sum(x.dot_flops for x in counts(launch, a, g, sample=1).values())
-        for launch in (launchers.gram_sq_norms, launchers.direct_sq_norms)
-    )
-    assert dense_cost.choose_on_gpu(*shape) == ("gram" if gram < direct else "direct")
-
-
-def test_one_step_is_a_row():
-    assert dense_cost.choose_on_gpu(1, 5, 7) == "rows"
-    a, g = sequences((3, 1, 5, 7))
-    assert [*counts(launchers.sequence_sq_norms, a, g, True)] == ["_row_norms_kernel"]
 
 
 def indexed(rows, batch, time, widths, dtype):
@@ -283,32 +186,6 @@ def test_gathered_rows_that_cancel(place):
     check(place, "gathered_sq_norms", a, g, index, rtol=1e-4)
 
 
-class NoLook(TorchDispatchMode):
-    """Refuses what would wait for the device to tell a value, or a size."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "index", "unique")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert not name.startswith(self.WAITING), name
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("time", [1, 6, 40])
-def test_no_launcher_waits_for_the_device(time):
-    a, g = sequences((3, time, 17, 9))
-    index = torch.arange(3 * time).reshape(3, time)
-    with NoLook(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-        a.sum().item()
-    with NoLook(), interpreting():
-        launchers.gram_sq_norms(a, g)
-        launchers.direct_sq_norms(a, g)
-        launchers.sequence_sq_norms(a, g, True)
-        launchers.sequence_fused(a, g, True, True)
-        launchers.sequence_second_moment(a, g)
-        launchers.gathered_sq_norms(a.flatten(0, 1), g.flatten(0, 1), index)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_launches_are_captured_in_a_graph():
@@ -339,21 +216,3 @@ def test_references_against_single_samples():
     pairs = [[2, 5], [2, 2]]
     want = [sum(torch.outer(g[i], a[i]) for i in pair).square().sum() for pair in pairs]
     torch.testing.assert_close(dense.gathered_sq_norms(a, g, index), torch.stack(want))
-
-
-@pytest.mark.parametrize("name", launchers.__all__)
-def test_every_launcher_is_in_the_table(name):
-    op = getattr(dense, name)
-    for dtype in DTYPES:
-        assert "triton" in op.backends("cuda", dtype)
-        assert op.backends("cuda", dtype)[0] != "triton"  # until it is measured
-    assert "triton" not in op.backends("cuda", torch.float64)
-    assert "triton" not in op.backends("cpu", torch.float32)
-
-
-def test_the_table_finds_the_launcher():
-    a, g = sequences((2, 5, 7, 4))
-    run = dense.direct_sq_norms.on("triton", "cuda", torch.float32)
-    with interpreting() as report:
-        torch.testing.assert_close(run(a, g), dense.direct_sq_norms.reference(a, g))
-    assert report.launches == 1

@@ -67,3 +67,20 @@ def assert_within(got: Tensor, want: Tensor, size: Tensor, roundings: int) -> No
     error = (got.double() - want).abs()
     fits = error <= roundings * HALF_ULP * size.abs() + 1e-30
     assert fits.all(), f"{error[~fits][:3]} past {size.abs()[~fits][:3]} in size"
+
+
+def sequences(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Random inputs and output gradients, of batch, time, d_in and d_out."""
+    batch, time, d_in, d_out = shape
+    a, g = torch.randn(batch, time, d_in), torch.randn(batch, time, d_out)
+    return a.to(dtype), g.to(dtype)
+
+
+def cancelling(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Three samples; the steps of the middle one cancel but for a thousandth."""
+    a, g = sequences((3, 6, 200, 150))
+    a[1] = 1 + a[1] / 1000
+    g[1, 1::2] = -g[1, ::2]
+    return a.to(dtype), g.to(dtype)

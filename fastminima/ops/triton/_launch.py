@@ -7,27 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import TRITON, contiguous_rows
+
 __all__ = [
-    "DTYPES",
     "PROGRAMS",
     "GradientBlocks",
-    "contiguous_rows",
     "gradient_blocks",
+    "has_vectors",
     "one_dtype",
     "side",
     "split",
 ]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 # Programs that keep a GPU of today busy: 108 to 148 multiprocessors, one to two blocks
 # each. One number for all of them, so that a result does not depend on the GPU.
 PROGRAMS = 256
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """`x`, copied unless its last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def one_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,9 +31,9 @@ def one_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: One is of a dtype that the kernels do not have, such as float64.
     """
     for x in (a, g):
-        if x.dtype not in DTYPES:
+        if x.dtype not in TRITON:
             raise TypeError(
-                f"The Triton kernels take {DTYPES}, got {a.dtype} and {g.dtype}. Use "
+                f"The Triton kernels take {TRITON}, got {a.dtype} and {g.dtype}. Use "
                 'the op\'s "reference", or convert one.'
             )
     if a.dtype != g.dtype:
@@ -94,7 +88,7 @@ def gradient_blocks(a: Tensor, g: Tensor, time: int, kept: int) -> GradientBlock
     """Blocks for a program that keeps `kept` tiles: the product, and sums of it."""
     if g.dtype != torch.float32:
         most = _HALF[kept]
-    elif _has_vectors(a) and _has_vectors(g):
+    elif has_vectors(a) and has_vectors(g):
         most = _FLOAT[kept]
     else:
         most = _FLOAT_ALONE
@@ -103,6 +97,6 @@ def gradient_blocks(a: Tensor, g: Tensor, time: int, kept: int) -> GradientBlock
     return GradientBlocks(out, inputs, side(time, most.time), warps, most.stages)
 
 
-def _has_vectors(x: Tensor) -> bool:
+def has_vectors(x: Tensor) -> bool:
     """Whether the compiler sees that rows can be read 16 bytes at a time."""
     return x.shape[-1] % 16 == 0 and x.stride(-2) % 16 == 0

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import PROGRAMS, one_dtype, side
+from ._launch import PROGRAMS, has_vectors, one_dtype, side
 from ._tiles import lower_triangle, row_products
 
 __all__ = ["GramSums", "gram_sums"]
@@ -127,20 +127,23 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(dtype: torch.dtype, time: int, batch: int) -> _Blocks:
+def _blocks(a: Tensor, g: Tensor, time: int, batch: int) -> _Blocks:
     """Blocks for tensor cores in half precision, for multiply-adds in float32.
 
     Tiles of 128 halve the reads of tiles of 64, but leave most of the GPU idle where
-    there are few.
+    there are few. Rows that are read element by element have an address each, which
+    takes the registers of twice the threads.
     """
-    if dtype == torch.float32:
-        return _Blocks(side(time, 64), 16, 4 if time > 32 else 2, 3)
+    is_wide = has_vectors(a) and has_vectors(g)
+    if g.dtype == torch.float32:
+        return _Blocks(side(time, 64), 16, 2 if time <= 32 else 4 if is_wide else 8, 3)
     if time <= 32:
-        return _Blocks(side(time, 32), 128, 2, 4)
+        return _Blocks(side(time, 32), 128 if time <= 16 else 64, 2, 4)
     tiles = triton.cdiv(time, 128)
-    if time > 64 and batch * tiles * (tiles + 1) // 2 >= PROGRAMS // 2:
+    is_full = batch * tiles * (tiles + 1) // 2 >= PROGRAMS // 2
+    if time > 64 and is_full and is_wide:
         return _Blocks(128, 64, 8, 3)
-    return _Blocks(64, 64, 4, 4)
+    return _Blocks(64, 64, 4 if is_wide else 8, 4)
 
 
 class GramSums(NamedTuple):
@@ -163,7 +166,7 @@ def gram_sums(
     is_lost = g.new_empty(batch, dtype=torch.int32)
     if batch * time == 0:
         return GramSums(norms.zero_(), is_lost.zero_())
-    blocks = _blocks(a.dtype, time, batch)
+    blocks = _blocks(a, g, time, batch)
     tiles = triton.cdiv(time, blocks.time)
     pairs = tiles * (tiles + 1) // 2
     sums = norms.new_empty(batch, pairs)
