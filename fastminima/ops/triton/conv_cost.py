@@ -32,10 +32,11 @@ _PROGRAMS = 256
 # L2 cache, 40 MB on an A100 and 50 on an H100.
 _WORKSPACE = 32 << 20
 
-# Multiply-adds that take as long as gathering one element of a Gram matrix. An H100's
-# multiprocessor issues 32 loads a cycle, 2048 multiply-adds of halves on tensor cores,
-# and 128 of float32.
-_GATHER_HALF, _GATHER_SINGLE = 64, 4
+# Multiply-adds that take as long as gathering one element of a Gram matrix. The loop
+# that gathers a tile of 64 x 64 has some 630 instructions for each of 4 warps, that is
+# as many cycles; an H100's multiprocessor can do 2048 multiply-adds of halves a cycle
+# on tensor cores, or 128 of float32. Counted in machine code, not timed.
+_GATHER_HALF, _GATHER_SINGLE = 320, 20
 
 
 def _power(size: int, most: int) -> int:

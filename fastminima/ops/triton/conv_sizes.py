@@ -26,12 +26,12 @@ class ConvSizes(NamedTuple):
     groups: int
     height: int  # rows of a group
     channels: int  # channels of the image of a group
-    space: tuple[int, int, int]  # of the image
-    out: tuple[int, int, int]  # positions of the rows
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
+    space: tuple[int, ...]  # of the image
+    out: tuple[int, ...]  # positions of the rows
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     axes: int
 
     @property
@@ -55,10 +55,9 @@ class ConvSizes(NamedTuple):
         return math.prod(self.stride)
 
     @property
-    def cells(self) -> tuple[int, int, int]:
+    def cells(self) -> tuple[int, ...]:
         """Size of a phase: the pixels of the image that have one residue."""
-        z, y, x = (-(-n // s) for n, s in zip(self.space, self.stride, strict=True))
-        return z, y, x
+        return tuple(-(-n // s) for n, s in zip(self.space, self.stride, strict=True))
 
     @property
     def gram(self) -> int:

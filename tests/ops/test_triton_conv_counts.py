@@ -1,0 +1,95 @@
+"""Bytes and operations of the convolution kernels against the floors they state."""
+
+import pytest
+import torch
+from kernels.triton_check import Report, interpreting
+
+from fastminima.ops.conv_geometry import ConvGeometry
+from fastminima.ops.triton import conv, conv_cost
+from fastminima.ops.triton.conv_sizes import operands
+
+BATCH, CHANNELS, HEIGHT, SIDE, TAPS = 2, 32, 16, 8, 9
+LENGTH = SIDE * SIDE
+LAYER = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
+DEPTHWISE = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups=CHANNELS)
+# Pairs of a position and a tap that meet a pixel of the image.
+MEETINGS = (3 * SIDE - 2) ** 2
+
+
+def tensors(dtype=torch.float32, height=HEIGHT):
+    x = torch.randn(BATCH, CHANNELS, SIDE, SIDE).to(dtype)
+    return x, torch.randn(BATCH, height, SIDE, SIDE).to(dtype)
+
+
+def launches(launcher):
+    """The launches of a call, by the names of their kernels."""
+    with interpreting(report=Report()) as report:
+        launcher()
+    return {launch.kernel: launch for launch in report.per_launch}
+
+
+def close(count, floor):
+    assert floor <= count <= 1.05 * floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_direct_and_fused(dtype):
+    x, g = tensors(dtype)
+    weight = HEIGHT * CHANNELS * TAPS
+    both = (x.numel() + g.numel()) * x.element_size()
+    tiles = TAPS  # one block of channels a tap
+    for chunks, run in (
+        (0, lambda: conv.direct_norms(operands(x, g, LAYER))),
+        (BATCH, lambda: conv.conv_fused(x, g, LAYER, False, False)),
+        (2 * BATCH, lambda: conv.conv_fused(x, g, LAYER, False, True)),
+    ):
+        launch = launches(run)["_products_kernel"]
+        close(launch.dot_flops, 2 * BATCH * LENGTH * weight)
+        close(launch.unique_load_bytes, both)
+        close(launch.unique_store_bytes, 4 * (tiles * BATCH + chunks * weight))
+        assert launch.store_bytes == launch.unique_store_bytes
+        requests = g.numel() * tiles + BATCH * CHANNELS * MEETINGS
+        close(launch.load_bytes, requests * x.element_size())
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_depthwise(by_channel):
+    x, g = tensors(torch.bfloat16, height=CHANNELS)
+    if by_channel:
+        x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
+    run = lambda: conv.conv_fused(x, g, DEPTHWISE, False, True)  # noqa: E731
+    launch = launches(run)["_depthwise_kernel"]
+    weight = CHANNELS * TAPS
+    tiles = conv_cost.depthwise_tile(operands(x, g, DEPTHWISE)).count(
+        operands(x, g, DEPTHWISE).sizes
+    )
+    close(launch.unique_load_bytes, 2 * (x.numel() + g.numel()))
+    close(launch.unique_store_bytes, 4 * (tiles * BATCH + 2 * BATCH * weight))
+    close(launch.load_bytes, 2 * (g.numel() + BATCH * CHANNELS * MEETINGS))
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_gram(shifts):
+    x, g = tensors()
+    of = operands(x, g, LAYER)
+    tile = conv_cost.gram_tile(of.sizes, x.dtype, shifts)._replace(positions=32)
+    blocks, pairs, square = 2, 3, 32 * 32
+    counts = launches(lambda: conv.gram_norms(of, tile))
+    launch = counts["_pairs_kernel"]
+    close(launch.unique_store_bytes, 4 * 2 * BATCH * pairs)
+    of_rows = 4 * g.numel() * (blocks + 1)
+    flops = 2 * BATCH * pairs * square
+    if not shifts:
+        close(launch.unique_load_bytes, 4 * (x.numel() + g.numel()))
+        close(launch.dot_flops, flops * (HEIGHT + CHANNELS * TAPS))
+        close(launch.load_bytes, of_rows + 4 * BATCH * CHANNELS * MEETINGS * 3)
+        return
+    close(launch.dot_flops, flops * HEIGHT)
+    close(launch.load_bytes, of_rows + 4 * BATCH * pairs * square * TAPS)
+    image = counts["_image_gram_kernel"]
+    border = 2 * LENGTH + 1
+    close(image.unique_store_bytes, 4 * BATCH * (pairs * square + border))
+    assert image.store_bytes == image.unique_store_bytes
+    close(image.unique_load_bytes, 4 * x.numel())
+    close(image.load_bytes, 4 * x.numel() * (blocks + 1))
+    close(image.dot_flops, flops * CHANNELS)
