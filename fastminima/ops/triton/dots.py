@@ -18,7 +18,7 @@ DIRECTIONS = 8  # at once
 _SIDES = {1: (64, 128), 2: (64, 64), 4: (32, 64), 8: (32, 32)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk"])
 def _dots_kernel(
     a_ptr,  # [batch, time, d_in]
     g_ptr,  # [batch, time, d_out]
