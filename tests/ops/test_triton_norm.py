@@ -116,7 +116,7 @@ def test_many_samples_share_a_program(monkeypatch, place):
     check(place, "layer_norm", g, x, *rows(7, 5))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 130, 192), (2, 1400, 64)])
 def test_gradients_are_at_their_floor(shape, dtype):
     batch, time, features = shape

@@ -75,6 +75,7 @@ def test_larger_tiles(monkeypatch, place):
 def test_gradients_in_several_chunks(monkeypatch, place):
     monkeypatch.setattr(pairs, "SCRATCH_BYTES", 1 << 18)
     monkeypatch.setattr(pairs, "SCRATCH_ROWS", 16)
+    monkeypatch.setattr(pairs, "PROGRAMS", 3)
     a, g = inputs((17, 3, 20, 200), torch.float32)
     check(place, by(pairs._by_gradients), dense.sequence_gram, a, g)
     if place.report is not None:

@@ -12,7 +12,7 @@ from ._time_tiles import WARPS, oriented, tiles
 __all__ = ["product_over_time", "sum_over_space", "sum_over_time"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _time_sums_kernel(
     g_ptr,  # [batch, time, features]
     x_ptr,  # [batch, time, features]; or None, for ones

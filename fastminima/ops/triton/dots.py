@@ -14,11 +14,13 @@ __all__ = ["sequence_dots", "sequence_multi_dots"]
 
 DIRECTIONS = 8  # at once
 # Outputs and inputs of a tile by directions: 8192 elements of the directions stay in
-# registers, 64 a thread with 4 warps, while the samples pass by.
+# registers, 64 a thread with 4 warps, while the samples pass by. Where the gradient's
+# tile takes as many, 8 warps hold more on a multiprocessor; but in float32, whose
+# products load from shared memory, 4 warps load less.
 _SIDES = {1: (64, 128), 2: (64, 64), 4: (32, 64), 8: (32, 32)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk"])
 def _dots_kernel(
     a_ptr,  # [batch, time, d_in]
     g_ptr,  # [batch, time, d_out]
@@ -94,7 +96,7 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     outs, ins = (min(side, max(16, power_of_two(size))) for side, size in sizes)
     tiles = -(-d_out // outs) * -(-d_in // ins)
     chunk = -(-batch * tiles // max(PROGRAMS, tiles))
-    steps = 16 if a.dtype == torch.float32 else 32
+    is_half = a.dtype != torch.float32
     out = g.new_empty(tiles, batch, directions, dtype=torch.float32)
     _dots_kernel[(tiles * -(-batch // chunk),)](
         *(a, g, v, out, batch, time, d_in, d_out, directions, chunk),
@@ -102,8 +104,8 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
         K=kinds,
         OUT=outs,
         IN=ins,
-        TIME=1 if time == 1 else steps,
-        num_warps=4,
+        TIME=1 if time == 1 else 32 if is_half else 16,
+        num_warps=8 if is_half and time > 1 and kinds <= 2 else 4,
         num_stages=3,
     )
     return out.sum(dim=0)

@@ -65,7 +65,7 @@ def _sums(
     return tl.sum(weight, axis=0), tl.sum(bias, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _gradients_kernel(
     g_ptr,  # [batch, time, features]
     x_ptr,  # [batch, time, features]
@@ -100,7 +100,7 @@ def _gradients_kernel(
     tl.store(out_ptr, bias, mask=f < features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk"])
 def _fused_kernel(
     g_ptr,  # [batch, time, features]
     x_ptr,  # [batch, time, features]

@@ -92,7 +92,7 @@ def _products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _row_pairs_kernel(
     a_ptr,  # [batch, time, d_in]
     g_ptr,  # [batch, time, d_out]
@@ -136,7 +136,7 @@ def _store_both(out_ptr, tile, i, j, size):
     tl.store(above, tile, mask=(i < size) & (j < i))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "tiles"])
 def _gradient_tiles_kernel(
     a_ptr,  # [batch, time, d_in]
     g_ptr,  # [batch, time, d_out]
@@ -170,7 +170,7 @@ def _gradient_tiles_kernel(
     tl.store(out_ptr + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "pairs"])
 def _flat_pairs_kernel(
     x_ptr,  # [batch, width]
     out_ptr,  # [splits, batch, batch]
