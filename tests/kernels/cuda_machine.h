@@ -1,7 +1,7 @@
 // The machine behind cuda_on_cpu.h: blocks one by one, each with a fiber for each thread.
 //
 // Barriers, shuffles and votes are real meetings: a fiber waits in them until the others are there.
-// One that can never take place, or that threads take for different ones, is an error.
+// One that can never take place, or whose threads stand at different ones, is an error.
 #pragma once
 
 #include "cuda_fibers.h"
