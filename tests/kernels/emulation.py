@@ -12,6 +12,11 @@ BASE = ["-std=c++17", "-O1", "-g0", "-w", f"-I{HERE}", "-x", "c++"]
 ADDRESS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-O0", "-fsanitize=thread"]
 COMPILER = os.environ.get("CXX", "g++")
+# cuda_machine.h tells the sanitizers about its fibers where they name themselves so.
+_NAMED = """#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#error "no sanitizer of gcc"
+#endif
+"""
 _TYPES = {"p": ctypes.c_void_p, "d": ctypes.c_double, "i": ctypes.c_int64}
 
 
@@ -20,7 +25,8 @@ def missing(flags, folder):
     if shutil.which(COMPILER) is None:
         return f"no {COMPILER}"
     source = folder / "empty.cpp"
-    source.write_text("int main() { return 0; }\n")
+    check = _NAMED if any("sanitize" in flag for flag in flags) else ""
+    source.write_text(check + "int main() { return 0; }\n")
     try:
         run(build(folder / "empty", [source], flags))
     except subprocess.CalledProcessError as error:

@@ -8,10 +8,9 @@ import math
 
 import pytest
 import torch
+from tensors import ALL, FLOATS, same, shifted
 
 from fastminima.ops import (
-    embedding,
-    embedding_cuda,
     multi,
     multi_cuda,
     random,
@@ -20,25 +19,14 @@ from fastminima.ops import (
     vector_cuda,
 )
 
-FLOATS = [torch.float32, torch.float64]
-ALL = [*FLOATS, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 33, 4099, 20_011]
 # Sums of n products of unit scale: errors grow as sqrt(n), and n is at most 2e4.
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.float64: {}}
 
 
-def shifted(size, dtype, shift):
-    """Random numbers `shift` elements behind an address that is a multiple of 16."""
-    return torch.randn(size + shift).to(dtype)[shift:]
-
-
 def unit(size, dtype, shift):
     v = shifted(size, dtype, shift)
     return v / v.norm() if size and not shift else v.mul_(1 / math.sqrt(size + 1))
-
-
-def same(got, want, **close):
-    torch.testing.assert_close(got, want.to(got.dtype), **close)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -236,62 +224,6 @@ def test_langevin_step(device, dtype, shift, deviation):
 
     for got, truth in zip(device.every(case), want, strict=True):
         same(got, truth)
-
-
-# batch, time, features, num_embeddings
-SHAPES = [(3, 5, 7, 4), (1, 1, 1, 1), (2, 40, 33, 1000), (0, 3, 4, 5), (3, 0, 4, 5)]
-SHAPES += [(2, 100, 264, 3), (1, 33, 0, 5), (1, 9000, 3, 300_000)]
-
-
-def embedding_cases(batch, time, width, count, dtype):
-    """Ids and gradients, batch-major, time-major and with a strided width."""
-    ids, g = torch.randint(count, (batch, time)), torch.randn(batch, time, width)
-    yield ids, g.to(dtype)
-    yield ids.T.contiguous().T, g.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
-    yield ids, g.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("padding_idx", [-1, 0])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_embedding(device, shape, padding_idx, dtype):
-    count = shape[3]
-    room = {"rtol": 1e-12 if dtype == torch.float64 else 2e-5, "atol": 1e-4}
-    for ids, g in embedding_cases(*shape, dtype):
-        v = torch.randn(count, shape[2])
-        args = (ids, g.double(), padding_idx)
-        want = [
-            embedding.embedding_sq_norms.reference(*args),
-            embedding.embedding_second_moment.reference(*args, count),
-            embedding.embedding_dots.reference(*args, v.double()),
-        ]
-        args = (device.kernels, device.put(ids), device.put(g), padding_idx)
-        v = device.put(v)
-        got = device.every(
-            lambda a=args, v=v: [
-                embedding_cuda.embedding_sq_norms(*a),
-                embedding_cuda.embedding_second_moment(*a, count),
-                embedding_cuda.embedding_dots(*a, v),
-            ]
-        )
-        for part, truth in zip(got, want, strict=True):
-            assert part.dtype == (dtype if dtype in FLOATS else torch.float32)
-            same(part, truth, **room)
-        if shape[1] > 1000:
-            break  # the layouts have been tried on small shapes
-
-
-@pytest.mark.parametrize("time", [2, 31, 32, 33, 64, 500])
-def test_ids_that_fill_whole_chunks(device, time):
-    """One id throughout, and ids whose steps cross the chunks of a warp."""
-    g = torch.randn(2, time, 40)
-    for ids in (torch.zeros(2, time).long(), torch.arange(time).expand(2, -1) // 20):
-        want = embedding.embedding_sq_norms.reference(ids, g.double(), -1)
-        args = (device.put(ids), device.put(g), -1)
-        got = device.every(
-            lambda a=args: [embedding_cuda.embedding_sq_norms(device.kernels, *a)]
-        )
-        same(got[0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precisions_of_every_value(emulated):
