@@ -166,18 +166,22 @@ def tile_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The weight gradient and, on request, what is per sample, from the same tiles."""
     rows, image = geometry.roles(x.contiguous(), g.to(x.dtype).contiguous())
-    grad = x.new_zeros(geometry.weight_shape(x, g))
-    norms = x.new_zeros(len(x)) if with_norms else None
-    bias = x.new_zeros(g.shape[:2]) if with_bias else None
-    moment = torch.zeros_like(grad) if with_second_moment else None
-    if rows.numel():
+    grad = x.new_empty(geometry.weight_shape(x, g))
+    norms = x.new_empty(len(x)) if with_norms else None
+    bias = x.new_empty(g.shape[:2]) if with_bias else None
+    moment = torch.empty_like(grad) if with_second_moment else None
+    results = (grad, norms, bias, moment)
+    if rows.numel() == 0:
+        for result in results:
+            _ = result if result is None else result.zero_()
+    else:
         getattr(kernels, f"conv_fused_{_SUFFIX[x.dtype]}")(
             *(rows.data_ptr(), image.data_ptr()),
             _sizes(rows.shape, image.shape, geometry),
-            *(0 if t is None else t.data_ptr() for t in (grad, norms, bias, moment)),
+            *(0 if r is None else r.data_ptr() for r in results),
             _native.threads(),
         )
-    return grad, norms, bias, moment
+    return results
 
 
 def fused(
