@@ -2,71 +2,12 @@
 // every sample's from the same tiles.
 #pragma once
 
+#include "cpu/conv_fused_tasks.h"
 #include "cpu/conv_fused_tile.h"
 
 namespace fastminima {
 namespace FM_ISA {
 namespace {
-
-// Work is cut into slabs of samples, groups, and ranges of row blocks, in numbers that depend on
-// the sizes only. Each task owns its sums, so no result depends on the number of threads.
-struct Tasks {
-  int64_t slabs, ranges;
-  int64_t chunk;          // samples that a task packs at once
-  int64_t held;           // samples whose images are packed ahead where all ranges share them
-  int64_t lines;          // of positions that a row tile of one sample goes through
-  int64_t vectors, tile;  // of a row tile, and elements of its sums
-  int64_t slab;           // elements of the sums of a slab, [group][row tile][piece][row][lane]
-};
-
-// What a task adds to should stay in the L2 cache, together with a chunk of samples.
-constexpr int64_t kSumBytes = 256 << 10, kChunkBytes = 384 << 10;
-constexpr int64_t kRangeRows = 64;  // fewer would make too little of each image that is read
-constexpr int64_t kHeldBytes = 16 << 20;
-// Enough for the threads of a desktop machine to share evenly; more only where the slabs are small.
-constexpr int64_t kTasks = 8, kSmallSlabs = 16, kSmallSlabBytes = 64 << 10;
-// Positions from which on a tile may be added to memory after each sample (24 loads and stores for
-// 24 products a position).
-constexpr int64_t kChunkPositions = 256;
-
-template <typename scalar_t>
-Tasks cut_tasks(const Plan& p) {
-  constexpr int64_t RB = row_block<scalar_t>(), W = Simd<scalar_t>::width;
-  int64_t size = sizeof(scalar_t), batch = p.sizes.batch, groups = p.sizes.groups;
-  Tasks t{};
-  for (int64_t i = 0; i < p.piece_count; i++) {
-    t.vectors += p.pieces[i].vectors;
-    t.lines += p.pieces[i].count[0] * p.pieces[i].count[1];
-  }
-  t.tile = TILE_ROWS * t.vectors * W;
-  int64_t of_group = ceil_div(p.rows, TILE_ROWS) * t.tile;
-  t.slab = groups * of_group;
-  t.ranges = least(ceil_div(of_group * size, kSumBytes), ceil_div(p.rows, kRangeRows));
-  t.ranges = most(1, t.ranges);
-  t.held = batch;
-  if (t.ranges > 1)
-    t.held = most(1, least(batch, kHeldBytes / (groups * p.image_scratch * size)));
-  t.slabs = t.slab * size <= kSmallSlabBytes ? kSmallSlabs : ceil_div(kTasks, t.ranges * groups);
-  t.slabs = least(t.slabs, t.held);
-  int64_t sample = (p.image_scratch + RB * p.length) * size;
-  t.chunk = least(ceil_div(kChunkPositions, p.length), kChunkBytes / sample);
-  t.chunk = most(1, least(t.chunk, ceil_div(t.held, t.slabs)));
-  return t;
-}
-
-// out[c] = the sum of the n elements of channel c.
-template <typename scalar_t>
-void channel_sums(const scalar_t* g, int64_t channels, int64_t n, scalar_t* out) {
-  constexpr int W = Simd<scalar_t>::width;
-  for (int64_t c = 0; c < channels; c++, g += n) {
-    typename Simd<scalar_t>::vec s0{}, s1{};
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) s0 += load(g + i), s1 += load(g + i + W);
-    scalar_t s = i > 0 ? sum<scalar_t>(s0 + s1) : scalar_t(0);
-    for (; i < n; i++) s += g[i];
-    out[c] = s;
-  }
-}
 
 // What all tasks read and write.
 template <typename scalar_t>
@@ -75,13 +16,11 @@ struct Fused {
   const Tasks& t;
   const scalar_t *rows, *image;
   const ConvResults<scalar_t>& results;
-  scalar_t *shared;            // images [group][held], or null: packed in each task
+  scalar_t* shared;            // images [group][held], or null: packed in each task
   scalar_t *totals, *moments;  // [slab]
   double* partial;             // [batch][group][range], or null
 
-  const scalar_t* rows_of(int64_t n, int64_t row) const {
-    return rows + (n * p.sizes.rows + row) * p.length;
-  }
+  const scalar_t* rows_of(int64_t n) const { return rows + n * p.sizes.rows * p.length; }
   const scalar_t* image_of(int64_t n) const { return image + n * p.sizes.channels * p.pixels; }
 };
 
@@ -126,15 +65,22 @@ struct Worker {
     return images;
   }
 
+  // Channels [from, from + width) of `count` samples in a row.
+  static Pieces of_channels(const scalar_t* x, int64_t channels, int64_t n, bool last, int64_t from,
+                            int64_t width, int64_t count) {
+    return last ? pieces(x + from, count > 0 ? width : 0, channels, count * n)
+                : pieces(x + from * n, count > 0 ? width * n : 0, channels * n, count);
+  }
+
   // What will be read of held samples [at, at + count), the next chunk.
   Ahead next_chunk(int64_t at, int64_t count) {
     int64_t row = group * p.rows + from * RB, height = least(to * RB, p.rows) - from * RB;
-    Pieces of_rows = pieces(f.rows_of(n0 + at, row), count > 0 ? height * p.length : 0,
-                            p.sizes.rows * p.length, count);
-    int64_t plane = p.channels * p.pixels;
+    const ConvSizes& s = p.sizes;
+    Pieces of_rows =
+        of_channels(f.rows_of(n0 + at), s.rows, p.length, s.rows_last, row, height, count);
     Pieces of_image = f.shared ? pieces(packed(at, count), count * p.image_scratch)
-                               : pieces(f.image_of(n0 + at) + group * plane, count > 0 ? plane : 0,
-                                        p.sizes.channels * p.pixels, count);
+                               : of_channels(f.image_of(n0 + at), s.channels, p.pixels,
+                                             s.image_last, group * p.channels, p.channels, count);
     return ahead_of(of_rows, of_image, t.chunk * t.lines * ceil_div(height, TILE_ROWS));
   }
 
@@ -145,10 +91,10 @@ struct Worker {
     constexpr int M = TILE_ROWS, HALF = TILE_ROWS / 2;
     int64_t first = group * p.rows + row, height = least(RB, p.rows - row);
     for (int64_t n = n0 + at, k = 0; k < chunk.count; n++, k++) {
-      pack_rows(p, f.rows_of(n, 0), group, row, blocks + k * RB * p.length);
+      pack_rows(p, f.rows_of(n), group, row, blocks + k * RB * p.length);
       if (f.results.bias && !p.sizes.is_transposed)
-        channel_sums(f.rows_of(n, first), height, p.length,
-                     f.results.bias + n * p.sizes.rows + first);
+        channel_sums(f.rows_of(n), p.sizes.rows, p.length, p.sizes.rows_last, first, height,
+                     f.results.bias + n * p.sizes.rows);
     }
     for (int64_t r = 0; r < height; r += M, sums.total += t.tile) {
       chunk.blocks = blocks + r;
@@ -184,63 +130,6 @@ struct Worker {
   }
 };
 
-// out[c][tap] = in[tap][c], `out` being the memory of a whole row of the weight.
-template <typename scalar_t>
-void taps_last(const scalar_t* in, int64_t channels, int64_t taps, scalar_t* out) {
-  constexpr int W = Simd<scalar_t>::width;
-  int64_t c = 0;
-  // Each channel is stored as a whole vector, the next one over what is too much of it.
-  if (taps == 1) {
-    memcpy(out, in, channels * sizeof(scalar_t));
-    return;
-  }
-  if (taps <= W)
-    for (; (c + W - 1) * taps + W <= channels * taps; c += W) {
-      typename Simd<scalar_t>::vec v[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++)
-        v[i] = i < taps ? load(in + i * channels + c) : typename Simd<scalar_t>::vec{};
-      transpose<scalar_t>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) store<scalar_t>(out + (c + i) * taps, v[i]);
-    }
-  for (; c < channels; c++)
-    for (int64_t tap = 0; tap < taps; tap++) out[c * taps + tap] = in[tap * channels + c];
-}
-
-// Adds up the slabs of `totals` and lays them out as the weight, [row][channel][tap].
-template <typename scalar_t>
-void store_sums(const Plan& p, const Tasks& t, const scalar_t* totals, scalar_t* weight,
-                int threads) {
-  constexpr int W = Simd<scalar_t>::width;
-  int64_t row_tiles = ceil_div(p.rows, TILE_ROWS);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    scalar_t* columns = allocate<scalar_t>(p.columns + W);
-    memset(columns, 0, p.columns * sizeof(scalar_t));  // some taps see no position: no piece
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.sizes.rows; row++) {
-      int64_t r = row % p.rows, tile = row / p.rows * row_tiles + r / TILE_ROWS;
-      const scalar_t* at = totals + tile * t.tile;
-      for (int64_t i = 0; i < p.piece_count; i++) {
-        const Piece& piece = p.pieces[i];
-        for (int j = 0; j < piece.vectors; j++) {
-          typename Simd<scalar_t>::vec sum{};
-          for (int64_t slab = 0; slab < t.slabs; slab++)
-            sum += load(at + slab * t.slab + (r % TILE_ROWS * piece.vectors + j) * W);
-          if (piece.lanes[j] == W)
-            store<scalar_t>(columns + piece.column[j], sum);
-          else
-            for (int k = 0; k < piece.lanes[j]; k++) columns[piece.column[j] + k] = sum[k];
-        }
-        at += TILE_ROWS * piece.vectors * W;
-      }
-      taps_last(columns, p.channels, p.taps, weight + row * p.columns);
-    }
-    free(columns);
-  }
-}
-
 template <PerSample wanted, typename scalar_t>
 void run_tasks(const Fused<scalar_t>& f, int threads) {
   const Plan& p = f.p;
@@ -269,8 +158,8 @@ void run_tasks(const Fused<scalar_t>& f, int threads) {
     if (f.results.bias && p.sizes.is_transposed) {
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < p.sizes.batch; n++)
-        channel_sums(f.image_of(n), p.sizes.channels, p.pixels,
-                     f.results.bias + n * p.sizes.channels);
+        channel_sums(f.image_of(n), p.sizes.channels, p.pixels, p.sizes.image_last, 0,
+                     p.sizes.channels, f.results.bias + n * p.sizes.channels);
     }
     worker.release();
   }
@@ -283,7 +172,8 @@ void fused(const scalar_t* rows, const scalar_t* image, const ConvSizes& s,
   make_plan<scalar_t>(p, s);
   Tasks t = cut_tasks<scalar_t>(p);
   int64_t units = s.groups * t.ranges, size = t.slabs * t.slab;
-  Fused<scalar_t> f{p, t, rows, image, results, nullptr, allocate<scalar_t>(size), nullptr, nullptr};
+  Fused<scalar_t> f{p,       t,      rows, image, results, nullptr, allocate<scalar_t>(size),
+                    nullptr, nullptr};
   if (t.ranges > 1) f.shared = allocate<scalar_t>(t.held * s.groups * p.image_scratch);
   if (results.moment) f.moments = allocate<scalar_t>(size);
   if (results.norms) f.partial = allocate<double>(s.batch * units);

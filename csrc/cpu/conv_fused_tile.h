@@ -91,10 +91,10 @@ void row_tile(const Plan& p, const Chunk<scalar_t>& chunk, Sums<scalar_t> sums, 
     int64_t size = TILE_ROWS * piece.vectors * Simd<scalar_t>::width;
     if (sums.is_first) memset(sums.total, 0, size * sizeof(scalar_t));
     if (sums.is_first && with_moment) memset(sums.moment, 0, size * sizeof(scalar_t));
-#define FM_USE(NV)                                                     \
-  if constexpr (wanted == PerSample::nothing)                          \
-    sum_tile<M, NV>(p, piece, chunk, sums, ahead);                     \
-  else                                                                 \
+#define FM_USE(NV)                                 \
+  if constexpr (wanted == PerSample::nothing)      \
+    sum_tile<M, NV>(p, piece, chunk, sums, ahead); \
+  else                                             \
     square_tile<with_moment, M, NV>(p, piece, chunk, sums, ahead)
     FM_FOR_PIECE(piece.vectors, FM_USE)
 #undef FM_USE
