@@ -75,7 +75,7 @@ def test_sequences_in_every_way(shape, dtype, flags):
 # Wide layers over few and many steps, by product and norms and by tiles, and one whose
 # inputs are on the left of the tiles.
 @pytest.mark.parametrize(
-    "shape", [(6, 3, 300, 257), (5, 70, 129, 200), (3, 90, 80, 17)]
+    "shape", [(6, 3, 300, 257), (6, 16, 300, 257), (5, 70, 129, 200), (3, 90, 80, 17)]
 )
 def test_sequences_for_several_threads(shape):
     a, g = next(pairs(shape))
@@ -88,6 +88,8 @@ def test_sequences_for_several_threads(shape):
 def test_sequences_are_taken_both_ways():
     assert not is_fused_faster(1, 50, 60)
     assert not is_fused_faster(3, 300, 257)
+    assert not is_fused_faster(16, 300, 257)
+    assert is_fused_faster(12, 300, 257)
     assert is_fused_faster(128, 300, 257)
     assert is_fused_faster(2, 20, 20)
 
