@@ -46,8 +46,8 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-// (batch, rows, channels, groups, is_transposed), then image, out, kernel, stride, padding and
-// dilation of three axes each.
+// (batch, rows, channels, groups, is_transposed, rows_last, image_last), then image, out, kernel,
+// stride, padding and dilation of three axes each.
 static ConvSizes conv_sizes(const py::tuple& sizes) {
   ConvSizes s;
   int64_t* field = reinterpret_cast<int64_t*>(&s);

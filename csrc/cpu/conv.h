@@ -9,7 +9,8 @@ namespace fastminima {
 // Spatial axes are three, outermost first; missing ones have size 1.
 struct ConvSizes {
   int64_t batch, rows, channels, groups;
-  int64_t is_transposed;  // then the gradient of the output is the image, not the rows
+  int64_t is_transposed;          // then the gradient of the output is the image, not the rows
+  int64_t rows_last, image_last;  // whether channels are the last axis (conv_fused only)
   int64_t image[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 

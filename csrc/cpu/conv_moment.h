@@ -61,9 +61,7 @@ template <typename scalar_t>
 void store_moment(const Plan& p, const scalar_t* total, scalar_t* weight, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < p.sizes.rows; row++)
-    for (int64_t c = 0; c < p.channels; c++)
-      for (int64_t tap = 0; tap < p.taps; tap++)
-        weight[row * p.columns + c * p.taps + tap] = total[row * p.columns + tap * p.channels + c];
+    taps_last(total + row * p.columns, p.channels, p.taps, weight + row * p.columns);
 }
 
 template <typename scalar_t>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/conv.h"
+#include "cpu/conv_layout.h"
 #include "cpu/conv_tile.h"
 
 namespace fastminima {
@@ -44,10 +45,6 @@ FM_INLINE T* allocate(int64_t n) {
   if (posix_memalign(&p, 64, size_t(n > 0 ? n : 1) * sizeof(T)) != 0) abort();
   return static_cast<T*>(p);
 }
-
-FM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-FM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Positions [lo, hi) of one axis whose input under tap k lies inside the image.
 FM_INLINE void inside(const ConvSizes& s, int axis, int64_t k, int64_t* lo, int64_t* hi) {
@@ -167,26 +164,6 @@ FM_INLINE void free_plan(Plan& p) {
   free(p.pieces);
 }
 
-// dst[at[i] + c] = src[c][i] for src of `channels` planes of n elements.
-template <typename scalar_t>
-void scatter_transposed(const scalar_t* src, int64_t channels, int64_t n, const int64_t* at,
-                        scalar_t* dst) {
-  constexpr int W = Simd<scalar_t>::width;
-  int64_t c = n >= W ? channels / W * W : 0;
-  for (int64_t c0 = 0; c0 < c; c0 += W)
-    for (int64_t i = 0; i < n; i += W) {
-      i = least(i, n - W);  // the last block overlaps the one before
-      typename Simd<scalar_t>::vec v[W];
-#pragma GCC unroll 16
-      for (int j = 0; j < W; j++) v[j] = load(src + (c0 + j) * n + i);
-      transpose<scalar_t>(v);
-#pragma GCC unroll 16
-      for (int j = 0; j < W; j++) store<scalar_t>(dst + at[i + j] + c0, v[j]);
-    }
-  for (; c < channels; c++)
-    for (int64_t i = 0; i < n; i++) dst[at[i] + c] = src[c * n + i];
-}
-
 // Lines of positions that the tiles of a sample go through.
 FM_INLINE int64_t tile_lines(const Plan& p) {
   int64_t lines = 0;
@@ -202,7 +179,12 @@ FM_INLINE int64_t samples_in_a_row(int64_t count, int threads) {
 // Group `group` of a sample's image, as the plan lays it out; dst is zero outside the image.
 template <typename scalar_t>
 FM_INLINE void pack_image(const Plan& p, const scalar_t* sample, int64_t group, scalar_t* dst) {
-  scatter_transposed(sample + group * p.channels * p.pixels, p.channels, p.pixels, p.pixel_at, dst);
+  if (p.sizes.image_last)
+    scatter_pixels(sample + group * p.channels, p.sizes.channels, p.channels, p.pixels, p.pixel_at,
+                   dst);
+  else
+    scatter_transposed(sample + group * p.channels * p.pixels, p.channels, p.pixels, p.pixel_at,
+                       dst);
 }
 
 // Rows [row, row + row_block) of a group of a sample's rows, missing ones zero.
@@ -212,8 +194,12 @@ FM_INLINE void pack_rows(const Plan& p, const scalar_t* sample, int64_t group, i
   int64_t present = least(row_block<scalar_t>(), p.rows - row);
   if (present < row_block<scalar_t>())
     memset(dst, 0, sizeof(scalar_t) * row_block<scalar_t>() * p.length);
-  scatter_transposed(sample + (group * p.rows + row) * p.length, present, p.length, p.position_at,
-                     dst);
+  if (p.sizes.rows_last)
+    scatter_pixels(sample + group * p.rows + row, p.sizes.rows, present, p.length, p.position_at,
+                   dst);
+  else
+    scatter_transposed(sample + (group * p.rows + row) * p.length, present, p.length, p.position_at,
+                       dst);
 }
 
 // acc[i][j] += dW[row + i, column[j] ...] where `block` holds the rows from `row` on.

@@ -38,13 +38,18 @@ _FEW_POSITIONS = 8
 
 @lru_cache(maxsize=1024)
 def _sizes(
-    rows: tuple[int, ...], image: tuple[int, ...], geometry: ConvGeometry
+    rows: tuple[int, ...],
+    image: tuple[int, ...],
+    geometry: ConvGeometry,
+    rows_last: bool = False,
+    image_last: bool = False,
 ) -> tuple[int, ...]:
     """The ConvSizes of csrc/cpu/conv.h: missing leading axes have size 1."""
     missing = 3 - len(geometry.kernel_size)
     ones, zeros = (1,) * missing, (0,) * missing
     return (
         *(rows[0], rows[1], image[1], geometry.groups, int(geometry.transposed)),
+        *(int(rows_last), int(image_last)),
         *(*ones, *image[2:], *ones, *rows[2:]),
         *(*ones, *geometry.kernel_size, *ones, *geometry.stride),
         *(*zeros, *geometry.padding, *ones, *geometry.dilation),
@@ -155,6 +160,13 @@ def second_moment(kernels: Any, x: Tensor, g: Tensor, geometry: ConvGeometry) ->
     return total
 
 
+def _packed(x: Tensor) -> tuple[Tensor, bool]:
+    """Without gaps, and whether its channels are the last axis."""
+    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return x, True
+    return x.contiguous(), False
+
+
 def tile_gradient(
     kernels: Any,
     x: Tensor,
@@ -165,19 +177,25 @@ def tile_gradient(
     with_second_moment: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The weight gradient and, on request, what is per sample, from the same tiles."""
-    rows, image = geometry.roles(x.contiguous(), g.to(x.dtype).contiguous())
-    grad = x.new_zeros(geometry.weight_shape(x, g))
-    norms = x.new_zeros(len(x)) if with_norms else None
-    bias = x.new_zeros(g.shape[:2]) if with_bias else None
-    moment = torch.zeros_like(grad) if with_second_moment else None
-    if rows.numel():
+    rows, image = geometry.roles(x, g.to(x.dtype))
+    rows, rows_last = _packed(rows)
+    image, image_last = _packed(image)
+    grad = x.new_empty(geometry.weight_shape(x, g))
+    norms = x.new_empty(len(x)) if with_norms else None
+    bias = x.new_empty(g.shape[:2]) if with_bias else None
+    moment = torch.empty_like(grad) if with_second_moment else None
+    results = (grad, norms, bias, moment)
+    if rows.numel() == 0:
+        for result in results:
+            _ = result if result is None else result.zero_()
+    else:
         getattr(kernels, f"conv_fused_{_SUFFIX[x.dtype]}")(
             *(rows.data_ptr(), image.data_ptr()),
-            _sizes(rows.shape, image.shape, geometry),
-            *(0 if t is None else t.data_ptr() for t in (grad, norms, bias, moment)),
+            _sizes(rows.shape, image.shape, geometry, rows_last, image_last),
+            *(0 if r is None else r.data_ptr() for r in results),
             _native.threads(),
         )
-    return grad, norms, bias, moment
+    return results
 
 
 def fused(

@@ -75,7 +75,7 @@ def test_sequences_in_every_way(shape, dtype, flags):
 # Wide layers over few and many steps, by product and norms and by tiles, and one whose
 # inputs are on the left of the tiles.
 @pytest.mark.parametrize(
-    "shape", [(6, 3, 300, 257), (5, 70, 129, 200), (3, 90, 80, 17)]
+    "shape", [(6, 3, 300, 257), (6, 16, 300, 257), (5, 70, 129, 200), (3, 90, 80, 17)]
 )
 def test_sequences_for_several_threads(shape):
     a, g = next(pairs(shape))
@@ -88,6 +88,8 @@ def test_sequences_for_several_threads(shape):
 def test_sequences_are_taken_both_ways():
     assert not is_fused_faster(1, 50, 60)
     assert not is_fused_faster(3, 300, 257)
+    assert not is_fused_faster(16, 300, 257)
+    assert is_fused_faster(12, 300, 257)
     assert is_fused_faster(128, 300, 257)
     assert is_fused_faster(2, 20, 20)
 
@@ -135,12 +137,14 @@ def test_convolutions_of_halves(dtype):
         assert_agree(got, want, torch.float32, backend)
 
 
-@pytest.mark.parametrize("name", ["same 3x3", "stride 2", "groups", "transposed 2"])
+@pytest.mark.parametrize("name", ["2x2 image", "stride 2", "groups", "transposed 2"])
 def test_convolutions_of_any_strides(name):
     case = CASES[name]
     x, g = draw(case, torch.float32)
     layouts = (
         [t.to(memory_format=torch.channels_last) for t in (x, g)],
+        (x, g.to(memory_format=torch.channels_last)),
+        (x.to(memory_format=torch.channels_last), g),
         (x.flip(3).flip(3).mT.contiguous().mT, torch.stack([g, g], -1)[..., 0]),
         (x.expand_as(x), g[:, :1, :1, :1].expand_as(g)),
     )
