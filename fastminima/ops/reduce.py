@@ -51,6 +51,6 @@ def _joint_sq_norm_native(
 
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
-sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON, preferred=False)
+sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON)
 joint_sq_norm = Op("joint_sq_norm", _joint_sq_norm)
 joint_sq_norm.add_native(_joint_sq_norm_native, dtypes=FLOATS)
