@@ -134,8 +134,21 @@ def _in_turn(steps: list[Work], rates: Rates) -> float:
     return sum(rates.launch + rates.seconds(s, torch.float32) for s in steps)
 
 
+# Kernels in CUDA C++ on vectors and lists. Those for embeddings sort first, in a number
+# of launches that depends on the sizes, and are not modelled.
+_CUDA = (
+    *("lanczos_step", "power_step", "project_out", "linear_combinations"),
+    *("multi_dot", "multi_sq_norm", "multi_axpy"),
+    *("gaussian_fill_", "rademacher_fill_", "langevin_step_"),
+)
+_CUDA_PASSES, _CUDA_LAUNCHES = 2, 4  # at most: sum, finish, update, finish
+
+
 def _kernel(case: Case, work: Work, rows: dict, rates: Rates) -> float | None:
     """The launcher's own operations, its launches, and the work of its main kernel."""
+    if case.op.name in _CUDA:
+        moving = _CUDA_PASSES * work.bytes / rates.memory
+        return _CUDA_LAUNCHES * rates.launch + moving
     mine = [
         row
         for key, row in rows.items()
@@ -146,7 +159,8 @@ def _kernel(case: Case, work: Work, rows: dict, rates: Rates) -> float | None:
     arguments = case.make(Tensors("meta", case.dtype))
     found = tally(case.op.on("triton", "cuda", case.key), arguments)
     own = _in_turn(found.steps, rates)
-    main = max(mine, key=lambda row: row["loop"])
+    # The one that multiplies; the others finish sums.
+    main = max(mine, key=lambda row: (row["tensor"] > 0, row["loop"]))
     speed = rates.bfloat16 if main["tensor"] else _issued(main) * rates.float32
     products = work.products / speed / _filled(main["blocks"], rates)
     return (
@@ -175,9 +189,13 @@ def prefer(found: list[Bound]) -> dict[tuple[str, torch.dtype], Preference]:
             key = bound.op, bound.dtype
             least[key] = min(bound.speedup, least.get(key, float("inf")))
     return {
-        key: Preference("triton" if s * MARGIN > 1 else "reference", s)
+        key: Preference(_kind(key[0]) if s * MARGIN > 1 else "reference", s)
         for key, s in sorted(least.items(), key=str)
     }
+
+
+def _kind(op: str) -> str:
+    return "cuda" if op in _CUDA else "triton"
 
 
 def table(found: list[Bound]) -> str:

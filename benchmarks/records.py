@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGES = (
     "fastminima",
     "torch",
+    "triton",
     "numpy",
     "backpack-for-pytorch",
     "opacus",

@@ -195,6 +195,12 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "sequence_second_moment": _first(_sequences()),
     "sequence_gram": _sequences(),
     "sequence_dots": _sequences(*_DIRECTION),
+    "sequence_multi_dots": {
+        "16x512x768->3072, 4": lambda new: (
+            *_dense(new, size=(16, 512, 768, 3072), then=()),
+            new.normal(4, 3072, 768),
+        )
+    },
     "sequence_gradients": _sequences(),
     "conv_gradients": _convolutions(),
     "conv_sq_norms": _convolutions(True),
@@ -241,6 +247,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "langevin_step_": {
         _LIST: lambda new: (_list(new), _list(new), 0.1, 0.01, 1, 0),
     },
+    "joint_sq_norm": {_LIST: lambda new: (_list(new)[0], _list(new)[1:])},
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
 }
 

@@ -113,6 +113,11 @@ def _sequence_dots(a: Tensor, g: Tensor, v: Tensor) -> Work:
     return Work(_size(a, g, v) + len(g) * _wide(g), _sizes(a, g).direct)
 
 
+def _sequence_multi_dots(a: Tensor, g: Tensor, v: Tensor) -> Work:
+    written = len(g) * len(v) * _wide(g)
+    return Work(_size(a, g, v) + written, len(v) * _sizes(a, g).direct)
+
+
 def _sequence_gradients(a: Tensor, g: Tensor) -> Work:
     batch, _, d_in, d_out = sizes = _sizes(a, g)
     return Work(_size(a, g) + batch * d_in * d_out * _wide(g), sizes.direct)
@@ -210,6 +215,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     "sequence_second_moment": _sequence_second_moment,
     "sequence_gram": _sequence_gram,
     "sequence_dots": _sequence_dots,
+    "sequence_multi_dots": _sequence_multi_dots,
     "sequence_gradients": _sequence_gradients,
     "conv_sq_norms": _conv_sq_norms,
     "conv_fused": _conv_fused,
@@ -242,6 +248,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     ),
     "same_values": lambda a, b: Work(_size(a, b)),
     "sq_norm": lambda x: Work(_size(x)),
+    "joint_sq_norm": lambda first, rest: Work(_size(first, rest)),
     "multi_dot": lambda xs, ys: Work(_size(xs, ys)),
     "multi_sq_norm": lambda xs: Work(_size(xs)),
     "multi_axpy": lambda ys, xs, factor: Work(2 * _size(ys) + _size(xs)),

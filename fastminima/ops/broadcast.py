@@ -81,4 +81,4 @@ sum_over_space.add_native(_sum_over_space_native, dtypes=FLOATS, preferred=False
 product_over_time.add_native(_product_over_time_native, dtypes=FLOATS)
 
 for _op in (sum_over_time, sum_over_space, product_over_time):
-    _op.add_triton(f"broadcast.{_op.name}", dtypes=TRITON, preferred=False)
+    _op.add_triton(f"broadcast.{_op.name}", dtypes=TRITON)

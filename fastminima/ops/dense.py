@@ -276,8 +276,8 @@ for _op in (
     *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
     *(sequence_second_moment, sequence_fused, gathered_sq_norms),
 ):
-    _op.add_triton(f"dense.{_op.name}", dtypes=TRITON, preferred=False)
+    _op.add_triton(f"dense.{_op.name}", dtypes=TRITON)
 
-sequence_gram.add_triton("pairs.sequence_gram", dtypes=TRITON, preferred=False)
+sequence_gram.add_triton("pairs.sequence_gram", dtypes=TRITON)
 for _op in (sequence_dots, sequence_multi_dots):
-    _op.add_triton(f"dots.{_op.name}", dtypes=TRITON, preferred=False)
+    _op.add_triton(f"dots.{_op.name}", dtypes=TRITON)

@@ -150,4 +150,4 @@ for _op in (
     layer_norm_fused,
     channel_norm_fused,
 ):
-    _op.add_triton(f"norm.{_op.name}", dtypes=TRITON, preferred=False)
+    _op.add_triton(f"norm.{_op.name}", dtypes=TRITON)

@@ -32,4 +32,4 @@ def _sq_norm_native(kernels: Any, x: Tensor) -> Tensor:
 
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
-sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON, preferred=False)
+sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON)

@@ -133,12 +133,18 @@ class Op:
         run: Callable[..., Any],
         *,
         dtypes: Iterable[torch.dtype],
-        preferred: bool = False,
+        preferred: bool | None = None,
     ) -> None:
         """Add `run(kernels, *args)`, where the extension was built with CUDA.
 
         It runs with the device of the first tensor current, as a launch needs it.
+        `preferred` is as in `add_triton`.
         """
+        if preferred is None:
+            for dtype in dtypes:
+                chosen = is_preferred(self.name, "cuda", dtype)
+                self.add_cuda(run, dtypes=(dtype,), preferred=chosen)
+            return
         kernels = _native.cuda_kernels()
         if kernels is None:
             return

@@ -121,6 +121,7 @@ def _broken(case):
 def test_kernels_are_timed_and_compared(pretended, monkeypatch):
     monkeypatch.setattr(timing, "cases", _few)
     monkeypatch.setattr(timing, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(timing, "_BACKENDS", ("reference",))
     found = timing.kernels(5.0)
     assert found["ok"] and not found["left"], found
     row = found["cases"]["sq_norm 3200x3125 float32"]
@@ -162,3 +163,10 @@ def test_workloads_grow_and_are_checked(pretended):
     norms = step()
     assert steps._worst_norm(norms, workload) < 1e-4
     assert steps._worst_norm(2 * norms, workload) > 0.5
+
+
+def test_a_workload_is_timed_in_both_modes(pretended, monkeypatch):
+    monkeypatch.setattr(steps, "FACTORS", {"W1": 1})
+    row = steps._workload("W1", 0.1)
+    assert row["right"] and row["batch"] == 128
+    assert row["observe"]["value"] > 0 and row["fused"]["value"] > 0

@@ -11,9 +11,12 @@ launch is noted instead of being run.
 
 from __future__ import annotations
 
+import importlib.util
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernels.compile import stand_in_device
+from fastminima import _native, ops
+from fastminima.ops.table import REGISTRY, Op
 
-__all__ = ["Launch", "NotCapturableError", "capturing"]
+__all__ = ["CudaStandIn", "Launch", "NotCapturableError", "capturing", "cuda_ops"]
 
 
 class NotCapturableError(AssertionError):
@@ -114,6 +119,50 @@ def capturing() -> Iterator[list[Launch]]:
         stack.enter_context(_NoHostMemory())
         stack.enter_context(_NoValues())
         yield launches
+
+
+class CudaStandIn:
+    """Stands for the CUDA launchers of the extension: notes what they are called with.
+
+    Those that tell how much scratch to allocate say 1024.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def note(*args: Any) -> int:
+            if any(isinstance(x, Tensor) for x in args):
+                raise TypeError(f"{name} takes addresses, and was given a tensor.")
+            self.launches.append(Launch(name, (), ()))
+            return 1024
+
+        return note
+
+
+def cuda_ops(kernels: Any) -> dict[str, Op]:
+    """The package's ops as they would be where the extension has CUDA kernels.
+
+    Their modules run once more under another name; the package's own stay as they are.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(_native, "cuda_kernels", lambda: kernels, create=True)
+        )
+        stack.enter_context(mock.patch.dict(REGISTRY, clear=True))
+        for found in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+            spec = importlib.util.find_spec(found.name)
+            if spec is not None and spec.origin is not None and not found.ispkg:
+                source = Path(spec.origin)
+                if "Op(" in source.read_text() and source.stem != "table":
+                    _run_again(f"{found.name}_with_cuda", source)
+        return dict(REGISTRY)
+
+
+def _run_again(name: str, source: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, source)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def _check_arguments(kernel: str, args: tuple[Any, ...]) -> None:

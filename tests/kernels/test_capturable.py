@@ -12,7 +12,15 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 import triton.language as tl
-from kernels.capturable import NotCapturableError, capturing
+from kernels.capturable import (
+    CudaStandIn,
+    NotCapturableError,
+    capturing,
+    cuda_ops,
+)
+from torch.utils._pytree import tree_leaves
+
+from fastminima.ops.table import Op
 
 CASES = {case.label: case for case in cases("triton")}
 
@@ -66,6 +74,25 @@ def test_launches_are_noted():
     assert ("BLOCK", 4) in launch.values
 
 
+def test_cuda_launchers_are_capturable():
+    """Those of the extension, whether or not it was built with them here."""
+    stand_in = CudaStandIn()
+    checked = 0
+    for name, op in cuda_ops(stand_in).items():
+        for make in ARGUMENTS.get(name, {}).values():
+            arguments = make(Tensors("meta", torch.float32))
+            first = tree_leaves(arguments)[0]
+            if "cuda" not in op.backends("cuda", first.dtype):
+                continue
+            stand_in.launches.clear()
+            with capturing():
+                op.on("cuda", "cuda", first.dtype)(*arguments)
+            assert stand_in.launches, name
+            checked += 1
+    has_cuda = hasattr(Op, "add_cuda")
+    assert bool(checked) == has_cuda
+
+
 def _is_on_gpu(op):
     return any("cuda" in i.devices and i.backend != "torch" for i in op)
 
@@ -74,7 +101,8 @@ def test_every_op_with_a_kernel_has_arguments():
     """An op that is missing in benchmarks/kernels/cases.py is neither checked here,
     nor compiled by the report on kernels.
     """
-    with_kernel = {n for n, op in all_ops().items() if _is_on_gpu(op)}
+    found = all_ops() | cuda_ops(CudaStandIn())
+    with_kernel = {name for name, op in found.items() if _is_on_gpu(op)}
     assert with_kernel <= set(ARGUMENTS)
 
 
