@@ -147,9 +147,9 @@ def test_different_dtypes(place):
     check(place, dots.sequence_multi_dots, dense.sequence_multi_dots, a, g, v)
 
 
-@pytest.mark.parametrize("strides", [(2**31, 16, 1), (48, 2**30, 1)])
+@pytest.mark.parametrize("strides", [(2**30, 16, 1), (48, 2**30, 1)])
 def test_offsets_of_64_bits(strides):
-    shape = (2, 3, 16) if strides[0] == 2**31 else (1, 3, 16)
+    shape = (3, 3, 16) if strides[0] == 2**30 else (1, 3, 16)
     g, v = torch.randn(shape).half(), torch.randn(2, 16, 16)
     with far_apart(shape, strides) as a, interpreting(report=Report(sample=1 << 20)):
         grams = [way(a, g) for way in WAYS]
