@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
@@ -124,7 +125,15 @@ def check(rows: Iterable[Row], baseline: dict) -> tuple[list[str], list[str]]:
 
 
 def as_json(rows: Iterable[Row]) -> str:
-    """One row a line, so that a change reads well in a diff."""
+    """One row a line, so that a change reads well in a diff.
+
+    Raises:
+        ValueError: for two rows of the same name.
+    """
+    rows = list(rows)
+    times = Counter(row.key for row in rows)
+    if twice := [key for key, count in times.items() if count > 1]:
+        raise ValueError(f"These kernels are there more than once: {twice}.")
     lines = (
         f"  {json.dumps(row.key)}: {json.dumps(_kept(row))}"
         for row in sorted(rows, key=lambda row: row.key)

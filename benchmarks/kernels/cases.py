@@ -247,7 +247,6 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "langevin_step_": {
         _LIST: lambda new: (_list(new), _list(new), 0.1, 0.01, 1, 0),
     },
-    "joint_sq_norm": {_LIST: lambda new: (_list(new)[0], _list(new)[1:])},
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
 }
 

@@ -100,7 +100,9 @@ def cuda_rows(nvcc: str, source: Path, architecture: str) -> Iterator[Row]:
 
 
 def readable(symbol: str) -> str:
-    """The name and template arguments in a mangled C++ name; others as they are.
+    """The name and template arguments in a mangled C++ name.
+
+    As it is where arguments are more than letters and numbers: it must stay distinct.
 
     Source: Itanium C++ ABI, "Mangling": <length><identifier>, I <arguments> E.
     """
@@ -113,7 +115,7 @@ def readable(symbol: str) -> str:
         return symbol
     arguments = re.match(r"I((?:Li\d+E|Lb[01]E|[a-z])+)E", rest)
     if not arguments:
-        return name
+        return symbol if rest.startswith("I") else name
     words = re.findall(r"L[ib](\d+)E|([a-z])", arguments[1])
     return f"{name}<{', '.join(number or word for number, word in words)}>"
 

@@ -248,7 +248,6 @@ FLOORS: dict[str, Callable[..., Work]] = {
     ),
     "same_values": lambda a, b: Work(_size(a, b)),
     "sq_norm": lambda x: Work(_size(x)),
-    "joint_sq_norm": lambda first, rest: Work(_size(first, rest)),
     "multi_dot": lambda xs, ys: Work(_size(xs, ys)),
     "multi_sq_norm": lambda xs: Work(_size(xs)),
     "multi_axpy": lambda ys, xs, factor: Work(2 * _size(ys) + _size(xs)),

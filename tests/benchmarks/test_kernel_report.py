@@ -150,6 +150,8 @@ def test_readable_names():
     assert readable("_ZN10fastminima4cuda8dot_rowsIfLi4EEEvPKT_") == "dot_rows<f, 4>"
     assert readable("_ZN10fastminima4cuda12add_partialsEPKdlPdij") == "add_partials"
     assert readable("_gram_kernel") == "_gram_kernel"
+    nested = "_ZN10fastminima4cuda9step_dotsIfNS0_5TokenELi4EEEvPKT_"
+    assert readable(nested) == nested
 
 
 def _check(rows, baseline_rows, tmp_path, version=None):
@@ -167,6 +169,13 @@ def test_check_compares_with_what_was_written(tmp_path):
     better = dataclasses.replace(row, wide_loads=8, tensor=4)
     worse, _ = _check([dataclasses.replace(row, wide_loads=0)], [better], tmp_path)
     assert len(worse) == 2
+
+
+def test_two_rows_of_one_name_are_refused():
+    """One would hide the other in the baseline."""
+    row = _squares(4)
+    with pytest.raises(ValueError, match="more than once"):
+        kernel_report.as_json([row, dataclasses.replace(row, spills=3)])
 
 
 def test_check_says_what_it_cannot_compare(tmp_path):
