@@ -24,6 +24,10 @@ class Preference(NamedTuple):
     source: str = "bounds for an H100, not measured"
 
 
+# PyTorch's way counts distinct ids, for which the host waits.
+_DOES_NOT_WAIT = (
+    "can be held by a CUDA graph; its speed was neither modelled nor measured"
+)
 _HALF, _FLOAT = torch.bfloat16, torch.float32
 # float16 is as bfloat16; float64 as float32, where memory decides.
 ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
@@ -39,6 +43,8 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("conv_sq_norms", _FLOAT): Preference("triton", 10),
     ("direct_sq_norms", _HALF): Preference("triton", 4.6),
     ("direct_sq_norms", _FLOAT): Preference("reference", 1.2),
+    ("embedding_sq_norms", torch.int64): Preference("cuda", 1, _DOES_NOT_WAIT),
+    ("embedding_second_moment", torch.int64): Preference("cuda", 1, _DOES_NOT_WAIT),
     ("gathered_sq_norms", _HALF): Preference("triton", 30),
     ("gathered_sq_norms", _FLOAT): Preference("triton", 3.2),
     ("gaussian_fill_", _FLOAT): Preference("cuda", 74),

@@ -109,9 +109,10 @@ class Op:
     ) -> None:
         """Add the launcher named "module.function" of `fastminima.ops.triton`.
 
-        Triton itself is imported when the launcher first runs. Where Triton is not
-        installed nothing is added. `preferred` is as `preferences.py` says, for each
-        dtype, if it is not given.
+        Triton is imported when the launcher first runs. It launches on the device that
+        is current, so the first tensor's is made that. Where Triton is not installed
+        nothing is added. `preferred` is as `preferences.py` says, for each dtype, if it
+        is not given.
         """
         if preferred is None:
             for dtype in dtypes:
@@ -122,9 +123,10 @@ class Op:
             return
         module, name = launcher.split(".")
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
             found = importlib.import_module(f".triton.{module}", __package__)
-            return getattr(found, name)(*args, **kwargs)
+            with torch.cuda.device_of(_leader(first)):
+                return getattr(found, name)(first, *args, **kwargs)
 
         self.add("triton", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
 
