@@ -31,14 +31,14 @@ def geometry(kernel, stride=1, padding=0, dilation=1, groups=1, transposed=False
 CASES = {
     "one pixel": (geometry((1, 1)), 3, 4, 6, (1, 1)),
     "3x3": (geometry((3, 3), padding=1), 2, 5, 7, (6, 5)),
-    "one tap a block": (geometry((2, 3), padding=1), 2, 33, 17, (3, 4)),
-    "two blocks of all": (geometry((1, 2)), 1, 66, 65, (7, 12)),
+    "one tap a block": (geometry((2, 1), padding=1), 2, 33, 17, (3, 4)),
+    "two blocks of all": (geometry((1, 2)), 1, 66, 65, (6, 12)),
     "projection": (geometry((1, 1), stride=2), 2, 6, 10, (5, 4)),
     "stride 2": (geometry((3, 3), stride=2, padding=1), 2, 3, 4, (7, 6)),
     "stride over kernel": (geometry((2, 2), stride=3, dilation=2), 2, 3, 4, (9, 9)),
     "mixed": (geometry((3, 2), (2, 3), (1, 2), (1, 2)), 2, 4, 5, (5, 9)),
     "groups": (geometry((3, 3), padding=1, groups=3), 2, 6, 9, (4, 5)),
-    "depth-wise": (geometry((3, 3), padding=1, groups=5), 2, 5, 10, (4, 6)),
+    "depth-wise": (geometry((2, 3), padding=1, groups=3), 2, 3, 6, (3, 4)),
     "1-D": (geometry((4,), stride=2, padding=1), 3, 4, 5, (13,)),
     "1-D depth-wise": (geometry((3,), dilation=2, groups=6), 2, 6, 6, (37,)),
     "3-D": (geometry((2, 1, 2), (1, 2, 1), 1, (1, 1, 2)), 2, 3, 4, (3, 4, 5)),
@@ -50,8 +50,8 @@ CASES = {
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 SOME = pytest.mark.parametrize(
     "case",
-    [CASES[name] for name in ("one tap a block", "stride 2", "depth-wise")],
-    ids=str,
+    [CASES["stride 2"], CASES["depth-wise"]],
+    ids=["stride 2", "depth-wise"],
 )
 # Sums of up to 400 products and of their squares, in float32.
 ROOM = {"rtol": 1e-5, "atol": 1e-4}
@@ -165,8 +165,8 @@ def test_packed_by_channel(place, monkeypatch):
 @SOME
 def test_a_program_walks_samples(place, case, monkeypatch):
     monkeypatch.setattr(conv_cost, "_PROGRAMS", 2)
-    layer, x, g = case[0], *draw(case, batch=5)
-    assert conv_cost.chunks(5, 1) == 2
+    layer, x, g = case[0], *draw(case, batch=3)
+    assert conv_cost.chunks(3, 1) == 2
     check_fused(place, layer, x, g)
     monkeypatch.setattr(conv_cost, "_WORKSPACE", 1)  # one sample's Gram at a time
     check_norms(place, "shifts", layer, x, g)
