@@ -192,7 +192,7 @@ def _direct_tile(of: Operands, outputs: int) -> DirectTile:
         columns=_power(columns, side),
         positions=_power(sizes.length, positions),
         # The addresses of pixels one by one take registers that channels do not.
-        warps=8 if is_wide or (by_position and not half) else 4,
+        warps=8 if is_wide or (not half and (by_position or not one_tap)) else 4,
         stages=3,
         one_tap=one_tap,
     )
