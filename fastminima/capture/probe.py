@@ -548,7 +548,7 @@ class GradientProbe:
             if self._per_parameter
             else None,
             second_moments={
-                name: t * (factor**2 / count)
+                name: t.mul_(factor**2 / count)  # made for this pass alone
                 for name, t in collected.second_moments.items()
             }
             if "second_moments" in self._measure

@@ -111,6 +111,9 @@ class DenseBias(Contribution):
     def _samples(self) -> Tensor:
         if self.weight.bias_samples is not None:
             return self.weight.bias_samples
+        if self.weight.g.shape[1] == 1:
+            g = self.weight.g[:, 0]
+            return g.to(accumulation_dtype(g.dtype))
         return broadcast.sum_over_time(self.weight.g)
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
