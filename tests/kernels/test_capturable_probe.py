@@ -66,14 +66,14 @@ def gpu(monkeypatch):
     return used
 
 
-def warmed_up(**options):
+def warmed_up(make=Net, **options):
     """A probe on a model without data that knows the structure of its graph."""
     torch.manual_seed(0)
-    model, ids = Net(), torch.randint(11, (N, T))
+    model, ids = make(), torch.randint(11, (N, T))
     known = fm.GradientProbe(model, **options)
     for _ in range(2):
         known.backward(losses_of(model, ids))
-    meta = Net().to("meta")
+    meta = make().to("meta")
     probe = fm.GradientProbe(meta, **options)
     probe._reader._known = known._reader._known
     return meta, probe
@@ -111,6 +111,30 @@ def test_attach_and_collect_are_capturable(gpu):
         losses.mean().backward()
         probe.collect()
     assert gpu
+
+
+class Tied(nn.Module):
+    """A table that is also the output head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.mix(self.table(ids)).tanh()
+        return nn.functional.linear(x, self.table.weight).flatten(1)
+
+
+def test_a_tied_head_is_capturable(gpu, monkeypatch):
+    model, probe = warmed_up(Tied)
+    ids = torch.empty(N, T, dtype=torch.long, device="meta")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with capturing():
+        probe.backward(losses_of(model, ids))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(NotCapturableError), capturing():
+        probe.backward(losses_of(model, ids))
 
 
 def test_the_first_step_is_not(gpu):

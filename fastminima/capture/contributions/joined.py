@@ -62,10 +62,17 @@ class _TiedHead(Joined):
         )
         parts = table.sq_norms() + head.sq_norms()
         total = parts + 2 * cross
+        if not _may_look(total):
+            return total.clamp_min(0)
         # Both are accurate to 1e-6 of the parts: below 1e-2 of them add the gradients.
         for n in torch.nonzero(total < 1e-2 * parts).flatten().tolist():
             total[n] = sq_norms_of(self.per_sample(n, n + 1))[0]
         return total
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether the host may wait for values, as it may not in a CUDA graph's capture."""
+    return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 
 
 def joined(parts: Sequence[Contribution]) -> Contribution:
