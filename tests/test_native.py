@@ -209,3 +209,14 @@ def test_no_cuda_library_is_linked():
     content = Path(_native._extension.__file__).read_bytes()
     assert b"libcudart.so" not in content
     assert _native.cuda_architectures()[0].startswith("sm_")
+
+
+def test_triton_is_not_imported_until_a_kernel_runs():
+    code = (
+        "import sys, torch, fastminima as fm\n"
+        "model = torch.nn.Linear(3, 2)\n"
+        "fm.GradientProbe(model).backward(model(torch.randn(4, 3)).sum(1))\n"
+        "fm.GradientProbe(model, mode='fused')\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'triton']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
