@@ -460,3 +460,54 @@ def test_losses_of_functional_layers(fusions):
     assert fusions == [{"w"}]
     torch.testing.assert_close(stats.sq_norms, grads.square().sum((1, 2)))
     torch.testing.assert_close(w.grad, grads.mean(0))
+
+
+def scaled(w, b, x):
+    return torch.addmm(b, x.flatten(0, 1), w.mT, beta=0.5, alpha=2.0)
+
+
+ODD_USES = {
+    "scaled": (scaled, (3, 4), (3,), (6, 4), set()),
+    "one bias for all": (
+        lambda w, b, x: torch.addmm(b, x.flatten(0, 1), w.mT),
+        *((3, 4), (1,), (6, 4), {"w"}),
+    ),
+    "transposed bias": (
+        lambda w, b, x: F.linear(x, w, b.t()),
+        *((3, 4), (3,), (6, 4), {"w"}),
+    ),
+    "transposed twice": (
+        lambda w, b, x: F.linear(x, w.t().t(), b),
+        *((3, 4), (3,), (6, 4), set()),
+    ),
+    "transposed kernel": (
+        lambda w, b, x: F.conv2d(x, w.transpose(0, 1), b),
+        *((2, 3, 3, 2), (3,), (2, 5, 4), set()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_USES)
+def test_odd_uses_are_observed(name, fusions):
+    torch.manual_seed(0)
+    use, w, b, sample, names = ODD_USES[name]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(w))
+            self.b = nn.Parameter(torch.randn(b))
+
+        def forward(self, x):
+            return use(self.w, self.b, x).reshape(len(x), -1)
+
+    model, x = Model(), torch.randn(5, *sample)
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = fused_probe(model).backward(losses_of(model, x))
+    assert fusions == [names]
+    assert_same_gradients(model, plain)
+    exact = flat(want).square().sum(1).float()
+    torch.testing.assert_close(stats.sq_norms, exact, rtol=1e-5, atol=0)
