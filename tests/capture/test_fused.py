@@ -211,6 +211,23 @@ def test_a_hook_that_changes_the_gradient():
     torch.testing.assert_close(weight.grad, 3 * want)
 
 
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_the_mean_is_what_hooks_make_of_the_gradient(is_fresh):
+    model, x = mixed()
+    model.dense.weight.register_hook(lambda g: 3 * g)
+    other = copy.deepcopy(model)
+    other.dense.weight.register_hook(lambda g: 3 * g)
+    if not is_fresh:
+        for p in (*model.parameters(), *other.parameters()):
+            p.grad = torch.zeros_like(p)
+    stats = fused_probe(model, keep_mean=True).backward(losses_of(model, x))
+    probe = fm.GradientProbe(other, keep_mean=True)
+    observed = probe.backward(losses_of(other, x))
+    torch.testing.assert_close(stats.mean_grad, observed.mean_grad)
+    torch.testing.assert_close(stats.mean_grad_sq_norm, observed.mean_grad_sq_norm)
+    torch.testing.assert_close(stats.mean_grad["dense.weight"], model.dense.weight.grad)
+
+
 def test_a_second_probe_observes_the_same_pass():
     model, x = mixed()
     losses = losses_of(model, x)
