@@ -38,7 +38,8 @@ class Fusion:
         names: parameters whose gradients the session makes.
         inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
             uses, so that the pass visits them.
-        made: the gradients, from the time their use is seen until `deliver`.
+        made: the gradients, from the time their use is seen until `deliver`, which
+            `add` fills.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], inputs: list[Any]) -> None:
@@ -46,6 +47,10 @@ class Fusion:
         self.names = frozenset(parameters)
         self.inputs = inputs
         self.made: dict[str, Tensor] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Keep a gradient, in its parameter's dtype: all of them wait at once."""
+        self.made[name] = grad.to(self._parameters[name].dtype)
 
     def deliver(self) -> None:
         """Accumulate the gradients as a backward pass does, with every hook."""
@@ -55,8 +60,6 @@ class Fusion:
         try:
             for parameter in parameters:
                 grad = self.made.pop(next(iter(self.made)))
-                if grad.dtype != parameter.dtype:
-                    grad = grad.to(parameter.dtype)
                 if parameter.grad is None and not parameter._backward_hooks:
                     # Handed over inside the pass, where nobody else holds it, it
                     # becomes `.grad` itself; a gradient from outside would be copied.
@@ -90,6 +93,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
             for number, name in slots.items()
             if found.plan.sources[name] == 1
             and parameters[name].layout == torch.strided
+            and parameters[name].requires_grad
         }
         if _WEIGHT_AND_BIAS[use.name][0] in fused:
             names.update(fused.values())
@@ -98,9 +102,11 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
         return None
     left_out = {tape.leaves[name] for name in names}
     others = [
-        tape.nodes[i].variable
+        leaf
         for i in range(len(tape.nodes))
-        if tape.is_leaf(i) and i not in left_out
+        if tape.is_leaf(i)
+        and i not in left_out
+        and (leaf := tape.nodes[i].variable).requires_grad  # not frozen since
     ]
     fused = {name: parameters[name] for name in sorted(names)}
     return Fusion(fused, [*others, *edges])

@@ -351,7 +351,7 @@ class Session:
         into.sq_norms[name] = found.sq_norms
         if found.second_moment is not None:
             into.second_moments[name] = found.second_moment
-        fusion.made[name] = found.total
+        fusion.add(name, found.total)
 
     def _complete(self, name: str, whole: Contribution) -> None:
         into = self.collected

@@ -252,6 +252,16 @@ def test_other_leaves_of_the_graph_get_their_gradients():
     torch.testing.assert_close(x.grad, want)
 
 
+@pytest.mark.parametrize("name", ["dense.weight", "pointwise.weight", "norm.bias"])
+def test_a_parameter_frozen_since_the_forward_pass(name):
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    losses = losses_of(model, x)
+    model.get_parameter(name).requires_grad_(False)
+    fused_probe(model).backward(losses)
+    assert_same_gradients(model, plain | {name: None})
+
+
 def test_a_model_that_is_watched_in_part(fusions):
     model, x = mixed()
     plain = plain_gradients(model, lambda m: losses_of(m, x))
@@ -284,10 +294,19 @@ def test_autocast(fusions):
     assert model.dense.weight.grad.dtype == torch.float32
 
 
-def test_half_precision_parameters():
+def test_half_precision_parameters(monkeypatch):
     model, x = mixed()
     model, x = model.bfloat16(), x.bfloat16()
+    waiting = []
+    deliver = fused.Fusion.deliver
+
+    def noting(fusion):
+        waiting.extend(g.dtype for g in fusion.made.values())
+        deliver(fusion)
+
+    monkeypatch.setattr(fused.Fusion, "deliver", noting)
     stats = fused_probe(model).backward(losses_of(model, x).float())
+    assert waiting == [torch.bfloat16] * len(FUSED)
     assert stats.sq_norms.dtype == torch.float32
     assert model.dense.weight.grad.dtype == torch.bfloat16
 
