@@ -26,9 +26,9 @@ _WEIGHT_AND_BIAS = {
     "MmBackward0": (1, None),
     "ConvolutionBackward0": (1, 2),
 }
-_CONVOLUTION = "ConvolutionBackward0"
-# Between such a use and its parameter the gradient is at most transposed or rounded.
-_PLAIN = frozenset(["TBackward0", "TransposeBackward0", "ToCopyBackward0"])
+_ADDMM, _CONVOLUTION = "AddmmBackward0", "ConvolutionBackward0"
+_ROUND = "ToCopyBackward0"
+_TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
 
 
 class Fusion:
@@ -38,7 +38,8 @@ class Fusion:
         names: parameters whose gradients the session makes.
         inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
             uses, so that the pass visits them.
-        made: the gradients, from the time their use is seen until `deliver`.
+        made: the gradients, from the time their use is seen until `deliver`, which
+            `add` fills.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], inputs: list[Any]) -> None:
@@ -46,6 +47,10 @@ class Fusion:
         self.names = frozenset(parameters)
         self.inputs = inputs
         self.made: dict[str, Tensor] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Keep a gradient, in its parameter's dtype: all of them wait at once."""
+        self.made[name] = grad.to(self._parameters[name].dtype)
 
     def deliver(self) -> None:
         """Accumulate the gradients as a backward pass does, with every hook."""
@@ -55,8 +60,6 @@ class Fusion:
         try:
             for parameter in parameters:
                 grad = self.made.pop(next(iter(self.made)))
-                if grad.dtype != parameter.dtype:
-                    grad = grad.to(parameter.dtype)
                 if parameter.grad is None and not parameter._backward_hooks:
                     # Handed over inside the pass, where nobody else holds it, it
                     # becomes `.grad` itself; a gradient from outside would be copied.
@@ -90,6 +93,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
             for number, name in slots.items()
             if found.plan.sources[name] == 1
             and parameters[name].layout == torch.strided
+            and parameters[name].requires_grad
         }
         if _WEIGHT_AND_BIAS[use.name][0] in fused:
             names.update(fused.values())
@@ -98,9 +102,11 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
         return None
     left_out = {tape.leaves[name] for name in names}
     others = [
-        tape.nodes[i].variable
+        leaf
         for i in range(len(tape.nodes))
-        if tape.is_leaf(i) and i not in left_out
+        if tape.is_leaf(i)
+        and i not in left_out
+        and (leaf := tape.nodes[i].variable).requires_grad  # not frozen since
     ]
     fused = {name: parameters[name] for name in sorted(names)}
     return Fusion(fused, [*others, *edges])
@@ -112,6 +118,9 @@ def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
         return False
     if layout.dim != 0 or layout.chosen is not None:
         return False
+    node = tape.nodes[use.node]
+    if use.name == _ADDMM and (node._saved_alpha != 1 or node._saved_beta != 1):
+        return False
     (shape,) = tape.shapes(use.node)
     if use.name == _CONVOLUTION:
         return layout.is_one_row and torch.Size(shape[2:]).numel() > 1
@@ -120,19 +129,32 @@ def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
 
 def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
     """The parameters that are a use's weight and bias, where they come as they are."""
-    return {
-        slot.number: slot.paths[0].parameter
-        for slot in use.slots
-        if slot.number in _WEIGHT_AND_BIAS[use.name]
-        and len(slot.paths) == 1
-        and _is_plain(tape, slot.paths[0])
-    }
+    weight, bias = _WEIGHT_AND_BIAS[use.name]
+    (shape,) = tape.shapes(use.node)
+    whole: dict[int, str] = {}
+    for slot in use.slots:
+        if slot.number not in (weight, bias) or len(slot.paths) != 1:
+            continue
+        is_broadcast = (
+            slot.number == bias and torch.Size(slot.shape).numel() != shape[1]
+        )
+        may_turn = slot.number == weight and use.name != _CONVOLUTION
+        if not is_broadcast and _is_plain(tape, slot.paths[0], may_turn=may_turn):
+            whole[slot.number] = slot.paths[0].parameter
+    return whole
 
 
-def _is_plain(tape: Tape, path: Path) -> bool:
-    return path.steps is not None and all(
-        tape.names[node] in _PLAIN for node, _, _ in path.steps
-    )
+def _is_plain(tape: Tape, path: Path, *, may_turn: bool) -> bool:
+    """Whether a gradient is rounded at most on its way, and matrices transposed once.
+
+    Other steps are taken by the nodes themselves, which return nothing to a parameter
+    whose gradient was not asked for.
+    """
+    if path.steps is None:
+        return False
+    moves = [tape.names[node] for node, _, _ in path.steps]
+    moves = [name for name in moves if name != _ROUND]
+    return not moves or (may_turn and len(moves) == 1 and moves[0] in _TRANSPOSE)
 
 
 def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -65,7 +65,8 @@ def run_whole_pass(
 @contextmanager
 def _owned(output: Tensor, owner: object, frames: Sequence[Any]) -> Iterator[Tensor]:
     """A copy of `output` whose backward pass belongs to `owner`."""
-    top = output.clone()  # its node comes before every hook on the graph
+    with torch.enable_grad():  # as a backward pass may run where no graph is made
+        top = output.clone()  # its node comes before every hook on the graph
     assert top.grad_fn is not None
     number: list[int] = []
 

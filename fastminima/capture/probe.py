@@ -53,7 +53,8 @@ class GradientProbe:
 
     The first backward pass of each new graph structure is preceded by two or three
     extra passes (without weight gradients) that measure which rows belong to which
-    sample; module and tensor hooks of the model see those too.
+    sample; module and tensor hooks of the model see those too, and `retain_grad()` of
+    tensors in between adds them up.
 
     Args:
         model: a module, or a dict name -> parameter to watch only those.

@@ -233,8 +233,6 @@ class Session:
         for name, i in tape.leaves.items():
             if name not in self._missing:  # unused, or a copy given to a region
                 continue
-            if self._fusion is not None and name in self._fusion.names:
-                continue
             node = tape.nodes[i]
             if self._accumulators.get(name) is not node:  # one for all graphs alive
                 self._accumulators[name] = node
@@ -353,9 +351,7 @@ class Session:
         into.sq_norms[name] = found.sq_norms
         if found.second_moment is not None:
             into.second_moments[name] = found.second_moment
-        fusion.made[name] = found.total
-        if self._reads_gradients:
-            self.take_gradients({name: found.total})
+        fusion.add(name, found.total)
 
     def _complete(self, name: str, whole: Contribution) -> None:
         into = self.collected

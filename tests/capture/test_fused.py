@@ -211,6 +211,23 @@ def test_a_hook_that_changes_the_gradient():
     torch.testing.assert_close(weight.grad, 3 * want)
 
 
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_the_mean_is_what_hooks_make_of_the_gradient(is_fresh):
+    model, x = mixed()
+    model.dense.weight.register_hook(lambda g: 3 * g)
+    other = copy.deepcopy(model)
+    other.dense.weight.register_hook(lambda g: 3 * g)
+    if not is_fresh:
+        for p in (*model.parameters(), *other.parameters()):
+            p.grad = torch.zeros_like(p)
+    stats = fused_probe(model, keep_mean=True).backward(losses_of(model, x))
+    probe = fm.GradientProbe(other, keep_mean=True)
+    observed = probe.backward(losses_of(other, x))
+    torch.testing.assert_close(stats.mean_grad, observed.mean_grad)
+    torch.testing.assert_close(stats.mean_grad_sq_norm, observed.mean_grad_sq_norm)
+    torch.testing.assert_close(stats.mean_grad["dense.weight"], model.dense.weight.grad)
+
+
 def test_a_second_probe_observes_the_same_pass():
     model, x = mixed()
     losses = losses_of(model, x)
@@ -233,6 +250,16 @@ def test_other_leaves_of_the_graph_get_their_gradients():
     torch.testing.assert_close(scale.grad, losses.detach().mean())
     (want,) = torch.autograd.grad(losses_of(model, x).mean(), x)
     torch.testing.assert_close(x.grad, want)
+
+
+@pytest.mark.parametrize("name", ["dense.weight", "pointwise.weight", "norm.bias"])
+def test_a_parameter_frozen_since_the_forward_pass(name):
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    losses = losses_of(model, x)
+    model.get_parameter(name).requires_grad_(False)
+    fused_probe(model).backward(losses)
+    assert_same_gradients(model, plain | {name: None})
 
 
 def test_a_model_that_is_watched_in_part(fusions):
@@ -267,10 +294,19 @@ def test_autocast(fusions):
     assert model.dense.weight.grad.dtype == torch.float32
 
 
-def test_half_precision_parameters():
+def test_half_precision_parameters(monkeypatch):
     model, x = mixed()
     model, x = model.bfloat16(), x.bfloat16()
+    waiting = []
+    deliver = fused.Fusion.deliver
+
+    def noting(fusion):
+        waiting.extend(g.dtype for g in fusion.made.values())
+        deliver(fusion)
+
+    monkeypatch.setattr(fused.Fusion, "deliver", noting)
     stats = fused_probe(model).backward(losses_of(model, x).float())
+    assert waiting == [torch.bfloat16] * len(FUSED)
     assert stats.sq_norms.dtype == torch.float32
     assert model.dense.weight.grad.dtype == torch.bfloat16
 
@@ -460,3 +496,54 @@ def test_losses_of_functional_layers(fusions):
     assert fusions == [{"w"}]
     torch.testing.assert_close(stats.sq_norms, grads.square().sum((1, 2)))
     torch.testing.assert_close(w.grad, grads.mean(0))
+
+
+def scaled(w, b, x):
+    return torch.addmm(b, x.flatten(0, 1), w.mT, beta=0.5, alpha=2.0)
+
+
+ODD_USES = {
+    "scaled": (scaled, (3, 4), (3,), (6, 4), set()),
+    "one bias for all": (
+        lambda w, b, x: torch.addmm(b, x.flatten(0, 1), w.mT),
+        *((3, 4), (1,), (6, 4), {"w"}),
+    ),
+    "transposed bias": (
+        lambda w, b, x: F.linear(x, w, b.t()),
+        *((3, 4), (3,), (6, 4), {"w"}),
+    ),
+    "transposed twice": (
+        lambda w, b, x: F.linear(x, w.t().t(), b),
+        *((3, 4), (3,), (6, 4), set()),
+    ),
+    "transposed kernel": (
+        lambda w, b, x: F.conv2d(x, w.transpose(0, 1), b),
+        *((2, 3, 3, 2), (3,), (2, 5, 4), set()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_USES)
+def test_odd_uses_are_observed(name, fusions):
+    torch.manual_seed(0)
+    use, w, b, sample, names = ODD_USES[name]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(w))
+            self.b = nn.Parameter(torch.randn(b))
+
+        def forward(self, x):
+            return use(self.w, self.b, x).reshape(len(x), -1)
+
+    model, x = Model(), torch.randn(5, *sample)
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = fused_probe(model).backward(losses_of(model, x))
+    assert fusions == [names]
+    assert_same_gradients(model, plain)
+    exact = flat(want).square().sum(1).float()
+    torch.testing.assert_close(stats.sq_norms, exact, rtol=1e-5, atol=0)

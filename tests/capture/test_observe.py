@@ -77,6 +77,16 @@ def test_attach_and_collect():
         torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
 
 
+def test_where_no_graph_is_made():
+    model, x, y = setup()
+    probe = fm.GradientProbe(model)
+    loss = loss_of(model, x, y, "mean")
+    with torch.no_grad():
+        stats = probe.backward(loss, batch_size=len(x))
+    want = probe.backward(loss_of(model, x, y))
+    torch.testing.assert_close(stats.sq_norms, want.sq_norms)
+
+
 def test_gradients_that_were_there_are_left_out():
     model, x, y = setup()
     probe = fm.GradientProbe(model, keep_mean=True)
