@@ -61,7 +61,7 @@ demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / b
 	@OMP_NUM_THREADS=2 $(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## the whole suite, then the op tests with every shape checked
-	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops
+	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*'
 	@$(VENV)/bin/python -m pytest tests $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables

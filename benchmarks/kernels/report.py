@@ -160,10 +160,8 @@ def regressions(old: dict, new: Row, *, same_compiler: bool) -> Iterator[str]:
     """A sentence for each way in which a kernel is worse than its baseline row.
 
     Another version of the compiler hands out registers and shared memory in its own
-    way: between versions only spills, tensor cores and wide loads are compared.
+    way: between versions only tensor cores and wide loads are compared.
     """
-    if new.spills > old["spills"]:
-        yield f"{new.key} spills: {old['spills']} -> {new.spills} instructions."
     if old["tensor"] and not new.tensor:
         yield f"{new.key} lost its tensor-core instructions ({old['tensor']} -> 0)."
     if old["wide_loads"] and not new.wide_loads:

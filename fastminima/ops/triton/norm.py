@@ -41,10 +41,9 @@ def _sums(
     g_ptrs = g_ptr + rows * g_t + columns * g_f
     x_ptrs = x_ptr + rows * x_t + columns * x_f
     step = tl.full((), BLOCK_T, tl.int64)
-    mean, rstd = 0.0, 1.0
+    mean = 0.0
     if not BY_TIME:
         mean = tl.load(mean_ptr + f // group, mask=few, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + f // group, mask=few, other=0.0)[None, :]
     weight = tl.zeros((BLOCK_T, f.shape[0]), tl.float32)
     bias = tl.zeros((BLOCK_T, f.shape[0]), tl.float32)
     for first in range(start, stop, BLOCK_T):
@@ -57,12 +56,15 @@ def _sums(
                 x -= tl.load(mean_ptr + first + t, mask=there, other=0.0)[:, None]
             x *= tl.load(rstd_ptr + first + t, mask=there, other=0.0)[:, None]
         else:
-            x = (x - mean) * rstd
+            x -= mean
         weight += g * x
         bias += g
         g_ptrs += step * g_t
         x_ptrs += step * x_t
-    return tl.sum(weight, axis=0), tl.sum(bias, axis=0)
+    weight = tl.sum(weight, axis=0)
+    if not BY_TIME:  # last, so that it takes no registers in the loop
+        weight *= tl.load(rstd_ptr + f // group, mask=few, other=0.0)
+    return weight, tl.sum(bias, axis=0)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -167,7 +169,8 @@ class _Problem(NamedTuple):
             BY_TIME=self.by_time,
             BLOCK_T=cut.block_time,
             BLOCK_F=cut.block_features,
-            num_warps=WARPS,
+            # A feature's mean and its address take registers: more threads share them.
+            num_warps=WARPS if self.by_time else 2 * WARPS,
         )
 
 
