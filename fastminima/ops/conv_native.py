@@ -80,13 +80,13 @@ def _costs(
     run = geometry.kernel_size[-1] * channels
     direct = length * height * -(-run // 16) * 16 * (taps // geometry.kernel_size[-1])
     if max(length, 0 if unfolds else pixels) > _GRAM_POSITIONS:
-        return math.inf, direct
+        return math.inf, float(direct)
     if unfolds:
         gram = _half(length) * (rows[1] // geometry.groups + channels * taps + 4)
     else:
         gram = _half(length) * (rows[1] // geometry.groups + 4 * taps)
         gram += _half(pixels) * channels
-    return gram, direct
+    return float(gram), float(direct)
 
 
 @lru_cache(maxsize=1024)
