@@ -60,7 +60,7 @@ def emulated(tmp_path_factory):
 def device(request):
     if request.param == "cpu":
         kernels = request.getfixturevalue("emulated")
-        orders = ("forward", "reverse", "random")
+        orders = ("reverse", "random")  # forward hides most missing barriers
         return Device(
             "cpu",
             kernels,

@@ -9,6 +9,7 @@ from ops.triton_cases import (
     LAYOUTS,
     assert_within,
     double,
+    each_shape,
     far_apart,
     laid_out,
 )
@@ -31,8 +32,7 @@ def check(place, name, *args):
     assert_within(place(getattr(kernels, name), *args), want, size, ROUNDINGS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES)
 def test_sums(place, shape, dtype):
     g, x = laid_out("samples", shape, dtype), laid_out("times", shape, dtype)
     check(place, "sum_over_time", g)
@@ -72,8 +72,7 @@ def test_offsets_of_64_bits(strides):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 4), (2048,), (5, 1, 4099)])
+@each_shape([(), (1,), (3, 5), (0, 4), (2048,), (5, 1, 4099)])
 def test_squared_norm(place, shape, dtype):
     both = torch.randn(*shape, 2).to(dtype)
     for x in (both[..., 0].contiguous(), both[..., 1]):

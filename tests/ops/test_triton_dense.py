@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_cases import DTYPES, cancelling, sequences
+from triton_cases import DTYPES, cancelling, each_shape, sequences
 
 from fastminima.ops import dense, dense_cost
 from fastminima.ops.triton import _launch, dense_direct, dense_gram
@@ -38,8 +38,7 @@ def check(place, name, *args, **room):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES, halves=True)
 def test_squared_norms(place, shape, dtype):
     a, g = sequences(shape, dtype)
     for name in NORMS:
@@ -48,8 +47,7 @@ def test_squared_norms(place, shape, dtype):
     check(place, "sequence_sq_norms", a, g, False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES, halves=True)
 def test_sums_over_samples(place, shape, dtype):
     a, g = sequences(shape, dtype)
     check(place, "sequence_second_moment", a, g, atol=1e-3)
@@ -57,8 +55,7 @@ def test_sums_over_samples(place, shape, dtype):
     check(place, "sequence_fused", a, g, False, False, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 5, 3), (1, 1, 1), (70, 63, 10), (3, 5000, 64)])
+@each_shape([(0, 5, 3), (1, 1, 1), (70, 63, 10), (3, 5000, 64)], halves=True)
 def test_squared_norms_of_rows(place, shape, dtype):
     batch, d_in, d_out = shape
     a, g = torch.randn(batch, d_in).to(dtype), torch.randn(batch, d_out).to(dtype)

@@ -9,6 +9,7 @@ from ops.triton_cases import (
     LAYOUTS,
     assert_within,
     double,
+    each_shape,
     far_apart,
     laid_out,
 )
@@ -46,16 +47,14 @@ def check(place, name, g, x, mean, rstd):
             assert_within(*parts, 2 * ROUNDINGS if op.endswith("fused") else ROUNDINGS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES)
 def test_layer_norm(place, shape, dtype):
     g, x = laid_out("samples", shape, dtype), laid_out("samples", shape, dtype)
     mean, rstd = rows(*shape[:2])
     check(place, "layer_norm", g, x, mean, rstd)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 33, 70), (3, 0, 4)])
+@each_shape([(3, 5, 7), (2, 33, 70), (3, 0, 4)])
 def test_rms_norm(place, shape, dtype):
     g, x = laid_out("times", shape, dtype), laid_out("samples", shape, dtype)
     check(place, "layer_norm", g, x, None, rows(*shape[:2])[1])
@@ -71,8 +70,7 @@ def test_layouts(place, layout, other):
     check(place, "channel_norm", g, x, *stats)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 6, 10), (1, 2, 1), (2, 4, 700), (2, 64, 49)])
+@each_shape([(3, 6, 10), (1, 2, 1), (2, 4, 700), (2, 64, 49)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_channel_norm(place, shape, shared, dtype):
     g, x = laid_out("samples", shape, dtype), laid_out("samples", shape, dtype)

@@ -5,10 +5,10 @@ import torch
 from kernels.place import Interpreter
 from kernels.triton_check import Report, interpreting
 from ops.triton_cases import (
-    DTYPES,
     LAYOUTS,
     assert_within,
     double,
+    each_shape,
     far_apart,
     laid_out,
 )
@@ -44,15 +44,13 @@ def by(way):
     return lambda a, g: way(pairs._aligned(a), pairs._aligned(g))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES, halves=True)
 def test_gram(place, shape, dtype):
     check(place, pairs.sequence_gram, dense.sequence_gram, *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [(3, 5, 7, 4), (3, 35, 20, 17), (17, 1, 33, 20)])
+@each_shape([(3, 5, 7, 4), (3, 35, 20, 17), (17, 1, 33, 20)], halves=True)
 def test_both_ways(place, way, shape, dtype):
     gram = check(place, by(way), dense.sequence_gram, *inputs(shape, dtype))
     assert torch.equal(gram, gram.T)
@@ -97,8 +95,7 @@ def test_squared_norms_are_not_negative(place):
     assert (gram.diagonal() >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape(SHAPES, halves=True)
 @pytest.mark.parametrize("directions", [1, 3])
 def test_dots(place, shape, dtype, directions):
     a, g = inputs(shape, dtype)

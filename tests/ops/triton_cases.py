@@ -5,12 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
+from pytest import MarkDecorator
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["samples", "times", "slice", "transposed"]
 HALF_ULP = 2.0**-24  # of float32, relative
+
+
+def each_shape(shapes: list[tuple[int, ...]], *, halves: bool = False) -> MarkDecorator:
+    """Run a test with every `shape`, in one `dtype` by turn, and the first in all.
+
+    Interpreted programs take milliseconds each. With `halves`, for kernels whose tiles
+    depend on the dtype, each shape comes in float32 and in one of the halves.
+    """
+    cases = [(shapes[0], dtype) for dtype in DTYPES]
+    for i, shape in enumerate(shapes[1:], start=1):
+        if halves:
+            cases += [(shape, DTYPES[0]), (shape, DTYPES[1 + i % 2])]
+        else:
+            cases.append((shape, DTYPES[i % 3]))
+    return pytest.mark.parametrize(("shape", "dtype"), cases)
 
 
 def laid_out(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
