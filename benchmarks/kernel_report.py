@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-k", default="", help="only cases with this in their name")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    rows, skipped = collect(options.architectures.split(","), options.k)
+    baseline = {} if options.update else json.loads(options.baseline.read_text())
+    is_comparable = baseline.get("triton") == _version("triton")
+    known = baseline["rows"] if options.check and is_comparable else {}
+    rows, skipped = collect(options.architectures.split(","), options.k, known)
     print(table(rows))
     for reason in skipped:
         print(f"skipped: {reason}")
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.baseline.write_text(as_json(rows))
     if not options.check:
         return 0
-    worse, notes = check(rows, json.loads(options.baseline.read_text()))
+    worse, notes = check(rows, baseline or json.loads(options.baseline.read_text()))
     for note in notes:
         print(f"note: {note}")
     for sentence in worse:
@@ -71,8 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if worse else 0
 
 
-def collect(architectures: list[str], only: str = "") -> tuple[list[Row], list[str]]:
-    """The rows of all kernels, and what was left out and why."""
+def collect(
+    architectures: list[str], only: str = "", known: Mapping[str, dict] | None = None
+) -> tuple[list[Row], list[str]]:
+    """The rows of all kernels, and what was left out and why.
+
+    `known` are rows whose counts hold for kernels of the same code.
+    """
     rows: list[Row] = []
     skipped = []
     if _version("triton") is None:
@@ -84,7 +92,8 @@ def collect(architectures: list[str], only: str = "") -> tuple[list[Row], list[s
             mock.patch.dict(os.environ, TRITON_CACHE_DIR=cold),
         ):
             for architecture in architectures:
-                rows += triton_rows(_chosen(architecture, only), architecture)
+                chosen = _chosen(architecture, only)
+                rows += triton_rows(chosen, architecture, known)
     sources = sorted(SOURCES.glob("*.cu"))
     nvcc = find_nvcc()
     if sources and nvcc is None:

@@ -7,6 +7,7 @@ instead of being run.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -39,6 +40,17 @@ class Compiled:
     dynamic_shared: int
     cubin: bytes
     ptx: str
+
+    @property
+    def digest(self) -> str:
+        """Of the instructions in PTX: the same for the same code in another place.
+
+        Comments, line numbers, names of files and debug sections are left out.
+        """
+        code = self.ptx.partition(".section")[0]
+        lines = (line.partition("//")[0].strip() for line in code.splitlines())
+        kept = [x for x in lines if x and not x.startswith((".loc", ".file"))]
+        return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,22 +43,40 @@ class Row:
     instructions: int
     loop: int  # instructions of the hot loop
     loop_fp32: int  # of them: float32 multiplications, additions or both in one
+    code: str | None = None  # digest of a Triton kernel's PTX
 
     @property
     def key(self) -> str:
-        return f"{self.case} | {self.kernel} | {self.architecture}"
+        return _key(self.case, self.kernel, self.architecture)
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
-def triton_rows(cases: Iterable[Case], architecture: str) -> Iterator[Row]:
-    """Compile every launch of the cases; equal kernels of one case make one row."""
+def triton_rows(
+    cases: Iterable[Case], architecture: str, old: Mapping[str, dict] | None = None
+) -> Iterator[Row]:
+    """Compile every launch of the cases; equal kernels of one case make one row.
+
+    Kernels whose code is that of a row in `old`, made by the same version of Triton,
+    have that row's counts: to disassemble one takes a third of a second.
+    """
     known: dict[bytes, list[Function]] = {}
     for case in cases:
         with compiling(architecture) as found:
             case.launch(Tensors("meta", case.dtype))
         for place, kernel in enumerate({k.cubin: k for k in found}.values(), start=1):
+            key = _key(case.label, _named(place, kernel), architecture)
+            same = (old or {}).get(key, {})
+            if same.get("code") == kernel.digest:
+                counts = same | {"blocks": kernel.blocks}
+                yield Row(
+                    case=case.label,
+                    architecture=architecture,
+                    kernel=_named(place, kernel),
+                    **counts,
+                )
+                continue
             if kernel.cubin not in known:
                 reserved = _RESERVED_SHARED[architecture]
                 known[kernel.cubin] = disassemble(kernel.cubin, reserved)
@@ -76,12 +94,21 @@ def _row(
     return _measure(
         case,
         architecture,
-        f"{place}: {kernel.name.rpartition('.')[2]}",
+        _named(place, kernel),
         function,
         blocks=kernel.blocks,
         warps=kernel.warps,
         shared=kernel.dynamic_shared,
+        code=kernel.digest,
     )
+
+
+def _key(case: str, kernel: str, architecture: str) -> str:
+    return f"{case} | {kernel} | {architecture}"
+
+
+def _named(place: int, kernel: Compiled) -> str:
+    return f"{place}: {kernel.name.rpartition('.')[2]}"
 
 
 def cuda_rows(nvcc: str, source: Path, architecture: str) -> Iterator[Row]:
@@ -129,6 +156,7 @@ def _measure(
     blocks: int | None,
     warps: int,
     shared: int,
+    code: str | None = None,
 ) -> Row:
     found = count(function.instructions)
     shared += function.static_shared
@@ -153,6 +181,7 @@ def _measure(
         instructions=found["all"],
         loop=loop["all"],
         loop_fp32=loop["fp32"],
+        code=code,
     )
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from benchmarks import kernel_report
 from benchmarks.kernels.cases import Tensors
+from benchmarks.kernels.compile import Compiled
 from benchmarks.kernels.occupancy import MACHINES, occupancy
 from benchmarks.kernels.report import readable, regressions, table, triton_rows
 
@@ -202,3 +203,44 @@ def test_table_has_a_line_for_each_row():
 @pytest.mark.slow
 def test_the_kernels_of_the_package_are_no_worse_than_the_baseline(capsys):
     assert kernel_report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def _kept(row, **changes):
+    """A row as the baseline holds it."""
+    values = dataclasses.asdict(row) | changes
+    names = ("case", "kernel", "architecture")
+    return {row.key: {k: v for k, v in values.items() if k not in names}}
+
+
+def test_counts_of_the_same_code_are_taken_from_the_baseline(monkeypatch):
+    case = _Planted(_scale, (1 << 20,), {"BLOCK": 1024}, grid=1 << 10)
+    (row,) = triton_rows([case], "sm_90a")
+
+    def failing(*_):
+        raise AssertionError("it was disassembled")
+
+    monkeypatch.setattr("benchmarks.kernels.report.disassemble", failing)
+    (again,) = triton_rows([case], "sm_90a", _kept(row))
+    assert again == row
+
+
+@pytest.mark.parametrize("other", [{"BLOCK": 2048}, {"BLOCK": 1024, "num_warps": 8}])
+def test_other_code_is_looked_at_whatever_the_baseline_says(other):
+    (row,) = triton_rows([_Planted(_scale, (1 << 20,), {"BLOCK": 1024})], "sm_90a")
+    case = _Planted(_scale, (1 << 20,), other)
+    (now,) = triton_rows([case], "sm_90a", _kept(row, instructions=1))
+    assert now.code != row.code
+    assert now.instructions > 1
+
+
+def test_a_digest_is_of_code_alone():
+    code = ".version 8.0\n\tmov.u32 %r1, 5;{}\n{}\tret;\n\t.section .debug_str\n{}"
+    digests = [
+        Compiled("k", "k", 1, 4, 0, b"", code.format(*parts)).digest
+        for parts in [
+            ("", "", '.asciz "/a/kernel.py"'),
+            (" // kernel.py:3", "\t.loc 1 3 0\n", '.asciz "/b/kernel.py"'),
+            ("", "\tadd.s32 %r1, %r1, 1;\n", ""),
+        ]
+    ]
+    assert digests[0] == digests[1] != digests[2]
