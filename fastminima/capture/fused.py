@@ -14,21 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .layout import RegularLayout
-from .plan import Path, Use
+from .plan import TRANSPOSE, WEIGHT_AND_BIAS, Path, Use
 from .reading import Reading
 from .tape import Tape
 
 __all__ = ["Fusion", "find_fusion"]
 
-# The slots by which a weight and its bias enter.
-_WEIGHT_AND_BIAS = {
-    "AddmmBackward0": (2, 0),
-    "MmBackward0": (1, None),
-    "ConvolutionBackward0": (1, 2),
-}
 _ADDMM, _CONVOLUTION = "AddmmBackward0", "ConvolutionBackward0"
 _ROUND = "ToCopyBackward0"
-_TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
 
 
 class Fusion:
@@ -95,7 +88,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
             and parameters[name].layout == torch.strided
             and parameters[name].requires_grad
         }
-        if _WEIGHT_AND_BIAS[use.name][0] in fused:
+        if WEIGHT_AND_BIAS[use.name][0] in fused:
             names.update(fused.values())
             edges.append(GradientEdge(tape.nodes[use.node], 0))
     if not names:
@@ -114,7 +107,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
 
 def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
     """Whether a use is one that the kernels know, with several rows a sample."""
-    if use.name not in _WEIGHT_AND_BIAS or not isinstance(layout, RegularLayout):
+    if use.name not in WEIGHT_AND_BIAS or not isinstance(layout, RegularLayout):
         return False
     if layout.dim != 0 or layout.chosen is not None:
         return False
@@ -129,7 +122,7 @@ def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
 
 def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
     """The parameters that are a use's weight and bias, where they come as they are."""
-    weight, bias = _WEIGHT_AND_BIAS[use.name]
+    weight, bias = WEIGHT_AND_BIAS[use.name]
     (shape,) = tape.shapes(use.node)
     whole: dict[int, str] = {}
     for slot in use.slots:
@@ -154,7 +147,7 @@ def _is_plain(tape: Tape, path: Path, *, may_turn: bool) -> bool:
         return False
     moves = [tape.names[node] for node, _, _ in path.steps]
     moves = [name for name in moves if name != _ROUND]
-    return not moves or (may_turn and len(moves) == 1 and moves[0] in _TRANSPOSE)
+    return not moves or (may_turn and len(moves) == 1 and moves[0] in TRANSPOSE)
 
 
 def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:

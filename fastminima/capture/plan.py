@@ -14,6 +14,8 @@ from .tape import Tape
 
 __all__ = [
     "PLACEMENT",
+    "TRANSPOSE",
+    "WEIGHT_AND_BIAS",
     "Path",
     "Plan",
     "Slot",
@@ -38,6 +40,13 @@ PLACEMENT = frozenset(
     + ["SqueezeBackward1", "SqueezeBackward2"]
 )
 EMBEDDING = "EmbeddingBackward0"
+TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
+# The slots by which a weight and its bias enter.
+WEIGHT_AND_BIAS = {
+    "AddmmBackward0": (2, 0),
+    "MmBackward0": (1, None),
+    "ConvolutionBackward0": (1, 2),
+}
 
 Step = tuple[int, int, int]  # node, output its gradient enters by, input it leaves by
 

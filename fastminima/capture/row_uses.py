@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops import dense
 from .layout import RegularLayout
-from .plan import PLACEMENT, Path, Use
+from .plan import PLACEMENT, WEIGHT_AND_BIAS, Path, Use
 from .saved import saved_tensor
 from .tape import Tape
 
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RowUse", "find_row_uses"]
 
-# Slots by which a weight and its bias enter, and where the node keeps the inputs.
-_DENSE = {
-    "AddmmBackward0": (2, 0, "_saved_mat1"),
-    "MmBackward0": (1, None, "_saved_self"),
-}
+# Where a node keeps the inputs of the layer.
+_INPUTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
 class RowUse(NamedTuple):
@@ -54,9 +51,9 @@ def find_row_uses(tape: Tape, found: Found) -> dict[int, RowUse]:
 
 
 def _row_use(tape: Tape, found: Found, use: Use, layouts: list) -> RowUse | None:
-    if use.name not in _DENSE or not _is_row(layouts[0]):
+    if use.name not in _INPUTS or not _is_row(layouts[0]):
         return None
-    weight, bias, inputs = _DENSE[use.name]
+    weight, bias = WEIGHT_AND_BIAS[use.name]
     slots = {slot.number: slot for slot in use.slots}
     if weight not in slots or not slots.keys() <= {weight, bias}:
         return None
@@ -65,7 +62,7 @@ def _row_use(tape: Tape, found: Found, use: Use, layouts: list) -> RowUse | None
     names = {number: slot.paths[0].parameter for number, slot in slots.items()}
     if bias in slots and slots[bias].shape != slots[weight].shape[1:]:
         return None  # one that is broadcast
-    return RowUse(names[weight], names.get(bias), inputs)
+    return RowUse(names[weight], names.get(bias), _INPUTS[use.name])
 
 
 def _is_row(layout: object) -> bool:

@@ -30,7 +30,7 @@ from .errors import CaptureError
 from .fused import Fusion
 from .layout import RowLayout
 from .passes import belongs_to_another
-from .plan import EMBEDDING, Path, Plan, Slot, Use
+from .plan import EMBEDDING, TRANSPOSE, Path, Plan, Slot, Use
 from .reading import Reading
 from .regions import Region, Watcher, is_reentrant, own_name, watch
 from .row_uses import RowUse
@@ -43,7 +43,6 @@ __all__ = ["Collected", "Session", "dense_values"]
 
 _NORMS = frozenset(["norms"])
 _BIASES = (DenseBias, ConvolutionBias)
-_TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
 _SAME_ORDER = frozenset(
     f"{name}Backward0"
     for name in (
@@ -435,7 +434,7 @@ class Session:
         moves = [name for name in names if name != "ToCopyBackward0"]
         if not moves:  # contributions are in the accumulation dtype anyway
             return None
-        is_transpose = len(moves) == 1 and moves[0] in _TRANSPOSE
+        is_transpose = len(moves) == 1 and moves[0] in TRANSPOSE
         steps = path.steps
         span = _span(nodes[-1], names[-1], steps[-1][1])
 

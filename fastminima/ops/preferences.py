@@ -20,7 +20,7 @@ class Preference(NamedTuple):
     """What to use, and how much faster the kernels are than PyTorch's operations."""
 
     backend: str
-    speedup: float  # at the worst of the sizes
+    speedup: float | None  # at the worst of the sizes; None where nothing told it
     source: str = "bounds for an H100, not measured"
 
 
@@ -43,8 +43,8 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("conv_sq_norms", _FLOAT): Preference("triton", 10),
     ("direct_sq_norms", _HALF): Preference("triton", 4.6),
     ("direct_sq_norms", _FLOAT): Preference("reference", 1.2),
-    ("embedding_sq_norms", torch.int64): Preference("cuda", 1, _DOES_NOT_WAIT),
-    ("embedding_second_moment", torch.int64): Preference("cuda", 1, _DOES_NOT_WAIT),
+    ("embedding_sq_norms", torch.int64): Preference("cuda", None, _DOES_NOT_WAIT),
+    ("embedding_second_moment", torch.int64): Preference("cuda", None, _DOES_NOT_WAIT),
     ("gathered_sq_norms", _HALF): Preference("triton", 30),
     ("gathered_sq_norms", _FLOAT): Preference("triton", 3.2),
     ("gaussian_fill_", _FLOAT): Preference("cuda", 74),
