@@ -1,7 +1,9 @@
 """mode="fused": the same statistics, gradients equal to rounding, no traces left."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -328,9 +330,17 @@ def test_retain_graph(retain):
 
 def test_the_graph_dies_with_the_step():
     model, x = mixed()
+    outputs = []
+    model.conv.register_forward_hook(lambda *seen: outputs.append(weakref.ref(seen[2])))
     probe = fused_probe(model)
-    for _ in range(3):
-        probe.backward(losses_of(model, x))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            probe.backward(losses_of(model, x))
+        assert len(outputs) == 3 and all(output() is None for output in outputs)
+    finally:
+        gc.enable()
     assert probe._attached is None
     assert all(not p._backward_hooks for p in model.parameters())
 
