@@ -12,7 +12,8 @@ from .errors import CaptureError
 from .gathers import Guard, find_guards, gather_nodes, watched_sources
 from .known import Layouts
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Measurements
+from .decode import Measurement
+from .measure import Measurements
 from .plan import Plan, watched_nodes
 from .samples import Batch, Segments
 from .stretches import VIEWS

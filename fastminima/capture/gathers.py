@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import RegularLayout
-from .measure import Measurement
+from .decode import Measurement
 from .saved import saved_tensor
 from .shared_rows import PRODUCTS, is_data, shared_dims, shares_rows
 from .tape import Tape, signed

@@ -110,9 +110,11 @@ class Known:
         *,
         moves_rows: bool = True,
         is_open: bool = False,
+        rejected: frozenset[int] = frozenset(),
     ) -> None:
         self.norms = batchnorm.norm_nodes(tape)
         self._is_open = is_open  # a scalar loss: its samples are found on the way
+        self._rejected = rejected  # what only looks like their axis
         self._uses = found.plan.uses
         self._guards = tuple(guards)
         self._plan = found.plan
@@ -151,7 +153,7 @@ class Known:
         if layouts is None:
             return None
         if self._is_open:
-            batch_edges(tape, samples)  # raises where there is no such axis
+            batch_edges(tape, samples, self._rejected)  # raises where there is no such axis
         routes = self._found[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)

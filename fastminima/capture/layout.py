@@ -174,19 +174,43 @@ class IrregularLayout:
 RowLayout = RegularLayout | IrregularLayout
 
 
-def fit_layouts(labels: np.ndarray, batch: int) -> list[RegularLayout]:
-    """Every regular layout that agrees with the labels seen (-1: not seen)."""
+def fit_layouts(
+    labels: np.ndarray, batch: int, dim: int | None = None
+) -> list[RegularLayout]:
+    """Every regular layout that agrees with the labels seen (-1: not seen).
+
+    Where `dim` is given, `labels` are those of the places along that dim alone.
+    """
+    if dim is not None:
+        return _fits_along(labels, batch, dim)
     found = []
-    for dim, size in enumerate(labels.shape):
-        if size % batch or size == 0:
-            continue
-        shape = [1] * labels.ndim
-        shape[dim] = size
-        rest = size // batch
-        for inner in range(1, rest + 1):
-            if rest % inner:
-                continue
-            expected = (np.arange(size) // inner % batch).reshape(shape)
-            if ((labels == expected) | (labels < 0)).all():
-                found.append(RegularLayout(dim, rest // inner, batch, inner))
+    for axis, size in enumerate(labels.shape):
+        if size and size % batch == 0:
+            found += _fits_along(np.moveaxis(labels, axis, -1), batch, axis)
     return found
+
+
+def _fits_along(last: np.ndarray, batch: int, dim: int) -> list[RegularLayout]:
+    """Layouts along one dim, which is the last one of `last`."""
+    size = last.shape[-1]
+    if size == 0 or size % batch:
+        return []
+    lowest, highest = _extremes(last)
+    found = []
+    rest = size // batch
+    for inner in range(1, rest + 1):
+        if rest % inner:
+            continue
+        expected = np.arange(size) // inner % batch
+        # -1 is below every label: what was seen is all the same where these agree.
+        if ((highest < 0) | ((highest == expected) & (lowest == expected))).all():
+            found.append(RegularLayout(dim, rest // inner, batch, inner))
+    return found
+
+
+def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest label seen at each place of the last dim."""
+    flat = labels.reshape(-1, labels.shape[-1])
+    highest = flat.max(0)
+    lowest = np.where(flat < 0, np.iinfo(flat.dtype).max, flat).min(0)
+    return lowest, highest
