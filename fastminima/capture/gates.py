@@ -165,8 +165,10 @@ def _data_inputs(tape: Tape, i: int) -> list[int]:
 
 def _glance(t: Tensor) -> float:
     """The largest of some elements, all over a tensor."""
-    if t.numel() > _GLANCE and t.is_contiguous():
-        t = t.view(-1)[:: t.numel() // _GLANCE]
+    for dim, size in enumerate(t.shape):
+        if t.numel() > _GLANCE:
+            step = min(size, -(-t.numel() // _GLANCE))
+            t = t[(slice(None),) * dim + (slice(None, None, step),)]
     return float(t.abs().max()) if t.numel() else 0.0
 
 

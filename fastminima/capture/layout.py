@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
+__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts", "fits"]
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,26 @@ def _fits_along(last: np.ndarray, batch: int, dim: int) -> list[RegularLayout]:
     for inner in range(1, rest + 1):
         if rest % inner:
             continue
-        expected = np.arange(size) // inner % batch
-        # -1 is below every label: what was seen is all the same where these agree.
-        if ((highest < 0) | ((highest == expected) & (lowest == expected))).all():
+        if _agree(lowest, highest, np.arange(size) // inner % batch):
             found.append(RegularLayout(dim, rest // inner, batch, inner))
     return found
+
+
+def fits(labels: np.ndarray, layout: RegularLayout, dim: int) -> bool:
+    """Whether the labels seen are those of a layout along one of their dims."""
+    last = np.moveaxis(labels, dim, -1)
+    expected = layout.labels.numpy()
+    if last.shape[-1] != len(expected):
+        return False
+    lowest, highest = _extremes(last)
+    return _agree(lowest, highest, expected)
+
+
+def _agree(lowest: np.ndarray, highest: np.ndarray, expected: np.ndarray) -> bool:
+    # -1 is below every label: what was seen is all the same where these agree.
+    return bool(
+        ((highest < 0) | ((highest == expected) & (lowest == expected))).all()
+    )
 
 
 def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from .decode import Scheme
 from .entrances import are_shown
 from .errors import CaptureError
 from .fitting import (
+    disagreement,
     guards_of,
     is_sure,
     layouts_of,
@@ -121,6 +122,7 @@ class Reader:
             buffers from data.
         sharding: of the parameters, if they are sharded: then every pass gathers them,
             and all ranks run equally many.
+        check_every: steps after which a known structure is measured anew.
     """
 
     def __init__(
@@ -129,8 +131,12 @@ class Reader:
         batchnorm: str,
         model: nn.Module | None,
         sharding: Sharding | None = None,
+        check_every: int = 200,
     ) -> None:
         self._sharding = sharding
+        self._check_every = check_every
+        self._measured: Measurements = {}  # last of all
+        self.is_suspicious = False  # whether the next graph is to be measured anew
         self._names = {id(p): name for name, p in parameters.items()}
         self._batchnorm = batchnorm
         self._model = model
@@ -199,7 +205,8 @@ class Reader:
             tape.key,
             batch > 1,
             samples.dims if loss.dim() == 0 else None,
-            isinstance(samples, Segments),
+            # Rows of one document each say nothing of what keeps several apart.
+            isinstance(samples, Segments) and 1 + samples.is_shared,
             tuple(identity(tape, i) for i in regions),
         )
         known = self._known.get(key)
@@ -217,9 +224,35 @@ class Reader:
         found = None if known is None else known.recall(tape, samples)
         if found is None:
             found = self._measure(key, tape, loss, samples, mixing, regions)
-        else:
-            self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
+            return Reading(tape, found, mixing)
+        assert known is not None
+        self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
+        if known.is_due(self._check_every) or self.is_suspicious:
+            self._check(known, found, (key, tape, loss, samples, mixing, regions))
         return Reading(tape, found, mixing)
+
+    def _check(self, known: Known, found: Found, graph: tuple) -> None:
+        """Measure a known structure anew.
+
+        Raises:
+            CaptureError: where what was remembered does not hold any more.
+        """
+        key, tape, *_ = graph
+        steps, known.recalls = known.recalls, max(known.recalls, 1)
+        try:
+            measured = self._measured_anew(graph)
+        except CaptureError as error:
+            self._known.pop(key, None)
+            raise CaptureError(_changed_message(steps) + str(error)) from error
+        node = disagreement(found, measured)
+        if node is not None:
+            self._known.pop(key, None)
+            raise CaptureError(
+                _changed_message(steps) + f"At {self._where.module_at(tape, node)} the "
+                "rows belong to other samples now: something moves them that the graph "
+                "does not show. Report it, with the layer, if you do not know what."
+            )
+        self._known[key] = known  # also where some samples were not seen this time
 
     def _refuse_mixing_uses(
         self,
@@ -287,6 +320,10 @@ class Reader:
                 self._announce_gates(attempt.opened)
                 may_open = False
 
+    def _measured_anew(self, graph: tuple) -> Measurements:
+        self._measure(*graph)
+        return self._measured
+
     def _announce_gates(self, names: set[str]) -> None:
         new = names - self._announced_gates
         if new:
@@ -326,6 +363,7 @@ class Reader:
         if batch == 1:
             return self._read_one(attempt, regions, is_settled)
         assert measured is not None
+        self._measured = measured
         return self._understand(attempt, measured, roots, regions, is_settled)
 
     def _read_one(
@@ -517,6 +555,14 @@ class Reader:
             held = [t for t in held if not is_sharded(t)] + self._sharding.held
         # Addresses would not do: sharded parameters have none between their uses.
         return {t.untyped_storage()._cdata for t in held}
+
+
+def _changed_message(steps: int) -> str:
+    return (
+        f"This graph was measured {steps} steps ago and has the same structure since, "
+        "but its rows are not what they were; the statistics of the steps in between "
+        "may be wrong. "
+    )
 
 
 def _alone(passes: int) -> int:

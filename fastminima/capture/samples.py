@@ -118,6 +118,13 @@ class Segments:
         return tuple(self.ids.shape)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several segments share a row, so that attention may mix them."""
+        highest = self.ids.amax(1)
+        other = (self.ids >= 0) & (self.ids != highest[:, None])
+        return bool(other.any())
+
+    @property
     def dims(self) -> frozenset[int]:
         """The dims that say which sample it is."""
         return frozenset([0, 1])
