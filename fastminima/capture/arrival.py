@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import graph
 
 from .errors import CaptureError
-from .passes import belongs_to_another
+from .passes import owner_of_pass
 from .tape import ACCUMULATE, Tape
 
 __all__ = ["Arrival", "Surroundings", "surroundings"]
@@ -54,7 +54,6 @@ class Arrival:
 
     Args:
         names: of the tracked parameters, by id.
-        owner: whom extra passes over the graph belong to; they are none of these.
         on_arrival: called with the gradient that arrives and what surrounds the graph,
             once, before anything else of the graph runs.
     """
@@ -63,14 +62,12 @@ class Arrival:
         self,
         loss: Tensor,
         names: Mapping[int, str],
-        owner: object,
         on_arrival: Callable[[Tensor, Surroundings], None],
     ) -> None:
         assert loss.grad_fn is not None
         self.task: int | None = None  # of the pass that has arrived
         self._output = loss.output_nr
         self._names = names
-        self._owner = owner
         self._on_arrival = on_arrival
         self._handle = loss.grad_fn.register_prehook(self._arrive)
 
@@ -89,7 +86,7 @@ class Arrival:
 
     def _arrive(self, grads: tuple[Tensor | None, ...]) -> None:
         g = grads[self._output]
-        if g is None or belongs_to_another(self._owner):
+        if g is None or owner_of_pass() is not None:
             return
         if self.task is not None:
             raise CaptureError(

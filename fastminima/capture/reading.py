@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +52,7 @@ from .samples import Batch, Segments
 from .saved import frames_of
 from .sharded import Sharding, is_sharded
 from .tape import Tape
+from .tracking import has_changed, untracked_leaves
 from .whereabouts import Whereabouts
 
 __all__ = ["Reader", "Reading"]
@@ -123,6 +124,8 @@ class Reader:
         sharding: of the parameters, if they are sharded: then every pass gathers them,
             and all ranks run equally many.
         check_every: steps after which a known structure is measured anew.
+        retrack: returns the parameters that are tracked from now on, where those of the
+            model have changed.
     """
 
     def __init__(
@@ -132,12 +135,16 @@ class Reader:
         model: nn.Module | None,
         sharding: Sharding | None = None,
         check_every: int = 200,
+        retrack: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._sharding = sharding
         self._check_every = check_every
         self._measured: Measurements = {}  # last of all
         self.is_suspicious = False  # whether the next graph is to be measured anew
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._parameters = parameters
+        self.names = {id(p): name for name, p in parameters.items()}
+        self._retrack = retrack
+        self._is_whole: bool | None = None  # nothing but tracked parameters was met
         self._batchnorm = batchnorm
         self._model = model
         self._where = Whereabouts(model)
@@ -156,11 +163,11 @@ class Reader:
                 "it, or it was computed under torch.no_grad(). Compute it with "
                 "gradients on."
             )
-        tape = Tape([loss.grad_fn], self._names)
+        tape = self._walk(loss.grad_fn)
         regions = region_nodes(tape)
         if not tape.leaves and not regions:
             raise CaptureError(
-                f"The loss reaches none of the {len(self._names)} tracked parameters. "
+                f"The loss reaches none of the {len(self.names)} tracked parameters. "
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
@@ -171,12 +178,47 @@ class Reader:
         finally:
             self.accompany(loss)
 
+    def _walk(self, root: Any) -> Tape:
+        """The graph below a node, once all parameters in it are tracked."""
+        tape = Tape([root], self.names)
+        if self._sharding is not None or self._retrack is None:
+            return tape
+        others = untracked_leaves(tape)
+        if self._model is None:
+            self._check_given(tape, others)
+        elif has_changed(self._model, self._parameters, tape, others):
+            self._parameters = self._retrack()
+            self.names = {id(p): name for name, p in self._parameters.items()}
+            self._where = Whereabouts(self._model)
+            tape = Tape([root], self.names)
+        return tape
+
+    def _check_given(self, tape: Tape, others: Sequence[Tensor]) -> None:
+        """Raise where a dict of parameters does not name all that it did before."""
+        was_whole, self._is_whole = self._is_whole, not others
+        frozen = [n for n, p in self._parameters.items() if not p.requires_grad]
+        missing = [n for n in self._parameters if n not in tape.leaves]
+        if frozen:
+            what = f"{frozen[:4]} do not require gradients any more"
+        elif was_whole and others:
+            shapes = ", ".join(str(tuple(p.shape)) for p in others[:4])
+            gone = f" (not reached now: {missing[:4]})" if missing else ""
+            what = f"the loss also reaches parameters of shape {shapes}{gone}"
+        else:
+            return
+        self._is_whole = was_whole
+        raise CaptureError(
+            f"The parameters are not those that this probe was made with: {what}. Make "
+            "a new probe with the present ones, or give it the module, whose parameters "
+            "it follows."
+        )
+
     def accompany(self, loss: Tensor) -> None:
         """Run the passes that other ranks measure in and this one does not need."""
         if self._sharding is None or loss.grad_fn is None:
             return
         leaves: list[Tensor] | None = None
-        tape = Tape([loss.grad_fn], self._names)
+        tape = Tape([loss.grad_fn], self.names)
         while passes := self._sharding.most(0):
             if leaves is None:
                 leaves = leaves_below(tape, nodes_to_watch(tape, 2))
@@ -490,7 +532,7 @@ class Reader:
             )
         return {
             i: Survey(
-                self._names,
+                self.names,
                 named_inputs(tape, i),
                 self._storages(),
                 batch=batch,
