@@ -9,6 +9,7 @@ its rows are still those of the batch: they must come out as the samples, in ord
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum, auto
 
 from .layout import IrregularLayout, RegularLayout
 from .plan import Plan, Use
@@ -16,7 +17,7 @@ from .samples import Batch, SegmentLayout, Segments
 from .shared_rows import is_data
 from .tape import Tape
 
-__all__ = ["are_shown"]
+__all__ = ["Shown", "what_is_shown"]
 
 # Products: the dims of the output that the data give when a parameter comes in by an
 # input.
@@ -29,19 +30,28 @@ _DATA_DIMS = {
 }
 
 
-def are_shown(
+class Shown(Enum):
+    """What the rows of some data say of an axis."""
+
+    SAMPLES = auto()  # it is that of the samples, in order
+    OTHER = auto()  # it is another one, or they are in another order
+    EITHER = auto()  # it may be either
+    NOTHING = auto()
+
+
+def what_is_shown(
     tape: Tape,
     plan: Plan,
     layouts: Sequence[Sequence[object]],
     samples: Batch | Segments,
-) -> bool:
+) -> Shown:
     """Whether the rows of the data are the samples, in order, and no other axis.
 
     Some use of data must show it, and none may show something else. Rows that were
     routed before they met a parameter say nothing. `layouts` are those of the plan's
     uses, for segments before they are resolved.
     """
-    words = []
+    words: list[Shown] = []
     calls: dict[tuple, list[tuple[int, int]]] = {}
     for use, of_use in zip(plan.uses, layouts, strict=True):
         edges = tape.children[use.node]
@@ -52,12 +62,14 @@ def are_shown(
             continue
         word = _says(tape, use, layout, samples)
         alone = _the_one(layout)
-        if word is None and alone is not None:
+        if word is Shown.NOTHING and alone is not None:
             call = tape.nodes[use.node]._sequence_nr(), alone
             calls.setdefault((use.name, *use.parameters), []).append(call)
         words.append(word)
-    words += [_is_called_in_order(of_layer) for of_layer in calls.values()]
-    return any(words) and False not in words
+    words += [_are_called(of_layer) for of_layer in calls.values()]
+    # One that contradicts says most, and then one that cannot tell.
+    said = (Shown.OTHER, Shown.EITHER, Shown.SAMPLES)
+    return next((word for word in said if word in words), Shown.OTHER)
 
 
 def _the_one(layout: object) -> int | None:
@@ -68,18 +80,21 @@ def _the_one(layout: object) -> int | None:
     return labels[0] if len(labels) == 1 else None
 
 
-def _is_called_in_order(calls: list[tuple[int, int]]) -> bool | None:
-    """Whether a layer that is called with single samples meets them in order."""
+def _are_called(calls: list[tuple[int, int]]) -> Shown:
+    """What a layer that is called with single samples says by the order of calls."""
     met = list(dict.fromkeys(sample for _, sample in sorted(calls)))
-    return met == sorted(met) if len(met) > 1 else None
+    if len(met) == 1:
+        return Shown.NOTHING
+    return Shown.SAMPLES if met == sorted(met) else Shown.OTHER
 
 
 def _says(
     tape: Tape, use: Use, layout: object, samples: Batch | Segments
-) -> bool | None:
-    """Whether the rows of a use show the samples in order; None if they say nothing."""
+) -> Shown:
+    """What the rows of one use say."""
     if isinstance(samples, Segments):
-        return isinstance(layout, SegmentLayout)
+        is_shown = isinstance(layout, SegmentLayout)
+        return Shown.SAMPLES if is_shown else Shown.OTHER
     batch, shape = samples.count, tape.shapes(use.node)[0]
     slots = {slot.number for slot in use.slots}
     dims = next(
@@ -89,10 +104,9 @@ def _says(
     # Is there a dim in the place that the samples' would have, and as long?
     is_in_place = samples.dim in dims and shape[samples.dim] == batch
     if not isinstance(layout, RegularLayout):
-        return False if is_in_place else None
-    if layout.dim == samples.dim and layout.outer == 1:
-        return True
+        return Shown.OTHER if is_in_place else Shown.NOTHING
     if layout.dim != samples.dim:
-        return not is_in_place
-    # Both are in one dim: then time must not be as long as the batch.
-    return layout.outer * layout.inner % batch != 0
+        return Shown.OTHER if is_in_place else Shown.SAMPLES
+    # With samples and time in one dim, time first: it must not be as long as the batch.
+    is_told = layout.outer == 1 or layout.outer * layout.inner % batch != 0
+    return Shown.SAMPLES if is_told else Shown.EITHER

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import batchnorm
 from .decode import Scheme
-from .entrances import are_shown
+from .entrances import Shown, what_is_shown
 from .errors import CaptureError
 from .fitting import (
     disagreement,
@@ -46,7 +46,7 @@ from .regions import (
     region_nodes,
     watch,
 )
-from .roots import batch_edges, nodes_above, weigh_edges
+from .roots import batch_edges, nodes_above, unshown_message, weigh_edges
 from .routes import find_routes
 from .samples import Batch, Segments
 from .saved import frames_of
@@ -445,7 +445,12 @@ class Reader:
         layouts, is_fitted = layouts_of(
             self._where, tape, plan, measured, samples, routed
         )
-        if attempt.is_open and not are_shown(tape, plan, layouts, samples):
+        shown = Shown.SAMPLES
+        if attempt.is_open:
+            shown = what_is_shown(tape, plan, layouts, samples)
+        if shown is Shown.EITHER:
+            raise CaptureError(unshown_message(samples))
+        if shown is not Shown.SAMPLES:
             raise _OtherAxis(_children(tape, roots))
         own = self._storages()
         for i in plan.preparing:

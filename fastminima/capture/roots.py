@@ -11,7 +11,7 @@ from .errors import CaptureError
 from .samples import Batch, Segments
 from .tape import Tape, signed
 
-__all__ = ["batch_edges", "nodes_above", "weigh_edges"]
+__all__ = ["batch_edges", "nodes_above", "unshown_message", "weigh_edges"]
 
 Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
 
@@ -54,7 +54,7 @@ def batch_edges(
                 continue
             if tape.names[child].startswith("leaf "):
                 if rejected:
-                    raise CaptureError(_unshown_message(samples))
+                    raise CaptureError(unshown_message(samples))
                 raise CaptureError(_message(tape.names[child][5:], samples, met))
             if child not in entered:
                 entered.add(child)
@@ -179,7 +179,8 @@ def _message(
     )
 
 
-def _unshown_message(samples: Batch | Segments) -> str:
+def unshown_message(samples: Batch | Segments) -> str:
+    """Of a scalar loss whose samples cannot be found."""
     return (
         f"A scalar loss of {samples.count} samples, and no tensor below it whose "
         f"{samples.described} follows the samples where data meets the first "

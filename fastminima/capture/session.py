@@ -120,7 +120,7 @@ class Session:
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
         self._arrival = arrival
-        self.owner = self if owner is None else owner
+        self._owner = owner
         self._has_inner_passes = bool(reading.found.regions)
         self._separated: set[str] = set()
         self._uses_seen: dict[str, list[str]] = {}
@@ -191,6 +191,11 @@ class Session:
             self.take_gradients(self._parts)
         self.close()
         return self.collected
+
+    @property
+    def owner(self) -> object:
+        """Whom the passes belong to that are run for this session."""
+        return self if self._owner is None else self._owner
 
     def _is_anothers(self) -> bool:
         """Whether the pass that calls this is not the one that is observed."""
