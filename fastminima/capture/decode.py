@@ -105,7 +105,7 @@ class Measurement:
         if not found and self.trailing is not None:
             found += fit_layouts(self.trailing, batch, dim=len(self.shape) - 1)
         if not found and self.leading is not None:
-            found.append(IrregularLayout(torch.from_numpy(self.leading), batch))
+            found.append(IrregularLayout(torch.from_numpy(self.leading.copy()), batch))
         return found
 
 
@@ -230,6 +230,9 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
 
     A plain pass, one for each digit, and, where there is one, a second plain pass.
     """
+    exact = _exact(norms[: scheme.passes], scheme)
+    if exact is not None:
+        return exact
     weighted = torch.stack(list(norms[1 : scheme.passes]))
     plain = norms[0]
     if _cancelled(plain, weighted, scheme):
@@ -246,6 +249,31 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
         change = torch.where(is_there, again / safe, 1).log2_().abs_()
     deviation = torch.where(known, deviation, 0)
     return Evidence(scheme, safe, known, label, deviation, change)
+
+
+def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
+    """The same where every row grew by a power of two to the last bit: the usual way.
+
+    None where one did not.
+    """
+    plain = norms[0]
+    mantissa, exponent = torch.frexp(plain)
+    known = plain > 0
+    label = torch.zeros_like(exponent)
+    is_told = ~known | (plain < math.inf)
+    for number, weighted in enumerate(norms[1:]):
+        grown, level = torch.frexp(weighted)
+        level = level - exponent + scheme.levels // 2
+        digit = level.div(scheme.spacing, rounding_mode="floor")
+        is_told &= grown == mantissa
+        is_digit = (digit * scheme.spacing == level) & (digit >= 0)
+        is_told &= ~known | (is_digit & (digit < scheme.base))
+        label += digit * scheme.base**number
+    is_told &= ~known | (label < scheme.batch)
+    if not bool(is_told.all()):
+        return None
+    nothing = torch.zeros((), dtype=plain.dtype, device=plain.device)
+    return Evidence(scheme, plain, known, label, nothing, None)
 
 
 def _cancelled(plain: Tensor, weighted: Tensor, scheme: Scheme) -> bool:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,9 @@ __all__ = [
     "measure_samples",
 ]
 
+_MATRICES = 3  # dims of a batch of them
+_PIECE = 1 << 17  # elements looked at together
+
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
 Measurements = dict[int, list["Measurement | None"]]  # node -> each of its outputs
 
@@ -45,9 +49,15 @@ class Fingerprints:
     that may hold the batch. Multiplying a row by a power of two does the same to its
     sum, to the last bit, and unlike a sum of squares it cannot underflow. Nothing as
     large as the gradient is kept, and nothing leaves its device.
+
+    Args:
+        batch: number of samples.
+        is_fine: whether rows are those of the last dim in any case. Else of images and
+            the like, which have two dims more, all of a channel is one row.
     """
 
     batch: int
+    is_fine: bool = True
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     passes: list[list[tuple[Tensor, Tensor | None] | None]] = field(
         default_factory=list
@@ -59,16 +69,36 @@ class Fingerprints:
         with torch.no_grad():
             self.passes.append([None if g is None else self._norms(g) for g in grads])
 
+    def is_coarse(self, output: int) -> bool:
+        """Whether rows of an output are whole channels."""
+        return not self.is_fine and len(self.shapes[output]) > _MATRICES
+
     def _norms(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
         g = g.detach()
         dtype = accumulation_dtype(g.dtype)
         if g.dim() < 2:
             return g.abs().to(dtype), None
-        last = torch.linalg.vector_norm(g, 1, dim=-1, dtype=dtype)
+        if not self.is_fine and g.dim() > _MATRICES:
+            return _sums(g, tuple(range(2, g.dim())), dtype), None
+        last = _sums(g, (-1,), dtype)
         if g.shape[-1] == 0 or g.shape[-1] % self.batch:
             return last, None
-        others = tuple(range(g.dim() - 1))
-        return last, torch.linalg.vector_norm(g, 1, dim=others, dtype=dtype)
+        return last, _sums(g, tuple(range(g.dim() - 1)), dtype)
+
+
+def _sums(g: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sums of |g| over some dims.
+
+    On a CPU in pieces that stay in the cache: norms of short rows take ten times as
+    long there, and absolute values of all elements as much memory again.
+    """
+    if g.device.type != "cpu":
+        return torch.linalg.vector_norm(g, 1, dim=dims, dtype=dtype)
+    rows = max(1, _PIECE * len(g) // max(1, g.numel()))
+    sums = [part.abs().sum(dims, dtype=dtype) for part in g.split(rows)]
+    if 0 in dims:
+        return torch.stack(sums).sum(0)
+    return torch.cat(sums)
 
 
 class Inner(Protocol):
@@ -108,7 +138,9 @@ class Passes:
         joint: Callable[[int], int] = lambda passes: passes,
     ) -> None:
         self._tape, self._scheme = tape, scheme
-        self._seen = {i: Fingerprints(scheme.batch) for i in watched}
+        # Preparations of parameters mix samples anyway, so they are read finely at once.
+        fine = tape.is_parameter_side
+        self._seen = {i: Fingerprints(scheme.batch, fine[i]) for i in watched}
         self._leaves = leaves_below(tape, [*watched, *regions])
         self._weighting, self._backward = weighting, backward
         self._gates, self._inner, self._joint = gates, inner, joint
@@ -123,8 +155,33 @@ class Passes:
                 self._forget()
                 self._look()
             self._run(range(1, self._scheme.passes))
-            self._run([0] if self._is_open() else [])
-        return decode(self._seen, self._scheme)
+            measured = self._decoded()
+            coarse = [i for i in self._seen if self._hides(i, measured[i])]
+            if coarse:
+                for i in coarse:
+                    self._seen[i] = Fingerprints(self._scheme.batch)
+                self._forget()
+                self._run(range(self._scheme.passes))
+                measured = self._decoded()
+        return measured
+
+    def _decoded(self) -> Measurements:
+        """What was seen; after a second plain pass, where it takes one to tell."""
+        evidence = evidence_of(self._seen, self._scheme)
+        inner = (evidence_of(region.seen, self._scheme) for region in self._inner)
+        every = [evidence, *inner]
+        if any(e and e.is_open for found in every for es in found.values() for e in es):
+            self._run([0])
+            evidence = evidence_of(self._seen, self._scheme)
+        return _labelled(self._seen, evidence, self._scheme)
+
+    def _hides(self, i: int, outputs: list[Measurement | None]) -> bool:
+        """Whether samples may be told apart within what was read as one row."""
+        prints = self._seen[i]
+        return any(
+            m is not None and m.is_mixed and prints.is_coarse(output)
+            for output, m in enumerate(outputs)
+        )
 
     def _look(self) -> None:
         for gates in self._all_gates:
@@ -139,13 +196,6 @@ class Passes:
     def _prints(self) -> list[Fingerprints]:
         inner = (seen for region in self._inner for seen in region.seen.values())
         return [*self._seen.values(), *inner]
-
-    def _is_open(self) -> bool:
-        return any(
-            e is not None and e.is_open
-            for prints in self._prints()
-            for e in _evidence(prints, self._scheme)
-        )
 
     def _forget(self) -> None:
         for prints in self._prints():
@@ -234,14 +284,28 @@ def _repeatable(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 def decode(seen: Mapping[int, Fingerprints], scheme: Scheme) -> Measurements:
     """Labels of every output of the nodes whose gradients were seen."""
-    evidence = {i: _evidence(prints, scheme) for i, prints in seen.items()}
+    return _labelled(seen, evidence_of(seen, scheme), scheme)
+
+
+def evidence_of(
+    seen: Mapping[int, Fingerprints], scheme: Scheme
+) -> dict[int, list[Evidence | None]]:
+    """What the rows of every output say."""
+    return {i: _evidence(prints, scheme) for i, prints in seen.items()}
+
+
+def _labelled(
+    seen: Mapping[int, Fingerprints],
+    evidence: Mapping[int, list[Evidence | None]],
+    scheme: Scheme,
+) -> Measurements:
     noise = usual_noise(e for es in evidence.values() for e in es if e is not None)
     return {
         i: [
-            None if not _is_there(prints, output) else _measurement(
-                prints, output, evidence[i][output], scheme, noise
-            )
-            for output in range(len(evidence[i]))
+            _measurement(prints, output, of_output, scheme, noise)
+            if _is_there(prints, output)
+            else None
+            for output, of_output in enumerate(evidence[i])
         ]
         for i, prints in seen.items()
     }
@@ -283,7 +347,17 @@ def _measurement(
         of_columns = weigh(columns, scheme)  # type: ignore[arg-type]
         if of_columns is not None:
             trailing, _ = of_columns.rows(noise)
-    return Measurement(prints.shapes[output], leading, trailing, faint)
+    shape = prints.shapes[output]
+    if leading is not None and prints.is_coarse(output):
+        leading = _spread(leading, shape)
+        faint = None if faint is None else _spread(faint, shape)
+    return Measurement(shape, leading, trailing, faint)
+
+
+def _spread(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Labels of channels as those of all rows in them."""
+    sizes = (*labels.shape, *[1] * (len(shape) - 1 - labels.ndim))
+    return np.broadcast_to(labels.reshape(sizes), shape[:-1])
 
 
 def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
