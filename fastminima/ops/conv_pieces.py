@@ -1,0 +1,129 @@
+"""The operands of a convolution's weight gradient, multiplied in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .._dtypes import accumulation_dtype
+from ._pieces import itemsize, pieces, step_of
+from .conv_geometry import ConvGeometry, patches
+
+__all__ = ["Images"]
+
+_ALL = slice(None)
+
+
+class Images:
+    """Rows and image of every sample, see `conv_geometry`.
+
+    Held at a time: gradients of a quarter of the limit, and patches of another one.
+
+    Attributes:
+        shape: that of the weight.
+        dtype: the accumulation dtype.
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, geometry: ConvGeometry) -> None:
+        self._rows, self._image = geometry.roles(x, g)
+        self._geometry = geometry
+        self.shape = geometry.weight_shape(x, g)
+        self.batch, self.dtype = len(g), accumulation_dtype(g.dtype)
+        self._channel_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self._line_bytes = self._bytes_of_a_line()
+
+    def _bytes_of_a_line(self) -> int:
+        """What is read and unfolded for one position along the first axis of space."""
+        geometry, size = self._geometry, self.dtype.itemsize
+        positions = math.prod(self._rows.shape[3:])
+        pixels = geometry.stride[0] * math.prod(
+            n + 2 * p
+            for n, p in zip(self._image.shape[3:], geometry.padding[1:], strict=True)
+        )
+        channels = self._image.shape[1]
+        copies = itemsize(self._image.dtype, self.dtype)
+        copies += size if any(geometry.padding) else 0
+        return (
+            channels * geometry.kernel_numel * positions * size
+            + channels * pixels * copies
+            + self._rows.shape[1] * positions * size
+        )
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the accumulation dtype."""
+        return self._rows.new_zeros(shape, dtype=self.dtype)
+
+    def channels(self) -> Iterator[slice]:
+        """Slices of the weight's first dim, of whole groups if there are several."""
+        height = self._height
+        for part in pieces(self.shape[0] // height, height * self._channel_bytes, 4):
+            yield slice(part.start * height, part.stop * height)
+
+    @property
+    def _height(self) -> int:
+        """Rows of the weight that stay together."""
+        groups = self._geometry.groups
+        return 1 if groups == 1 else max(1, self.shape[0] // groups)
+
+    def samples(self, part: slice) -> list[slice]:
+        """Slices of the batch whose gradients, of part of the weight, are no more."""
+        lines = self._rows.shape[2]
+        step = min(
+            step_of((part.stop - part.start) * self._channel_bytes, 4),
+            step_of(lines * self._line_bytes, 4),
+        )
+        return [
+            slice(lo, min(lo + step, self.batch)) for lo in range(0, self.batch, step)
+        ]
+
+    def gradient_pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Samples, rows of the weight, and that part of these samples' gradients."""
+        for part in self.channels():
+            for samples in self.samples(part):
+                yield samples, part, self.gradients(samples, part)
+
+    def gradients(self, samples: slice, part: slice) -> Tensor:
+        """Gradients of some samples, `[samples, *part of the weight]`."""
+        rows, image = self._rows[samples, part], self._image[samples]
+        groups, height = self._geometry.groups, part.stop - part.start
+        if groups > 1:
+            groups = height // self._height
+            first, width = part.start // self._height, self.shape[1]
+            image = image[:, first * width : (first + groups) * width]
+        matrices, width = (
+            len(rows) * groups,
+            self._geometry.kernel_numel * self.shape[1],
+        )
+        total = None
+        for lines in pieces(rows.shape[2], len(rows) * self._line_bytes, 4):
+            left = rows[:, :, lines].to(self.dtype)
+            right = self._columns(image, lines)
+            length = left[:1, :1].numel() if matrices else 0
+            left = left.reshape(matrices, height // max(1, groups), length)
+            right = right.reshape(matrices, width, length).mT
+            total = (
+                torch.bmm(left, right) if total is None else total.baddbmm_(left, right)
+            )
+        if total is None:
+            return self.zeros(len(rows), height, *self.shape[1:])
+        return total.reshape(len(rows), height, *self.shape[1:])
+
+    def _columns(self, image: Tensor, lines: slice) -> Tensor:
+        """The image under the kernel at some of the positions along the first axis."""
+        geometry, axes = self._geometry, self._rows.shape[2:]
+        if lines == slice(0, axes[0]):
+            return patches(image.to(self.dtype), geometry, tuple(axes))
+        reach = (geometry.kernel_size[0] - 1) * geometry.dilation[0] + 1
+        first = lines.start * geometry.stride[0] - geometry.padding[0]
+        last = (lines.stop - 1) * geometry.stride[0] - geometry.padding[0] + reach
+        slab = image[:, :, max(0, first) : max(0, last)].to(self.dtype)
+        above = min(max(0, -first), last - first)
+        missing = (last - first) - slab.shape[2] - above
+        sides = [p for p in reversed(geometry.padding[1:]) for _ in range(2)]
+        slab = pad(slab, [*sides, above, missing])
+        positions = (lines.stop - lines.start, *axes[1:])
+        return patches(slab, geometry, positions, is_padded=True)
