@@ -42,6 +42,7 @@ def _gradients(
     out = of.zeros(of.batch, *of.shape)
     for samples, part, grads in of.gradient_pieces():
         out[samples, part] = grads
+        del grads
     return out
 
 
@@ -56,6 +57,7 @@ def _sq_norms(
     weight = of.zeros(of.batch)
     for samples, _, grads in of.gradient_pieces():
         weight[samples] += grads.flatten(1).square_().sum(dim=1)
+        del grads
     bias = sum_over_space(g.flatten(2)).square().sum(dim=1) if with_bias else None
     return weight, bias
 
@@ -70,6 +72,7 @@ def _second_moment(
     total = of.zeros(*of.shape)
     for _, part, grads in of.gradient_pieces():
         total[part] += grads.square_().sum(dim=0)
+        del grads
     return total
 
 
@@ -100,6 +103,7 @@ def _fused(
         norms[samples] += squares.flatten(1).sum(dim=1)
         if moment is not None:
             moment[part] += squares.sum(dim=0)
+        del grads, squares
     return grad, norms, sum_over_space(g.flatten(2)) if with_bias else None, moment
 
 
@@ -120,6 +124,7 @@ def _gram(
                 products = grads @ of.gradients(right, part).flatten(1).T
                 gram[left, right] += products
                 gram[right, left] += products.T
+            del grads
     return gram
 
 
@@ -133,10 +138,11 @@ def _dots(
     of = Images(x, g, geometry)
     dots = of.zeros(of.batch)
     size = of.dtype.itemsize
-    each = (x[:1].numel() + 2 * g[:1].numel()) * size
+    each = g[:1].numel() * size + x[:1].numel() * itemsize(x.dtype, of.dtype)
     if max(each, v.numel() * itemsize(v.dtype, of.dtype)) > step_of(1):
         for samples, part, grads in of.gradient_pieces():
-            dots[samples] += (grads * v[part].to(of.dtype)).flatten(1).sum(dim=1)
+            dots[samples] += grads.flatten(1) @ v[part].to(of.dtype).flatten()
+            del grads
         return dots
     v = v.to(of.dtype)
     for samples in pieces(of.batch, each):
@@ -146,7 +152,8 @@ def _dots(
             geometry.output_padding or (0,) * len(geometry.stride),
             geometry.groups,
         )
-        dots[samples] = (output * g[samples]).flatten(1).sum(dim=1)
+        dots[samples] = output.mul_(g[samples]).flatten(1).sum(dim=1)
+        del output
     return dots
 
 

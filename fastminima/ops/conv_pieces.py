@@ -71,17 +71,16 @@ class Images:
 
     def samples(self, part: slice) -> list[slice]:
         """Slices of the batch whose gradients, of part of the weight, are no more."""
-        lines = self._rows.shape[2]
-        step = min(
-            step_of((part.stop - part.start) * self._channel_bytes, 4),
-            step_of(lines * self._line_bytes, 4),
-        )
+        step = step_of((part.stop - part.start) * self._channel_bytes, 4)
         return [
             slice(lo, min(lo + step, self.batch)) for lo in range(0, self.batch, step)
         ]
 
     def gradient_pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Samples, rows of the weight, and that part of these samples' gradients."""
+        """Samples, rows of the weight, and that part of these samples' gradients.
+
+        The last part should be let go of before the next one is asked for.
+        """
         for part in self.channels():
             for samples in self.samples(part):
                 yield samples, part, self.gradients(samples, part)
@@ -94,23 +93,39 @@ class Images:
             groups = height // self._height
             first, width = part.start // self._height, self.shape[1]
             image = image[:, first * width : (first + groups) * width]
-        matrices, width = (
-            len(rows) * groups,
-            self._geometry.kernel_numel * self.shape[1],
-        )
-        total = None
+        count, width = len(rows), self._geometry.kernel_numel * self.shape[1]
+        shape = (groups, height // max(1, groups), width)
+        step = step_of(rows.shape[2] * self._line_bytes, 4)
+        if step >= count:
+            out = self._products(rows, image, shape)
+        else:
+            out = self._rows.new_empty((count, *shape), dtype=self.dtype)
+            for some in (slice(lo, lo + step) for lo in range(0, count, step)):
+                self._products(rows[some], image[some], shape, out[some])
+        return out.reshape(count, height, *self.shape[1:])
+
+    def _products(
+        self,
+        rows: Tensor,
+        image: Tensor,
+        shape: tuple[int, int, int],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rows times columns of every group, summed over the positions."""
+        count = len(rows) * shape[0]
+        flat = None if out is None else out.view(count, *shape[1:])
         for lines in pieces(rows.shape[2], len(rows) * self._line_bytes, 4):
             left = rows[:, :, lines].to(self.dtype)
-            right = self._columns(image, lines)
-            length = left[:1, :1].numel() if matrices else 0
-            left = left.reshape(matrices, height // max(1, groups), length)
-            right = right.reshape(matrices, width, length).mT
-            total = (
-                torch.bmm(left, right) if total is None else total.baddbmm_(left, right)
-            )
-        if total is None:
-            return self.zeros(len(rows), height, *self.shape[1:])
-        return total.reshape(len(rows), height, *self.shape[1:])
+            length = left[:1, :1].numel() if count else 0
+            left = left.reshape(count, shape[1], length)
+            right = self._columns(image, lines).reshape(count, shape[2], length).mT
+            if lines.start == 0:
+                flat = torch.bmm(left, right, out=flat)
+            else:
+                assert flat is not None
+                flat.baddbmm_(left, right)
+            del left, right
+        return self.zeros(count, *shape[1:]) if flat is None else flat
 
     def _columns(self, image: Tensor, lines: slice) -> Tensor:
         """The image under the kernel at some of the positions along the first axis."""

@@ -66,8 +66,7 @@ def _sequence_gradients(
     out = of.zeros(of.batch, of.d_out, of.d_in)
     for rows in pieces(of.batch, bytes_each, 8):
         for steps in pieces(of.time, (rows.stop - rows.start) * of.step_bytes, 8):
-            inputs, grads = of.read(rows, steps)
-            out[rows].baddbmm_(grads.transpose(1, 2), inputs)
+            of.add_gradients(out[rows], rows, steps)
     return out
 
 
@@ -82,6 +81,7 @@ def _direct(of: Sequences) -> Float[Tensor, " batch"]:
     norms = of.zeros(of.batch)
     for rows, _, grads in of.gradient_pieces():
         norms[rows] += grads.square_().sum(dim=(1, 2))
+        del grads
     return norms
 
 
@@ -120,9 +120,11 @@ def _sequence_second_moment(
         for rows, _ in of.blocks(squares):
             inputs, grads = (x[:, 0].square() for x in of.read(rows))
             total.addmm_(grads.T, inputs)
+            del inputs, grads
         return total
     for _, outs, grads in of.gradient_pieces():
         total[outs] += grads.square_().sum(dim=0)
+        del grads
     return total
 
 
@@ -151,6 +153,7 @@ def _sequence_fused(
         norms[rows] += squares.sum(dim=(1, 2))
         if moment is not None:
             moment[outs] += squares.sum(dim=0)
+        del grads, squares
     return total, norms, sum_over_time(g).to(of.dtype) if with_bias else None, moment
 
 

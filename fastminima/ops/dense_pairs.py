@@ -43,6 +43,8 @@ def _sequence_dots(
         for rows, steps in of.blocks(of.d_in * size):
             inputs, grads = of.read(rows, steps, outs)
             dots[rows] += (grads @ direction).mul_(inputs).sum(dim=(1, 2))
+            del inputs, grads
+        del direction
     return dots
 
 

@@ -79,17 +79,24 @@ class Sequences:
         if each * self.time <= step_of(1, 8):
             a, g = self.read(rows, _ALL, outs)
             return torch.bmm(g.transpose(1, 2), a)
-        total = self.zeros(0)
+        count = rows.stop - rows.start
+        total = self.zeros(count, len(range(*outs.indices(self.d_out))), self.d_in)
         for steps in pieces(self.time, each, 8):
-            a, g = self.read(rows, steps, outs)
-            if steps.start:
-                total.baddbmm_(g.transpose(1, 2), a)
-            else:
-                total = torch.bmm(g.transpose(1, 2), a)
+            self.add_gradients(total, rows, steps, outs)
         return total
 
+    def add_gradients(
+        self, total: Tensor, rows: slice, steps: slice, outs: slice = _ALL
+    ) -> None:
+        """Add what some time steps give to gradients `[rows, outs, d_in]`."""
+        a, g = self.read(rows, steps, outs)
+        total.baddbmm_(g.transpose(1, 2), a)
+
     def gradient_pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Samples, rows of the gradient, and that part of these samples' gradients."""
+        """Samples, rows of the gradient, and that part of these samples' gradients.
+
+        The last part should be let go of before the next one is asked for.
+        """
         row_bytes = self.d_in * self.dtype.itemsize
         most = step_of(self.time * self.step_bytes, 8)
         for outs in pieces(self.d_out, row_bytes, 8):
@@ -105,10 +112,8 @@ class Sequences:
             return torch.stack([self._gram_sum(n) for n in range(self.batch)])
         sums = self.zeros(self.batch)
         for rows in pieces(self.batch, each):
-            a, g = self.read(rows)
-            products = torch.bmm(a, a.transpose(1, 2))
-            products *= torch.bmm(g, g.transpose(1, 2))
-            sums[rows] = products.sum(dim=(1, 2))
+            both = self.read(rows)
+            sums[rows] = _product_sums(both, both)
         return sums
 
     def _gram_sum(self, n: int) -> Tensor:
@@ -116,13 +121,14 @@ class Sequences:
         side = square_side(2 * self.dtype.itemsize, self.step_bytes)
         rows, total = slice(n, n + 1), self.zeros()
         for t in range(0, self.time, side):
-            a, g = self.read(rows, slice(t, t + side))
+            left = self.read(rows, slice(t, t + side))
             for s in range(0, t + side, side):
-                b, h = self.read(rows, slice(s, s + side))
-                products = torch.bmm(a, b.transpose(1, 2))
-                products *= torch.bmm(g, h.transpose(1, 2))
+                right = left if s == t else self.read(rows, slice(s, s + side))
+                (part,) = _product_sums(left, right)
                 # What is above the diagonal is as what is below it.
-                total += products.sum() if s == t else 2 * products.sum()
+                total += part if s == t else 2 * part
+                del right
+            del left
         return total
 
     def diagonal_sums(self) -> Tensor:
@@ -143,6 +149,7 @@ class Sequences:
                 a, g = a.transpose(0, 1), g.transpose(0, 1)
             left, right = g.flatten(0, 1).T, a.flatten(0, 1)
             total = left @ right if total is None else total.addmm_(left, right)
+            del a, g, left, right
         return self.zeros(self.d_out, self.d_in) if total is None else total
 
     def gram_blocks(self) -> Iterator[tuple[slice, slice]]:
@@ -168,6 +175,7 @@ class Sequences:
             part = self.gradients(left, outs).flatten(1)
             other = part if is_same else self.gradients(right, outs).flatten(1)
             out.addmm_(part, other.T)
+            del part, other
         return out
 
     def _row_products(self, left: slice, right: slice) -> Tensor:
@@ -176,3 +184,12 @@ class Sequences:
         products = a @ b.T
         products *= g @ h.T
         return products
+
+
+def _product_sums(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]
+) -> Float[Tensor, " rows"]:
+    """Sum of (a_t . a_s)(g_t . g_s) over the steps t of the left and s of the right."""
+    products = torch.bmm(left[0], right[0].transpose(1, 2))
+    products *= torch.bmm(left[1], right[1].transpose(1, 2))
+    return products.sum(dim=(1, 2))

@@ -95,6 +95,7 @@ def _embedding_sq_norms(
     norms = _zeros(g, len(ids))
     for samples, _, places, values in _pieces(ids, g, padding_idx):
         norms[samples].index_add_(0, places.sample, values.square_().sum(dim=1))
+        del values
     return norms
 
 
@@ -108,6 +109,7 @@ def _embedding_second_moment(
     total = _zeros(g, num_embeddings, g.shape[2])
     for _, some, places, values in _pieces(ids, g, padding_idx):
         total[:, some].index_add_(0, places.id, values.square_())
+        del values
     return total
 
 
@@ -128,6 +130,8 @@ def _embedding_gram(
             part = _zeros(g, len(ids), block.stop - block.start, values.shape[1])
             part[places.sample[here], column[here] - block.start] = values[here]
             gram.addmm_(part.flatten(1), part.flatten(1).T)
+            del part
+        del values
     return gram
 
 
@@ -162,6 +166,7 @@ def _embedding_gradients(
     grads = _zeros(g, len(ids), num_embeddings, g.shape[2])
     for samples, some, places, values in _pieces(ids, g, padding_idx):
         grads[samples, :, some].index_put_((places.sample, places.id), values)
+        del values
     return grads
 
 
