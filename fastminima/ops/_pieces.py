@@ -127,12 +127,19 @@ def limited(
     native: Callable[..., Any],
     reference: Callable[..., Any],
     sums: Sequence[int] = (),
+    elements: Callable[..., int] = lambda *_: 0,
 ) -> Callable[..., Any]:
     """A native way that converts its tensors, on some samples at a time.
 
     Kernels read float32 and float64, and half precisions are converted to that. Where
     one sample alone is too large, the reference takes it in smaller pieces. The first
     dim of tensors runs over the samples, or has one element for all of them.
+
+    Args:
+        native: called with the kernels, then as the op.
+        reference: the op's definition.
+        sums: places of the results that are sums over the samples.
+        elements: how many each of these sums has, from the op's arguments.
     """
 
     def run(kernels: Any, first: Tensor, *rest: Any) -> Any:
@@ -140,16 +147,17 @@ def limited(
             return native(kernels, first, *rest)
         arguments = (first, *rest)
         copied = 4 * sum(x.numel() for x in arguments if isinstance(x, Tensor))
-        if copied <= step_of(1, 1):
+        if copied <= step_of(1):
             return native(kernels, first, *rest)
         count = len(first)
-        if copied // count > step_of(1, 1):
+        parts = len(sums) * elements(first, *rest)
+        if copied // count > step_of(1) or parts > step_of(4, 4):
             return reference(first, *rest)
 
         def some(rows: slice) -> Any:
             return native(kernels, *(_some(x, rows, count) for x in arguments))
 
-        return in_pieces(some, count, copied // count, 1, sums)
+        return in_pieces(some, count, copied // count, sums=sums)
 
     return run
 

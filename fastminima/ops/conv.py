@@ -6,6 +6,8 @@ weight gradient is the one of `x[n]` and `g[n]` alone. A ConvGeometry says the r
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -115,8 +117,10 @@ def _gram(
     """Products <dW_n, dW_m> between the weight gradients of every two samples."""
     of = Images(x, g, geometry)
     gram = of.zeros(of.batch, of.batch)
-    for part in of.channels():
-        blocks = of.samples(part)
+    # Few channels of the weight for all samples: with all channels for few, images
+    # would be unfolded as often, and each gradient made for every pair of blocks.
+    for part in of.channels(of.batch):
+        blocks = of.samples(part, share=4)
         for i, left in enumerate(blocks):
             grads = of.gradients(left, part).flatten(1)
             gram[left, left] += grads @ grads.T
@@ -165,7 +169,13 @@ conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
 conv_second_moment.add_triton("conv.conv_second_moment", dtypes=TRITON)
 conv_fused = Op("conv_fused", _fused)
-conv_fused.add_native(limited(conv_native.fused, _fused, (0, 3)), dtypes=FLOATS)
+conv_fused.add_native(
+    limited(
+        *(conv_native.fused, _fused, (0, 3)),
+        elements=lambda x, g, geometry, *_: prod(geometry.weight_shape(x, g)),
+    ),
+    dtypes=FLOATS,
+)
 conv_fused.add_triton("conv.conv_fused", dtypes=TRITON)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

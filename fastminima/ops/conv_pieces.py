@@ -21,7 +21,8 @@ _ALL = slice(None)
 class Images:
     """Rows and image of every sample, see `conv_geometry`.
 
-    Held at a time: gradients of a quarter of the limit, and patches of another one.
+    Held at a time: gradients of half the limit, and beside them patches, or one sum of
+    gradients, of a quarter.
 
     Attributes:
         shape: that of the weight.
@@ -57,10 +58,14 @@ class Images:
         """Zeros in the accumulation dtype."""
         return self._rows.new_zeros(shape, dtype=self.dtype)
 
-    def channels(self) -> Iterator[slice]:
-        """Slices of the weight's first dim, of whole groups if there are several."""
+    def channels(self, of_samples: int = 1) -> Iterator[slice]:
+        """Slices of the weight's first dim, of whole groups if there are several.
+
+        Such that the gradients of so many samples take a quarter of the limit there.
+        """
         height = self._height
-        for part in pieces(self.shape[0] // height, height * self._channel_bytes, 4):
+        each = height * self._channel_bytes * of_samples
+        for part in pieces(self.shape[0] // height, each, 4):
             yield slice(part.start * height, part.stop * height)
 
     @property
@@ -69,9 +74,9 @@ class Images:
         groups = self._geometry.groups
         return 1 if groups == 1 else max(1, self.shape[0] // groups)
 
-    def samples(self, part: slice) -> list[slice]:
-        """Slices of the batch whose gradients, of part of the weight, are no more."""
-        step = step_of((part.stop - part.start) * self._channel_bytes, 4)
+    def samples(self, part: slice, share: int = 2) -> list[slice]:
+        """Slices of the batch by what their gradients of part of the weight take."""
+        step = step_of((part.stop - part.start) * self._channel_bytes, share)
         return [
             slice(lo, min(lo + step, self.batch)) for lo in range(0, self.batch, step)
         ]

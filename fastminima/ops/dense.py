@@ -236,7 +236,13 @@ for _op, _native, _sums in (
     (sequence_second_moment, _sequence_second_moment_native, (0,)),
     (sequence_fused, _sequence_fused_native, (0, 3)),
 ):
-    _op.add_native(limited(_native, _op.reference, _sums), dtypes=FLOATS)
+    _op.add_native(
+        limited(
+            *(_native, _op.reference, _sums),
+            elements=lambda a, g, *_: a.shape[2] * g.shape[2],
+        ),
+        dtypes=FLOATS,
+    )
 
 for _op in (
     *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),

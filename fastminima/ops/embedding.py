@@ -214,12 +214,12 @@ def _embedding_sq_norms_native(
         each = g.shape[1] * g.shape[2] * size
         if each > step_of(1):
             return _embedding_sq_norms(ids, g, padding_idx)
-        if len(g) > step_of(each, 1):
+        if len(g) > step_of(each):
             return in_pieces(
                 lambda some: _embedding_sq_norms_native(
                     kernels, ids[some], g[some], padding_idx
                 ),
-                *(len(g), each, 1),
+                *(len(g), each),
             )
     (g,) = accumulated_rows(g)
     ids = ids.contiguous()
