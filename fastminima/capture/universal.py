@@ -151,7 +151,7 @@ class _Sweep:
                 found = [(torch.zeros_like(g), torch.zeros_like(g)) for g in grads]
             for (total, moment), grad in zip(found, grads, strict=True):
                 total += grad
-                moment += grad.square_()
+                moment.addcmul_(grad, grad)
         return self._by_slot(found)
 
     def _by_slot(self, values: Sequence[Any]) -> dict[int, Any]:

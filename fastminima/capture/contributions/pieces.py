@@ -53,9 +53,16 @@ class InPieces(Contribution):
 
 
 def in_pieces(
-    batch: int, make: Callable[[int, int], Contribution], bytes_each: int
+    batch: int,
+    make: Callable[[int, int], Contribution],
+    bytes_each: int,
+    *,
+    shared_by: int = 1,
 ) -> Contribution:
-    """The whole contribution where it holds little, or `InPieces` of it."""
-    if batch * bytes_each <= step_of(1, 4):
+    """The whole contribution where it holds little, or `InPieces` of it.
+
+    Little is what `shared_by` of them may hold together.
+    """
+    if batch * bytes_each * shared_by <= step_of(1, 4):
         return make(0, batch)
     return InPieces(batch, make(0, min(batch, 1)).shape, make, bytes_each)
