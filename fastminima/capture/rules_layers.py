@@ -125,7 +125,7 @@ def _embedding_bag(
         rows = g[bag[place]].to(accumulation_dtype(g.dtype))
         if weights is not None:
             rows = rows * weights[place].unsqueeze(2)
-        return Embedding(ids[place], rows.masked_fill(is_gap, 0), padding, shape[0])
+        return Embedding(ids[place], rows.masked_fill_(is_gap, 0), padding, shape[0])
 
     bags = layout.listed()
     of_ids = IrregularLayout(bags.labels.to(bag.device)[bag].cpu(), bags.batch)
