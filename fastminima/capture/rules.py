@@ -33,6 +33,7 @@ from .plan import Slot
 from .row_pieces import from_rows, in_row_pieces
 from .rules_gathered import GATHERED
 from .rules_layers import LAYERS
+from .saved_names import BATCH_NORMS, batch_statistics
 from .spread import spread_gradient as _elementwise
 from .tape import signed
 
@@ -40,7 +41,7 @@ __all__ = ["BATCH_NORM", "RULES", "Rule", "contributions_of"]
 
 Contributions = dict[int, Contribution]
 Rule = Callable[[Any, Tensor, RowLayout, Sequence[Slot]], Contributions]
-BATCH_NORM = frozenset(["NativeBatchNormBackward0", "CudnnBatchNormBackward0"])
+BATCH_NORM = frozenset(BATCH_NORMS)
 
 
 def contributions_of(
@@ -280,11 +281,7 @@ def _group_norm(
 def _batch_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    if node._saved_training:
-        mean, rstd = node._saved_result1, node._saved_result2
-    else:
-        mean = node._saved_running_mean
-        rstd = (node._saved_running_var + node._saved_eps).rsqrt()
+    mean, rstd = batch_statistics(node)
     return _channels(g, node._saved_input, mean[None], rstd[None], layout, slots)
 
 
@@ -378,8 +375,7 @@ RULES: dict[str, Rule] = {
     "ConvolutionBackward0": _convolution,
     "NativeLayerNormBackward0": _layer_norm,
     "NativeGroupNormBackward0": _group_norm,
-    "NativeBatchNormBackward0": _batch_norm,
-    "CudnnBatchNormBackward0": _batch_norm,
+    **dict.fromkeys(BATCH_NORMS, _batch_norm),
     "EmbeddingBackward0": _embedding,
     "AddBackward0": _add,
     "MulBackward0": _mul,
