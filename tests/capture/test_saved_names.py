@@ -50,16 +50,16 @@ def read_by(function):
 
 
 def test_the_header_is_understood():
-    weight = torch.randn(3, 3, requires_grad=True)
-    for out in (
-        torch.addmm(weight, weight, weight),
-        F.layer_norm(weight, (3,), weight[0]),
-    ):
-        node = out.grad_fn
-        words = {
-            w.removeprefix("_saved_") for w in dir(node) if w.startswith("_saved_")
-        }
-        assert words and words <= SAVED[node.name()], node.name()
+    w = torch.randn(3, 3, requires_grad=True)
+    for out in (torch.addmm(w, w, w), F.layer_norm(w, (3,), w[0]), w * w, w[[0]]):
+        name, words = out.grad_fn.name(), attributes(out.grad_fn)
+        assert words, name
+        assert words <= SAVED[name], name
+
+
+def attributes(node):
+    names = (word for word in dir(node) if word.startswith("_saved_"))
+    return {name.removeprefix("_saved_") for name in names}
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -125,13 +125,12 @@ def test_every_backend_gives_what_the_native_node_gives(name, training):
     running = torch.randn(3), torch.rand(3) + 0.5
     out = F.batch_norm(x, *running, weight, bias, training=training, eps=0.1)
     native = out.grad_fn
-    words = (w for w in dir(native) if w.startswith("_saved_"))
-    values = {w.removeprefix("_saved_"): getattr(native, w) for w in words}
+    values = {word: getattr(native, f"_saved_{word}") for word in attributes(native)}
     values["epsilon"] = values["eps"]
     node = StandIn(name, **values)
     assert is_training(node) == training
     layout = RegularLayout(0, 1, 6, 1)
-    slots = [Slot(n, (3,), (0, 0), ()) for n in (1, 2)]
+    slots = [Slot(n, (0, 0), (3,), ()) for n in (1, 2)]
     g = torch.randn(6, 3, 4)
     want = RULES[native.name()](native, g, layout, slots)
     got = RULES[name](node, g, layout, slots)
