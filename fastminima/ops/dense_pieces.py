@@ -27,9 +27,6 @@ class Sequences:
         step_bytes: what reading one time step of one sample allocates.
     """
 
-    __slots__ = ("_a", "_g", "_index", "batch", "d_in", "d_out", "dtype", "step_bytes")
-    __slots__ += ("time",)
-
     def __init__(
         self,
         a: Float[Tensor, "*rows d_in"],

@@ -39,7 +39,10 @@ def _layer_norm_gradients(
     dtype, size = _sizes(g, x)
     mean = None if mean is None else mean.to(dtype).unsqueeze(2)
     rstd = rstd.to(dtype).unsqueeze(2)
-    return sums_over_time(_affine, g, x, mean, rstd, bytes_each=g.shape[2] * size)
+    weight, bias = sums_over_time(
+        _affine, g, x, mean, rstd, bytes_each=g.shape[2] * size
+    )
+    return weight, bias
 
 
 def _affine(
@@ -76,7 +79,10 @@ def _channel_norm_gradients(
         t.to(dtype).repeat_interleave(each, dim=1).unsqueeze(1).expand(g.shape)
         for t in (mean, rstd)
     )
-    return sums_over_time(_affine, g, x, mean, rstd, bytes_each=g.shape[2] * size)
+    weight, bias = sums_over_time(
+        _affine, g, x, mean, rstd, bytes_each=g.shape[2] * size
+    )
+    return weight, bias
 
 
 def _layer_norm_fused(
