@@ -60,8 +60,10 @@ def _sequence_gradients(
 ) -> Float[Tensor, "batch d_out d_in"]:
     """Each sample's gradient, sum_t g[n, t] (outer) a[n, t]. For chunks of a batch."""
     of = Sequences(a, g)
+    if of.step_bytes == 0:
+        return of.all_gradients()
     bytes_each = of.time * of.step_bytes
-    if of.batch * bytes_each <= step_of(1, 8):  # nothing is converted, or little
+    if of.batch * bytes_each <= step_of(1, 8):
         return of.gradients(slice(0, of.batch))
     out = of.zeros(of.batch, of.d_out, of.d_in)
     for rows in pieces(of.batch, bytes_each, 8):
@@ -78,6 +80,8 @@ def _direct_sq_norms(
 
 
 def _direct(of: Sequences) -> Float[Tensor, " batch"]:
+    if of.is_small:
+        return of.all_gradients().square_().sum(dim=(1, 2))
     norms = of.zeros(of.batch)
     for rows, _, grads in of.gradient_pieces():
         norms[rows] += grads.square_().sum(dim=(1, 2))
@@ -114,6 +118,8 @@ def _sequence_second_moment(
 ) -> Float[Tensor, "d_out d_in"]:
     """Sum over the samples of the elementwise square of their gradients."""
     of = Sequences(a, g)
+    if of.time == 1 and of.is_plain(of.batch * (of.d_in + of.d_out)):
+        return g[:, 0].square().T @ a[:, 0].square()
     total = of.zeros(of.d_out, of.d_in)
     if of.time == 1:
         squares = (of.d_in + of.d_out) * of.dtype.itemsize
@@ -145,6 +151,12 @@ def _sequence_fused(
     for, each sample's bias gradient sum_t g[n, t] and the second moment.
     """
     of = Sequences(a, g)
+    if of.is_small:
+        grads = of.all_gradients()
+        total, squares = grads.sum(dim=0), grads.square_()
+        moment = squares.sum(dim=0) if with_second_moment else None
+        bias = sum_over_time(g) if with_bias else None
+        return total, squares.sum(dim=(1, 2)), bias, moment
     total, norms = of.zeros(of.d_out, of.d_in), of.zeros(of.batch)
     moment = torch.zeros_like(total) if with_second_moment else None
     for rows, outs, grads in of.gradient_pieces():

@@ -21,8 +21,11 @@ def _sequence_gram(
 ) -> Float[Tensor, "batch batch"]:
     """Inner products between the samples' gradients, made in blocks of output rows."""
     of = Sequences(a, g)
+    blocks = list(of.gram_blocks())
+    if len(blocks) == 1:
+        return of.gram_block(*blocks[0])
     gram = of.zeros(of.batch, of.batch)
-    for left, right in of.gram_blocks():
+    for left, right in blocks:
         block = of.gram_block(left, right)
         gram[left, right] = block
         if left != right:
@@ -37,6 +40,8 @@ def _sequence_dots(
 ) -> Float[Tensor, " batch"]:
     """Inner product of each sample's gradient with the direction `v`."""
     of = Sequences(a, g)
+    if of.is_plain(of.batch * of.time * of.d_in) and v.dtype == of.dtype:
+        return (g @ v).mul_(a).sum(dim=(1, 2))
     dots, size = of.zeros(of.batch), of.dtype.itemsize
     for outs in pieces(of.d_out, of.d_in * itemsize(v.dtype, of.dtype), 8):
         direction = v[outs].to(of.dtype)

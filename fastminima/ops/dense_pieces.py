@@ -36,6 +36,9 @@ class Sequences:
         self._a, self._g, self._index = a, g, index
         self.batch, self.time = (g if index is None else index).shape[:2]
         self.d_in, self.d_out = a.shape[-1], g.shape[-1]
+        if a.dtype == g.dtype and a.dtype.itemsize >= 4 and index is None:
+            self.dtype, self.step_bytes = a.dtype, 0
+            return
         self.dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
         self.step_bytes = self.d_in * itemsize(a.dtype, self.dtype)
         self.step_bytes += self.d_out * itemsize(g.dtype, self.dtype)
@@ -62,6 +65,19 @@ class Sequences:
         # Also `a` without the rows that are missing: infinity times zero is no number.
         a = a[places].masked_fill_(is_gap, 0).to(self.dtype)
         return a, g[:, outs][places].masked_fill_(is_gap, 0).to(self.dtype)
+
+    def is_plain(self, elements: int) -> bool:
+        """Whether nothing is converted, and so many elements can be held at once."""
+        return self.step_bytes == 0 and elements * self.dtype.itemsize <= step_of(1, 8)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether that is so for the gradients of all samples."""
+        return self.is_plain(self.batch * self.d_out * self.d_in)
+
+    def all_gradients(self) -> Tensor:
+        """Gradients of all samples, where nothing is converted."""
+        return torch.bmm(self._g.transpose(1, 2), self._a)
 
     def blocks(self, bytes_more: int) -> Iterator[tuple[slice, slice]]:
         """Samples and time steps that take little, with so many bytes more a step."""
@@ -94,6 +110,9 @@ class Sequences:
 
         The last part should be let go of before the next one is asked for.
         """
+        if self.is_small:
+            yield slice(0, self.batch), slice(0, self.d_out), self.all_gradients()
+            return
         row_bytes = self.d_in * self.dtype.itemsize
         most = step_of(self.time * self.step_bytes, 8)
         for outs in pieces(self.d_out, row_bytes, 8):
@@ -166,6 +185,9 @@ class Sequences:
         if self.time == 1:
             return self._row_products(left, right)
         is_same = left == right
+        if is_same and self.is_small and left == slice(0, self.batch):
+            samples = self.all_gradients().flatten(1)
+            return samples @ samples.T
         out = self.zeros(left.stop - left.start, right.stop - right.start)
         row_bytes = len(out) * self.d_in * self.dtype.itemsize
         for outs in pieces(self.d_out, row_bytes, 2 if is_same else 4):
