@@ -33,8 +33,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        for key, storage in _storages(result).items():
-            if key not in before and key not in self.alive:
+        made = {k: s for k, s in _storages(result).items() if k not in before}
+        if not made:  # views, and what is in place
+            return result
+        for key, storage in made.items():
+            if key not in self.alive:
                 self.alive[key] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
         shapes = [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor)]

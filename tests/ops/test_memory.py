@@ -27,6 +27,11 @@ BY_VALUE = {
     "embedding_second_moment",
     "embedding_gradients",
 }
+SLOW = ("W3", "W4", "W5")  # many samples or layers, and many pieces
+LAYERED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in WORKLOADS
+]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -55,7 +60,7 @@ def calls(workload, dtype, times=32, device="meta"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", LAYERED)
 def test_references(workload, dtype):
     checked = 0
     for op, args in calls(workload, dtype):
@@ -138,7 +143,7 @@ def test_every_op_is_looked_at():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", LAYERED)
 def test_launchers(workload, dtype):
     from kernels.capturable import capturing
 
