@@ -141,6 +141,11 @@ class IrregularLayout:
         place[samples.cpu()] = torch.arange(len(samples))
         return IrregularLayout(place[self.labels], len(samples))
 
+    @property
+    def longest(self) -> int:
+        """Rows that every sample is padded to."""
+        return self._padded[0].shape[1]
+
     @cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:
         """Row numbers `[batch, longest]` and where they are real."""
@@ -161,7 +166,7 @@ class IrregularLayout:
         if len(flat) == 0:  # an expert without tokens
             return flat.new_zeros(self.batch, 1, *flat.shape[1:])
         padding = ~real.reshape((*real.shape, *[1] * trailing))
-        return flat[index].masked_fill(padding, 0)  # also where row 0 is not finite
+        return flat[index].masked_fill_(padding, 0)  # also where row 0 is not finite
 
     def keep_only(self, t: Tensor, n: int) -> Tensor:
         """A copy of `t` with the rows of every sample but n set to zero."""

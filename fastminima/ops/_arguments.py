@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 
-__all__ = ["FLOATS", "SUFFIX", "TRITON", "accumulated", "contiguous_rows"]
+__all__ = [
+    "FLOATS",
+    "SUFFIX",
+    "TRITON",
+    "accumulated",
+    "accumulated_rows",
+    "contiguous_rows",
+]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
@@ -21,9 +28,27 @@ def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0].dtype
     if first in SUFFIX and all(x.dtype == first for x in tensors):
         return tensors
-    dtypes = (x.dtype for x in tensors)
-    dtype = accumulation_dtype(reduce(torch.promote_types, dtypes))
+    dtype = _common(tensors)
     return tuple(x.to(dtype) for x in tensors)
+
+
+def accumulated_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As `accumulated`, with contiguous rows: each is copied once at most."""
+    first = tensors[0].dtype
+    if first in SUFFIX and all(x.dtype == first for x in tensors):
+        return tuple(map(contiguous_rows, tensors))
+    dtype = _common(tensors)
+    return tuple(
+        contiguous_rows(x.to(dtype))
+        if x.stride(-1) == 1
+        else x.to(dtype, memory_format=torch.contiguous_format)
+        for x in tensors
+    )
+
+
+def _common(tensors: tuple[Tensor, ...]) -> torch.dtype:
+    dtypes = (x.dtype for x in tensors)
+    return accumulation_dtype(reduce(torch.promote_types, dtypes))
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
