@@ -52,7 +52,10 @@ class Asked(NamedTuple):
 
     def mean(self) -> Tensor:
         """What is backpropagated: a scalar as it is, a vector as its mean."""
-        return self.loss.mean() if self.loss.dim() else self.loss
+        if not self.loss.dim():
+            return self.loss
+        with torch.enable_grad():  # the graph is there, whatever the caller has set
+            return self.loss.mean()
 
 
 class Target(NamedTuple):

@@ -168,7 +168,7 @@ def _like_views(
 
 def layouts_of_one(tape: Tape, plan: Plan) -> Layouts:
     """Layouts of a batch of one: all rows belong to the sample."""
-    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long, device="cpu"), 1)
     return [
         [
             RegularLayout(0, 1, 1, shape[0]) if shape else scalar

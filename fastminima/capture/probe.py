@@ -139,7 +139,7 @@ class GradientProbe:
             check_fused(words, sample, process_group)
         self._every = whole("every", every)
         self._sample = None if sample is None else whole("sample", sample)
-        self._generator = torch.Generator().manual_seed(0)  # never the user's
+        self._generator = torch.Generator(device="cpu").manual_seed(0)  # never the user's
         self._steps = 0  # backward passes announced so far, probed or not
         self._is_resting = False
         self._batch_dim = check_dim(batch_dim)
@@ -447,7 +447,7 @@ class GradientProbe:
         """Numbers of the samples to look at; None for all of them."""
         if self._sample is None or self._sample >= count:
             return None
-        order = torch.randperm(count, generator=self._generator)
+        order = torch.randperm(count, generator=self._generator, device="cpu")
         return order[: self._sample].sort().values
 
     def collect(self) -> GradientStatistics | None:

@@ -141,7 +141,7 @@ def _cross(tape: Tape, crossing: _Crossing, known: dict[int, Tensor]) -> bool:
         size = tape.shapes(_whole_node(tape, crossing))[0][0]
         if len(part) != len(rows):
             return False
-        whole = torch.full((size,), -1)
+        whole = torch.full((size,), -1, dtype=torch.int64, device="cpu")
         whole[rows] = part
         known[crossing.whole] = whole
     if len(rows) and int(rows.max()) >= len(whole):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import MappingProxyType
@@ -38,6 +37,7 @@ from .row_uses import RowUse
 from .rules import contributions_of
 from .saved import readable, saved_tensor
 from .tape import Tape, signed
+from .undisturbed import undisturbed
 from .universal import Universal
 
 __all__ = ["Collected", "Session", "dense_values"]
@@ -54,14 +54,6 @@ _SAME_ORDER = frozenset(
 
 
 _Delivery = Callable[[Contribution], Contribution]
-
-
-def _no_grad() -> AbstractContextManager[None]:
-    """No graph of what a hook computes, also under `create_graph=True`."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
-_NOTHING = nullcontext()
 
 
 @dataclass
@@ -185,7 +177,7 @@ class Session:
         if self._error is not None:
             self.close()
             raise self._error
-        with torch.no_grad():
+        with undisturbed():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
             self.take_gradients(self._parts)
@@ -227,7 +219,7 @@ class Session:
             grad = grad_inputs[number]
             if grad is None or self._is_anothers():
                 return
-            with _no_grad():
+            with undisturbed():
                 if grad.shape != shape:
                     grad = grad.sum_to_size(shape)
                 sofar = self._parts.get(name)
@@ -273,7 +265,7 @@ class Session:
             g = grads[0]
             if g is None or self._is_anothers():
                 return
-            with _no_grad():
+            with undisturbed():
                 norms = row.norms(torch._C._current_autograd_node(), g)
             for name in norms:
                 self._count(name, use.name)
@@ -330,7 +322,7 @@ class Session:
                 return
             node = readable(torch._C._current_autograd_node())
             try:
-                with _no_grad():
+                with undisturbed():
                     self._visit(use, node, grads, layouts, deliver)
             except CaptureError as error:
                 if not self._defer_errors:
@@ -457,7 +449,7 @@ class Session:
             grad = grads[0]
             if grad is None or name in self._separated or self._is_anothers():
                 return
-            with _no_grad():
+            with undisturbed():
                 if name in self._split:
                     sofar = self._parts.get(name)
                     self._parts[name] = grad.clone() if sofar is None else sofar + grad

@@ -112,9 +112,6 @@ def test_settings_of_the_backward_thread(case):
         assert_same_bits(got, want, f"{case.name}, {names}")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hooks run under autocast: capture/session.py disables none"
-)
 def test_autocast_in_the_backward_thread():
     """Where it does not round what PyTorch itself computes, it rounds nothing."""
     compared = 0
