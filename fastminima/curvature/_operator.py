@@ -5,41 +5,67 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._checks import Checks
 from ._data import Batches
-from ._guard import RandomState, differentiable, unchanged
+from ._guard import differentiable, parameters_kept, unchanged
+from ._nodes import explained
+from ._random import RandomState
 from ._state import Snapshot
+from ._tape import Tape
+from ._trust import Noise
+from ._weights import check_weights
 
-__all__ = ["CurvatureOperator", "MeanOperator", "Parts", "check_mean", "combine"]
+__all__ = ["CurvatureOperator", "MeanOperator"]
 
-Parts = Sequence[Tensor | None]
+_LOOK_EVERY = 32  # products of a kept graph between looks at the loss
+
+
+@dataclass
+class _Kept:
+    """The graph of a single batch, and what it was recorded from."""
+
+    tape: Any
+    weight: int
+    snapshot: Snapshot
+    uses: int = 0
 
 
 class CurvatureOperator(abc.ABC):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
-    The graph of a single batch is recorded once and kept until the operator goes or a
-    parameter, a buffer, a module's mode or the batch changes. Several batches are
-    recorded again for each pass, one at a time.
+    The graph of a single batch is recorded once and kept until the operator goes or
+    anything changes that it was recorded from: the model, the batch, what the closures
+    read. Several batches are recorded again for each pass, one at a time.
 
     Random numbers that the closure draws (dropout) are those that would have been drawn
-    when the operator was made, in every pass: the operator is one fixed matrix.
+    when the operator was made, in every pass: the operator is one fixed matrix. That it
+    is one is looked at: the first product is made twice, and the first pairs of
+    products must be those of a symmetric matrix.
     """
 
     def __init__(
-        self, model: nn.Module, data: Any, count: Callable[[Any], int] | None
+        self,
+        model: nn.Module,
+        closures: Sequence[Callable[..., Any]],
+        data: Any,
+        count: Callable[[Any], int] | None,
     ) -> None:
         self._model = model
+        self._closures = tuple(closures)
         self._layout = FlatLayout(model)
         self._batches = Batches(data, count)
-        self._random = RandomState(self._layout.device)
-        self._kept: tuple[Snapshot, Any] | None = None
+        self._random = self._generators()
+        self._checks = Checks(type(self).__name__, model)
+        self._kept: _Kept | None = None
+        self._fresh: tuple[Tape, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +87,11 @@ class CurvatureOperator(abc.ABC):
         """Names of the parameters, in the order of the flat vector."""
         return self._layout.names
 
+    @property
+    def extra_products(self) -> int:
+        """Products made so far to compare evaluations, beside those asked for."""
+        return self._checks.products
+
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""
         self._check(vector)
@@ -74,7 +105,7 @@ class CurvatureOperator(abc.ABC):
         columns = [other] if other.dim() == 1 else [c.contiguous() for c in other.T]
         if not columns:
             return torch.zeros_like(other)
-        products = self._multiply([c.detach() for c in columns])
+        products = self._products([c.detach() for c in columns])
         return products[0] if other.dim() == 1 else torch.stack(products, dim=1)
 
     @property
@@ -82,9 +113,32 @@ class CurvatureOperator(abc.ABC):
         """The mean gradient over the data: where `top_eigenpairs` starts from."""
         return self._gradient()
 
+    def begin(self) -> None:
+        """A solver starts: a kept graph must be of today, by what the loss says.
+
+        That finds what no comparison can, such as a file that the closure reads.
+        """
+        self._checks.symmetry.reset()
+        if self._is_kept() and self._kept is not None and not self._says_the_same():
+            self._kept = None
+            self._checks.forget()
+
+    def trust(self, noise: Noise | None) -> None:
+        """Take as checked what has been checked with another operator."""
+        self._checks.noise = noise
+
+    @property
+    def noise(self) -> Noise | None:
+        """What rounding may do to products; None before the first."""
+        return self._checks.noise
+
     @abc.abstractmethod
-    def _record(self, batch: Any) -> Any:
-        """The graph of one batch, ready for products."""
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        """What the closures return: the first by the model, the last the loss."""
+
+    @abc.abstractmethod
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        """The graph of what `_evaluate` returned, ready for products."""
 
     @abc.abstractmethod
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
@@ -94,32 +148,159 @@ class CurvatureOperator(abc.ABC):
     def _gradient(self) -> Tensor:
         """The flat mean gradient."""
 
+    def _products(self, columns: list[Tensor]) -> list[Tensor]:
+        self._look_at_loss(columns[0])
+        products = self._multiplied(columns)
+        if not self._batches.is_single and self._checks.has_moved(self._versions()):
+            self._checks.forget()
+        if self._checks.noise is None:
+            self._make_twice(columns, products)
+        self._checks.look_at_symmetry(columns, products)
+        return products
+
+    def _multiplied(self, columns: list[Tensor]) -> list[Tensor]:
+        try:
+            return self._multiply(columns)
+        except RuntimeError as error:
+            # Something that the snapshot does not know was overwritten in place.
+            if self._kept is None or "inplace operation" not in str(error):
+                raise
+            self._kept = None
+            return self._multiply(columns)
+
+    def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
+        """Evaluate and multiply once more; ValueError unless it is the same product."""
+        at = next((i for i, p in enumerate(products) if bool(p.any())), 0)
+        if not bool(torch.isfinite(products[at]).all()):
+            return
+        before = self._checks.finished_pass()
+        self._kept = None
+        again = self._multiply([columns[at]])[0]
+        try:
+            self._checks.compare(products[at], again, before, self._batches.is_single)
+        except ValueError:
+            self._kept = None
+            raise
+        self._checks.remember(self._versions())
+
+    def _look_at_loss(self, column: Tensor) -> None:
+        """Now and then, whether the loss still is what the kept graph says."""
+        kept = self._kept
+        if kept is None:
+            return
+        kept.uses += 1
+        if kept.uses % _LOOK_EVERY or not self._is_kept() or self._says_the_same():
+            return
+        old = self._multiply([column])[0]
+        self._kept = None
+        new = self._multiply([column])[0]
+        self._checks.products += 2
+        self._checks.same_after(kept.uses, old, new)
+
+    def _says_the_same(self) -> bool:
+        """Whether the loss of the single batch is what it was when recorded."""
+        assert self._kept is not None
+        with self._context():
+            self._random.restore()
+            batch, _ = next(iter(self._batches))
+            loss = self._evaluate(batch)[-1].detach().mean()
+        return self._checks.is_same_loss(float(loss), float(self._kept.tape.value))
+
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[Iterator[tuple[Any, int]]]:
         """Within, each batch's recorded graph with its number of samples."""
-        device = self.device
-        with unchanged(self._model, device), differentiable(device):
-            yield self._recordings()
+        self._follow_parameters()
+        self._is_kept()
+        with self._context():
+            try:
+                yield self._recordings()
+                fresh = self._fresh
+            finally:
+                self._fresh = None
+        if fresh is not None:
+            batch, _ = next(iter(self._batches))
+            snapshot = Snapshot(self._model, batch, self._closures)
+            self._kept = _Kept(*fresh, snapshot)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Where closures run: nothing remains changed, everything is recorded."""
+        named = list(self._model.named_parameters())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unchanged(self._model, self._generators()))
+            stack.enter_context(differentiable(self.device))
+            if self._checks.noise is None:
+                stack.enter_context(parameters_kept(named, self._closure))
+            yield
 
     def _recordings(self) -> Iterator[tuple[Any, int]]:
-        if self._batches.is_single:
-            yield self._single()
+        self._checks.start_pass()
+        if self._kept is not None:
+            self._checks.note(self._kept.weight, self._kept.tape.value)
+            yield self._kept.tape, self._kept.weight
             return
-        self._kept = None
         self._random.restore()
         for batch, weight in self._batches:
-            yield self._record(batch), weight
+            if self._batches.is_single:
+                self._fresh = self._record(batch, weight), weight
+                yield self._fresh
+            else:
+                self._weigh(batch, weight)
+                yield self._record(batch, weight), weight
 
-    def _single(self) -> tuple[Any, int]:
-        if self._kept is not None and self._kept[0].is_current():
-            return self._kept[1]
+    def _record(self, batch: Any, weight: int) -> Tape:
+        roots = self._evaluate(batch)
+        self._checks.look_at_graph(roots)
+        with self._explained(roots):
+            tape = self._make(roots)
+        self._checks.look_at_reach(tape.reached, roots, self._layout, self._closure)
+        self._checks.note(weight, tape.value)
+        return tape
+
+    def _weigh(self, batch: Any, weight: int) -> None:
+        """The first of several batches: does the loss weigh its rows equally?"""
+
+    def _explained(self, roots: Sequence[Tensor]):
+        return explained(roots, self._checks.names(), self._closure)
+
+    def _is_kept(self) -> bool:
+        """Whether there is a kept graph, of what is there now."""
+        if self._kept is None:
+            return False
+        if self._kept.snapshot.is_current():
+            return True
+        if not self._kept.snapshot.is_same_kind:
+            self._checks.forget()
         self._kept = None
-        batch, weight = next(iter(self._batches))
-        snapshot = Snapshot(self._model, batch)
-        self._random.restore()
-        kept = self._record(batch), weight
-        self._kept = snapshot, kept
-        return kept
+        return False
+
+    def _follow_parameters(self) -> None:
+        """Take in parameters put in the place of others; ValueError where none fits."""
+        if not self._layout.is_of(self._model):
+            self._layout = self._layout.following(self._model)
+            self._kept = None
+
+    def _generators(self) -> RandomState:
+        return RandomState(self._layout.device, self._batches.generators)
+
+    def _versions(self) -> list[int]:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
+        """What a closure returns; ValueError if it makes gradients by itself."""
+        value = closure(*arguments)
+        if any(p.grad is not None for p in self._model.parameters()):
+            raise ValueError(
+                f"{self._closure} calls backward itself: gradients of the parameters "
+                "appeared (they were removed again). Return the loss, and leave its "
+                "derivatives to the operator."
+            )
+        return value
+
+    @property
+    def _closure(self) -> str:
+        return "loss(model, batch)"
 
     def _check(self, other: Tensor) -> None:
         size, name = self.shape[0], type(self).__name__
@@ -140,18 +321,6 @@ class CurvatureOperator(abc.ABC):
             )
 
 
-class MeanTape(Protocol):
-    """The recorded graph of one batch of an operator that is a mean over samples."""
-
-    def product(self, parts: list[Tensor]) -> Parts:
-        """The operator on this batch, times a vector."""
-        ...
-
-    def gradient(self) -> Parts:
-        """The gradient of this batch's loss."""
-        ...
-
-
 class MeanOperator(CurvatureOperator):
     """An operator over the data that is the mean of its samples' operators."""
 
@@ -162,75 +331,43 @@ class MeanOperator(CurvatureOperator):
     def _gradient(self) -> Tensor:
         return self._mean(lambda tape: [tape.gradient()])[0]
 
-    def _mean(self, visit: Callable[[Any], list[Parts]]) -> list[Tensor]:
+    def _weigh(self, batch: Any, weight: int) -> None:
+        if self._batches.is_counted or weight < 2 or not self._checks.is_first():
+            return
+        state = self._generators()
+        roots = self._evaluate(batch)
+        tolerance = self._checks.tolerance_of(roots)
+        whole = self._slope(roots)
+        del roots
+        state.restore()
+        check_weights(
+            lambda part: self._slope(self._evaluate(part)),
+            *(batch, whole, weight, tolerance),
+        )
+        state.restore()
+
+    def _slope(self, roots: tuple[Tensor, ...]) -> Tensor:
+        """The flat gradient of a batch, out of the count."""
+        with self._explained(roots):
+            return self._layout.join(self._make(roots).gradient())
+
+    def _mean(self, visit: Callable[[Any], list[Any]]) -> list[Tensor]:
         with self._recorded() as recordings:
             tape, total = next(recordings)
-            sums = [self._layout.join(parts) for parts in visit(tape)]
+            sums = [self._layout.join(parts) for parts in self._visited(visit, tape)]
             if self._batches.is_single:
                 return sums
             for s in sums:
                 s.mul_(total)
             del tape
             for tape, weight in recordings:
-                for s, parts in zip(sums, visit(tape), strict=True):
+                found = self._visited(visit, tape)
+                for s, parts in zip(sums, found, strict=True):
                     s.add_(self._layout.join(parts), alpha=weight)
                 total += weight
-                del tape
+                del tape, found
             return [s.div_(total) for s in sums]
 
-
-def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
-    """The scalar that a closure returned; ValueError unless it is one and usable."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        met = (
-            f"shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else type(loss).__name__
-        )
-        raise ValueError(
-            f"{closure} must return a scalar tensor, the mean over the batch; got "
-            f"{met}. Return losses.mean()."
-        )
-    check_tape(loss, closure)
-    if not torch.isfinite(loss).all():
-        raise ValueError(
-            f"{closure} returned {loss.item()}: a non-finite loss has no derivatives. "
-            "Check the batch and the parameters."
-        )
-    return loss.reshape(())
-
-
-def check_tape(value: Tensor, closure: str) -> None:
-    """ValueError unless `value` can be differentiated."""
-    if not value.requires_grad:
-        raise ValueError(
-            f"{closure} returned a tensor without a graph: no trainable parameter was "
-            "reached. Compute it with the model's own parameters, without detach() or "
-            "no_grad()."
-        )
-
-
-def combine(
-    outputs: Parts, inputs: Sequence[Tensor], weights: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradient of sum_i <outputs_i, weights_i> by the inputs, keeping the graph.
-
-    Outputs that are None or constant contribute nothing; an input not reached gets
-    None.
-    """
-    used = [
-        (o, w)
-        for o, w in zip(outputs, weights, strict=True)
-        if o is not None and o.requires_grad
-    ]
-    if not used:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in used],
-            inputs,
-            [w for _, w in used],
-            retain_graph=True,
-            allow_unused=True,
-        )
-    )
+    def _visited(self, visit: Callable[[Any], list[Any]], tape: Any) -> list[Any]:
+        with self._explained(tape.roots):
+            return visit(tape)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._operator import MeanOperator, Parts, check_mean, combine
+from ._operator import MeanOperator
+from ._tape import Parts, Tape, check_mean, combine
 
 __all__ = ["Hessian"]
 
@@ -54,22 +55,27 @@ class Hessian(MeanOperator):
         data: Any,
         count: Callable[[Any], int] | None = None,
     ) -> None:
-        super().__init__(model, data, count)
+        super().__init__(model, (loss,), data, count)
         self._loss = loss
 
-    def _record(self, batch: Any) -> _GradientTape:
-        loss = check_mean(self._loss(self._model, batch))
-        return _GradientTape(loss, self._layout.parameters)
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        return (check_mean(self._ask(self._loss, self._model, batch)),)
+
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        return _GradientTape(roots, self._layout.parameters)
 
 
-class _GradientTape:
+class _GradientTape(Tape):
     """A gradient that can be differentiated again, any number of times."""
 
-    def __init__(self, loss: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> None:
         self._parameters = parameters
         self._gradient = torch.autograd.grad(
-            loss, parameters, create_graph=True, allow_unused=True
+            roots[0], parameters, create_graph=True, allow_unused=True
         )
+        super().__init__(roots, self._gradient)
 
     def product(self, parts: list[Tensor]) -> Parts:
         return combine(self._gradient, self._parameters, parts)

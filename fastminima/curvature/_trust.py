@@ -1,0 +1,133 @@
+"""Whether products are those of one symmetric matrix, as far as rounding can tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._nodes import Survey
+
+__all__ = ["Noise", "SymmetryWatch", "difference"]
+
+# By which two evaluations may differ, relative to their norm. Noise of four times what
+# an H100's atomics make moved products by 5e-15 in float64, 6e-6 in float32, 2e-3 in
+# float16, 3e-2 in bfloat16; other random numbers move them by 1e-1 and more.
+_REPEAT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2}
+_REPEAT_NARROW = 1e-1
+# By which <u, A v> and <A u, v> may differ, relative to the larger. Honest: 1e-14,
+# 2e-6, 1e-3, 7e-3 in the same order, under that noise; asymmetric: 2e-2 and more.
+_SYMMETRY = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 1e-2}
+_SYMMETRY_NARROW = 4e-2
+_UNKNOWN = 2e-2  # of a matrix of which nothing but its products is known
+# Between vectors that are hardly coupled both are rounding alone: differences below this
+# share of `allowed` |A| |u| |v| say nothing. In halves they reach 7e-3 |A|.
+_FLOOR = {torch.float64: 0.02, torch.float32: 0.02}
+_FLOOR_NARROW = 1.0
+_PAIRS = 5  # pairs of consecutive products that are looked at
+_PARALLEL = 0.99
+
+Pair = tuple[Tensor, Tensor]  # a vector and its product
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What rounding may do to products.
+
+    Attributes:
+        dtype: The narrowest dtype that the graph computes in.
+        saturation: eps / |loss| where the graph has probabilities, else 0. A fitted
+            classifier's curvature is made of 1 - p, of which rounding leaves so much.
+    """
+
+    dtype: torch.dtype
+    saturation: float = 0.0
+
+    @classmethod
+    def of(cls, survey: Survey, loss: float) -> Noise:
+        """The noise of a graph whose loss has this value."""
+        share = survey.eps / max(abs(loss), 1e-300) if survey.saturates else 0.0
+        return cls(survey.dtype, share)
+
+    @property
+    def repeat(self) -> float:
+        """How much two evaluations may differ."""
+        return _REPEAT.get(self.dtype, _REPEAT_NARROW) + min(self.saturation, 0.5)
+
+    @property
+    def symmetry(self) -> float:
+        """How much <u, A v> and <A u, v> may differ."""
+        return _SYMMETRY.get(self.dtype, _SYMMETRY_NARROW) + self.saturation
+
+    @property
+    def floor(self) -> float:
+        """The share of |A| below which nothing can be told."""
+        return _FLOOR.get(self.dtype, _FLOOR_NARROW)
+
+
+def difference(first: Tensor, second: Tensor) -> float:
+    """|first - second| over the larger norm; 0 for zeros, inf for one that is NaN."""
+    norms = torch.linalg.vector_norm(torch.stack([first, second]), dim=1)
+    apart = torch.linalg.vector_norm(first - second)
+    largest = float(norms.max())
+    share = float(apart) / largest if largest else 0.0
+    return share if share == share else float("inf")
+
+
+class SymmetryWatch:
+    """Compares <u, A v> with <A u, v> for the first few products after `reset`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Look at the next products."""
+        self._left = _PAIRS
+        self._last: Pair | None = None
+        self._scale = 0.0
+
+    def fault(self, v: Tensor, image: Tensor, noise: Noise | None) -> str | None:
+        """What is wrong with a product beside the one before it, or None."""
+        if not self._left:
+            return None
+        last, self._last = self._last, (v.clone(), image.clone())
+        if last is None:
+            return None
+        found = self.between(last, self._last, noise)
+        if not self._left:
+            self._last = None
+        return found
+
+    def between(
+        self, first: Pair, second: Pair, noise: Noise | None
+    ) -> str | None:
+        """What is wrong with two products (v, A v) beside each other, or None."""
+        (u, image_u), (v, image_v) = first, second
+        left, right, along, nu, nv, au, av = _dots(u, image_u, v, image_v)
+        if not (nu > 0 and nv > 0) or abs(along) > _PARALLEL * nu * nv:
+            return None
+        self._left -= 1
+        self._scale = max(self._scale, au / nu, av / nv)
+        allowed = _UNKNOWN if noise is None else noise.symmetry
+        share = _FLOOR_NARROW if noise is None else noise.floor
+        apart = abs(left - right)
+        floor = max(abs(left), abs(right), share * self._scale * nu * nv)
+        if not apart > allowed * floor:
+            return None
+        return (
+            f"<u, A v> = {left:.6g} and <A u, v> = {right:.6g} differ by "
+            f"{apart / max(abs(left), abs(right)):.1e} of their size, for two vectors "
+            f"met; rounding explains {allowed:.0e}"
+        )
+
+
+def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:
+    """<u, A v>, <A u, v>, <u, v>, |u|, |v|, |A u|, |A v|, by one look at the host."""
+    pairs = ((u, image_v), (image_u, v), (u, v))
+    dots = [torch.linalg.vecdot(a.double(), b.double()) for a, b in pairs]
+    norms = [
+        torch.linalg.vector_norm(x, dtype=torch.float64)
+        for x in (u, v, image_u, image_v)
+    ]
+    return torch.stack([*dots, *norms]).tolist()
