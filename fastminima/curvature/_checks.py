@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from .._flat import FlatLayout
 from ._nodes import Survey, foreign_leaves, refuse_nodes, survey
 from ._random import drew_elsewhere
 from ._tape import Parts
-from ._trust import Noise, SymmetryWatch, difference
+from ._trust import Noise, Suspicion, SymmetryWatch, difference
 
 __all__ = ["Checks"]
 
+_RESCUED = 10  # times what one graph's products differ by, two evaluations may
 _LOSS = 1e-2  # the share of what products may differ by that losses may
 
 Pass = tuple[float, int]  # mean loss and number of samples
@@ -36,6 +38,11 @@ class Checks:
     def names(self) -> dict[int, str]:
         """The parameters' names by identity."""
         return {id(p): name for name, p in self._model.named_parameters()}
+
+    @property
+    def eps(self) -> float:
+        """Machine precision of the narrowest dtype met."""
+        return torch.finfo(self.noise.dtype if self.noise else torch.float32).eps
 
     def forget(self) -> None:
         """Check anew: the operator has become another."""
@@ -86,9 +93,10 @@ class Checks:
         """Whether nothing has been checked, and no batch recorded in this pass."""
         return self.noise is None and not self._noted
 
-    def note(self, weight: int, value: Tensor) -> None:
+    def note(self, samples: int, value: Tensor) -> None:
         """A batch has been recorded."""
-        self._noted.append((weight, value))
+        if samples:
+            self._noted.append((samples, value))
 
     def finished_pass(self) -> Pass:
         """Mean loss and number of samples of the pass; (0, 0) if it recorded none."""
@@ -98,16 +106,14 @@ class Checks:
         samples = sum(w for w, _ in self._noted)
         return float(values.sum()) / samples, samples
 
-    def compare(
-        self, first: Tensor, second: Tensor, before: Pass, is_single: bool
-    ) -> None:
-        """ValueError unless two evaluations agree; then what rounding may do is known.
+    def compare(self, first: Tensor, second: Tensor, before: Pass) -> float | None:
+        """By how much two evaluations differ, if by more than rounding explains.
 
-        `before` is what was noted with the first product.
+        Else what rounding may do is known from here on. `before` is what was noted with
+        the first product.
         """
         self.products += 1
         after = self.finished_pass()
-        before = before if before[1] else after
         assert self._survey is not None
         noise = Noise.of(self._survey, after[0])
         apart = difference(first, second)
@@ -115,7 +121,30 @@ class Checks:
         is_zero = not bool(first.any() or second.any())
         if apart <= noise.repeat and not (is_zero and gap > noise.repeat):
             self.noise = noise
-            return
+            return None
+        return apart
+
+    def accept(self, apart: float, same_graph: float, before: Pass) -> bool:
+        """Whether the graph itself gives products that differ as much.
+
+        Then the backward pass adds in no fixed order, and little is left of its sum; so
+        it is if the losses agree.
+        """
+        after = self.finished_pass()
+        assert self._survey is not None
+        noise = Noise.of(self._survey, after[0])
+        largest = max(abs(before[0]), abs(after[0]))
+        is_same = abs(before[0] - after[0]) <= noise.repeat * largest
+        if is_same and apart <= _RESCUED * same_graph:
+            self.noise = noise
+            return True
+        return False
+
+    def refuse_difference(self, apart: float, before: Pass, is_single: bool) -> NoReturn:
+        """ValueError: the matrix is not the same twice."""
+        after = self.finished_pass()
+        assert self._survey is not None
+        noise = Noise.of(self._survey, after[0])
         raise ValueError(
             f"{self._operator} is not the same matrix twice: of its first product, two "
             f"evaluations differ by {apart:.1e} of their size (losses {before[0]:.7g} "
@@ -176,18 +205,19 @@ class Checks:
                 "batch or as an attribute of the model, or make a new operator."
             )
 
-    def look_at_symmetry(self, columns: list[Tensor], products: list[Tensor]) -> None:
-        """ValueError unless products are those of a symmetric matrix."""
+    def look_at_symmetry(
+        self, columns: list[Tensor], products: list[Tensor]
+    ) -> Suspicion | None:
+        """Two vectors between which the matrix seems not to be symmetric, if any."""
         if len(columns) == 1:
-            fault = self.symmetry.fault(columns[0], products[0], self.noise)
-        else:
-            fault = self.symmetry.between(
-                *_two_mixtures(columns, products), self.noise
-            )
-        if fault:
-            raise ValueError(
-                f"{self._operator} is not symmetric: {fault}.{self._suspects()}"
-            )
+            return self.symmetry.look(columns[0], products[0], self.noise)
+        return self.symmetry.between(*_two_mixtures(columns, products), self.noise)
+
+    def refuse(self, suspicion: Suspicion) -> NoReturn:
+        """ValueError: the matrix is not symmetric."""
+        raise ValueError(
+            f"{self._operator} is not symmetric: {suspicion.text}.{self._suspects()}"
+        )
 
     def _suspects(self) -> str:
         functions = self._survey.functions if self._survey else ()

@@ -14,7 +14,7 @@ from ._random import RandomState
 from ._rewrites import Rewrites
 from ._same import same
 
-__all__ = ["differentiable", "parameters_kept", "unchanged"]
+__all__ = ["differentiable", "moved", "parameters_kept", "unchanged"]
 
 # A module's hooks on gradients; they would be applied to second derivatives as well.
 _GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -110,6 +110,21 @@ def parameters_kept(named: Sequence[tuple[str, Tensor]], closure: str) -> Iterat
             "them has no meaning then. Apply constraints and optimizer steps outside "
             "the closure."
         )
+
+
+@contextlib.contextmanager
+def moved(parameters: Sequence[Tensor], eps: float, seed: int) -> Iterator[None]:
+    """Within, every parameter has other values, away by `eps` of each at the most."""
+    before = [parameter.data for parameter in parameters]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    try:
+        for parameter, data in zip(parameters, before, strict=True):
+            share = torch.rand(data.shape, generator=generator, device="cpu")
+            parameter.data = data * (1 + eps * (2 * share - 1).to(data))
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
 @contextlib.contextmanager

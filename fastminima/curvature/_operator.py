@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._checks import Checks
 from ._data import Batches
-from ._guard import differentiable, parameters_kept, unchanged
+from ._guard import differentiable, moved, parameters_kept, unchanged
 from ._nodes import explained
 from ._random import RandomState
 from ._state import Snapshot
 from ._tape import Tape
-from ._trust import Noise
+from ._trust import Noise, Suspicion, difference
 from ._weights import check_weights
 
 __all__ = ["CurvatureOperator", "MeanOperator"]
 
+_MOVES = 4  # of the parameters, before an operator is said not to be symmetric
 _LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
@@ -155,7 +156,9 @@ class CurvatureOperator(abc.ABC):
             self._checks.forget()
         if self._checks.noise is None:
             self._make_twice(columns, products)
-        self._checks.look_at_symmetry(columns, products)
+        suspicion = self._checks.look_at_symmetry(columns, products)
+        if suspicion is not None and self._is_confirmed(suspicion):
+            self._checks.refuse(suspicion)
         return products
 
     def _multiplied(self, columns: list[Tensor]) -> list[Tensor]:
@@ -176,12 +179,34 @@ class CurvatureOperator(abc.ABC):
         before = self._checks.finished_pass()
         self._kept = None
         again = self._multiply([columns[at]])[0]
-        try:
-            self._checks.compare(products[at], again, before, self._batches.is_single)
-        except ValueError:
+        is_single = self._batches.is_single
+        apart = self._checks.compare(products[at], again, before)
+        if apart is not None and not (
+            is_single and self._is_noise(apart, columns[at], again, before)
+        ):
             self._kept = None
-            raise
+            self._checks.refuse_difference(apart, before, is_single)
         self._checks.remember(self._versions())
+
+    def _is_noise(
+        self, apart: float, column: Tensor, product: Tensor, before: tuple[float, int]
+    ) -> bool:
+        """Whether the kept graph by itself makes such differences."""
+        self._checks.products += 1
+        same_graph = difference(product, self._multiply([column])[0])
+        return self._checks.accept(apart, same_graph, before)
+
+    def _is_confirmed(self, suspicion: Suspicion) -> bool:
+        """Whether a matrix is as little symmetric with parameters moved by rounding."""
+        for seed in range(_MOVES):
+            self._kept = None
+            self._checks.products += 2
+            with moved(self._layout.parameters, self._checks.eps, seed):
+                images = self._multiply([suspicion.u, suspicion.v])
+            self._kept = None
+            if not suspicion.is_confirmed_by(*images):
+                return False
+        return True
 
     def _look_at_loss(self, column: Tensor) -> None:
         """Now and then, whether the loss still is what the kept graph says."""
@@ -254,7 +279,8 @@ class CurvatureOperator(abc.ABC):
         with self._explained(roots):
             tape = self._make(roots)
         self._checks.look_at_reach(tape.reached, roots, self._layout, self._closure)
-        self._checks.note(weight, tape.value)
+        # A vector of losses says itself how many samples it has.
+        self._checks.note(weight * roots[-1].numel(), tape.value)
         return tape
 
     def _weigh(self, batch: Any, weight: int) -> None:

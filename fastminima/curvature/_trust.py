@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._nodes import Survey
 
-__all__ = ["Noise", "SymmetryWatch", "difference"]
+__all__ = ["Noise", "Suspicion", "SymmetryWatch", "difference"]
 
 # By which two evaluations may differ, relative to their norm. Noise of four times what
 # an H100's atomics make moved products by 5e-15 in float64, 6e-6 in float32, 2e-3 in
@@ -18,8 +18,8 @@ _REPEAT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2}
 _REPEAT_NARROW = 1e-1
 # By which <u, A v> and <A u, v> may differ, relative to the larger. Honest: 1e-14,
 # 2e-6, 1e-3, 7e-3 in the same order, under that noise; asymmetric: 2e-2 and more.
-_SYMMETRY = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 1e-2}
-_SYMMETRY_NARROW = 4e-2
+_SYMMETRY = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3}
+_SYMMETRY_NARROW = 2e-2
 _UNKNOWN = 2e-2  # of a matrix of which nothing but its products is known
 # Between vectors that are hardly coupled both are rounding alone: differences below this
 # share of `allowed` |A| |u| |v| say nothing. In halves they reach 7e-3 |A|.
@@ -27,6 +27,7 @@ _FLOOR = {torch.float64: 0.02, torch.float32: 0.02}
 _FLOOR_NARROW = 1.0
 _PAIRS = 5  # pairs of consecutive products that are looked at
 _PARALLEL = 0.99
+_STABLE = 0.2  # by which a real gap may change next to the point
 
 Pair = tuple[Tensor, Tensor]  # a vector and its product
 
@@ -75,6 +76,31 @@ def difference(first: Tensor, second: Tensor) -> float:
     return share if share == share else float("inf")
 
 
+@dataclass(frozen=True)
+class Suspicion:
+    """Two vectors between which a matrix seems not to be symmetric.
+
+    Attributes:
+        u: The one.
+        v: The other.
+        gap: <u, A v> - <A u, v>.
+        text: What was found, in words.
+    """
+
+    u: Tensor
+    v: Tensor
+    gap: float
+    text: str
+
+    def is_confirmed_by(self, image_u: Tensor, image_v: Tensor) -> bool:
+        """Whether products at a point next to it show the same gap.
+
+        What rounding makes is another number there.
+        """
+        left, right, *_ = _dots(self.u, image_u, self.v, image_v)
+        return abs(left - right - self.gap) <= _STABLE * abs(self.gap)
+
+
 class SymmetryWatch:
     """Compares <u, A v> with <A u, v> for the first few products after `reset`."""
 
@@ -87,7 +113,9 @@ class SymmetryWatch:
         self._last: Pair | None = None
         self._scale = 0.0
 
-    def fault(self, v: Tensor, image: Tensor, noise: Noise | None) -> str | None:
+    def look(
+        self, v: Tensor, image: Tensor, noise: Noise | None
+    ) -> Suspicion | None:
         """What is wrong with a product beside the one before it, or None."""
         if not self._left:
             return None
@@ -101,7 +129,7 @@ class SymmetryWatch:
 
     def between(
         self, first: Pair, second: Pair, noise: Noise | None
-    ) -> str | None:
+    ) -> Suspicion | None:
         """What is wrong with two products (v, A v) beside each other, or None."""
         (u, image_u), (v, image_v) = first, second
         left, right, along, nu, nv, au, av = _dots(u, image_u, v, image_v)
@@ -115,11 +143,12 @@ class SymmetryWatch:
         floor = max(abs(left), abs(right), share * self._scale * nu * nv)
         if not apart > allowed * floor:
             return None
-        return (
+        text = (
             f"<u, A v> = {left:.6g} and <A u, v> = {right:.6g} differ by "
             f"{apart / max(abs(left), abs(right)):.1e} of their size, for two vectors "
             f"met; rounding explains {allowed:.0e}"
         )
+        return Suspicion(u, v, left - right, text)
 
 
 def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:
