@@ -124,6 +124,12 @@ class CurvatureOperator(abc.ABC):
             self._kept = None
             self._checks.forget()
 
+    def look_at_pair(
+        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    ) -> None:
+        """ValueError unless two vectors, each with its product, show symmetry."""
+        self._judge(self._checks.symmetry.between(first, second, self._checks.noise))
+
     def trust(self, noise: Noise | None) -> None:
         """Take as checked what has been checked with another operator."""
         self._checks.noise = noise
@@ -156,10 +162,12 @@ class CurvatureOperator(abc.ABC):
             self._checks.forget()
         if self._checks.noise is None:
             self._make_twice(columns, products)
-        suspicion = self._checks.look_at_symmetry(columns, products)
+        self._judge(self._checks.look_at_symmetry(columns, products))
+        return products
+
+    def _judge(self, suspicion: Suspicion | None) -> None:
         if suspicion is not None and self._is_confirmed(suspicion):
             self._checks.refuse(suspicion)
-        return products
 
     def _multiplied(self, columns: list[Tensor]) -> list[Tensor]:
         try:

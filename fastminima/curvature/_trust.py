@@ -26,6 +26,7 @@ _UNKNOWN = 2e-2  # of a matrix of which nothing but its products is known
 _FLOOR = {torch.float64: 0.02, torch.float32: 0.02}
 _FLOOR_NARROW = 1.0
 _PAIRS = 5  # pairs of consecutive products that are looked at
+_LOOKS = 12  # with those between parallel vectors, which tell nothing
 _PARALLEL = 0.99
 _STABLE = 0.2  # by which a real gap may change next to the point
 
@@ -109,7 +110,7 @@ class SymmetryWatch:
 
     def reset(self) -> None:
         """Look at the next products."""
-        self._left = _PAIRS
+        self._left, self._looks = _PAIRS, _LOOKS
         self._last: Pair | None = None
         self._scale = 0.0
 
@@ -117,7 +118,9 @@ class SymmetryWatch:
         self, v: Tensor, image: Tensor, noise: Noise | None
     ) -> Suspicion | None:
         """What is wrong with a product beside the one before it, or None."""
-        if not self._left:
+        self._looks -= 1
+        if not self._left or self._looks < 0:
+            self._last = None
             return None
         last, self._last = self._last, (v.clone(), image.clone())
         if last is None:
@@ -154,7 +157,7 @@ class SymmetryWatch:
 def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:
     """<u, A v>, <A u, v>, <u, v>, |u|, |v|, |A u|, |A v|, by one look at the host."""
     pairs = ((u, image_v), (image_u, v), (u, v))
-    dots = [torch.linalg.vecdot(a.double(), b.double()) for a, b in pairs]
+    dots = [torch.linalg.vecdot(a, b).double() for a, b in pairs]
     norms = [
         torch.linalg.vector_norm(x, dtype=torch.float64)
         for x in (u, v, image_u, image_v)

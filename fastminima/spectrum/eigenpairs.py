@@ -81,9 +81,9 @@ def top_eigenpairs(
     if not found.is_converged:
         _warn(found, wanted, problem.products)
     return Eigenpairs(
-        values=torch.tensor(found.values, dtype=problem.dtype),
+        values=torch.tensor(found.values, dtype=problem.dtype, device="cpu"),
         vectors=torch.stack(found.vectors),
-        residuals=torch.tensor(found.residuals, dtype=problem.dtype),
+        residuals=torch.tensor(found.residuals, dtype=problem.dtype, device="cpu"),
         products=problem.products,
         converged=found.is_converged,
     )
