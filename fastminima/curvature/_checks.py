@@ -209,9 +209,11 @@ class Checks:
         self, columns: list[Tensor], products: list[Tensor]
     ) -> Suspicion | None:
         """Two vectors between which the matrix seems not to be symmetric, if any."""
-        if len(columns) == 1:
-            return self.symmetry.look(columns[0], products[0], self.noise)
-        return self.symmetry.between(*_two_mixtures(columns, products), self.noise)
+        for column, product in zip(columns, products, strict=True):
+            suspicion = self.symmetry.look(column, product, self.noise)
+            if suspicion is not None:
+                return suspicion
+        return None
 
     def refuse(self, suspicion: Suspicion) -> NoReturn:
         """ValueError: the matrix is not symmetric."""
@@ -229,13 +231,3 @@ class Checks:
             "layers with in-place state; torch.autograd.gradgradcheck tests one."
         )
 
-
-def _two_mixtures(columns: list[Tensor], products: list[Tensor]):
-    """Two sums with signs of all columns, each with that of their products."""
-    for flip in (1, 2):
-        signs = [-1.0 if (i // flip) % 2 else 1.0 for i in range(len(columns))]
-        mixed = [torch.zeros_like(columns[0]), torch.zeros_like(products[0])]
-        for sign, column, product in zip(signs, columns, products, strict=True):
-            mixed[0].add_(column, alpha=sign)
-            mixed[1].add_(product, alpha=sign)
-        yield mixed[0], mixed[1]

@@ -128,7 +128,7 @@ def moved(parameters: Sequence[Tensor], eps: float, seed: int) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
+def differentiable(device: torch.device) -> Iterator[Rewrites]:
     """Everything recorded, by kernels that have a second derivative.
 
     Fused attention has none, so its plain form is used, and so on (`Rewrites`);
@@ -141,11 +141,11 @@ def differentiable(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(Rewrites())
+        rewrites = stack.enter_context(Rewrites())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            yield
+            yield rewrites
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)

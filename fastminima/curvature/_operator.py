@@ -18,6 +18,7 @@ from ._data import Batches
 from ._guard import differentiable, moved, parameters_kept, unchanged
 from ._nodes import explained
 from ._random import RandomState
+from ._rewrites import Rewrites
 from ._state import Snapshot
 from ._tape import Tape
 from ._trust import Noise, Suspicion, difference
@@ -26,6 +27,7 @@ from ._weights import check_weights
 __all__ = ["CurvatureOperator", "MeanOperator"]
 
 _MOVES = 4  # of the parameters, before an operator is said not to be symmetric
+_MANY = 8  # columns, beside which products with two more cost little
 _LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
@@ -67,6 +69,7 @@ class CurvatureOperator(abc.ABC):
         self._checks = Checks(type(self).__name__, model)
         self._kept: _Kept | None = None
         self._fresh: tuple[Tape, int] | None = None
+        self._rewrites = Rewrites()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,11 +127,21 @@ class CurvatureOperator(abc.ABC):
             self._kept = None
             self._checks.forget()
 
-    def look_at_pair(
-        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-    ) -> None:
-        """ValueError unless two vectors, each with its product, show symmetry."""
-        self._judge(self._checks.symmetry.between(first, second, self._checks.noise))
+    def look_at_mixtures(self) -> None:
+        """ValueError unless products with two random vectors show symmetry.
+
+        What is met instead may hardly be coupled: columns of the identity.
+        """
+        generator = torch.Generator("cpu").manual_seed(1)
+        drawn = torch.randn(
+            *(2, self.shape[0]), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        columns = list(drawn.to(self.device, self.dtype))
+        self._checks.products += 2
+        products = self._multiplied(columns)
+        watch = self._checks.symmetry
+        pairs = zip(columns, products, strict=True)
+        self._judge(watch.between(*pairs, self._checks.noise))
 
     def trust(self, noise: Noise | None) -> None:
         """Take as checked what has been checked with another operator."""
@@ -162,7 +175,10 @@ class CurvatureOperator(abc.ABC):
             self._checks.forget()
         if self._checks.noise is None:
             self._make_twice(columns, products)
+        is_first = self._checks.symmetry.is_fresh
         self._judge(self._checks.look_at_symmetry(columns, products))
+        if is_first and len(columns) >= _MANY:
+            self.look_at_mixtures()
         return products
 
     def _judge(self, suspicion: Suspicion | None) -> None:
@@ -261,9 +277,9 @@ class CurvatureOperator(abc.ABC):
         named = list(self._model.named_parameters())
         with contextlib.ExitStack() as stack:
             stack.enter_context(unchanged(self._model, self._generators()))
-            stack.enter_context(differentiable(self.device))
             if self._checks.noise is None:
                 stack.enter_context(parameters_kept(named, self._closure))
+            self._rewrites = stack.enter_context(differentiable(self.device))
             yield
 
     def _recordings(self) -> Iterator[tuple[Any, int]]:
@@ -323,7 +339,8 @@ class CurvatureOperator(abc.ABC):
 
     def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
         """What a closure returns; ValueError if it makes gradients by itself."""
-        value = closure(*arguments)
+        with self._rewrites.remembering():
+            value = closure(*arguments)
         if any(p.grad is not None for p in self._model.parameters()):
             raise ValueError(
                 f"{self._closure} calls backward itself: gradients of the parameters "

@@ -82,7 +82,7 @@ class Reads:
                     self.marks.append(name)
                     self.value(value, depth - 1)
             for base in kind.__mro__:
-                if not _is_library(base.__module__):
+                if not _is_library(base.__module__) and self._is_new(base):
                     self._class(base, depth - 1)
 
     def value(self, value: Any, depth: int = _DEPTH) -> None:
@@ -133,19 +133,23 @@ class Reads:
 
     def _object(self, value: Any, kind: type, depth: int) -> None:
         self.marks.append(id(value))
+        attributes = getattr(value, "__dict__", {})
         if _is_library(kind.__module__) and not self._is_entered(value, kind):
-            return
-        for name, part in getattr(value, "__dict__", {}).items():
+            attributes = {n: part for n, part in attributes.items() if _is_plain(part)}
+        for name, part in attributes.items():
             self.marks.append(name)
             self.value(part, depth - 1)
         for name in _slots(kind):
             self.value(getattr(value, name, None), depth - 1)
 
     def _is_entered(self, value: Any, kind: type) -> bool:
-        """Whether an object of a library's class is looked into all the same."""
+        """Whether an object of a library's class is looked into all the same.
+
+        Of others, such as a configuration, plain attributes and tensors are read.
+        """
         return (
             self._enters_libraries
-            or isinstance(value, Mapping)
+            or isinstance(value, Mapping | types.SimpleNamespace)
             or dataclasses.is_dataclass(kind)
             or kind.__module__.startswith("torch.distributions")
         )
@@ -183,15 +187,14 @@ class Reads:
         if not _is_library(module.__name__):
             for name in names:
                 value = vars(module).get(name)
-                if type(value) in _PLAIN or isinstance(value, Tensor | np.ndarray):
+                if _is_plain(value) or isinstance(value, np.ndarray):
                     self.value(value)
 
     def _class(self, kind: type, depth: int) -> None:
         """A user's class: its plain attributes and its functions."""
         self.marks.append(id(kind))
-        if id(kind) in self._seen or _is_library(kind.__module__):
+        if _is_library(kind.__module__):
             return
-        self._is_new(kind)
         for name, part in vars(kind).items():
             if not name.startswith("__"):
                 self.marks.append(name)
@@ -202,6 +205,10 @@ class Reads:
         is_new = id(value) not in self._seen
         self._seen.add(id(value))
         return is_new
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or isinstance(value, Tensor)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ class Rewrites(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._rescaled: dict[int, tuple[Tensor, Tensor]] = {}
+        self._remembers = False
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within (one call of a closure), a rescaled weight stands for the weight."""
+        self._remembers = True
+        try:
+            yield
+        finally:
+            self._remembers = False
+            self._rescaled.clear()
 
     def __torch_function__(
         self,
@@ -67,10 +79,10 @@ class Rewrites(TorchFunctionMode):
         norm_type = kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0)
         args = (args[0], None, *args[2:]) if len(args) > 1 else args
         rescaled = _rescaled(weight, input, max_norm, norm_type)
-        original = next(
-            (w for w, now in self._rescaled.values() if now is weight), weight
-        )
-        self._rescaled[id(original)] = original, rescaled
+        if self._remembers:
+            known = self._rescaled.values()
+            original = next((w for w, now in known if now is weight), weight)
+            self._rescaled[id(original)] = original, rescaled
         return func(input, rescaled, *args, **kwargs)
 
 

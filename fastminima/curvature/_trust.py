@@ -18,7 +18,7 @@ _REPEAT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2}
 _REPEAT_NARROW = 1e-1
 # By which <u, A v> and <A u, v> may differ, relative to the larger. Honest: 1e-14,
 # 2e-6, 1e-3, 7e-3 in the same order, under that noise; asymmetric: 2e-2 and more.
-_SYMMETRY = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3}
+_SYMMETRY = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 5e-3}
 _SYMMETRY_NARROW = 2e-2
 _UNKNOWN = 2e-2  # of a matrix of which nothing but its products is known
 # Between vectors that are hardly coupled both are rounding alone: differences below this
@@ -113,6 +113,11 @@ class SymmetryWatch:
         self._left, self._looks = _PAIRS, _LOOKS
         self._last: Pair | None = None
         self._scale = 0.0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no product has been looked at yet."""
+        return self._looks == _LOOKS
 
     def look(
         self, v: Tensor, image: Tensor, noise: Noise | None

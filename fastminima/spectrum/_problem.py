@@ -67,14 +67,14 @@ class Problem:
 
     def look_at_rows(self, images: Float[Tensor, "params params"]) -> None:
         """ValueError unless products with all unit vectors are symmetric together."""
+        if self._operator is not None:
+            self._operator.look_at_mixtures()
+            return
         generator = torch.Generator("cpu").manual_seed(1)
         mixtures = torch.randn(
             *(2, self.size), generator=generator, dtype=torch.float64, device="cpu"
         )
         u, v = mixtures.to(images)
-        if self._operator is not None:
-            self._operator.look_at_pair((u, u @ images), (v, v @ images))
-            return
         self._refuse(self._watch.between((u, u @ images), (v, v @ images), self._noise))
 
     def _refuse(self, suspicion: Suspicion | None) -> None:
