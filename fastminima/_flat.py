@@ -121,7 +121,9 @@ def _change(before: _Kind | None, after: _Kind | None) -> str:
         return "was frozen or removed"
     if before is None:
         return "was added or set to require grad"
-    shown = [f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in (before, after)]
+    shown = [
+        f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in (before, after)
+    ]
     return f"went from {shown[0]} to {shown[1]}"
 
 

@@ -140,7 +140,9 @@ class Checks:
             return True
         return False
 
-    def refuse_difference(self, apart: float, before: Pass, is_single: bool) -> NoReturn:
+    def refuse_difference(
+        self, apart: float, before: Pass, is_single: bool
+    ) -> NoReturn:
         """ValueError: the matrix is not the same twice."""
         after = self.finished_pass()
         assert self._survey is not None
@@ -149,9 +151,9 @@ class Checks:
             f"{self._operator} is not the same matrix twice: of its first product, two "
             f"evaluations differ by {apart:.1e} of their size (losses {before[0]:.7g} "
             f"and {after[0]:.7g}); rounding in {noise.dtype} explains "
-            f"{noise.repeat:.0e}.{self._hints(before, after, is_single)} Each pass must "
-            "see the same batches and random numbers: pass list(loader) in place of a "
-            "loader that shuffles or augments; draw noise from the global generators "
+            f"{noise.repeat:.0e}.{self._hints(before, after, is_single)} Each pass "
+            "must see the same batches and random numbers: pass list(loader) in place "
+            "of a loader that shuffles or augments; draw noise from the global generators "
             "of torch, Python or NumPy, which are set back for each pass, or once, "
             "outside the closure."
         )
@@ -230,4 +232,3 @@ class Checks:
             "backward detaches, reverses or clips, at hooks on activations, and at "
             "layers with in-place state; torch.autograd.gradgradcheck tests one."
         )
-

@@ -87,7 +87,9 @@ def _put_back(module: nn.Module, before: dict) -> None:
 
 
 @contextlib.contextmanager
-def parameters_kept(named: Sequence[tuple[str, Tensor]], closure: str) -> Iterator[None]:
+def parameters_kept(
+    named: Sequence[tuple[str, Tensor]], closure: str
+) -> Iterator[None]:
     """Put back the values of parameters that the closure overwrites, and say so.
 
     Raises:

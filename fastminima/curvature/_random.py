@@ -53,7 +53,7 @@ def loader_generators(data: Any) -> list[torch.Generator]:
 
 
 def drew_elsewhere(held: Any) -> list[str]:
-    """Names of attributes that hold a generator of their own, which nobody sets back."""
+    """Names of attributes that hold a generator, which nobody sets back."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     try:
         attributes = vars(held)

@@ -1,4 +1,4 @@
-"""Functions of PyTorch that are replaced, inside, by what can be differentiated twice."""
+"""Functions of PyTorch that give way to what can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -87,13 +87,11 @@ class Rewrites(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """v g / |v|, the norm over all dimensions but `dim`."""
+    """V g / |v|, the norm over all dimensions but `dim`."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _rescaled(
-    weight: Tensor, ids: Tensor, max_norm: float, norm_type: float
-) -> Tensor:
+def _rescaled(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """The weight with the rows in `ids` shortened, its gradient passed on as it is."""
     with torch.no_grad():
         shift = weight.detach().clone()

@@ -21,8 +21,8 @@ _REPEAT_NARROW = 1e-1
 _SYMMETRY = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 5e-3}
 _SYMMETRY_NARROW = 2e-2
 _UNKNOWN = 2e-2  # of a matrix of which nothing but its products is known
-# Between vectors that are hardly coupled both are rounding alone: differences below this
-# share of `allowed` |A| |u| |v| say nothing. In halves they reach 7e-3 |A|.
+# Between vectors that are hardly coupled both are rounding alone: differences below
+# this share of `allowed` |A| |u| |v| say nothing. In halves they reach 7e-3 |A|.
 _FLOOR = {torch.float64: 0.02, torch.float32: 0.02}
 _FLOOR_NARROW = 1.0
 _PAIRS = 5  # pairs of consecutive products that are looked at
@@ -119,9 +119,7 @@ class SymmetryWatch:
         """Whether no product has been looked at yet."""
         return self._looks == _LOOKS
 
-    def look(
-        self, v: Tensor, image: Tensor, noise: Noise | None
-    ) -> Suspicion | None:
+    def look(self, v: Tensor, image: Tensor, noise: Noise | None) -> Suspicion | None:
         """What is wrong with a product beside the one before it, or None."""
         self._looks -= 1
         if not self._left or self._looks < 0:

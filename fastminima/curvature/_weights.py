@@ -30,11 +30,11 @@ def check_weights(
     """ValueError if the loss weighs the rows of a batch in another way than equally.
 
     The flat gradient `whole` of the batch is compared with those of its first rows and
-    of its other rows, made by `slope`. A mean over rows is their mean weighted with the numbers of rows.
-    A sum, a mean over tokens or masked items, or class weights are other combinations
-    of the two; then the number of rows is the wrong weight for a batch among others.
-    Nothing can be said where the gradient is no such combination of the two: layers or
-    losses that mix samples, or that draw random numbers.
+    of its other rows, made by `slope`. A mean over rows is their mean weighted with the
+    numbers of rows. A sum, a mean over tokens or masked items, or class weights are
+    other combinations of the two; then the number of rows is the wrong weight for a
+    batch among others. Nothing can be said where the gradient is no such combination
+    of the two: layers or losses that mix samples, or that draw random numbers.
     """
     first = max(rows // 3, 1)
     parts = _parts(slope, batch, rows, first, dim=0)
@@ -48,17 +48,17 @@ def check_weights(
     head = f"The batches cannot be weighed by their leading size: of {rows} rows, "
     if abs(total - 2) <= _SURE * tolerance and abs(share - 1) <= _SURE * tolerance:
         raise ValueError(
-            f"{head}the first {first} and the others have gradients that add up to that "
-            "of the batch, so the loss is a sum, not a mean. Return the mean over the "
-            "batch; or pass count=lambda batch: 1 for the mean of the batches' sums."
+            f"{head}the first {first} and the others have gradients that add up to "
+            "that of the batch, so the loss is a sum, not a mean. Return the mean over "
+            "the batch; or pass count=lambda batch: 1 for the mean of the batches' sums."
         )
     if abs(total - 1) > _SURE * tolerance:
         return  # a function of a mean, such as its square root
     raise ValueError(
         f"{head}the first {first} weigh {share:.1%} in the loss, not "
-        f"{first / rows:.1%}: it is a mean over something else (tokens, unmasked items, "
-        "edges, weighted classes). Pass count=, a function from a batch to the number "
-        "or total weight of what the loss is a mean over."
+        f"{first / rows:.1%}: it is a mean over something else (tokens, unmasked "
+        "items, edges, weighted classes). Pass count=, a function from a batch to the "
+        "number or total weight of what the loss is a mean over."
     )
 
 
@@ -71,7 +71,9 @@ def _misfit(
     """
     left, right = (part.double() for part in parts)
     whole = whole.double()
-    size = max(map(float, (whole.norm(), share * left.norm(), (1 - share) * right.norm())))
+    size = max(
+        map(float, (whole.norm(), share * left.norm(), (1 - share) * right.norm()))
+    )
     apart = float((whole - share * left - (1 - share) * right).norm())
     if not apart > tolerance * size:
         return -1.0, 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._operator import MeanOperator
+from ._mean import MeanOperator
 from ._tape import Parts, Tape, check_mean, combine
 
 __all__ = ["Hessian"]

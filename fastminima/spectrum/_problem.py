@@ -82,9 +82,9 @@ class Problem:
             return
         raise ValueError(
             f"The matrix of type {type(self._matrix).__name__} is not symmetric: "
-            f"{suspicion.text}. Its eigenvalues are not what these methods find. Pass a symmetric "
-            "matrix, such as (A + A.T) / 2; of an operator of your own, look at how it "
-            "makes its products."
+            f"{suspicion.text}. Its eigenvalues are not what these methods find. Pass "
+            "a symmetric matrix, such as (A + A.T) / 2; of an operator of your own, "
+            "look at how it makes its products."
         )
 
     def gradient(self) -> Float[Tensor, " params"] | None:

@@ -1,4 +1,4 @@
-"""A backward pass that is not the same twice: what a GPU's atomics do, on any device."""
+"""A backward pass that is not the same twice: what the atomics of a GPU do."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def nodes_of(loss):
 
 
 def noisy(loss, factor):
-    """The loss, with an error in every input gradient of a product, new at each call."""
+    """The loss, with errors in the input gradients of products, new at each call."""
     generator = torch.Generator("cpu").manual_seed(next(_seeds))
 
     def perturb(grad):

@@ -17,7 +17,9 @@ def ones(operator):
     return torch.ones(operator.shape[0], dtype=operator.dtype, device=operator.device)
 
 
-@pytest.mark.parametrize("data", [lambda b: b, lambda b: [b, b]], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "data", [lambda b: b, lambda b: [b, b]], ids=["one", "several"]
+)
 def test_another_model(data, device):
     model, batch = make("mlp", device=device)
     other = copy.deepcopy(model)
@@ -27,7 +29,12 @@ def test_another_model(data, device):
         fm.GaussNewton(other, lambda _, b: outputs(model, b), output_loss, data(batch)),
         fm.GradientCovariance(other, lambda _, b: losses(model, b), data(batch)),
     ):
-        for solve in (fm.top_eigenpairs, fm.trace, fm.spectral_density, lambda H: H @ ones(H)):
+        for solve in (
+            fm.top_eigenpairs,
+            fm.trace,
+            fm.spectral_density,
+            lambda H: H @ ones(H),
+        ):
             with pytest.raises(ValueError, match=message):
                 solve(operator)
     with pytest.raises(ValueError, match=message):
@@ -38,7 +45,9 @@ def test_part_of_another_model(device):
     model, batch = make("mlp", device=device)
     other = copy.deepcopy(model)
     H = fm.Hessian(
-        model, lambda m, b: F.cross_entropy(m[2](torch.relu(other[0](b[0]))), b[1]), batch
+        model,
+        lambda m, b: F.cross_entropy(m[2](torch.relu(other[0](b[0]))), b[1]),
+        batch,
     )
     with pytest.raises(ValueError, match="2 of the 4"):
         H @ ones(H)
@@ -106,12 +115,16 @@ def renormalise(model, batch):
     return loss(model, batch)
 
 
-@pytest.mark.parametrize(("closure", "name"), [(clamp, "0.weight"), (renormalise, "2.weight")])
+@pytest.mark.parametrize(
+    ("closure", "name"), [(clamp, "0.weight"), (renormalise, "2.weight")]
+)
 def test_parameters_overwritten_in_the_closure(closure, name, device):
     model, batch = make("mlp", device=device)
     before = copy.deepcopy(model.state_dict())
     H = fm.Hessian(model, closure, batch)
-    with pytest.raises(ValueError, match=f"overwrites parameters while it runs: {name}"):
+    with pytest.raises(
+        ValueError, match=f"overwrites parameters while it runs: {name}"
+    ):
         H @ ones(H)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
 

@@ -78,7 +78,9 @@ def test_checkpointed_layers(device):
         hidden = checkpoint(model[:2], batch[0], use_reentrant=False)
         return F.cross_entropy(model[2](hidden), batch[1])
 
-    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device)
+    v = torch.randn(
+        sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device
+    )
     want = fm.Hessian(model, loss, batch) @ v
     torch.testing.assert_close(fm.Hessian(model, checkpointed, batch) @ v, want)
 
@@ -87,6 +89,8 @@ def test_compiled_model_runs_eagerly(device):
     pytest.importorskip("torch._dynamo")
     model, batch = make("mlp", device=device)
     compiled = torch.compile(model, backend="aot_eager")
-    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device)
+    v = torch.randn(
+        sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device
+    )
     want = fm.Hessian(model, loss, batch) @ v
     torch.testing.assert_close(fm.Hessian(compiled, loss, batch) @ v, want)

@@ -50,7 +50,9 @@ class Net(nn.Module):
         hidden = self.act(self.first(x) * self.scale + self.shift.to(x))
         hidden = hidden ** self.power[0] * self.options["gain"]["value"]
         hidden = hidden * torch.from_numpy(self.array).to(x) + self.space.bias
-        return self.last(self.function(hidden * self.mask)) + self.offset * hidden[:, :3]
+        return (
+            self.last(self.function(hidden * self.mask)) + self.offset * hidden[:, :3]
+        )
 
 
 def dense(operator):
@@ -96,13 +98,19 @@ MODEL_CHANGES = {
     "lambda": lambda net: setattr(net, "function", lambda x: x.sin()),
     "namespace": lambda net: setattr(net.space, "bias", 1.0),
     "activation replaced": lambda net: setattr(net, "act", nn.Sigmoid()),
-    "layer inserted": lambda net: setattr(net, "act", nn.Sequential(nn.Tanh(), nn.Tanh())),
+    "layer inserted": lambda net: setattr(
+        net, "act", nn.Sequential(nn.Tanh(), nn.Tanh())
+    ),
     "forward hook": add_hook,
-    "pre-hook": lambda net: net.last.register_forward_pre_hook(lambda m, i: (2 * i[0],)),
+    "pre-hook": lambda net: net.last.register_forward_pre_hook(
+        lambda m, i: (2 * i[0],)
+    ),
     "buffer by .data": lambda net: data_write(net.mask),
     "weight by .data": lambda net: data_write(net.last.weight),
     "head replaced": lambda net: setattr(net, "last", nn.Linear(5, 3).double()),
-    "weight replaced": lambda net: setattr(net.last, "weight", nn.Parameter(2 * net.last.weight.detach())),
+    "weight replaced": lambda net: setattr(
+        net.last, "weight", nn.Parameter(2 * net.last.weight.detach())
+    ),
     "forward replaced": lambda net: setattr(net.act, "forward", torch.sin),
     "mode and dropout": lambda net: net.act.append(nn.Dropout(0.5)),
 }
@@ -152,7 +160,11 @@ def test_changes_of_what_closures_hold(device):
             return self.weight * loss(model, batch)
 
     def held(model, batch):
-        return weight[0] * holder.weight * F.cross_entropy(model(batch[0]) * table, batch[1])
+        return (
+            weight[0]
+            * holder.weight
+            * F.cross_entropy(model(batch[0]) * table, batch[1])
+        )
 
     def distilled(model, batch):
         with torch.no_grad():
@@ -255,7 +267,7 @@ def test_another_set_of_parameters_is_an_error(change):
     H = fm.Hessian(model, loss, batch)
     dense(H)
     change(model)
-    with pytest.raises(ValueError, match="parameters have changed.*new operator"):
+    with pytest.raises(ValueError, match=r"parameters have changed.*new operator"):
         H @ torch.ones(38, dtype=torch.float64)
     with pytest.raises(ValueError, match="have changed"):
         fm.top_eigenpairs(H)
@@ -270,7 +282,9 @@ def test_frozen_parameters_are_named():
     model[2].requires_grad_(True)
     dense(H)
     model[0] = nn.Linear(3, 6).double()
-    with pytest.raises(ValueError, match=r"'0.weight' went from \(5, 3\).* to \(6, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"'0.weight' went from \(5, 3\).* to \(6, 3\)"
+    ):
         H @ torch.ones(38, dtype=torch.float64)
 
 

@@ -210,7 +210,9 @@ def test_one_batch_is_recorded_once_and_once_to_compare(name, device):
 
 def test_hooks_on_parameters_do_not_change_products(device):
     model, batch = make("mlp", device=device)
-    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device)
+    v = torch.ones(
+        sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device
+    )
     want = fm.Hessian(model, loss, batch) @ v
     handle = model[0].weight.register_hook(lambda g: 10 * g)
     torch.testing.assert_close(fm.Hessian(model, loss, batch) @ v, want)

@@ -305,9 +305,7 @@ def test_matrix_of_rounding_is_not_refused(device):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8)).to(device)
         x = torch.randn(20, 3, device=device)
-        H = fm.Hessian(
-            model, lambda m, x: F.layer_norm(m(x), (8,)).square().mean(), x
-        )
+        H = fm.Hessian(model, lambda m, x: F.layer_norm(m(x), (8,)).square().mean(), x)
         H @ torch.randn(H.shape[0], 2, device=device)
         fm.trace(H, products=9)
 

@@ -87,7 +87,9 @@ def test_tied_and_frozen_parameters_are_counted_as_named_parameters_does(device)
         *("first.weight", "last.weight", "last.bias"),
     )
     assert not dense(frozen)[:6].any()
-    named = frozen.named(torch.arange(float(frozen.shape[0]), dtype=torch.float64, device=device))
+    named = frozen.named(
+        torch.arange(float(frozen.shape[0]), dtype=torch.float64, device=device)
+    )
     assert named["idle.bias"].tolist() == [4.0, 5.0]
 
 

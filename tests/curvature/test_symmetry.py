@@ -226,12 +226,32 @@ class Fused(nn.Module):
 @pytest.mark.parametrize(
     ("make_model", "inputs", "message"),
     [
-        (lambda: Table(nn.Embedding(5, 4, sparse=True)), "ids", r"'table'.*sparse=False"),
-        (lambda: Table(nn.EmbeddingBag(5, 4)), "ids", r"EmbeddingBagBackward0 \(layer 'table'.*nn.Embedding"),
+        (
+            lambda: Table(nn.Embedding(5, 4, sparse=True)),
+            "ids",
+            r"'table'.*sparse=False",
+        ),
+        (
+            lambda: Table(nn.EmbeddingBag(5, 4)),
+            "ids",
+            r"EmbeddingBagBackward0 \(layer 'table'.*nn.Embedding",
+        ),
         (lambda: Table(nn.EmbeddingBag(5, 4, sparse=True)), "ids", r"'table'"),
-        (lambda: Table(nn.Embedding(5, 4, scale_grad_by_freq=True)), "ids", r"scale_grad_by_freq=True"),
-        (lambda: Distances(torch.cdist), "rows", r"CdistBackward0 \((parameter 'centres'|layer 'first').*square"),
-        (lambda: nn.Sequential(nn.Linear(4, 3), Call(Host.apply)), "rows", r"HostBackward \(layer '0'"),
+        (
+            lambda: Table(nn.Embedding(5, 4, scale_grad_by_freq=True)),
+            "ids",
+            r"scale_grad_by_freq=True",
+        ),
+        (
+            lambda: Distances(torch.cdist),
+            "rows",
+            r"CdistBackward0 \((parameter 'centres'|layer 'first').*square",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 3), Call(Host.apply)),
+            "rows",
+            r"HostBackward \(layer '0'",
+        ),
     ],
 )
 def test_nodes_are_named_with_their_layer(make_model, inputs, message, cls, device):
@@ -247,7 +267,9 @@ def test_nodes_are_named_with_their_layer(make_model, inputs, message, cls, devi
 def test_fused_attention_chosen_by_the_closure_is_named():
     batch = torch.randn(6, 4), torch.randint(3, (6,))
     H = fm.Hessian(Fused(), loss, batch)
-    with pytest.raises(ValueError, match=r"ScaledDotProduct\w+ \(layer 'query'.*sdpa_kernel"):
+    with pytest.raises(
+        ValueError, match=r"ScaledDotProduct\w+ \(layer 'query'.*sdpa_kernel"
+    ):
         H @ ones(H)
 
 

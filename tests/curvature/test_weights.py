@@ -89,7 +89,9 @@ def time_loss(model, batch):
 def test_samples_along_the_second_dimension(device):
     model, data = Recurrent().to(device, torch.float64), time_first(device)
     H = fm.Hessian(model, time_loss, data)
-    with pytest.raises(ValueError, match=r"second dimension of the tensors \(7\).*count="):
+    with pytest.raises(
+        ValueError, match=r"second dimension of the tensors \(7\).*count="
+    ):
         dense(H)
     counted = dense(fm.Hessian(model, time_loss, data, count=lambda b: b[1].shape[1]))
     whole = tuple(torch.cat(parts, dim=1) for parts in zip(*data, strict=True))

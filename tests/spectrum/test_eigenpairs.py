@@ -237,4 +237,6 @@ def test_matrices_that_are_none(method, device):
     with pytest.raises(ValueError, match=r"got \(0, 0\)"):
         fm.top_eigenpairs(torch.ones(0, 0, device=device), method=method)
     with pytest.raises(ValueError, match="Product 1 with the matrix is not finite"):
-        fm.top_eigenpairs(torch.full((3, 3), float("nan"), device=device), method=method)
+        fm.top_eigenpairs(
+            torch.full((3, 3), float("nan"), device=device), method=method
+        )

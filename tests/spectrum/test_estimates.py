@@ -113,7 +113,9 @@ def test_density_has_the_moments_of_the_spectrum(device):
 def test_density_is_where_the_eigenvalues_are(device):
     """Against the exact density, drawn with the same Gaussians."""
     values = torch.tensor(EIGENVALUES).double()
-    density = fm.spectral_density(rotated(values, device=device), steps=80, probes=30, width=0.5)
+    density = fm.spectral_density(
+        rotated(values, device=device), steps=80, probes=30, width=0.5
+    )
     z = (density.grid[:, None] - values) / density.width
     exact = torch.exp(-0.5 * z**2).mean(dim=1) / (
         density.width * math.sqrt(2 * math.pi)
@@ -124,7 +126,9 @@ def test_density_is_where_the_eigenvalues_are(device):
 
 
 def test_density_of_one_probe_has_no_error_bar(device):
-    density = fm.spectral_density(rotated(EIGENVALUES, device=device), steps=5, probes=1)
+    density = fm.spectral_density(
+        rotated(EIGENVALUES, device=device), steps=5, probes=1
+    )
     assert density.standard_error.isnan().all()
 
 
