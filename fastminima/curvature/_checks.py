@@ -31,6 +31,7 @@ class Checks:
         self.noise: Noise | None = None
         self.symmetry = SymmetryWatch()
         self.products = 0
+        self.functions_known = False
         self._survey: Survey | None = None
         self._noted: list[tuple[int, Tensor]] = []
         self._known: tuple[Pass, list[int]] | None = None
@@ -47,6 +48,7 @@ class Checks:
     def forget(self) -> None:
         """Check anew: the operator has become another."""
         self.noise, self._survey, self._known = None, None, None
+        self.functions_known = False
         self.symmetry.reset()
 
     def look_at_graph(self, roots: Sequence[Tensor]) -> None:
@@ -55,6 +57,11 @@ class Checks:
             refuse_nodes(roots, self.names())
             found = survey(roots)
             self._survey = found if self._survey is None else self._survey | found
+
+    def needs_functions(self) -> bool:
+        """Whether there are functions in Python that have not been looked at."""
+        has_some = self._survey is not None and bool(self._survey.functions)
+        return self.noise is None and has_some and not self.functions_known
 
     def tolerance_of(self, roots: Sequence[Tensor]) -> float:
         """By which gradients may differ, as far as the nodes of a graph tell."""
@@ -153,8 +160,8 @@ class Checks:
             f"and {after[0]:.7g}); rounding in {noise.dtype} explains "
             f"{noise.repeat:.0e}.{self._hints(before, after, is_single)} Each pass "
             "must see the same batches and random numbers: pass list(loader) in place "
-            "of a loader that shuffles or augments; draw noise from the global generators "
-            "of torch, Python or NumPy, which are set back for each pass, or once, "
+            "of a loader that shuffles or augments; draw noise from the global "
+            "generators of torch, Python or NumPy, which are set back for each pass, or once, "
             "outside the closure."
         )
 

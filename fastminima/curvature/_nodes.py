@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Survey", "explained", "foreign_leaves", "refuse_nodes", "survey"]
+__all__ = [
+    "Survey",
+    "explained",
+    "foreign_leaves",
+    "nodes_of",
+    "place_of",
+    "refuse_nodes",
+    "survey",
+]
 
 # All functions made by `once_differentiable` share one code object.
 _ONCE = once_differentiable(lambda *_: None).__code__
@@ -78,7 +86,7 @@ def nodes_of(roots: Sequence[Tensor]) -> Iterator[Any]:
 
 def survey(roots: Sequence[Tensor]) -> Survey:
     """The precision of a graph, and what in it may need more of it."""
-    eps, narrow, saturates = 0.0, roots[0].dtype, False
+    eps, narrow, saturates = 0.0, torch.float32, False
     functions: list[str] = []
     has_convolution = False
     for node in nodes_of(roots):
@@ -92,15 +100,15 @@ def survey(roots: Sequence[Tensor]) -> Survey:
         if function is not None:
             functions.append(function.__name__)
     if narrow == torch.float32:
-        narrow = _of_products(roots[0].device, has_convolution)
+        narrow = _of_products(roots, has_convolution)
     return Survey(torch.finfo(narrow).eps, narrow, saturates, tuple(functions))
 
 
-def _of_products(device: torch.device, has_convolution: bool) -> torch.dtype:
+def _of_products(roots: Sequence[Tensor], has_convolution: bool) -> torch.dtype:
     """The dtype that is as precise as products of float32 matrices are here."""
     if torch.get_float32_matmul_precision() == "medium":
         return torch.bfloat16
-    is_cuda = device.type == "cuda"
+    is_cuda = any(root.is_cuda for root in roots)
     if torch.get_float32_matmul_precision() == "high" or (
         is_cuda and has_convolution and torch.backends.cudnn.allow_tf32
     ):
@@ -118,7 +126,7 @@ def refuse_nodes(roots: Sequence[Tensor], names: Mapping[int, str]) -> None:
         if fault:
             raise ValueError(
                 f"The loss has no second derivative here: {node.name()} "
-                f"({_place(node, names)}) {fault}"
+                f"({place_of(node, names)}) {fault}"
             )
 
 
@@ -143,7 +151,7 @@ def _fault(node: Any) -> str | None:
     return None
 
 
-def _place(node: Any, names: Mapping[int, str]) -> str:
+def place_of(node: Any, names: Mapping[int, str]) -> str:
     """The layer of a node, by the nearest of the parameters below it."""
     waiting, seen = [node], {node}
     for upper in waiting:
@@ -186,11 +194,13 @@ def _culprit(message: str, roots: Sequence[Tensor], names: Mapping[int, str]) ->
     functions = []
     for node in nodes_of(roots):
         if named and _core(node.name()) == _core(named[1]):
-            where = f": {node.name()} ({_place(node, names)}) has no second derivative."
+            where = (
+                f": {node.name()} ({place_of(node, names)}) has no second derivative."
+            )
             remedy = next((r for n, r in _REMEDIES.items() if n in node.name()), "")
             return f"{where} {remedy or 'Use other operations there.'}"
         if hasattr(node, "_forward_cls"):
-            functions.append(f"{node.name()} ({_place(node, names)})")
+            functions.append(f"{node.name()} ({place_of(node, names)})")
     if functions:
         return (
             f". The suspects are functions written in Python: {', '.join(functions)}; "

@@ -101,8 +101,8 @@ class CurvatureOperator(Recorder):
         self._checks.products += 2
         products = self._multiplied(columns)
         watch = self._checks.symmetry
-        pairs = zip(columns, products, strict=True)
-        self._judge(watch.between(*pairs, self._checks.noise))
+        first, second = zip(columns, products, strict=True)
+        self._judge(watch.between(first, second, self._checks.noise))
 
     def trust(self, noise: Noise | None) -> None:
         """Take as checked what has been checked with another operator."""

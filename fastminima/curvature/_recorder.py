@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._checks import Checks
 from ._data import Batches
+from ._functions import look_at_functions
 from ._guard import differentiable, parameters_kept, unchanged
-from ._nodes import explained
+from ._nodes import explained, survey
 from ._random import RandomState
 from ._rewrites import Rewrites
 from ._state import Snapshot
@@ -89,7 +90,7 @@ class Recorder(abc.ABC):
             stack.enter_context(unchanged(self._model, self._generators()))
             if self._checks.noise is None:
                 stack.enter_context(parameters_kept(named, self._closure))
-            self._rewrites = stack.enter_context(differentiable(self.device))
+            self._rewrites = stack.enter_context(differentiable(self._layout.device))
             yield
 
     def _recordings(self) -> Iterator[tuple[Any, int]]:
@@ -110,6 +111,8 @@ class Recorder(abc.ABC):
     def _record(self, batch: Any, weight: int) -> Tape:
         roots = self._evaluate(batch)
         self._checks.look_at_graph(roots)
+        if self._checks.needs_functions():
+            self._look_at_functions(batch)
         with self._explained(roots):
             tape = self._make(roots)
         self._checks.look_at_reach(tape.reached, roots, self._layout, self._closure)
@@ -117,8 +120,31 @@ class Recorder(abc.ABC):
         self._checks.note(weight * roots[-1].numel(), tape.value)
         return tape
 
+    def _look_at_functions(self, batch: Any) -> None:
+        state = self._generators()
+
+        def evaluate() -> tuple[Tensor, ...]:
+            state.restore()
+            return self._evaluate(batch)
+
+        parameters, names = self._layout.parameters, self._checks.names()
+        once = self._first_order
+        for part, is_second in ((slice(once), False), (slice(once, None), True)):
+            if survey(self._evaluate(batch)[part]).functions:
+                look_at_functions(
+                    *(lambda p=part: evaluate()[p], parameters, names),
+                    is_second=is_second,
+                )
+        state.restore()
+        self._checks.functions_known = True
+
     def _weigh(self, batch: Any, weight: int) -> None:  # noqa: B027
         """One of several batches, before it is recorded: is that what it weighs?"""
+
+    @property
+    def _first_order(self) -> int:
+        """How many of the roots are differentiated by parameters only once."""
+        return 1
 
     def _explained(self, roots: Sequence[Tensor]):
         return explained(roots, self._checks.names(), self._closure)

@@ -50,7 +50,7 @@ def check_weights(
         raise ValueError(
             f"{head}the first {first} and the others have gradients that add up to "
             "that of the batch, so the loss is a sum, not a mean. Return the mean over "
-            "the batch; or pass count=lambda batch: 1 for the mean of the batches' sums."
+            "the batch, or pass count=lambda batch: 1 for the mean of the sums."
         )
     if abs(total - 1) > _SURE * tolerance:
         return  # a function of a mean, such as its square root

@@ -58,6 +58,10 @@ class Hessian(MeanOperator):
         super().__init__(model, (loss,), data, count)
         self._loss = loss
 
+    @property
+    def _first_order(self) -> int:
+        return 0
+
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
         return (check_mean(self._ask(self._loss, self._model, batch)),)
 
