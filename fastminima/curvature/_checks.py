@@ -161,8 +161,8 @@ class Checks:
             f"{noise.repeat:.0e}.{self._hints(before, after, is_single)} Each pass "
             "must see the same batches and random numbers: pass list(loader) in place "
             "of a loader that shuffles or augments; draw noise from the global "
-            "generators of torch, Python or NumPy, which are set back for each pass, or once, "
-            "outside the closure."
+            "generators of torch, Python or NumPy, which are set back for each pass, "
+            "or once, outside the closure."
         )
 
     def _hints(self, before: Pass, after: Pass, is_single: bool) -> str:

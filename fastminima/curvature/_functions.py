@@ -57,9 +57,9 @@ def look_at_functions(
             if fault:
                 raise ValueError(
                     f"Derivatives would be missing here: {label} is a function in "
-                    f"Python whose backward {fault} Write backward with differentiable operations on "
-                    "ctx.saved_tensors (no detach(), no_grad(), NumPy or kernels), or "
-                    "use PyTorch's own operations in its place."
+                    f"Python whose backward {fault} Write it with differentiable "
+                    "operations on ctx.saved_tensors (no detach(), no_grad(), NumPy "
+                    "or kernels), or use PyTorch's own operations in its place."
                 )
 
 
