@@ -27,8 +27,7 @@ class GaussNewton(MeanOperator):
         outputs: `outputs(model, batch)`, the predictions, one tensor.
         loss: `loss(predictions, batch)`, a scalar: the mean over the batch.
         data: One batch or a re-iterable of batches, as for `Hessian`.
-        count: Number of samples of a batch; the leading size of its first tensor if
-            None.
+        count: Number of samples of a batch; the leading size of its tensors if None.
 
     Raises:
         ValueError: As `Hessian`, and for predictions that are not one tensor with a

@@ -24,17 +24,23 @@ class Hessian(MeanOperator):
     a form that can be differentiated twice. The model is left as it was, also by an
     exception.
 
+    The first product is made twice, from two evaluations, and the first pairs of
+    products must be those of a symmetric matrix: see docs/curvature.md.
+
     Args:
         model: The model; its parameters that require grad are the variables.
         loss: `loss(model, batch)`, a scalar: the mean over the samples of the batch.
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
-        count: Number of samples of a batch; the leading size of its first tensor if
-            None.
+        count: Number of samples of a batch; the leading size of its tensors if None.
 
     Raises:
         ValueError: No trainable parameter; empty or one-shot data; a loss that is not a
-            finite scalar with a graph; a vector of another shape, dtype or device.
+            finite scalar with a graph; a vector of another shape, dtype or device. At a
+            product: evaluations that are not the same twice; a matrix that is not
+            symmetric; a node without a second derivative; batches whose weight is
+            unclear; a closure that reads another model, calls backward or overwrites
+            parameters; parameters that are not those of when the operator was made.
 
     Example:
         >>> import torch

@@ -53,7 +53,8 @@ def top_eigenpairs(
         method: "lanczos", or "power" iteration as in older papers, which takes
             several times the products.
         rtol: Tolerance: residual <= rtol * max(|value|, 1e-3 |H|), |H| as estimated.
-        max_products: Where to give up.
+        max_products: Where to give up; a product by which a fresh operator compares
+            itself comes on top.
         start: Approximate eigenvectors [j, P] to start from, such as the last ones.
         seed: Of the random vectors; global generators are not touched.
 
