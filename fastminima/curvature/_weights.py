@@ -19,6 +19,7 @@ _REFUSALS = (
     *(RuntimeError, ValueError, TypeError, AssertionError),
     *(IndexError, KeyError, AttributeError, NotImplementedError, ZeroDivisionError),
 )
+_OFF = 2e-2  # of its size, by which a weight must be off to be told from rounding
 _SURE = 10  # times the tolerance, by which a mean over rows must be missed
 
 Slope = Callable[[Any], Tensor]
@@ -52,8 +53,11 @@ def check_weights(
             "that of the batch, so the loss is a sum, not a mean. Return the mean over "
             "the batch, or pass count=lambda batch: 1 for the mean of the sums."
         )
-    if abs(total - 1) > _SURE * tolerance:
-        return  # a function of a mean, such as its square root
+    off = abs(share - first / rows)
+    # Both weights of a mean make 1; those of its square root, with parts that differ
+    # by delta, are off by delta / 2 of their size and their sum by delta / 4 of that.
+    if off < _OFF * first / rows or abs(total - 1) > _OFF / 2 * off:
+        return
     raise ValueError(
         f"{head}the first {first} weigh {share:.1%} in the loss, not "
         f"{first / rows:.1%}: it is a mean over something else (tokens, unmasked "

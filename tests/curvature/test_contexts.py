@@ -23,7 +23,8 @@ from .cases import loss, make
 )
 def test_product_is_the_same_in_any_mode(context, device):
     model, batch = make("attention", torch.float32, device)
-    v = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
+    size = sum(p.numel() for p in model.parameters())
+    v = torch.randn(size, dtype=torch.float32, device=device)
     want = fm.Hessian(model, loss, batch) @ v
     with context():
         got = fm.Hessian(model, loss, batch) @ v
@@ -37,7 +38,8 @@ def test_autocast_inside_the_closure_counts(device):
         with torch.autocast(device.type, torch.bfloat16):
             return loss(model, batch)
 
-    v = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
+    size = sum(p.numel() for p in model.parameters())
+    v = torch.randn(size, dtype=torch.float32, device=device)
     want = fm.Hessian(model, loss, batch) @ v
     got = fm.Hessian(model, cast, batch) @ v
     assert 0 < (got - want).norm() < 0.1 * want.norm()
@@ -63,10 +65,10 @@ def test_attention_forced_to_be_fused_still_raises_elsewhere(device):
     """The switch is local: outside, the backends are what they were."""
     model, batch = make("attention", torch.float32, device)
     fm.Hessian(model, loss, batch) @ torch.ones(
-        sum(p.numel() for p in model.parameters()), device=device
+        sum(p.numel() for p in model.parameters()), dtype=torch.float32, device=device
     )
     assert torch.backends.cuda.flash_sdp_enabled()
-    q = torch.randn(1, 1, 4, 8, requires_grad=True, device=device)
+    q = torch.randn(1, 1, 4, 8, device=device, dtype=torch.float32).requires_grad_()
     out = F.scaled_dot_product_attention(q, q, q)
     assert "ScaledDotProduct" in type(out.grad_fn).__name__
 

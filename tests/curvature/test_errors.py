@@ -31,7 +31,7 @@ def test_vectors_that_do_not_fit(device):
     with pytest.raises(ValueError, match=r"\(2, 38\)"):
         H @ torch.ones(2, 38, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match=r"float64.*got torch.float32.*v\.to"):
-        H @ torch.ones(38, device=device)
+        H @ torch.ones(38, dtype=torch.float32, device=device)
     with pytest.raises((ValueError, TypeError)):  # TypeError where shapes are checked
         H @ [1.0] * 38
 

@@ -101,7 +101,7 @@ def test_products_of_narrower_parameters(dtype, device):
     wide = (batch[0].double(), batch[1])
     operator = fm.Hessian(model, loss, batch)
     assert operator.dtype == torch.float32
-    v = torch.randn(operator.shape[0], device=device)
+    v = torch.randn(operator.shape[0], dtype=torch.float32, device=device)
     want = fm.Hessian(exact, loss, wide) @ v.double()
     # Rounding errors of ten operations in a row, relative to the largest entry.
     allowed = 30 * torch.finfo(dtype).eps * want.abs().max()
