@@ -45,6 +45,14 @@ class Checks:
         """Machine precision of the narrowest dtype met."""
         return torch.finfo(self.noise.dtype if self.noise else torch.float32).eps
 
+    def noise_now(self) -> Noise:
+        """What rounding may do where the loss is what the last pass said."""
+        noise, (loss, samples) = (
+            self.noise or Noise(torch.float32),
+            self.finished_pass(),
+        )
+        return noise.at(loss) if samples else noise
+
     def forget(self) -> None:
         """Check anew: the operator has become another."""
         self.noise, self._survey, self._known = None, None, None

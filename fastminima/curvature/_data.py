@@ -43,8 +43,8 @@ class Batches:
 
     Raises:
         ValueError: `data` is an iterator (used up by its first pass), a map-style
-            Dataset, not iterable, or empty; tensors of one of several batches disagree
-            on the leading size, and there is no `count`.
+            Dataset, not iterable, or empty; there is no `count`, and the leading sizes
+            of tensors disagree on how batches compare.
     """
 
     def __init__(self, data: Any, count: Count | None = None) -> None:
@@ -64,9 +64,12 @@ class Batches:
         return loader_generators(self._data)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        is_empty = True
+        is_empty, first = True, None
         for batch in self._data:
             weight = self.weight(batch)
+            if weight > 0 and not self.is_single and not self.is_counted:
+                first = first or self.sizes(batch)
+                _check_sizes(first, self.sizes(batch))
             if weight > 0:
                 is_empty, self._had_samples = False, True
                 yield batch, weight
@@ -87,20 +90,31 @@ class Batches:
             if weight < 0:
                 raise ValueError(f"count(batch) must not be negative, got {weight}.")
             return weight
-        sizes = [t.shape[0] for t in tensors_in(batch) if t.dim()]
+        sizes = self.sizes(batch)
         if not sizes:
             raise ValueError(
                 f"Cannot count the samples of a batch of type {type(batch).__name__} "
                 "with no tensor that has a dimension. Pass count=, a function from a "
                 "batch to the number of its samples."
             )
-        if not self.is_single and len(set(sizes)) > 1:
-            raise ValueError(
-                f"The tensors of a batch disagree on its number of samples: leading "
-                f"sizes {sizes}. Pass count=, a function from a batch to the number of "
-                "its samples, such as lambda batch: batch[1].shape[0]."
-            )
-        return max(sizes)
+        return sizes[0]
+
+    def sizes(self, batch: Any) -> list[int]:
+        """Leading sizes of the tensors in a batch."""
+        return [t.shape[0] for t in tensors_in(batch) if t.dim()]
+
+
+def _check_sizes(first: list[int], sizes: list[int]) -> None:
+    """ValueError unless all tensors say the same about how two batches compare."""
+    is_same = len(first) == len(sizes) and all(
+        a * sizes[0] == b * first[0] for a, b in zip(first, sizes, strict=True)
+    )
+    if not is_same and len(set(sizes)) > 1:
+        raise ValueError(
+            "The tensors of the batches disagree on their numbers of samples: leading "
+            f"sizes {sizes} in one, {first} in the first. Pass count=, a function from "
+            "a batch to its number of samples, such as lambda batch: batch[1].shape[0]."
+        )
 
 
 def _re_iterable(data: Any) -> Iterable[Any]:

@@ -26,6 +26,8 @@ class MeanOperator(CurvatureOperator):
     def _weigh(self, batch: Any, weight: int) -> None:
         if self._batches.is_counted or weight < 2 or not self._checks.is_first():
             return
+        if len(set(self._batches.sizes(batch))) > 1:
+            return  # which are the rows cannot be told; the batches must be alike
         state = self._generators()
         roots = self._evaluate(batch)
         tolerance = self._checks.tolerance_of(roots)

@@ -133,6 +133,11 @@ def refuse_nodes(roots: Sequence[Tensor], names: Mapping[int, str]) -> None:
 def _fault(node: Any) -> str | None:
     function = getattr(node, "_forward_cls", None)
     if function is not None:
+        if function.__module__.startswith("torch.utils.checkpoint"):
+            return (
+                "is a reentrant checkpoint: the parameters inside are not in the "
+                "graph. Pass use_reentrant=False to checkpoint()."
+            )
         if getattr(function.backward, "__code__", None) is _ONCE:
             return (
                 f"is {function.__name__}, whose backward is marked once_differentiable "

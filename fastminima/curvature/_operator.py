@@ -175,6 +175,8 @@ class CurvatureOperator(Recorder):
 
     def _is_confirmed(self, suspicion: Suspicion) -> bool:
         """Whether a matrix is as little symmetric with parameters moved by rounding."""
+        if suspicion.share <= self._checks.noise_now().symmetry:
+            return False
         for seed in range(_MOVES):
             self._kept = None
             self._checks.products += 2

@@ -24,7 +24,7 @@ _PLAIN = (
 _INTERNAL = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 8
-_ENTRIES = 20_000  # of what is not in the batch or the model
+_ENTRIES = 20_000  # of one container, and of what is reached through closures
 
 
 class Reads:
@@ -46,13 +46,13 @@ class Reads:
         self.held: list[Any] = []  # keeps identities from reuse
         self._seen: set[int] = set()
         self._limit = sys.maxsize
-        self._enters_libraries = False
+        self._is_batch = False
 
     def batch(self, value: Any) -> None:
         """A batch, of whatever classes it is made."""
-        self._enters_libraries = True
+        self._is_batch = True
         self.value(value)
-        self._enters_libraries = False
+        self._is_batch = False
 
     def closures(self, values: Sequence[Any]) -> None:
         """Functions and what they reach, up to a bounded number of entries."""
@@ -103,7 +103,9 @@ class Reads:
             self._inside(value, kind, depth)
 
     def _inside(self, value: Any, kind: type, depth: int) -> None:
-        if isinstance(value, nn.Module):
+        if self._is_too_long(value):
+            self.marks += (id(value), len(value))
+        elif isinstance(value, nn.Module):
             self.module(value, depth)
         elif isinstance(value, types.ModuleType):
             self.marks.append(id(value))
@@ -131,6 +133,11 @@ class Reads:
         else:
             self._object(value, kind, depth)
 
+    def _is_too_long(self, value: Any) -> bool:
+        """Whether a container, outside batches, is known by its length only."""
+        is_container = isinstance(value, dict | list | tuple | deque | set | frozenset)
+        return is_container and not self._is_batch and len(value) > _ENTRIES
+
     def _object(self, value: Any, kind: type, depth: int) -> None:
         self.marks.append(id(value))
         attributes = getattr(value, "__dict__", {})
@@ -148,7 +155,7 @@ class Reads:
         Of others, such as a configuration, plain attributes and tensors are read.
         """
         return (
-            self._enters_libraries
+            self._is_batch
             or isinstance(value, Mapping | types.SimpleNamespace)
             or dataclasses.is_dataclass(kind)
             or kind.__module__.startswith("torch.distributions")

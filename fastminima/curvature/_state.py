@@ -33,21 +33,27 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, batch: Any, closures: Sequence[Any]) -> None:
         self._sources = model, batch, closures
-        reads, own = self._read()
+        reads, own_tensors, own_arrays = self._read()
         self._reads = reads
-        self._copies: list[Tensor | None] = []
-        left = _COPIED_BYTES
-        for i, tensor in enumerate(reads.tensors):
-            size = tensor.numel() * tensor.element_size()
-            left -= size if i >= own else 0
-            is_copied = i < own or left >= 0
-            self._copies.append(tensor.detach().clone() if is_copied else None)
         self.is_same_kind = True
-        self._arrays = [array.copy() for array in reads.arrays]
+        self._left = _COPIED_BYTES
+        self._copies = [
+            tensor.detach().clone() if i < own_tensors or self._fits(tensor) else None
+            for i, tensor in enumerate(reads.tensors)
+        ]
+        self._arrays = [
+            array.copy() if i < own_arrays or self._fits(array) else None
+            for i, array in enumerate(reads.arrays)
+        ]
+
+    def _fits(self, value: Tensor | np.ndarray) -> bool:
+        """Whether something that only the closures read is copied."""
+        self._left -= value.nbytes
+        return self._left >= 0
 
     def is_current(self) -> bool:
         """True if nothing has changed since."""
-        reads, _ = self._read()
+        reads, *_ = self._read()
         self.is_same_kind = reads.marks == self._reads.marks
         return (
             self.is_same_kind
@@ -57,19 +63,20 @@ class Snapshot:
                 for tensor, copy in zip(reads.tensors, self._copies, strict=True)
             )
             and all(
-                np.array_equal(array, copy, equal_nan=array.dtype.kind in "fc")
+                copy is None
+                or np.array_equal(array, copy, equal_nan=array.dtype.kind in "fc")
                 for array, copy in zip(reads.arrays, self._arrays, strict=True)
             )
         )
 
-    def _read(self) -> tuple[Reads, int]:
-        """A walk over the sources, and how many tensors are the model's or batch's."""
+    def _read(self) -> tuple[Reads, int, int]:
+        """A walk, and how many tensors and arrays are the model's or the batch's."""
         model, batch, closures = self._sources
         reads = Reads()
         reads.module(model)
         reads.batch(batch)
-        own = len(reads.tensors)
+        own = len(reads.tensors), len(reads.arrays)
         for name in _GLOBAL_HOOKS:
             reads.marks += [id(h) for h in getattr(nn_module, name).values()]
         reads.closures(closures)
-        return reads, own
+        return reads, *own

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Parts", "Tape", "check_mean", "check_tape", "combine"]
+__all__ = ["Parts", "Tape", "check_mean", "check_tape", "combine", "differentiate"]
 
 Parts = Sequence[Tensor | None]
 
@@ -81,12 +81,24 @@ def combine(
     ]
     if not used:
         return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in used],
-            inputs,
-            [w for _, w in used],
-            retain_graph=True,
-            allow_unused=True,
-        )
+    outputs, weights = zip(*used, strict=True)
+    return list(differentiate(outputs, inputs, weights, create_graph=False))
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    create_graph: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of sum_i <outputs_i, weights_i>, keeping the graph.
+
+    That function is itself one that function modes intercept, and are switched off in:
+    a checkpointed region would be computed again without `Rewrites`.
+    """
+    return torch.autograd.Variable._execution_engine.run_backward(
+        *(tuple(outputs), tuple(weights), True, create_graph, tuple(inputs)),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,16 +41,22 @@ class Noise:
         dtype: The narrowest dtype that the graph computes in.
         saturation: eps / |loss| where the graph has probabilities, else 0. A fitted
             classifier's curvature is made of 1 - p, of which rounding leaves so much.
+        saturates: Whether the graph has probabilities.
     """
 
     dtype: torch.dtype
     saturation: float = 0.0
+    saturates: bool = False
 
     @classmethod
     def of(cls, survey: Survey, loss: float) -> Noise:
         """The noise of a graph whose loss has this value."""
-        share = survey.eps / max(abs(loss), 1e-300) if survey.saturates else 0.0
-        return cls(survey.dtype, share)
+        return cls(survey.dtype, saturates=survey.saturates).at(loss)
+
+    def at(self, loss: float) -> Noise:
+        """The noise of the same graph where the loss has another value."""
+        share = torch.finfo(self.dtype).eps / max(abs(loss), 1e-300)
+        return replace(self, saturation=share if self.saturates else 0.0)
 
     @property
     def repeat(self) -> float:
@@ -85,12 +91,14 @@ class Suspicion:
         u: The one.
         v: The other.
         gap: <u, A v> - <A u, v>.
+        share: Its size relative to what it is measured by.
         text: What was found, in words.
     """
 
     u: Tensor
     v: Tensor
     gap: float
+    share: float
     text: str
 
     def is_confirmed_by(self, image_u: Tensor, image_v: Tensor) -> bool:
@@ -154,7 +162,7 @@ class SymmetryWatch:
             f"{apart / max(abs(left), abs(right)):.1e} of their size, for two vectors "
             f"met; rounding explains {allowed:.0e}"
         )
-        return Suspicion(u, v, left - right, text)
+        return Suspicion(u, v, left - right, apart / floor, text)
 
 
 def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._operator import CurvatureOperator
-from ._tape import Parts, Tape, check_tape, combine
+from ._tape import Parts, Tape, check_tape, combine, differentiate
 
 __all__ = ["GradientCovariance"]
 
@@ -128,13 +128,7 @@ class _LossesTape(Tape):
         (self._losses,) = roots
         self._parameters = parameters
         self._weights = torch.zeros_like(self._losses, requires_grad=True)
-        self._weighted = torch.autograd.grad(
-            self._losses,
-            parameters,
-            self._weights,
-            create_graph=True,
-            allow_unused=True,
-        )
+        self._weighted = differentiate([self._losses], parameters, [self._weights])
         self.samples = len(self._losses)
         super().__init__(roots, self._weighted)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mean import MeanOperator
-from ._tape import Parts, Tape, check_mean, check_tape, combine
+from ._tape import Parts, Tape, check_mean, check_tape, combine, differentiate
 
 __all__ = ["GaussNewton"]
 
@@ -87,9 +87,7 @@ class _OutputsTape(Tape):
     ) -> None:
         self._predictions, self._leaf, loss = roots
         self._parameters = parameters
-        (slope,) = torch.autograd.grad(
-            loss, self._leaf, create_graph=True, allow_unused=True
-        )
+        (slope,) = differentiate([loss], [self._leaf], [torch.ones_like(loss)])
         if slope is None:
             raise ValueError(
                 "loss(predictions, batch) does not use its predictions: its derivative "
@@ -97,12 +95,8 @@ class _OutputsTape(Tape):
             )
         self._slope = slope
         self._cotangent = torch.zeros_like(self._predictions, requires_grad=True)
-        self._pulled_back = torch.autograd.grad(
-            self._predictions,
-            parameters,
-            self._cotangent,
-            create_graph=True,
-            allow_unused=True,
+        self._pulled_back = differentiate(
+            [self._predictions], parameters, [self._cotangent]
         )
         super().__init__(roots, self._pulled_back)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mean import MeanOperator
-from ._tape import Parts, Tape, check_mean, combine
+from ._tape import Parts, Tape, check_mean, combine, differentiate
 
 __all__ = ["Hessian"]
 
@@ -82,9 +82,8 @@ class _GradientTape(Tape):
         self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
     ) -> None:
         self._parameters = parameters
-        self._gradient = torch.autograd.grad(
-            roots[0], parameters, create_graph=True, allow_unused=True
-        )
+        one = torch.ones_like(roots[0])
+        self._gradient = differentiate(roots, parameters, [one])
         super().__init__(roots, self._gradient)
 
     def product(self, parts: list[Tensor]) -> Parts:

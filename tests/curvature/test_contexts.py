@@ -87,6 +87,31 @@ def test_checkpointed_layers(device):
     torch.testing.assert_close(fm.Hessian(model, checkpointed, batch) @ v, want)
 
 
+def test_checkpointed_weight_norm(device):
+    """What is computed again is what was computed: with the norm written out."""
+    model, batch = make("mlp", device=device)
+    nn.utils.parametrizations.weight_norm(model[0])
+    v = torch.ones(
+        sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device
+    )
+
+    def checkpointed(model, batch):
+        return F.cross_entropy(
+            checkpoint(model, batch[0], use_reentrant=False), batch[1]
+        )
+
+    want = fm.Hessian(model, loss, batch) @ v
+    torch.testing.assert_close(fm.Hessian(model, checkpointed, batch) @ v, want)
+
+
+def test_reentrant_checkpoint_is_named(device):
+    model, batch = make("mlp", device=device)
+    x = batch[0].requires_grad_()
+    H = fm.Hessian(model, lambda m, x: checkpoint(m, x, use_reentrant=True).sum(), x)
+    with pytest.raises(ValueError, match=r"reentrant checkpoint.*use_reentrant=False"):
+        H @ torch.ones(38, dtype=torch.float64, device=device)
+
+
 def test_compiled_model_runs_eagerly(device):
     pytest.importorskip("torch._dynamo")
     model, batch = make("mlp", device=device)

@@ -342,3 +342,24 @@ def test_counters_do_not_record_anew(device):
         H @ torch.ones(12, dtype=torch.float64, device=device)
     assert model.calls == 0  # attributes are as they were, too
     assert not hasattr(model, "last")
+
+
+def test_large_things_that_closures_hold_cost_little(monkeypatch, device):
+    """Only so much is copied or walked; the rest is known by identity and length."""
+    model, batch = make("mlp", device=device)
+    monkeypatch.setattr("fastminima.curvature._state._COPIED_BYTES", 100)
+    table = torch.ones(3, dtype=torch.float64, device=device)
+    history, corpus = list(range(30_000)), np.ones(1000)
+
+    def held(model, batch):
+        scale = len(history) / 30_000 * corpus[0]
+        return scale * F.cross_entropy(model(batch[0]) * table, batch[1])
+
+    H = fm.Hessian(model, held, batch)
+    dense(H)
+    snapshot = H._kept.snapshot
+    assert len(snapshot._reads.marks) < 2000
+    assert snapshot._arrays == [None]
+    assert snapshot._copies[-1] is not None  # the table
+    check(model, held, batch, lambda: table.data.mul_(2))
+    check(model, held, batch, lambda: history.extend(range(10)))

@@ -51,13 +51,30 @@ def graph_loss(model, batch):
 def test_tensors_that_disagree_on_the_leading_size(device):
     model, data = Graph().to(device, torch.float64), graphs(device)
     H = fm.Hessian(model, graph_loss, data)
-    with pytest.raises(ValueError, match=r"sizes \[2, 30, 30\].*count="):
+    with pytest.raises(
+        ValueError, match=r"sizes \[2, 4, 4\] in one, \[2, 30, 30\] in.*count="
+    ):
         dense(H)
-    with pytest.raises(ValueError, match=r"sizes \[2, 30, 30\]"):
+    with pytest.raises(ValueError, match=r"sizes \[2, 4, 4\]"):
         fm.SharpnessProbe(model, graph_loss)(data)
     counted = dense(fm.Hessian(model, graph_loss, data, count=lambda b: len(b[2])))
     each = [dense(fm.Hessian(model, graph_loss, batch)) for batch in data]
     torch.testing.assert_close(counted, (30 * each[0] + 4 * each[1]) / 34)
+
+
+def test_disagreement_does_not_matter_between_batches_alike(device):
+    model, batch = make("mlp", device=device)
+    classes = torch.ones(3, dtype=torch.float64, device=device)
+
+    def closure(model, batch):
+        return F.cross_entropy(model(batch[1]), batch[2], weight=batch[0])
+
+    data = [(classes, batch[0][i : i + 5], batch[1][i : i + 5]) for i in (0, 5)]
+    got = dense(fm.Hessian(model, closure, data))
+    torch.testing.assert_close(got, dense(fm.Hessian(model, loss, batch)))
+    data[1] = (classes, batch[0][5:9], batch[1][5:9])
+    with pytest.raises(ValueError, match=r"sizes \[3, 4, 4\] in one, \[3, 5, 5\]"):
+        dense(fm.Hessian(model, closure, data))
 
 
 class Recurrent(nn.Module):
@@ -98,7 +115,7 @@ def test_samples_along_the_second_dimension(device):
     torch.testing.assert_close(counted, dense(fm.Hessian(model, time_loss, whole)))
     data = [(x, y[0]) for x, y in data]
     last = fm.Hessian(model, lambda m, b: F.cross_entropy(m(b[0])[-1], b[1]), data)
-    with pytest.raises(ValueError, match=r"sizes \[6, 7\]"):
+    with pytest.raises(ValueError, match=r"sizes \[6, 2\] in one, \[6, 7\]"):
         dense(last)
 
 
