@@ -59,7 +59,8 @@ def top_eigenpairs(
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: An argument out of its range, or a product that is not finite.
+        ValueError: An argument out of its range, a product that is not finite, or a
+            matrix that is not symmetric.
 
     Warns:
         ConvergenceWarning: Out of products; what there is is returned.

@@ -29,11 +29,13 @@ def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
-        products: How many matrix-vector products to spend, at least 3.
+        products: How many matrix-vector products to spend, at least 3; those by which
+            an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller).
+        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
+            symmetric.
 
     Example:
         >>> import torch
@@ -55,11 +57,13 @@ def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
-        products: How many matrix-vector products to spend, at least 3.
+        products: How many matrix-vector products to spend, at least 3; those by which
+            an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller).
+        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
+            symmetric.
 
     Example:
         >>> import torch

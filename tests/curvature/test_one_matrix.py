@@ -299,22 +299,28 @@ def test_fitted_classifier_is_not_refused(kind, scale, device):
             assert H @ torch.randn_like(ones(H)) is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_classifier_that_is_fitted_later_is_not_refused(dtype, device):
-    """What was checked at a loss of one goes on when it has become 1e-8."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_classifier_that_is_fitted_later_is_not_refused(seed, device):
+    """What was checked at a loss of one goes on when it has become 1e-6.
+
+    Seed 3 is 1e-3 off symmetry there, whichever way parameters move by rounding.
+    """
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 4)).to(device)
-    x = torch.randn(64, 10, device=device)
-    y = model(x).argmax(1)
-    model, x = model.to(dtype), x.to(dtype)
-    H = fm.Hessian(model, loss, (x, y))
-    sharpness = fm.SharpnessProbe(model, loss, max_products=20, rtol=0.1)
-    for _ in range(8):
-        assert sharpness((x, y)).values.isfinite().all()
-        fm.trace(H, products=12)
-        with torch.no_grad():
-            model[2].weight.mul_(2)
-            model[2].bias.mul_(2)
+    x = torch.randn(30, 10, device=device)
+    batch = x, model(x).argmax(1)
+    H = fm.Hessian(model, loss, batch)
+    sharpness = fm.SharpnessProbe(model, loss, k=2, max_products=30)
+    H @ ones(H)
+    sharpness(batch)
+    with torch.no_grad():
+        model[2].weight.mul_(300)
+        model[2].bias.mul_(300)
+    for operator in (H, fm.Hessian(model, loss, batch)):
+        fm.trace(operator, products=12)
+        fm.top_eigenpairs(operator, 2, max_products=30)
+        fm.spectral_density(operator, steps=6)
+    sharpness(batch)
 
 
 def test_matrix_of_rounding_is_not_refused(device):
