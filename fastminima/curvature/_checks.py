@@ -31,7 +31,7 @@ class Checks:
         self.noise: Noise | None = None
         self.symmetry = SymmetryWatch()
         self.products = 0
-        self.functions_known = False
+        self.functions_known, self.weights_known = False, False
         self._survey: Survey | None = None
         self._noted: list[tuple[int, Tensor]] = []
         self._known: tuple[Pass, list[int]] | None = None
@@ -56,7 +56,7 @@ class Checks:
     def forget(self) -> None:
         """Check anew: the operator has become another."""
         self.noise, self._survey, self._known = None, None, None
-        self.functions_known = False
+        self.functions_known, self.weights_known = False, False
         self.symmetry.reset()
 
     def look_at_graph(self, roots: Sequence[Tensor]) -> None:
@@ -104,9 +104,10 @@ class Checks:
         """A pass over the data begins."""
         self._noted = []
 
-    def is_first(self) -> bool:
-        """Whether nothing has been checked, and no batch recorded in this pass."""
-        return self.noise is None and not self._noted
+    def needs_weights(self) -> bool:
+        """Whether the first batch has not been asked how it weighs its rows."""
+        is_first = self.noise is None and not self._noted
+        return is_first and not self.weights_known
 
     def note(self, samples: int, value: Tensor) -> None:
         """A batch has been recorded."""

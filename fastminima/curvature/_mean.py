@@ -24,7 +24,7 @@ class MeanOperator(CurvatureOperator):
         return self._mean(lambda tape: [tape.gradient()])[0]
 
     def _weigh(self, batch: Any, weight: int) -> None:
-        if self._batches.is_counted or weight < 2 or not self._checks.is_first():
+        if self._batches.is_counted or weight < 2 or not self._checks.needs_weights():
             return
         if len(set(self._batches.sizes(batch))) > 1:
             return  # which are the rows cannot be told; the batches must be alike
@@ -39,6 +39,7 @@ class MeanOperator(CurvatureOperator):
             *(batch, whole, weight, tolerance),
         )
         state.restore()
+        self._checks.weights_known = True
 
     def _slope(self, roots: tuple[Tensor, ...]) -> Tensor:
         """The flat gradient of a batch, out of the count."""
