@@ -46,7 +46,8 @@ def _scattered(
     if shape[-1] != g.shape[-1]:
         g = g.sum(-1, keepdim=True)
     places = math.prod(shape[:-1])
-    place = torch.arange(places).reshape(shape[:-1]).expand(g.shape[:-1])
+    place = torch.arange(places, dtype=torch.int64, device=layout.labels.device)
+    place = place.reshape(shape[:-1]).expand(g.shape[:-1])
     row = (layout.labels * places + place).flatten()
     is_read = (layout.labels >= 0).flatten()
     samples = g.new_zeros(layout.count * places, shape[-1])

@@ -50,7 +50,8 @@ def _rows(
     keep = (ids != padding_idx).flatten()
     kept = ids.flatten()[keep]
     stride = int(kept.max()) + 1 if kept.numel() else 1
-    sample = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+    sample = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
+    sample = sample.repeat_interleave(ids.shape[1])
     keys, row = torch.unique(sample[keep] * stride + kept, return_inverse=True)
     terms = g.flatten(0, 1)[keep].to(accumulation_dtype(g.dtype))
     value = terms.new_zeros(len(keys), g.shape[2]).index_add_(0, row, terms)
