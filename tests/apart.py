@@ -40,6 +40,8 @@ class Apart(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
+        if inner.is_nested or inner.layout != torch.strided:
+            raise Unsupported("the device `apart` has dense tensors only")
         return torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -76,7 +78,8 @@ class Apart(torch.Tensor):
                 copied = Apart(copy.deepcopy(self.inner))
             copied.requires_grad_(self.requires_grad)
             copied._is_param = getattr(self, "_is_param", False)
-            copied.grad = copy.deepcopy(self.grad, memo)
+            if not copied._is_param:  # as PyTorch's own do
+                copied.grad = copy.deepcopy(self.grad, memo)
             memo[id(self)] = copied
         return memo[id(self)]
 
@@ -96,7 +99,10 @@ class Apart(torch.Tensor):
             raise Unsupported(f"the device `apart` has no {func}")
         if func._schema.name not in _MIXING:
             _refuse_mixing(func, (args, kwargs))
-        out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        args_inside = tree_map(_inner, args)
+        if func is aten.histc.default and not args_inside[0].is_floating_point():
+            args_inside = (args_inside[0].double(), *args_inside[1:])  # as GPUs take it
+        out = func(*args_inside, **tree_map(_inner, kwargs))
         if target is not None and torch.device(target).type == "cpu":
             return out
         if func._schema.name == "aten::copy_" and not isinstance(args[0], Apart):
@@ -115,7 +121,9 @@ def _wrapped(x):
 
 def _refuse_mixing(func, given):
     tensors = [x for x in torch.utils._pytree.tree_leaves(given) if torch.is_tensor(x)]
-    if any(type(x) is not Apart and x.device.type == "cpu" and x.dim() for x in tensors):
+    if any(
+        type(x) is not Apart and x.device.type == "cpu" and x.dim() for x in tensors
+    ):
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, found cpu and apart"
         )
@@ -168,6 +176,7 @@ def register():
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
     _KEPT.append(library)
 
 
@@ -188,6 +197,11 @@ def _empty(size, dtype=None, memory_format=None, **_):
     return Apart(
         torch.empty(size, dtype=dtype, device=_CPU, memory_format=memory_format)
     )
+
+
+def _copy_from(source, target, non_blocking=False):
+    _inner(target).copy_(_inner(source))
+    return target
 
 
 def _empty_strided(size, stride, dtype=None, **_):

@@ -13,6 +13,12 @@ import fastminima as fm
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_device(device):
+    global X, Y
+    X, Y = X.to(device), Y.to(device)
+
+
 def model_and_losses():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     return model, F.cross_entropy(model(X), Y, reduction="none")

@@ -433,13 +433,14 @@ def test_threads_with_models_of_their_own():
     """Each thread trains its own model with its own probe, as alone."""
     torch.manual_seed(0)
     first = Network()
+    batches = [batch(4 + step % 3, seed=step) for step in range(8)]
 
     def train(model, found):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         probe = fm.GradientProbe(model)
-        for step in range(8):
+        for ids in batches:
             optimizer.zero_grad()
-            stats = probe.backward(losses_of(model, batch(4 + step % 3, seed=step)))
+            stats = probe.backward(losses_of(model, ids))
             found.append(stats.sq_norms)
             optimizer.step()
 
