@@ -1,7 +1,8 @@
 """A device that is not the CPU, on the CPU: `--device apart`.
 
 Its tensors are wrappers that no host code can read: an operation that mixes them with
-tensors of the CPU is an error, as on a GPU, and so is `numpy()`. Values are the CPU's own.
+tensors of the CPU is an error, as on a GPU, and so is `numpy()`. Hooks run in a thread
+of the device. Values are the CPU's own.
 """
 
 import copy
@@ -23,6 +24,11 @@ _MIXING = {
     *("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put"),
     *("aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"),
 }
+# They resize what they fill, which a wrapper cannot follow.
+_FACTORIES = (
+    *("arange", "arange.start", "arange.start_step", "linspace", "logspace", "eye"),
+    *("eye.m", "randperm", "randperm.generator", "tril_indices", "triu_indices"),
+)
 _CPU = torch.device("cpu")
 _KEPT = []  # what is registered ends with its library
 
@@ -125,7 +131,7 @@ def _refuse_mixing(func, given):
         type(x) is not Apart and x.device.type == "cpu" and x.dim() for x in tensors
     ):
         raise RuntimeError(
-            f"{func}: expected all tensors to be on the same device, found cpu and apart"
+            f"{func}: expected all tensors to be on one device, found cpu and apart"
         )
 
 
@@ -176,6 +182,8 @@ def register():
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    for name in _FACTORIES:
+        library.impl(name, _factory(name), "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     _KEPT.append(library)
 
@@ -197,6 +205,16 @@ def _empty(size, dtype=None, memory_format=None, **_):
     return Apart(
         torch.empty(size, dtype=dtype, device=_CPU, memory_format=memory_format)
     )
+
+
+def _factory(name):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(aten, packet), overload or "default")
+
+    def made(*args, device=None, layout=None, pin_memory=None, **kwargs):
+        return Apart(op(*args, device=_CPU, **kwargs))
+
+    return made
 
 
 def _copy_from(source, target, non_blocking=False):

@@ -18,9 +18,13 @@ class Case:
     call: Callable = lambda model, *inputs: model(*inputs)
     universal: bool = False  # some parameter has no rule of its own
 
-    def make(self, seed=0):
+    def make(self, seed=0, device=None):
+        """The model and a batch, moved to `device` if that is said."""
         torch.manual_seed(seed)
-        return self.build(), self.inputs()
+        model, inputs = self.build(), self.inputs()
+        if device is None:
+            return model, inputs
+        return model.to(device), tuple(t.to(device) for t in inputs)
 
     def losses(self, model, batch):
         out = self.call(model, *batch)

@@ -1,11 +1,17 @@
 """What every test runs under."""
 
 import contextlib
+import functools
+import os
 
 import apart
 import placing
 import pytest
 import torch
+
+
+# cuBLAS adds up in the same order only so; it reads this when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser):
@@ -18,12 +24,12 @@ def pytest_addoption(parser):
     group.addoption(
         "--default-device",
         default=None,
-        help="PyTorch's default device, for what the package makes without saying where",
+        help="PyTorch's default device: where what does not say it would be",
     )
     group.addoption(
         "--default-dtype",
         default=None,
-        help="PyTorch's default dtype, for what the package makes without saying which",
+        help="PyTorch's default dtype: of what the rest would be",
     )
 
 
@@ -54,6 +60,29 @@ def _deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def autocast(device):
+    """`torch.autocast` on the device, a function of the dtype."""
+    if device.type == "apart":
+        pytest.skip("the device `apart` has no autocast")
+    return functools.partial(torch.autocast, device.type)
+
+
+@pytest.fixture
+def generator(device):
+    """A function of a seed: a generator of random numbers on the device."""
+    if device.type == "apart":
+        pytest.skip("the device `apart` has no generator of its own")
+    return lambda seed=0: torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def on_the_cpu(device):
+    """For what is the CPU's alone."""
+    if device.type != "cpu":
+        pytest.skip("about the CPU")
 
 
 @pytest.fixture

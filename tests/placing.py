@@ -5,16 +5,21 @@ where onto one device, in one dtype. What the package makes is left to PyTorch's
 defaults: one that it does not say is on the wrong device, or of the wrong dtype.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils._device import _device_constructors
 
 import fastminima
 
-__all__ = ["Placed", "by_the_package"]
+__all__ = ["Placed", "lifted"]
 
 _PACKAGE = str(Path(fastminima.__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -73,6 +78,16 @@ class Placed(TorchFunctionMode):
             with torch.no_grad():
                 return like.copy_(drawn)
         return drawn.to(like.device)
+
+
+@contextlib.contextmanager
+def lifted():
+    """Compiled code as it is without `Placed`, which a compiler would trace."""
+    if isinstance(_get_current_function_mode(), Placed):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 class _usual_dtype:

@@ -194,12 +194,12 @@ def test_dead_rows_are_settled_later():
     assert audit.ok, str(audit)
 
 
-def test_half_precision_rows_are_found():
+def test_half_precision_rows_are_found(autocast):
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(6, 3, 8)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
+        with autocast(dtype=dtype):
             losses = layer(x, x, x, need_weights=False)[0].float().square().sum((1, 2))
         audit = fm.GradientProbe(layer).audit(losses)
         assert audit.ok, str(audit)
