@@ -9,7 +9,6 @@ import placing
 import pytest
 import torch
 
-
 # cuBLAS adds up in the same order only so; it reads this when it is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
