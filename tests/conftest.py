@@ -1,6 +1,5 @@
 """What every test runs under."""
 
-import contextlib
 import functools
 import os
 
@@ -92,14 +91,6 @@ def placed(request, device):
     if device.type == "cpu" and default_device is None and default_dtype is None:
         yield
         return
-    kept = torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        if default_device is not None:
-            stack.enter_context(torch.device(default_device))
-        stack.enter_context(placing.Placed(device))
-        if default_dtype is not None:
-            torch.set_default_dtype(getattr(torch, default_dtype))
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(kept)
+    dtype = None if default_dtype is None else getattr(torch, default_dtype)
+    with placing.defaults(default_device, dtype, tests_on=device):
+        yield

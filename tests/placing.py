@@ -19,7 +19,7 @@ from torch.utils._device import _device_constructors
 
 import fastminima
 
-__all__ = ["Placed", "lifted"]
+__all__ = ["Placed", "defaults", "lifted"]
 
 _PACKAGE = str(Path(fastminima.__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -53,11 +53,20 @@ class Placed(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _FACTORIES and kwargs.get("device") is None:
             if by_the_package():
-                return func(*args, **kwargs)
+                return self._left_to_the_defaults(func, args, kwargs)
             return self._made(func, args, kwargs)
         if func in _LIKE or func in _DRAWN:
             return self._drawn(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _left_to_the_defaults(self, func, args, kwargs):
+        """What the package makes; an error where the default dtype decides its own."""
+        made = func(*args, **kwargs)
+        if kwargs.get("dtype") is None and made.dtype == torch.get_default_dtype():
+            with _usual_dtype():
+                usual = func(*args, **kwargs).dtype
+            assert made.dtype == usual, f"{func.__name__}{args} does not say its dtype"
+        return made
 
     def _made(self, func, args, kwargs):
         """On the CPU first, so that random numbers are the same on every device."""
@@ -88,6 +97,22 @@ def lifted():
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def defaults(device=None, dtype=None, tests_on="cpu"):
+    """PyTorch's defaults, and the tensors of tests where and as they are without."""
+    kept = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if device is not None:
+            stack.enter_context(torch.device(device))
+        stack.enter_context(Placed(tests_on))
+        if dtype is not None:
+            torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(kept)
 
 
 class _usual_dtype:
