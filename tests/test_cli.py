@@ -124,7 +124,7 @@ def test_a_reader_that_has_seen_enough():
 
 
 def test_a_pipe_closed_from_the_start():
-    """More than a pipe holds is not needed: the reader is gone before the first line."""
+    """The reader is gone before the first line."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:
