@@ -72,6 +72,8 @@ class _TiedHead(Joined):
 
 def _may_look(x: Tensor) -> bool:
     """Whether the host may wait for values, as it may not in a CUDA graph's capture."""
+    if x.is_meta:  # it has none
+        return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
