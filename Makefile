@@ -60,8 +60,9 @@ setup: $(VENV)/.installed  ## the environment that demo and test use
 demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / batch size
 	@OMP_NUM_THREADS=2 $(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
-test: $(VENV)/.installed  ## the whole suite, then the op tests with every shape checked
+test: $(VENV)/.installed  ## op tests with shapes checked, models on a device, the suite
 	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*'
+	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --device apart tests/capture/test_exact.py tests/capture/test_observe.py
 	@$(VENV)/bin/python -m pytest tests $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables

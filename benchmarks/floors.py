@@ -26,6 +26,7 @@ import torch
 from benchmarks.kernels.cases import Case, Tensors, cases
 from benchmarks.kernels.tally import tally
 from benchmarks.kernels.work import Work, work_of
+from benchmarks.measured import SOURCE, measured_preferences
 from fastminima.ops.preferences import Preference
 
 __all__ = ["H100", "MARGIN", "Bound", "Rates", "bounds", "main", "prefer"]
@@ -189,9 +190,18 @@ def prefer(found: list[Bound]) -> dict[tuple[str, torch.dtype], Preference]:
             key = bound.op, bound.dtype
             least[key] = min(bound.speedup, least.get(key, float("inf")))
     return {
-        key: Preference(_kind(key[0]) if s * MARGIN > 1 else "reference", s)
+        key: Preference(_kind(key[0]) if s * MARGIN > 1 else "reference", s, _MODELLED)
         for key, s in sorted(least.items(), key=str)
     }
+
+
+def decide() -> dict[tuple[str, torch.dtype], Preference]:
+    """What was measured decides; where nothing was, the bounds do."""
+    return dict(sorted((prefer(bounds()) | measured_preferences()).items(), key=str))
+
+
+_MODELLED = "bounds for an H100, not measured"
+_NAMES = {torch.float32: "_FLOAT", torch.bfloat16: "_HALF", torch.int64: "_IDS"}
 
 
 def _kind(op: str) -> str:
@@ -219,13 +229,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--preferences", action="store_true")
     options = parser.parse_args(arguments)
-    found = bounds()
     if options.preferences:
-        for (op, dtype), told in prefer(found).items():
-            kind = "_FLOAT" if dtype == torch.float32 else "_HALF"
-            value = f'Preference("{told.backend}", {told.speedup:.2g})'
+        for (op, dtype), told in decide().items():
+            kind = _NAMES[dtype]
+            rest = "" if told.source == SOURCE else f', "{told.source}"'
+            value = f'Preference("{told.backend}", {told.speedup:.2g}{rest})'
             print(f'    ("{op}", {kind}): {value},')
         return
+    found = bounds()
     print(table(found))
     print("\nTimes in microseconds; bounds, nothing was measured.")
     if options.json:

@@ -3,6 +3,7 @@
 python -m benchmarks.gpu                  all stages; records go to benchmarks/records/
 python -m benchmarks.gpu --dry-run        only says what it would do
 python -m benchmarks.gpu --stages steps   some of them
+python -m benchmarks.gpu --stages suites  whole models, in a run of its own
 python -m benchmarks.gpu --output FOLDER  records elsewhere
 
 Each stage runs in a process of its own and within its share of the time, so that one
@@ -43,6 +44,7 @@ class Stage:
     seconds: float
     module: str
     what: str
+    is_alone: bool = False  # runs where it is asked for: it takes all the time
 
 
 STAGES = (
@@ -53,13 +55,15 @@ STAGES = (
     Stage("sanitizer", 60, "checks.sanitizer", "compute-sanitizer on small cases"),
     Stage("kernels", 160, "timing.kernels", "every op against its floor and PyTorch"),
     Stage("steps", 120, "steps.steps", "W1 to W5: a probed step over a plain one"),
+    Stage("suites", 560, "suites.suites", "capture, curvature, spectrum, optim", True),
 )
+DEFAULT = tuple(s.name for s in STAGES if not s.is_alone)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--stages", default=",".join(s.name for s in STAGES))
+    parser.add_argument("--stages", default=",".join(DEFAULT))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--budget", type=float, default=TOTAL, help="seconds in all")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -73,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in chosen:
             print(f"{stage.name:10} {stage.seconds:4.0f} s  {stage.what}")
         print(f"{'together':10} {sum(s.seconds for s in chosen):4.0f} s at most")
+        for stage in STAGES:
+            if stage not in chosen:
+                print(f"left out: {stage.name} ({stage.seconds:.0f} s), {stage.what}")
         return 0
     if options.child:
         return _child(chosen[0], options.budget, options.child)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import pkgutil
 import platform
 import sys
@@ -22,10 +23,16 @@ _ISAS = ("avx512", "avx2", "generic")  # the best first
 
 
 def main() -> int:
-    """Print the report; 0."""
-    print(*_machine(), sep="\n")
-    print(f"\nFor each op, what {_DTYPE} tensors run on here; then what they do not:")
-    print(*_ops(), sep="\n")
+    """Print the report; 0, also where the reader has closed the pipe."""
+    try:
+        print(*_machine(), sep="\n")
+        print(
+            f"\nFor each op, what {_DTYPE} tensors run on here; then what they do not:"
+        )
+        print(*_ops(), sep="\n", flush=True)
+    except BrokenPipeError:  # `| head`: nobody reads on
+        # The interpreter flushes once more at its end, into something that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -65,9 +72,19 @@ def _native_line() -> str:
 
 def _cuda_line() -> str:
     if (reason := _native.cuda_missing_reason()) is not None:
-        return f"no: {reason}"
+        return f"no: {reason}{_without_them()}"
     here = "" if torch.cuda.is_available() else "; no CUDA device here"
     return f"built for {', '.join(_native.cuda_architectures())}{here}"
+
+
+def _without_them() -> str:
+    """What it means that there are no CUDA kernels, where there is a GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    return (
+        "; the GPU here runs Triton's kernels and PyTorch's ways only (install with "
+        "nvcc on PATH, or CUDA_HOME set, to have the rest)"
+    )
 
 
 def _ops() -> Iterator[str]:
@@ -88,10 +105,16 @@ def _dtype_of(op: Op) -> torch.dtype:
 
 
 def _others(op: Op, device: str) -> Iterator[str]:
-    """Each implementation that would not run, with the reason; same reasons joined."""
+    """Each implementation that would not run, with the reason; same reasons joined.
+
+    One that is registered anew for each dtype is named once.
+    """
+    told = {op.backends(device, _dtype_of(op))[0]}
     reasons: dict[str, list[str]] = {}
     for backend, reason in (*_not_chosen(op, device), *_not_there(op, device)):
-        reasons.setdefault(reason, []).append(backend)
+        if backend not in told:
+            told.add(backend)
+            reasons.setdefault(reason, []).append(backend)
     return (f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 

@@ -183,7 +183,7 @@ def noise_scale(
     steps = list(stats) if isinstance(stats, Iterable) else [stats]
     if not steps:
         raise ValueError("A noise scale needs the statistics of at least one step.")
-    noise = torch.stack([torch.as_tensor(s.covariance_trace) for s in steps])
+    noise = torch.stack([s.covariance_trace for s in steps])
     signal = torch.stack(
         [s.mean_grad_sq_norm - s.covariance_trace / _behind_mean(s) for s in steps]
     )

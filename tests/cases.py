@@ -18,15 +18,21 @@ class Case:
     call: Callable = lambda model, *inputs: model(*inputs)
     universal: bool = False  # some parameter has no rule of its own
 
-    def make(self, seed=0):
+    def make(self, seed=0, device=None):
+        """The model and a batch, moved to `device` if that is said."""
         torch.manual_seed(seed)
-        return self.build(), self.inputs()
+        model, inputs = self.build(), self.inputs()
+        if device is None:
+            return model, inputs
+        return model.to(device), tuple(t.to(device) for t in inputs)
 
     def losses(self, model, batch):
         out = self.call(model, *batch)
         out = out.flatten(1)
         # Different for each sample and each output, so that no symmetry hides a mistake.
-        weight = torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)
+        weight = torch.linspace(
+            0.5, 1.5, out.shape[1], dtype=out.dtype, device=out.device
+        )
         return (out * weight).sin().sum(1)
 
 
@@ -72,7 +78,7 @@ class Language(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, ids):
-        where = torch.arange(ids.shape[1])
+        where = torch.arange(ids.shape[1], device=ids.device)
         x = self.tokens(ids) + self.positions(where)
         return self.head(self.norm(x.tanh()))
 
@@ -199,7 +205,7 @@ class LastToken(nn.Module):
 
     def forward(self, x, length):
         h = self.layer(x).tanh()
-        return self.head(h[torch.arange(len(x)), length])
+        return self.head(h[torch.arange(len(x), device=x.device), length])
 
 
 class Windows(nn.Module):
@@ -262,7 +268,7 @@ class RelativePositions(nn.Module):
         self.where = where
 
     def forward(self, x):  # [batch, 5, 6]
-        place = torch.arange(x.shape[1])
+        place = torch.arange(x.shape[1], device=x.device)
         bias = self.table(place[:, None] - place + 4).permute(2, 0, 1)[None]
         if self.where:
             bias = torch.where((x[:, :, 0] < 0.5)[:, None, None], bias, -3.0)
@@ -281,7 +287,9 @@ class Indexed(nn.Module):
         self.numbers = nn.Parameter(torch.randn(5))
 
     def forward(self, ids):  # [batch, 5] of 0 ... 6
-        x = self.rows[ids - 7].tanh() + self.rows.index_select(0, torch.arange(5))
+        x = self.rows[ids - 7].tanh() + self.rows.index_select(
+            0, torch.arange(5, device=ids.device)
+        )
         grid = self.grid[ids % 3, ids % 4].flatten(2)
         return x * grid + self.numbers[ids % 5, None]
 

@@ -1,7 +1,54 @@
 """What every test runs under."""
 
+import functools
+import os
+
+import apart
+import placing
 import pytest
 import torch
+
+# cuBLAS adds up in the same order only so; it reads this when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastminima")
+    group.addoption(
+        "--device",
+        default="cpu",
+        help="where models and batches are; `apart` is a device that needs no GPU",
+    )
+    group.addoption(
+        "--default-device",
+        default=None,
+        help="PyTorch's default device: where what does not say it would be",
+    )
+    group.addoption(
+        "--default-dtype",
+        default=None,
+        help="PyTorch's default dtype: of what the rest would be",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where models and batches are."""
+    name = request.config.getoption("--device")
+    if name == "apart":
+        apart.register()
+    if name.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except apart.Unsupported as problem:
+        pytest.skip(str(problem))
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +58,39 @@ def _deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def autocast(device):
+    """`torch.autocast` on the device, a function of the dtype."""
+    if device.type == "apart":
+        pytest.skip("the device `apart` has no autocast")
+    return functools.partial(torch.autocast, device.type)
+
+
+@pytest.fixture
+def generator(device):
+    """A function of a seed: a generator of random numbers on the device."""
+    if device.type == "apart":
+        pytest.skip("the device `apart` has no generator of its own")
+    return lambda seed=0: torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def on_the_cpu(device):
+    """For what is the CPU's alone."""
+    if device.type != "cpu":
+        pytest.skip("about the CPU")
+
+
+@pytest.fixture
+def placed(request, device):
+    """Put what the test makes onto the device, under the defaults asked for."""
+    default_device = request.config.getoption("--default-device")
+    default_dtype = request.config.getoption("--default-dtype")
+    if device.type == "cpu" and default_device is None and default_dtype is None:
+        yield
+        return
+    dtype = None if default_dtype is None else getattr(torch, default_dtype)
+    with placing.defaults(default_device, dtype, tests_on=device):
+        yield

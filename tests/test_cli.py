@@ -1,6 +1,9 @@
 """`python -m fastminima` reports what this machine has and what would run on it."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,6 +84,59 @@ def test_why_others_do_not_run(op, monkeypatch):
     assert "wide: not for torch.float32" in text
     assert "triton: for cuda tensors" in text
     assert "cuda: no such kernel" in text
+
+
+def test_an_implementation_of_several_dtypes_is_named_once(op, monkeypatch):
+    """Kernels that are registered dtype by dtype, as those for GPUs are."""
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: None)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        op.add("triton", abs, devices=("cuda",), dtypes=(dtype,))
+        op.add("quick", abs, devices=("cpu",), dtypes=(dtype,))
+    text = others(op)
+    assert re.findall("triton", text) == ["triton"]
+    assert "quick: " not in text  # it is what runs
+
+
+def test_every_implementation_is_named_once_a_line(lines):
+    for line in (line for line in lines if line.startswith("  ")):
+        named = re.findall(r"([\w-]+)(?=[,:] )", line)
+        names = [name for name in named if name in ("triton", "cuda", "reference")]
+        assert len(names) == len(set(names)), line
+
+
+def test_missing_cuda_kernels_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_missing_reason", lambda: "not built: no nvcc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert re.search(r"no: not built: no nvcc; the GPU here runs", report._cuda_line())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report._cuda_line() == "no: not built: no nvcc"
+
+
+def test_a_reader_that_has_seen_enough():
+    """`python -m fastminima | head -1` ends without a traceback, with status 0."""
+    command = f"{sys.executable} -m fastminima | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stdout.startswith("fastminima")
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_pipe_closed_from_the_start():
+    """The reader is gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastminima"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 def test_missing_extension_is_the_reason(op, monkeypatch):

@@ -170,7 +170,7 @@ def logit_classes(model, batch):
 def sentence_pairs(model, batch):
     """With token types, as BERT's."""
     ids, mask, target = batch
-    types = (torch.arange(ids.shape[1]) > 3).long().expand(ids.shape)
+    types = (torch.arange(ids.shape[1], device=ids.device) > 3).long().expand(ids.shape)
     logits = model(ids, attention_mask=mask, token_type_ids=types).logits
     return cross_entropy(logits, target, reduction="none")
 

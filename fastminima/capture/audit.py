@@ -126,8 +126,9 @@ def audit_losses(
             for name, seconds in again.items():
                 collected.seconds[name] = min(seconds, collected.seconds[name])
         whole = _norm(grads)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(count, generator=generator)[:samples].sort().values
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(count, generator=generator, device="cpu")
+        chosen = order[:samples].sort().values
         norm_errors: dict[str, float | None] = dict.fromkeys(names)
         if not (reading.mixing and batchnorm == "rows"):
             for n in chosen.tolist():

@@ -41,7 +41,8 @@ class RegularLayout:
     @property
     def labels(self) -> Tensor:
         """The sample of each position along `dim`, read or not."""
-        place = torch.arange(self.outer * self.batch * self.inner)
+        rows = self.outer * self.batch * self.inner
+        place = torch.arange(rows, dtype=torch.int64, device="cpu")
         return place // self.inner % self.batch
 
     def stride(self, shape: Sequence[int]) -> int:
@@ -123,7 +124,7 @@ class RegularLayout:
 class IrregularLayout:
     """Rows in any order: `labels[i]` is the sample of row i, -1 for nobody's."""
 
-    labels: Tensor  # [*leading], int64
+    labels: Tensor  # [*leading], int64, on the CPU
     batch: int
 
     @property
@@ -137,14 +138,20 @@ class IrregularLayout:
 
     def choose(self, samples: Tensor) -> IrregularLayout:
         """The same layout, reading some samples only."""
-        place = torch.full((self.batch + 1,), -1)  # the last one is nobody's
-        place[samples.cpu()] = torch.arange(len(samples))
+        # The last place is nobody's.
+        place = torch.full((self.batch + 1,), -1, dtype=torch.int64, device="cpu")
+        place[samples.cpu()] = self._numbers(len(samples))
         return IrregularLayout(place[self.labels], len(samples))
 
     @property
     def longest(self) -> int:
         """Rows that every sample is padded to."""
         return self._padded[0].shape[1]
+
+    @staticmethod
+    def _numbers(count: int) -> Tensor:
+        """0 ... count - 1, where labels are."""
+        return torch.arange(count, dtype=torch.int64, device="cpu")
 
     @cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:
@@ -154,10 +161,10 @@ class IrregularLayout:
         order = order[flat[order] >= 0]
         counts = torch.bincount(flat[order], minlength=self.batch)
         longest = max(int(counts.max()), 1) if len(flat) else 1
-        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[flat[order]]
-        index = torch.zeros(self.batch, longest, dtype=torch.long)
+        place = self._numbers(len(order)) - (counts.cumsum(0) - counts)[flat[order]]
+        index = torch.zeros(self.batch, longest, dtype=torch.int64, device="cpu")
         index[flat[order], place] = order
-        return index, torch.arange(longest) < counts[:, None]
+        return index, self._numbers(longest) < counts[:, None]
 
     def rows(self, t: Tensor, trailing: int) -> Tensor:
         """`[batch, time, *last trailing dims]`, short samples padded with zeros."""

@@ -216,7 +216,7 @@ class Ranks:
             if part.grad_sq_norms is not None:
                 head[_REPLICATED], head[_SHARDED] = part.grad_sq_norms
             was_reached = [float(name in part.reached) for name in self._shapes]
-            head[_FIRST_NAME:] = torch.tensor(was_reached)
+            head[_FIRST_NAME:] = head.new_tensor(was_reached)
             rows = self._numbers(part.stats)
         heads, body = self._gather(head, rows)
         most = int(heads[:, _COUNT].max())

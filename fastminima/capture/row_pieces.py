@@ -23,7 +23,7 @@ def some_of(layout: RowLayout, lo: int, hi: int) -> RowLayout:
         return layout
     if isinstance(layout, RegularLayout) and layout.chosen is not None:
         return layout.choose(layout.chosen[lo:hi])
-    return layout.choose(torch.arange(lo, hi, device="cpu"))
+    return layout.choose(torch.arange(lo, hi, dtype=torch.int64, device="cpu"))
 
 
 def _bytes_each(layout: RowLayout, features: int, size: int) -> int:

@@ -107,7 +107,7 @@ def _embedding_bag(
     if node._saved_mode == _MAX:
         return {0: _largest(node, g, layout, shape)}
     ids, sizes = node._saved_indices.long(), node._saved_result2
-    place = torch.arange(len(ids), device=ids.device)
+    place = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
     bag = torch.searchsorted(node._saved_offsets.long(), place, right=True) - 1
     in_bag = bag < len(g)  # what is after the last offset is in none
     ids, bag = ids[in_bag], bag[in_bag]
@@ -115,7 +115,9 @@ def _embedding_bag(
     weights = None if weights is None else weights[in_bag]
     if node._saved_mode == _MEAN:
         weights = sizes[bag].to(accumulation_dtype(g.dtype)).reciprocal_()
-    number = torch.arange(1, len(ids) + 1, device=ids.device)
+    number = torch.arange(
+        1, len(ids) + 1, dtype=torch.int64, device=ids.device
+    )
     padding = signed(node._saved_padding_idx)
 
     def table(some: RowLayout) -> Embedding:
@@ -137,7 +139,7 @@ def _largest(
 ) -> Contribution:
     """Each feature of a bag comes from a row of its own: a table of single numbers."""
     width = shape[1]
-    feature = torch.arange(width, device=g.device)
+    feature = torch.arange(width, dtype=torch.int64, device=g.device)
     ids = node._saved_result3.long() * width + feature
     is_filled = (node._saved_result2 > 0).unsqueeze(1)
     ids, rows = (layout.rows(t * is_filled, 1).flatten(1) for t in (ids, g))

@@ -49,7 +49,7 @@ class Sharding:
 
     def most(self, number: int) -> int:
         """The largest `number` that a rank with a piece came with. All must call it."""
-        value = torch.tensor(number, device=self._device)
+        value = torch.tensor(number, dtype=torch.int64, device=self._device)
         for mesh in self.meshes:
             for dim in range(mesh.ndim):
                 dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group(dim))

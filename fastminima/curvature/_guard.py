@@ -121,7 +121,9 @@ def moved(parameters: Sequence[Tensor], eps: float, seed: int) -> Iterator[None]
     generator = torch.Generator("cpu").manual_seed(seed)
     try:
         for parameter, data in zip(parameters, before, strict=True):
-            share = torch.rand(data.shape, generator=generator, device="cpu")
+            share = torch.rand(
+                data.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             parameter.data = data * (1 + eps * (2 * share - 1).to(data))
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -13,14 +15,40 @@ __all__ = [
     "FLOATS",
     "SUFFIX",
     "TRITON",
+    "HostIntegers",
     "accumulated",
     "accumulated_rows",
+    "addresses",
     "contiguous_rows",
 ]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class HostIntegers:
+    """64-bit integers for C++ that reads them on the host, as addresses of a list.
+
+    No tensor holds them: a default device cannot put them where the host cannot read.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self._values = array("q", values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def data_ptr(self) -> int:
+        """Address of the first; it holds as long as this object lives."""
+        return self._values.buffer_info()[0]
+
+
+def addresses(tensors: Sequence[Tensor]) -> HostIntegers:
+    """The tensors' addresses, on the host."""
+    return HostIntegers(x.data_ptr() for x in tensors)
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

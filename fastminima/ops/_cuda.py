@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "SUFFIX", "addresses", "alike", "scratch", "sizes", "stream"]
+from ._arguments import HostIntegers
+
+__all__ = ["DTYPES", "SUFFIX", "alike", "scratch", "sizes", "stream"]
 
 SUFFIX = {
     torch.float32: "f32",
@@ -28,14 +30,9 @@ def scratch(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.float64, device=like.device)
 
 
-def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors' addresses, on the host."""
-    return torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
-
-
-def sizes(tensors: Sequence[Tensor]) -> Tensor:
+def sizes(tensors: Sequence[Tensor]) -> HostIntegers:
     """The tensors' numbers of elements, on the host."""
-    return torch.tensor([x.numel() for x in tensors], dtype=torch.int64)
+    return HostIntegers(x.numel() for x in tensors)
 
 
 def alike(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._cuda import SUFFIX, addresses, alike, scratch, sizes, stream
+from ._arguments import addresses
+from ._cuda import SUFFIX, alike, scratch, sizes, stream
 
 __all__ = ["axpy", "dot", "sq_norm"]
 

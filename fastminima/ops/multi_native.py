@@ -17,7 +17,7 @@ __all__ = ["sq_norm"]
 def sq_norm(kernels: Any, xs: Sequence[Tensor]) -> Tensor:
     """See `fastminima.ops.multi.multi_sq_norm`."""
     tensors = [x.contiguous() for x in accumulated(*xs)]
-    out = torch.empty((), dtype=torch.float64)
+    out = torch.empty((), dtype=torch.float64, device="cpu")
     getattr(kernels, f"multi_sq_norm_{SUFFIX[tensors[0].dtype]}")(
         [(x.data_ptr(), x.numel()) for x in tensors],
         *(out.data_ptr(), _native.threads()),

@@ -49,7 +49,8 @@ def _words(
     seed: int, offset: int | Int64[Tensor, ""], first: int, blocks: int, like: Tensor
 ) -> Int64[Tensor, "blocks 4"]:
     """The words of the elements 4 first to 4 (first + blocks)."""
-    place = torch.arange(first, first + blocks, device=like.device)
+    end = first + blocks
+    place = torch.arange(first, end, dtype=torch.int64, device=like.device)
     stream = place.new_zeros(blocks)
     counters = [place & _LOW, place >> 32 & _LOW]
     counters += [stream + (offset & _LOW), stream + (offset >> 32 & _LOW)]

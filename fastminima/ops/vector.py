@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _native
 from . import vector_cuda
+from ._arguments import addresses
 from ._pieces import dense_parts
 from .table import Op
 
@@ -132,12 +133,11 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def _scratch(kernels: Any, n: int, sums: int, results: int) -> tuple[Tensor, Tensor]:
-    partials = torch.empty(kernels.vector_partials(n, sums), dtype=torch.float64)
-    return partials, torch.empty(results, dtype=torch.float64)
-
-
-def _addresses(basis: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([row.data_ptr() for row in basis], dtype=torch.int64)
+    counts = kernels.vector_partials(n, sums), results
+    partials, result = (
+        torch.empty(count, dtype=torch.float64, device="cpu") for count in counts
+    )
+    return partials, result
 
 
 def _lanczos_step_native(
@@ -165,7 +165,7 @@ def _power_step_native(
 
 def _project_out_native(kernels: Any, w: Tensor, basis: Sequence[Tensor]) -> Tensor:
     partials, result = _scratch(kernels, len(w), len(basis), len(basis))
-    rows = _addresses(basis)
+    rows = addresses(basis)
     getattr(kernels, f"project_out_{_SUFFIX[w.dtype]}")(
         *(w.data_ptr(), rows.data_ptr(), len(basis), len(w)),
         *(partials.data_ptr(), result.data_ptr(), _native.threads()),
@@ -177,7 +177,7 @@ def _linear_combinations_native(
     kernels: Any, first: Tensor, rest: Sequence[Tensor], weights: Tensor
 ) -> Tensor:
     basis = (first, *rest)
-    rows = _addresses(basis)
+    rows = addresses(basis)
     weights = weights.to(first).contiguous()
     out = first.new_empty(weights.shape[1], len(first))
     getattr(kernels, f"linear_combinations_{_SUFFIX[first.dtype]}")(

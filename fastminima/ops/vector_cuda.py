@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cuda import SUFFIX, addresses, scratch, stream
+from ._arguments import addresses
+from ._cuda import SUFFIX, scratch, stream
 
 __all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out"]
 

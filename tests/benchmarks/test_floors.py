@@ -1,6 +1,7 @@
 """The floor model counts what is there, and the package prefers what it says."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from benchmarks import floors
 from benchmarks.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
 from benchmarks.kernels.tally import tally
 from benchmarks.kernels.work import FLOORS, Work, work_of
+from benchmarks.measured import measured_preferences
 from fastminima.ops.preferences import ON_GPU, is_preferred
 
 
@@ -105,15 +107,69 @@ def test_a_kernel_must_be_faster_at_every_size():
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-def test_preferences_are_what_the_model_says():
+def test_preferences_are_what_was_measured():
     """`python -m benchmarks.floors --preferences` prints the lines to put there."""
-    told = floors.prefer(floors.bounds(backend="triton"))
+    told = floors.decide()
+    assert told.keys() == ON_GPU.keys()
     for key, preference in told.items():
-        if key in ON_GPU and "not measured" not in ON_GPU[key].source:
-            continue
-        assert key in ON_GPU, key
         assert ON_GPU[key].backend == preference.backend, key
+        assert ON_GPU[key].source == preference.source, key
         assert ON_GPU[key].speedup == pytest.approx(preference.speedup, rel=0.2), key
+
+
+def record(tmp_path, cases):
+    """A record of medians, with quartiles a tenth of them around."""
+    timed = {
+        label: {
+            name: {
+                "median_us": t,
+                "lower_quartile_us": 0.9 * t,
+                "upper_quartile_us": 1.1 * t,
+            }
+            for name, t in times.items()
+        }
+        for label, times in cases.items()
+    }
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"cases": timed}))
+    return path
+
+
+def test_a_kernel_is_preferred_where_it_was_measured_faster(tmp_path):
+    told = measured_preferences(
+        record(
+            tmp_path,
+            {
+                "good 2x3 float32": {"triton": 10, "reference": 30},
+                "slow 2x3 float32": {"triton": 30, "reference": 20},
+                "other_way 2x3 float32": {"triton": 30, "torch": 20, "reference": 40},
+                "mixed 2x3 bfloat16": {"triton": 10, "reference": 90},
+                "mixed 2x4 bfloat16": {"triton": 50, "reference": 20},
+                "even 2x3 bfloat16": {"cuda": 10, "reference": 90},
+                "even 2x4 bfloat16": {"cuda": 21, "reference": 20},
+                "embedding_x 2x3 of 5x4 bfloat16": {"cuda": 10, "reference": 20},
+                "alone 2x3 float32": {"reference": 20},
+            },
+        )
+    )
+    assert {op: p.backend for (op, _), p in told.items()} == {
+        "good": "triton",
+        "slow": "reference",
+        "other_way": "reference",
+        "mixed": "reference",
+        "even": "cuda",
+        "embedding_x": "cuda",
+    }
+    assert told["good", torch.float32].speedup == pytest.approx(3)
+    assert told["embedding_x", torch.int64].speedup == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [("sum_over_time", torch.bfloat16), ("gram_sq_norms", torch.float32)],
+)
+def test_what_was_measured_slower_is_not_preferred(op, dtype):
+    assert not is_preferred(op, "triton", dtype)
 
 
 def test_ops_prefer_what_the_preferences_say():

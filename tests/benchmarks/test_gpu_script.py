@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.kernels.cases import cases
-from benchmarks.on_gpu import checks, steps, timing
+from benchmarks.on_gpu import checks, steps, suites, timing
 from benchmarks.workloads import build
 
 without_gpu = pytest.mark.skipif(
@@ -27,7 +27,9 @@ def test_dry_run_lists_the_stages(capsys):
     assert gpu.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
     assert all(stage.name in said and stage.what in said for stage in gpu.STAGES)
-    assert sum(stage.seconds for stage in gpu.STAGES) <= 600 - 30
+    together = [stage for stage in gpu.STAGES if stage.name in gpu.DEFAULT]
+    assert sum(stage.seconds for stage in together) <= 600 - 30
+    assert all(stage.seconds <= 600 - 30 for stage in gpu.STAGES)
 
 
 def test_unknown_stages_are_refused(capsys):
@@ -59,6 +61,66 @@ def test_a_stage_that_fails_is_recorded_and_the_others_go_on(tmp_path):
 def test_stages_end_with_the_budget(tmp_path):
     found = gpu.run_stages(list(gpu.STAGES), 0, tmp_path)
     assert {r["error"] for r in found.values()} == {"no time was left"}
+
+
+_FAILING = """
+import pytest
+
+def test_right():
+    pass
+
+def test_wrong():
+    value = 3
+    assert value == 4, "the value is off"
+
+@pytest.mark.skip(reason="no such device")
+def test_skipped():
+    pass
+"""
+
+
+def test_suites_record_counts_and_what_failed(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(_FAILING)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+
+    def command(device, report):
+        words = suites.sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"
+        return [*words, str(tmp_path)]
+
+    monkeypatch.setattr(suites, "command", command)
+    found = suites.suites(120)
+    assert not found["ok"] and found["status"] == 1
+    assert found["counts"] == {"passed": 1, "failure": 1, "skipped": 1}
+    ((name, lines),) = found["failed"].items()
+    assert name == "test_some::test_wrong"
+    assert "the value is off" in lines[0] and "test_some.py:9" in lines[-1]
+    assert found["skipped"] == {"no such device": 1}
+    assert "test_some" in found["seconds"]
+
+
+def test_suites_that_take_too_long_tell_what_they_found(tmp_path, monkeypatch):
+    source = "def test_a(): pass\ndef test_b():\n    import time; time.sleep(300)\n"
+    (tmp_path / "test_slow.py").write_text(source)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        suites,
+        "command",
+        lambda device, report: [
+            *(suites.sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"),
+            str(tmp_path),
+        ],
+    )
+    found = suites.suites(suites._TO_REPORT + 8)
+    assert not found["ok"] and found["status"] is None
+    assert found["counts"]["passed"] >= 1
+    assert "said" in found
+
+
+def test_suites_run_on_the_device_asked_for(tmp_path):
+    words = suites.command("cuda", tmp_path / "report.xml")
+    assert words[words.index("--device") + 1] == "cuda"
+    assert all((suites.ROOT / word).is_dir() for word in words if "tests/" in word)
+    assert ("-n" in words) == (suites.workers() > 1)
 
 
 class _Event:

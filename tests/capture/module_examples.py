@@ -48,7 +48,9 @@ class Example:
             rows_of(out, axis) for out, axis in zip(found, self.outputs, strict=True)
         ]
         out = torch.cat(rows, 1)
-        weight = torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)
+        weight = torch.linspace(
+            0.5, 1.5, out.shape[1], dtype=out.dtype, device=out.device
+        )
         return (out * weight + 0.3).square().sum(1)
 
     def _parts_of_scalar(self, args: tuple, kwargs: dict) -> Tensor:
@@ -225,8 +227,17 @@ def varied(t: Tensor, n: int) -> Tensor:
     return t.roll(n, -1) if t.dim() else (t + n) % 4
 
 
-def examples(name: str, training: bool) -> Iterator[Example]:
-    """All examples of one entry of module_db that have parameters."""
+def examples(
+    name: str, training: bool, device: torch.device | str = "cpu"
+) -> Iterator[Example]:
+    """All examples of one entry of module_db that have parameters.
+
+    They are made on the CPU, so that they are the same on every device.
+    """
+
+    def placed(value: Any) -> Any:
+        return mapped(lambda t: t.to(device), value)
+
     info = next(info for info in module_db if info.name == name)
     torch.manual_seed(0)
     found = info.module_inputs_func(
@@ -236,7 +247,7 @@ def examples(name: str, training: bool) -> Iterator[Example]:
         if given.forward_input is None:
             continue
         built, called = given.constructor_input, given.forward_input
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("cpu"):
             warnings.simplefilter("ignore")  # nested tensors, experimental layers
             module = info.module_cls(*built.args, **built.kwargs).train(training)
             if info.is_lazy:
@@ -244,7 +255,10 @@ def examples(name: str, training: bool) -> Iterator[Example]:
         if not list(module.parameters()):
             continue
         example = described(
-            f"{name} {number}", module, tuple(called.args), dict(called.kwargs)
+            f"{name} {number}",
+            module.to(device),
+            placed(tuple(called.args)),
+            placed(dict(called.kwargs)),
         )
         yield example
         # A loss of a scalar, and PReLU of one, have examples with a batch besides.

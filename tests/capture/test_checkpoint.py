@@ -272,9 +272,14 @@ def test_two_probes_on_one_region():
     assert torch.equal(fm.GradientProbe(model).backward(model(x)).sq_norms, a.sq_norms)
 
 
-def peak_bytes(step):
+def peak_bytes(step, device):
     """Most bytes of tensors alive at once during a step, beyond those before it."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     sizes = [
@@ -286,8 +291,10 @@ def peak_bytes(step):
 
 
 @KINDS
-def test_the_memory_saving_survives(use_reentrant):
+def test_the_memory_saving_survives(use_reentrant, device):
     """Deep and wide enough that activations are most of the memory."""
+    if device.type == "apart":
+        pytest.skip("the profiler does not see the memory of `apart`")
     x = torch.randn(64, 16, 4)
     peaks = {}
     for kind in (None, use_reentrant):
@@ -304,9 +311,9 @@ def test_the_memory_saving_survives(use_reentrant):
             model.zero_grad()
 
         plain()
-        peaks[kind, "plain"] = peak_bytes(plain)
-        peaks[kind, "first"] = peak_bytes(probed)
-        peaks[kind, "probed"] = peak_bytes(probed)
+        peaks[kind, "plain"] = peak_bytes(plain, device)
+        peaks[kind, "first"] = peak_bytes(probed, device)
+        peaks[kind, "probed"] = peak_bytes(probed, device)
     saved = peaks[use_reentrant, "plain"] / peaks[None, "plain"]
     assert saved < 0.5, peaks  # there is something to lose
     for step, most in (("probed", 1.15), ("first", 1.6)):

@@ -29,6 +29,13 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
+def _placed(device):
+    """Moved one by one instead: a compiler would trace what places tensors."""
+    if device.type == "apart":
+        pytest.skip("compilers do not know the device `apart`")
+
+
+@pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(False)  # it compiles something else then
@@ -52,8 +59,21 @@ class Blocks(nn.Module):
         return x @ self.table.weight.t()
 
 
-def batch(n=5, t=4, seed=0):
-    return torch.randint(11, (n, t), generator=torch.Generator().manual_seed(seed))
+@pytest.fixture
+def blocks(device):
+    """`Blocks` on the device."""
+    return lambda **options: Blocks(**options).to(device)
+
+
+@pytest.fixture
+def batch(device):
+    """Ids on the device."""
+
+    def make(n=5, t=4, seed=0):
+        ids = torch.randint(11, (n, t), generator=torch.Generator().manual_seed(seed))
+        return ids.to(device)
+
+    return make
 
 
 def losses_of(run, ids):
@@ -67,9 +87,9 @@ def take_grads(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_compiled_model_reads_as_the_plain_one(name):
+def test_a_compiled_model_reads_as_the_plain_one(name, device):
     case = BY_NAME[name]
-    model, inputs = case.make()
+    model, inputs = case.make(device=device)
     options = {"measure": ("norms", "gram"), "per_parameter": True}
     want = fm.GradientProbe(model, **options).backward(case.losses(model, inputs))
     take_grads(model)
@@ -98,10 +118,10 @@ def test_a_compiled_model_reads_as_the_plain_one(name):
 
 
 @pytest.mark.slow
-def test_inductor_trains_the_same_and_is_read():
+def test_inductor_trains_the_same_and_is_read(blocks, batch):
     """The real compiler: a run with and without the probe, bit by bit the same."""
     torch.manual_seed(0)
-    plain = Blocks()
+    plain = blocks()
     probed = copy.deepcopy(plain)
     want = fm.GradientProbe(plain).backward(losses_of(plain, batch()))
     plain.zero_grad()
@@ -126,9 +146,9 @@ def test_inductor_trains_the_same_and_is_read():
         assert torch.equal(a, b)
 
 
-def test_other_sizes_and_graph_breaks():
+def test_other_sizes_and_graph_breaks(blocks, batch):
     """Dynamic shapes, batches of one, several regions and plain layers between them."""
-    model = Blocks()
+    model = blocks()
     parts = copy.copy(model)
     parts.first, parts.second = (
         fm.compile(part, backend="aot_eager") for part in (model.first, model.second)
@@ -143,8 +163,8 @@ def test_other_sizes_and_graph_breaks():
             torch.testing.assert_close(got, want)
 
 
-def test_losses_inside_the_region():
-    model = Blocks()
+def test_losses_inside_the_region(blocks, batch):
+    model = blocks()
     ids = batch()
     want = fm.GradientProbe(model).backward(losses_of(model, ids))
     fast = fm.compile(lambda ids: losses_of(model, ids), backend="aot_eager")
@@ -152,13 +172,13 @@ def test_losses_inside_the_region():
     torch.testing.assert_close(got.sq_norms, want.sq_norms)
 
 
-def test_autocast_around_a_region():
-    model = Blocks()
+def test_autocast_around_a_region(blocks, batch, autocast):
+    model = blocks()
     fast = fm.compile(model, backend="aot_eager")
     ids = batch()
 
     def losses(run):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(dtype=torch.bfloat16):
             logits = run(ids)
         return F.cross_entropy(logits.float().mT, ids, reduction="none").mean(1)
 
@@ -168,7 +188,7 @@ def test_autocast_around_a_region():
     torch.testing.assert_close(got, want, rtol=2**-6, atol=0)
 
 
-def test_mixed_samples_inside_a_region():
+def test_mixed_samples_inside_a_region(device):
     class Centred(nn.Module):
         def __init__(self):
             super().__init__()
@@ -178,22 +198,23 @@ def test_mixed_samples_inside_a_region():
             y = self.first(x)
             return self.second((y - y.mean(0)).tanh()).flatten()
 
-    model = Centred()
+    model = Centred().to(device)
     fast = fm.compile(model, backend="aot_eager")
     with pytest.raises(fm.CaptureError, match="samples"):
-        fm.GradientProbe(model).backward(fast(torch.randn(6, 4)))
+        fm.GradientProbe(model).backward(fast(torch.randn(6, 4).to(device)))
 
 
-def test_what_cannot_run_again_is_refused():
+def test_what_cannot_run_again_is_refused(blocks, batch, device):
+    rng = torch.cuda if device.type == "cuda" else torch
     ids = batch()
-    model = Blocks(dropout=0.5)
+    model = blocks(dropout=0.5)
     fast = fm.compile(model, backend="aot_eager")
-    state = torch.get_rng_state()
+    state = rng.get_rng_state()
     losses = losses_of(fast, ids)
-    after = torch.get_rng_state()
+    after = rng.get_rng_state()
     with pytest.raises(fm.CaptureError, match="random"):
         fm.GradientProbe(model).backward(losses)
-    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(rng.get_rng_state(), after)
     assert not torch.equal(state, after)
     assert all(p.grad is None for p in model.parameters())
     model.eval()
@@ -210,25 +231,25 @@ def test_what_cannot_run_again_is_refused():
             self.seen += 1
             return self.layer(x).tanh() * self.seen
 
-    counting = Counting()
+    counting = Counting().to(device)
     fast = fm.compile(counting, backend="aot_eager")
-    losses = fast(torch.randn(3, 4)).sum(1)
+    losses = fast(torch.randn(3, 4).to(device)).sum(1)
     with pytest.raises(fm.CaptureError, match=r"changed in place|torch\.compile"):
         fm.GradientProbe(counting).backward(losses)
     assert counting.seen == 1
 
 
-def test_a_model_compiled_by_others():
-    model = Blocks()
+def test_a_model_compiled_by_others(blocks, batch):
+    model = blocks()
     fast = torch.compile(model, backend="aot_eager")
     with pytest.raises(fm.CaptureError, match=r"fastminima\.compile"):
         fm.GradientProbe(model).backward(losses_of(fast, batch()))
 
 
-def test_every_kth_step_on_the_uncompiled_module():
+def test_every_kth_step_on_the_uncompiled_module(blocks, batch):
     """The other way, without `fastminima.compile`: two lines."""
     torch.manual_seed(0)
-    model = Blocks()
+    model = blocks()
     fast = torch.compile(model, backend="aot_eager")
     probe = fm.GradientProbe(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -246,8 +267,8 @@ def test_every_kth_step_on_the_uncompiled_module():
     assert all(stats.is_finite for stats in found)
 
 
-def test_inference_and_unprobed_steps_are_plain():
-    model = Blocks()
+def test_inference_and_unprobed_steps_are_plain(blocks, batch):
+    model = blocks()
     fast = fm.compile(model, backend="aot_eager")
     ids = batch()
     with torch.no_grad():
@@ -261,10 +282,10 @@ def test_inference_and_unprobed_steps_are_plain():
         torch.testing.assert_close(p.grad, g)
 
 
-def test_sizes_that_a_region_is_given_as_numbers():
+def test_sizes_that_a_region_is_given_as_numbers(device):
     """As many pixels, another aspect ratio, one compiled graph for all of them."""
     torch.manual_seed(0)
-    model, pixels = Columns(), torch.randn(3, 24, 8)
+    model, pixels = Columns().to(device), torch.randn(3, 24, 8).to(device)
     fast = fm.compile(model, backend="aot_eager", dynamic=True)
     probe = fm.GradientProbe(model)
     for sizes in ((4, 6), (6, 4), (3, 8), (4, 6)):
@@ -278,13 +299,13 @@ def test_sizes_that_a_region_is_given_as_numbers():
 
 
 @pytest.mark.parametrize("name", ["loop over images", "mha cross", "own function"])
-def test_what_rules_take_from_the_nodes_of_a_region(name):
+def test_what_rules_take_from_the_nodes_of_a_region(name, device):
     """No rule of their own, or places in a packed parameter; in changing sizes too."""
     case = BY_NAME[name]
-    model, inputs = case.make()
+    model, inputs = case.make(device=device)
     options = {"per_parameter": True, "measure": ("norms", "second_moments")}
     count = sum(p.numel() for p in model.parameters())
-    options["directions"] = {"v": torch.linspace(-1, 1, count)}
+    options["directions"] = {"v": torch.linspace(-1, 1, count).to(device)}
     fast, probe = (
         fm.compile(model, backend="aot_eager"),
         fm.GradientProbe(model, **options),
@@ -294,7 +315,7 @@ def test_what_rules_take_from_the_nodes_of_a_region(name):
         for size in (3, 2, 3):
             batch = [x[:size] for x in inputs]
             out = case.call(fast, *batch).flatten(1)
-            weight = torch.linspace(0.5, 1.5, out.shape[1])
+            weight = torch.linspace(0.5, 1.5, out.shape[1]).to(device)
             got = probe.backward((out * weight).sin().sum(1))
             plain = fm.GradientProbe(model, **options)
             want = plain.backward(case.losses(model, batch))
@@ -307,9 +328,9 @@ def test_what_rules_take_from_the_nodes_of_a_region(name):
             torch.testing.assert_close(got.dots["v"], want.dots["v"], **close)
 
 
-def test_frozen_factors_inside_a_region():
+def test_frozen_factors_inside_a_region(device):
     case = BY_NAME["low rank"]
-    model, (x,) = case.make()
+    model, (x,) = case.make(device=device)
     model.a.requires_grad_(False)
     fast = fm.compile(model, backend="aot_eager")
     got, want = (

@@ -121,6 +121,7 @@ def test_a_pass_that_cannot_run_is_explained(alone):
     probe.backward(model(torch.randn(5, 3)).square().sum(1))
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # gloo's group
 def test_sharded_over_one_process(alone):
     x = torch.randn(5, 3, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
@@ -151,6 +152,7 @@ def test_other_sharded_parameters_are_refused(alone):
     assert list(fm.GradientProbe(model)._parameters) == ["bias"]
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # gloo's group
 def test_one_process_is_a_group_too(alone):
     model = nn.Linear(3, 2)
     x = torch.randn(5, 3)

@@ -276,12 +276,12 @@ def test_a_model_that_is_watched_in_part(fusions):
     torch.testing.assert_close(stats.sq_norms, exact.float())
 
 
-def test_autocast(fusions):
+def test_autocast(fusions, autocast):
     model, x = mixed()
     x = x.abs()
 
     def losses(model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(dtype=torch.bfloat16):
             return model(x).float().square().sum(1)
 
     plain = plain_gradients(model, losses)

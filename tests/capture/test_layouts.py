@@ -84,7 +84,7 @@ def test_regular_layout_rows():
 
 def test_irregular_layout_rows():
     x = torch.arange(1, 11).view(5, 2)
-    layout = IrregularLayout(torch.tensor([2, 0, -1, 2, 2]), 4)
+    layout = IrregularLayout(torch.tensor([2, 0, -1, 2, 2], device="cpu"), 4)
     rows = layout.rows(x, 1)
     assert rows.shape == (4, 3, 2)
     assert torch.equal(rows[2], x[[0, 3, 4]])
@@ -129,7 +129,7 @@ def test_a_wrong_row_map_fails_the_audit(name, monkeypatch):
 def test_a_sample_that_is_not_finite_leaves_the_others_alone():
     """Rows in no regular order are padded with zeros, not with zero times NaN."""
     rows = torch.tensor([[float("nan")], [1.0], [2.0], [3.0]])
-    layout = IrregularLayout(torch.tensor([0, 2, 1, 2]), 3)
+    layout = IrregularLayout(torch.tensor([0, 2, 1, 2], device="cpu"), 3)
     found = layout.rows(rows, 1)
     assert found[0, 0].isnan()
     assert torch.equal(found[1:], torch.tensor([[[2.0], [0.0]], [[1.0], [3.0]]]))
@@ -194,12 +194,12 @@ def test_dead_rows_are_settled_later():
     assert audit.ok, str(audit)
 
 
-def test_half_precision_rows_are_found():
+def test_half_precision_rows_are_found(autocast):
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(6, 3, 8)
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
+        with autocast(dtype=dtype):
             losses = layer(x, x, x, need_weights=False)[0].float().square().sum((1, 2))
         audit = fm.GradientProbe(layer).audit(losses)
         assert audit.ok, str(audit)

@@ -73,15 +73,15 @@ def single_gradients(model, losses):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 2.0**12])
-def test_autocast_with_a_grad_scaler(dtype, scale):
+def test_autocast_with_a_grad_scaler(dtype, scale, autocast, device):
     """Half-precision regions; what a GradScaler multiplies with is divided out."""
     torch.manual_seed(0)
     model, ids = Network(), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=scale != 1.0)
     probe = fm.GradientProbe(model, measure=("norms", "gram"))
     for _ in range(2):
-        with torch.autocast("cpu", dtype=dtype):
+        with autocast(dtype=dtype):
             losses = losses_of(model, ids)
         want = single_gradients(model, losses * scale) / scale
         loss = losses.mean()
@@ -111,9 +111,9 @@ def test_autocast_with_a_grad_scaler(dtype, scale):
         assert stats.sq_norms.dtype == torch.float32
 
 
-def test_vector_of_losses_under_a_grad_scaler():
+def test_vector_of_losses_under_a_grad_scaler(autocast):
     model, ids = Network(), batch()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(dtype=torch.bfloat16):
         losses = losses_of(model, ids)
     plain = fm.GradientProbe(model).backward(losses, retain_graph=True)
     grads = [p.grad.clone() for p in model.parameters()]
@@ -125,11 +125,11 @@ def test_vector_of_losses_under_a_grad_scaler():
         assert torch.equal(p.grad, g * 2**10)
 
 
-def test_squared_norms_beyond_half_precision():
+def test_squared_norms_beyond_half_precision(autocast):
     """300 squared is more than float16 can hold."""
     model = nn.Linear(4, 4, bias=False)
     x = torch.full((4, 4), 300.0)
-    with torch.autocast("cpu", dtype=torch.float16):
+    with autocast(dtype=torch.float16):
         losses = model(x).sum(1).float()
     stats = fm.GradientProbe(model).backward(losses)
     torch.testing.assert_close(stats.sq_norms, torch.full((4,), 16 * 300.0**2))
@@ -403,7 +403,7 @@ def test_two_probes_at_once():
             assert torch.equal(got[head].sq_norms, wanted[1])
 
 
-def test_a_sharpness_probe_on_the_same_step():
+def test_a_sharpness_probe_on_the_same_step(generator):
     """Curvature before, between and after; neither notices the other."""
     torch.manual_seed(0)
     model, ids = Network(), batch()
@@ -433,13 +433,14 @@ def test_threads_with_models_of_their_own():
     """Each thread trains its own model with its own probe, as alone."""
     torch.manual_seed(0)
     first = Network()
+    batches = [batch(4 + step % 3, seed=step) for step in range(8)]
 
     def train(model, found):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         probe = fm.GradientProbe(model)
-        for step in range(8):
+        for ids in batches:
             optimizer.zero_grad()
-            stats = probe.backward(losses_of(model, batch(4 + step % 3, seed=step)))
+            stats = probe.backward(losses_of(model, ids))
             found.append(stats.sq_norms)
             optimizer.step()
 

@@ -96,11 +96,11 @@ def test_gradients_that_were_there_are_left_out():
     torch.testing.assert_close(model[0].weight.grad, 2 * want.mean_grad["0.weight"])
 
 
-def test_gradient_scaler():
+def test_gradient_scaler(device):
     model, x, y = setup()
     probe = fm.GradientProbe(model, keep_mean=True)
     want = probe.backward(loss_of(model, x, y))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     loss = loss_of(model, x, y, "mean")
     probe.attach(loss, len(x))  # the scale is seen in the gradient that arrives
     scaler.scale(loss).backward()

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
             for part in self.packed(self.norm(x)).chunk(3, -1)
         )
         q = q * self.query_norm
-        time = torch.arange(ids.shape[1])
+        time = torch.arange(ids.shape[1], device=ids.device)
         allowed = documents[:, :, None] == documents[:, None, :]
         allowed = allowed & (time[:, None] >= time)
         attended = F.scaled_dot_product_attention(q, k, v, allowed[:, None])
@@ -85,7 +85,7 @@ def document_losses(losses, documents):
     count = int(documents.max()) + 1
     owner = documents.clamp(min=0).flatten()
     flat = (losses * (documents >= 0)).flatten()
-    return torch.zeros(count, dtype=losses.dtype).index_add(0, owner, flat)
+    return losses.new_zeros(count).index_add(0, owner, flat)
 
 
 def one_by_one(model, ids, documents, positions):

@@ -128,13 +128,22 @@ def test_several_samples_a_program(monkeypatch, place):
 
 
 def test_half_precision_does_not_overflow(place):
-    a = torch.full((2, 20, 16), 300.0, dtype=torch.float16)
-    want = dense.sequence_gram.reference(a.double(), a.double()).float()
+    """Sums of equal, positive terms: their roundings go one way and add up.
+
+    What is multiplied is exact, 300 and the integers 16 * 300^2 and 20 * 300^2 below
+    2^24. A result is then a sum of `terms` products; each is rounded once, and passes
+    through at most terms - 1 additions in whatever order they are made, so that the
+    relative error is at most `terms` half units (Higham 2002, section 4.2).
+    """
+    time, width = 20, 16
+    a = torch.full((2, time, width), 300.0, dtype=torch.float16)
+    want = dense.sequence_gram.reference(a.double(), a.double())
     for way in WAYS:
-        torch.testing.assert_close(place(by(way), a, a), want)
-    v = torch.ones(1, 16, 16)
-    want = dense.sequence_multi_dots.reference(a.double(), a.double(), v).float()
-    torch.testing.assert_close(place(dots.sequence_multi_dots, a, a, v), want)
+        terms = time**2 if way is pairs._by_rows else width**2
+        assert_within(place(by(way), a, a), want, want, terms)
+    v = torch.ones(1, width, width)
+    want = dense.sequence_multi_dots.reference(a.double(), a.double(), v.double())
+    assert_within(place(dots.sequence_multi_dots, a, a, v), want, want, width**2)
 
 
 def test_different_dtypes(place):

@@ -12,10 +12,9 @@ import fastminima as fm
 MOMENTA = (0.0, 0.5, 0.9)
 
 
-def quadratic_variance(momentum, *, lr, temperature, curvature, walkers, steps):
+def quadratic_variance(momentum, noise, *, lr, temperature, curvature, walkers, steps):
     """Variance over walkers and late times of a run on L = curvature x^2 / 2."""
     x = torch.zeros(walkers, dtype=torch.float64, requires_grad=True)
-    noise = torch.Generator().manual_seed(1)
     optimizer = fm.optim.Langevin([x], lr, temperature, momentum, generator=noise)
     total, seen = 0.0, 0
     for step in range(steps):
@@ -28,12 +27,13 @@ def quadratic_variance(momentum, *, lr, temperature, curvature, walkers, steps):
 
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("relative_rate", [0.02, 0.5])
-def test_stationary_variance_on_a_quadratic(momentum, relative_rate):
+def test_stationary_variance_on_a_quadratic(momentum, relative_rate, generator):
     """temperature / c / (1 - lr c / (2 (1 + m))), the same for all m as lr -> 0."""
     curvature, temperature, walkers = 4.0, 0.7, 20_000
     lr = relative_rate / curvature
     got = quadratic_variance(
         momentum,
+        generator(1),
         lr=lr,
         temperature=temperature,
         curvature=curvature,
@@ -46,10 +46,10 @@ def test_stationary_variance_on_a_quadratic(momentum, relative_rate):
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-def test_density_of_a_quartic(momentum):
+def test_density_of_a_quartic(momentum, generator):
     """E x^4 = temperature for L = x^4 / 4 (virial), E x^2 by quadrature."""
     x = torch.zeros(20_000, dtype=torch.float64, requires_grad=True)
-    noise = torch.Generator().manual_seed(2)
+    noise = generator(2)
     temperature, lr = 0.3, 0.03 * (1 - momentum)
     optimizer = fm.optim.Langevin([x], lr, temperature, momentum, generator=noise)
     fourth = []
@@ -95,13 +95,13 @@ def test_the_noise_of_one_step_has_the_documented_deviation():
 
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("with_generator", [True, False])
-def test_resumes_exactly(momentum, with_generator):
+def test_resumes_exactly(momentum, with_generator, generator, device):
     def make():
         torch.manual_seed(4)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
-        generator = torch.Generator().manual_seed(5) if with_generator else None
+        noise = generator(5) if with_generator else None
         optimizer = fm.optim.Langevin(
-            model.parameters(), 0.05, 0.3, momentum, generator=generator
+            model.parameters(), 0.05, 0.3, momentum, generator=noise
         )
         return model, optimizer
 
@@ -111,11 +111,12 @@ def test_resumes_exactly(momentum, with_generator):
             model(torch.ones(2, 4)).square().mean().backward()
             optimizer.step()
 
+    default = torch.cuda if device.type == "cuda" else torch
     model, optimizer = make()
     train(model, optimizer, 7)
     file = io.BytesIO()
     torch.save(
-        (model.state_dict(), optimizer.state_dict(), torch.get_rng_state()), file
+        (model.state_dict(), optimizer.state_dict(), default.get_rng_state()), file
     )
     train(model, optimizer, 5)
 
@@ -126,15 +127,15 @@ def test_resumes_exactly(momentum, with_generator):
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
     if not with_generator:
-        torch.set_rng_state(rng)
+        default.set_rng_state(rng)
     train(resumed, again, 5)
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
 
 
-def test_loading_refuses_a_noise_that_would_not_continue():
+def test_loading_refuses_a_noise_that_would_not_continue(generator):
     x = torch.zeros(3, requires_grad=True)
-    seeded = fm.optim.Langevin([x], 0.1, 0.1, generator=torch.Generator())
+    seeded = fm.optim.Langevin([x], 0.1, 0.1, generator=generator())
     plain = fm.optim.Langevin([x], 0.1, 0.1)
     with pytest.raises(ValueError, match=r"saved with a generator.*has none"):
         plain.load_state_dict(seeded.state_dict())
@@ -142,9 +143,9 @@ def test_loading_refuses_a_noise_that_would_not_continue():
         seeded.load_state_dict(plain.state_dict())
 
 
-def test_copies_have_their_own_generator():
+def test_copies_have_their_own_generator(generator):
     x = torch.zeros(3, requires_grad=True)
-    optimizer = fm.optim.Langevin([x], 0.1, 0.1, generator=torch.Generator())
+    optimizer = fm.optim.Langevin([x], 0.1, 0.1, generator=generator())
     other = copy.deepcopy(optimizer)
     before = optimizer.generator.get_state()
     other.param_groups[0]["params"][0].grad = torch.zeros(3)

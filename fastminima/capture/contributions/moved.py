@@ -54,7 +54,7 @@ class Placed(Contribution):
 
     def dots(self, direction: Tensor) -> Tensor:
         count = torch.Size(self.inner.shape).numel()
-        number = torch.arange(1, count + 1, device=direction.device)
+        number = torch.arange(1, count + 1, dtype=torch.int64, device=direction.device)
         source = self.place(number.reshape(self.inner.shape).double()).long()
         moved = direction.new_zeros(count + 1)
         moved[source.flatten()] = direction.flatten()
