@@ -9,6 +9,7 @@ python -m benchmarks.overhead --parts walk,knobs   some of it
 - knobs: the ratio of ten steps of W5 to ten plain ones, interleaved, with `every=10`
   and with `sample=4`; and of one probed step.
 - adapters: the ratio for a model of frozen layers of which only adapters are tracked.
+- first: the first step of a model, in plain steps, and its peak memory.
 - compiled: W5 compiled by `fm.compile`, probed and not, beside `torch.compile`; and the
   uncompiled module probed.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 import fastminima as fm
+from benchmarks.first_step import NAMES, first_step
 from benchmarks.harness import interleave, ratio
 from benchmarks.records import describe_run, save
 from benchmarks.workloads import Workload, build, sample_losses
@@ -39,7 +41,7 @@ LAYERS, BATCH, TIME = 12, 4, 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--parts", default="walk,knobs,adapters,compiled")
+    parser.add_argument("--parts", default="walk,knobs,adapters,first,compiled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="where the record goes")
     options = parser.parse_args()
@@ -50,6 +52,7 @@ def main() -> None:
         "walk": walk,
         "knobs": lambda: knobs(budget),
         "adapters": lambda: adapters(budget / 4),
+        "first": lambda: first(3 if options.quick else 7),
         "compiled": lambda: compiled(budget),
     }
     asked = options.parts.split(",")
@@ -102,7 +105,7 @@ def walk() -> dict:
     return {
         "nodes": nodes,
         "uses": uses,
-        "walk_us_a_node": _cpu_us(lambda: Tape([loss.grad_fn], reader._names)) / nodes,
+        "walk_us_a_node": _cpu_us(lambda: Tape([loss.grad_fn], reader.names)) / nodes,
         "read_us_a_node": _cpu_us(lambda: reader.read(loss, samples)) / nodes,
         "hook_us_a_use": _cpu_us(lambda: hook(gradients=False)) / uses,
         "hook_us_a_use_with_gradients": _cpu_us(lambda: hook(gradients=True)) / uses,
@@ -187,6 +190,11 @@ def adapters(budget: float) -> dict:
         },
         budget,
     )
+
+
+def first(rounds: int) -> dict:
+    """The first probed step of W1 to W5 and of a GPT-2 with its whole vocabulary."""
+    return {name: first_step(name, rounds) for name in NAMES}
 
 
 def compiled(budget: float) -> dict:

@@ -38,12 +38,46 @@ class FlatLayout:
         self.names = tuple(name for name, _ in named)
         self.parameters = tuple(parameter for _, parameter in named)
         self.sizes = tuple(p.numel() for p in self.parameters)
+        self._kinds = tuple(map(_kind, self.parameters))
         self.size = sum(self.sizes)
         self.device = self.parameters[0].device
         dtype = self.parameters[0].dtype
         for parameter in self.parameters:
             dtype = torch.promote_types(dtype, parameter.dtype)
         self.dtype = accumulation_dtype(dtype)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model's trainable parameters are those that lie here."""
+        now = [p for p in model.parameters() if p.requires_grad]
+        return (
+            len(now) == len(self.parameters)
+            and all(p is q for p, q in zip(now, self.parameters, strict=True))
+            and tuple(map(_kind, now)) == self._kinds
+        )
+
+    def following(self, model: nn.Module) -> FlatLayout:
+        """The layout of parameters put in the place of these, alike in all but values.
+
+        Raises:
+            ValueError: Vectors would mean something else: a parameter was frozen,
+                added or removed, or has another shape, dtype or device.
+        """
+        now = FlatLayout(model)
+        before = dict(zip(self.names, self._kinds, strict=True))
+        after = dict(zip(now.names, now._kinds, strict=True))
+        if list(before.items()) == list(after.items()):
+            return now
+        changes = [
+            f"{name!r} {_change(before.get(name), after.get(name))}"
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        ]
+        shown = ", ".join(changes[:5] or ["their order"])
+        raise ValueError(
+            f"The model's trainable parameters have changed since the operator was "
+            f"made: {shown} ({len(changes)} in all). Its vectors would mean something "
+            "else: make a new operator."
+        )
 
     def split(self, vector: Float[Tensor, " params"]) -> list[Tensor]:
         """The parts of a flat vector, shaped and typed as the parameters."""
@@ -73,6 +107,24 @@ class FlatLayout:
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """The parts of a flat vector under the parameters' names."""
         return dict(zip(self.names, self.split(vector), strict=True))
+
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _kind(parameter: Tensor) -> _Kind:
+    return parameter.shape, parameter.dtype, parameter.device
+
+
+def _change(before: _Kind | None, after: _Kind | None) -> str:
+    if after is None:
+        return "was frozen or removed"
+    if before is None:
+        return "was added or set to require grad"
+    shown = [
+        f"{tuple(shape)} {dtype} {device}" for shape, dtype, device in (before, after)
+    ]
+    return f"went from {shown[0]} to {shown[1]}"
 
 
 def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:

@@ -112,7 +112,7 @@ class Observer:
         self.abandon()
         self._passes += 1
         try:
-            self._probe_of(model).attach(loss, self._samples, scale=given * later)
+            self._probe_of(model).attach(loss, self._samples, scale=given)
         except CaptureError as error:
             self._fail(error)
         else:

@@ -50,11 +50,12 @@ class Asked(NamedTuple):
         is_mean = bool(self.loss.dim()) or self.reduction == "mean"
         return Target(self.loss, samples, is_mean, self.scale)
 
-    def scaled_mean(self) -> Tensor:
-        """What is backpropagated: a scalar as it is, a vector as its mean, scaled."""
+    def mean(self) -> Tensor:
+        """What is backpropagated: a scalar as it is, a vector as its mean."""
         if not self.loss.dim():
             return self.loss
-        return self.loss.mean() if self.scale == 1.0 else self.loss.mean() * self.scale
+        with torch.enable_grad():  # the graph is there, whatever the caller has set
+            return self.loss.mean()
 
 
 class Target(NamedTuple):
@@ -65,11 +66,13 @@ class Target(NamedTuple):
     is_mean: bool
     scale: float
 
-    def factor(self, *, is_scaled: bool = True) -> float:
-        """What a sample's part of a pass is multiplied with to be its own gradient."""
-        return (self.samples.count if self.is_mean else 1.0) / (
-            self.scale if is_scaled else 1.0
-        )
+    @property
+    def factor(self) -> float:
+        """What a sample's part of a pass is multiplied with to be its own gradient.
+
+        Of a pass that differentiates the loss itself, or the mean of a vector.
+        """
+        return (self.samples.count if self.is_mean else 1.0) / self.scale
 
 
 def check_word(what: str, word: object, allowed: Sequence[str]) -> None:

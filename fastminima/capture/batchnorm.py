@@ -10,6 +10,7 @@ from torch import Tensor
 from .layout import RegularLayout, RowLayout
 from .rules import BATCH_NORM
 from .saved import saved_tensor
+from .saved_names import is_training
 from .tape import Tape
 
 __all__ = [
@@ -41,7 +42,7 @@ def mixing_nodes(
     return [
         i
         for i in (norm_nodes(tape) if candidates is None else candidates)
-        if getattr(tape.nodes[i], "_saved_training", True) and tape.shapes(i)[0][0] > 1
+        if is_training(tape.nodes[i]) and tape.shapes(i)[0][0] > 1
     ]
 
 
@@ -76,7 +77,7 @@ def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
     if name == "NativeGroupNormBackward0":
         group = shape[1] // node._saved_group
         return layout.dim > 1 or (layout.dim == 1 and layout.inner % group != 0)
-    if name in BATCH_NORM and getattr(node, "_saved_training", True):
+    if name in BATCH_NORM and is_training(node):
         return layout.dim != 1
     return False
 

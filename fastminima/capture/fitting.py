@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .decode import Measurement
 from .errors import CaptureError
-from .gathers import Guard, find_guards, gather_nodes, watched_sources
-from .known import Layouts
-from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement, Measurements
+from .gathers import (
+    Guard,
+    find_guards,
+    gather_nodes,
+    own_guards,
+    watched_sources,
+)
+from .known import Found, Layouts
+from .layout import IrregularLayout, RegularLayout, RowLayout, fits
+from .measure import Measurements
+from .own_functions import OwnGuard
 from .plan import Plan, watched_nodes
 from .samples import Batch, Segments
 from .stretches import VIEWS
 from .tape import Tape
 from .whereabouts import Whereabouts
 
-__all__ = ["guards_of", "is_sure", "layouts_of", "layouts_of_one", "nodes_to_watch"]
+__all__ = ["disagreement", "guards_of", "is_sure", "layouts_of", "layouts_of_one", "nodes_to_watch"]
 
 
 def nodes_to_watch(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
@@ -70,7 +78,7 @@ def guards_of(
     samples: Batch | Segments,
     plan: Plan,
     covered: Container[int],
-) -> list[Guard] | None:
+) -> Sequence[Guard | OwnGuard] | None:
     """What must stay the same for layouts to hold, or None if that is not known.
 
     Segments come with their places in each step. That attention keeps them apart was
@@ -85,7 +93,34 @@ def guards_of(
         shapes = [*tape.shapes(i), *(tape.shapes(j)[output] for j, output in edges)]
         if i not in plan.preparing and any(math.prod(s) > tokens for s in shapes):
             return None
-    return []
+    own = own_guards(tape, plan.preparing)
+    if own is None or any(guard.indices for guard in own):
+        return None
+    return own
+
+
+def disagreement(known: Found, measured: Measurements) -> int | None:
+    """The first use whose rows a new measurement gives to other samples.
+
+    Rows that were not seen contradict nothing.
+    """
+    for use, of_use in zip(known.plan.uses, known.layouts, strict=True):
+        for layout, seen in zip(of_use, measured.get(use.node, ()), strict=False):
+            if layout is not None and seen is not None and not _agree(layout, seen):
+                return use.node
+    return None
+
+
+def _agree(layout: RowLayout, seen: Measurement) -> bool:
+    if isinstance(layout, IrregularLayout):
+        if seen.firm is None or seen.firm.shape != tuple(layout.labels.shape):
+            return False
+        known = layout.labels.numpy()
+        return bool(((seen.firm == known) | (seen.firm < 0) | (known < 0)).all())
+    labels, dim = seen.firm, layout.dim
+    if dim == len(seen.shape) - 1 and dim > 0:
+        labels, dim = seen.trailing, 0
+    return labels is not None and fits(labels, layout, dim)
 
 
 def is_sure(measured: list[Measurement | None], batch: int) -> bool:
@@ -133,7 +168,7 @@ def _like_views(
 
 def layouts_of_one(tape: Tape, plan: Plan) -> Layouts:
     """Layouts of a batch of one: all rows belong to the sample."""
-    scalar = IrregularLayout(torch.zeros((), dtype=torch.long), 1)
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long, device="cpu"), 1)
     return [
         [
             RegularLayout(0, 1, 1, shape[0]) if shape else scalar

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .layout import RegularLayout
-from .measure import Measurement
+from .decode import Measurement
+from .own_functions import OwnGuard, is_own, own_guard
 from .saved import saved_tensor
 from .shared_rows import PRODUCTS, is_data, shared_dims, shares_rows
 from .tape import Tape, signed
@@ -19,6 +20,7 @@ __all__ = [
     "Guard",
     "find_guards",
     "gather_nodes",
+    "own_guards",
     "places",
     "placing_numbers",
     "read_numbers",
@@ -202,13 +204,16 @@ def find_guards(
     batch: int,
     preparing: Container[int],
     routed: Container[int] = (),
-) -> list[Guard] | None:
+) -> list[Guard | OwnGuard] | None:
     """What must stay the same for a measured layout to hold, or None if unknowable.
 
     Nodes that prepare a parameter pick no rows of samples, nor do those that look up a
     table; `routed` ones are followed in each step.
     """
-    guards: list[Guard] = []
+    own = own_guards(tape, preparing)
+    if own is None:
+        return None
+    guards: list[Guard | OwnGuard] = list(own)
     for i, name in enumerate(tape.names):
         if i in preparing:
             continue
@@ -253,6 +258,20 @@ def find_guards(
         if saved is None:
             return None
         guards.append(Guard(i, saved, None, saved_tensor(node, saved).clone()))
+    return guards
+
+
+def own_guards(tape: Tape, preparing: Container[int]) -> list[OwnGuard] | None:
+    """What must stay the same in functions of users that data flow through."""
+    guards = []
+    for i in range(len(tape.names)):
+        if i in preparing or not is_own(tape, i):
+            continue
+        if any(is_data(tape, edge, preparing) for edge in tape.children[i]):
+            guard = own_guard(tape, i)
+            if guard is None:
+                return None
+            guards.append(guard)
     return guards
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from .session import Collected, Session
+from .tape import Tape
 
 __all__ = ["GroupedSession"]
 
@@ -32,6 +33,15 @@ class GroupedSession:
         """Remove every hook and let go of what waits."""
         for session in self._sessions:
             session.close()
+
+    @property
+    def owner(self) -> object:
+        """Whom the passes belong to that are run for these sessions."""
+        return self._sessions[0].owner
+
+    def separate(self, tape: Tape, names: Iterable[str]) -> None:
+        """As `Session.separate`."""
+        self._sessions[0].separate(tape, names)
 
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Note the gradients of some parameters in this pass."""

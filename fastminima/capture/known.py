@@ -11,6 +11,7 @@ from torch import Tensor
 from . import batchnorm
 from .gathers import Guard, placing_numbers, read_numbers, reordering_nodes
 from .layout import IrregularLayout, RegularLayout
+from .own_functions import OwnGuard
 from .plan import Plan
 from .regions import Region, region_shapes
 from .roots import batch_edges
@@ -27,6 +28,8 @@ Layouts = list[list[Any]]
 # Sizes of a graph are measured this often before a layout is carried over to new ones.
 _MEASURED_SIZES = 3
 _MOST_SIZES = 256
+# A known structure is measured anew after so many steps, whatever the cadence is.
+_EARLY = 10
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,15 @@ class Known:
         self,
         tape: Tape,
         found: Found,
-        guards: Sequence[Guard],
+        guards: Sequence[Guard | OwnGuard],
         *,
         moves_rows: bool = True,
         is_open: bool = False,
+        rejected: frozenset[int] = frozenset(),
     ) -> None:
         self.norms = batchnorm.norm_nodes(tape)
         self._is_open = is_open  # a scalar loss: its samples are found on the way
+        self._rejected = rejected  # what only looks like their axis
         self._uses = found.plan.uses
         self._guards = tuple(guards)
         self._plan = found.plan
@@ -123,9 +128,18 @@ class Known:
         self._reordering = reordering_nodes(tape, preparing) if moves_rows else []
         self._found: dict[tuple, Found] = {}
         self._measured: list[tuple] = []
+        self.recalls = 0  # steps since it was measured
         self._follows = True  # measured layouts were those carried over from the first
 
-    def fits(self, found: Found, guards: Sequence[Guard]) -> bool:
+    def is_due(self, every: int) -> bool:
+        """Whether this structure is to be measured anew; counts the step.
+
+        Every so many steps, and once early on.
+        """
+        self.recalls += 1
+        return self.recalls % every == 0 or self.recalls == min(_EARLY, every)
+
+    def fits(self, found: Found, guards: Sequence[Guard | OwnGuard]) -> bool:
         """Whether a new measurement speaks of the same uses under the same guards."""
         return (
             self._uses == found.plan.uses
@@ -151,7 +165,7 @@ class Known:
         if layouts is None:
             return None
         if self._is_open:
-            batch_edges(tape, samples)  # raises where there is no such axis
+            batch_edges(tape, samples, self._rejected)  # raises where there is no such axis
         routes = self._found[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
+__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts", "fits"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ class IrregularLayout:
         place[samples.cpu()] = self._numbers(len(samples))
         return IrregularLayout(place[self.labels], len(samples))
 
+    @property
+    def longest(self) -> int:
+        """Rows that every sample is padded to."""
+        return self._padded[0].shape[1]
+
     @staticmethod
     def _numbers(count: int) -> Tensor:
         """0 ... count - 1, where labels are."""
@@ -168,7 +173,7 @@ class IrregularLayout:
         if len(flat) == 0:  # an expert without tokens
             return flat.new_zeros(self.batch, 1, *flat.shape[1:])
         padding = ~real.reshape((*real.shape, *[1] * trailing))
-        return flat[index].masked_fill(padding, 0)  # also where row 0 is not finite
+        return flat[index].masked_fill_(padding, 0)  # also where row 0 is not finite
 
     def keep_only(self, t: Tensor, n: int) -> Tensor:
         """A copy of `t` with the rows of every sample but n set to zero."""
@@ -181,19 +186,56 @@ class IrregularLayout:
 RowLayout = RegularLayout | IrregularLayout
 
 
-def fit_layouts(labels: np.ndarray, batch: int) -> list[RegularLayout]:
-    """Every regular layout that agrees with the labels seen (-1: not seen)."""
+def fit_layouts(
+    labels: np.ndarray, batch: int, dim: int | None = None
+) -> list[RegularLayout]:
+    """Every regular layout that agrees with the labels seen (-1: not seen).
+
+    Where `dim` is given, `labels` are those of the places along that dim alone.
+    """
+    if dim is not None:
+        return _fits_along(labels, batch, dim)
     found = []
-    for dim, size in enumerate(labels.shape):
-        if size % batch or size == 0:
-            continue
-        shape = [1] * labels.ndim
-        shape[dim] = size
-        rest = size // batch
-        for inner in range(1, rest + 1):
-            if rest % inner:
-                continue
-            expected = (np.arange(size) // inner % batch).reshape(shape)
-            if ((labels == expected) | (labels < 0)).all():
-                found.append(RegularLayout(dim, rest // inner, batch, inner))
+    for axis, size in enumerate(labels.shape):
+        if size and size % batch == 0:
+            found += _fits_along(np.moveaxis(labels, axis, -1), batch, axis)
     return found
+
+
+def _fits_along(last: np.ndarray, batch: int, dim: int) -> list[RegularLayout]:
+    """Layouts along one dim, which is the last one of `last`."""
+    size = last.shape[-1]
+    if size == 0 or size % batch:
+        return []
+    lowest, highest = _extremes(last)
+    found = []
+    rest = size // batch
+    for inner in range(1, rest + 1):
+        if rest % inner:
+            continue
+        if _agree(lowest, highest, np.arange(size) // inner % batch):
+            found.append(RegularLayout(dim, rest // inner, batch, inner))
+    return found
+
+
+def fits(labels: np.ndarray, layout: RegularLayout, dim: int) -> bool:
+    """Whether the labels seen are those of a layout along one of their dims."""
+    last = np.moveaxis(labels, dim, -1)
+    expected = layout.labels.numpy()
+    if last.shape[-1] != len(expected):
+        return False
+    lowest, highest = _extremes(last)
+    return _agree(lowest, highest, expected)
+
+
+def _agree(lowest: np.ndarray, highest: np.ndarray, expected: np.ndarray) -> bool:
+    # -1 is below every label: what was seen is all the same where these agree.
+    return bool(((highest < 0) | ((highest == expected) & (lowest == expected))).all())
+
+
+def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest label seen at each place of the last dim."""
+    flat = labels.reshape(-1, labels.shape[-1])
+    highest = flat.max(0)
+    lowest = np.where(flat < 0, np.iinfo(flat.dtype).max, flat).min(0)
+    return lowest, highest

@@ -3,14 +3,17 @@
 The samples' losses are weighted by powers of two and the backward pass is run again:
 a row that belongs to sample n is multiplied by exactly w_n, in every floating-point
 format, because products with powers of two do not round. A row that is not has met
-other samples on its way. Nothing here touches `.grad`.
+other samples on its way, unless the machine itself is not the same twice: `decode.py`
+tells the two apart. Nothing here touches `.grad`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,161 +21,219 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from .._memory import return_freed_memory
-from .layout import IrregularLayout, RowLayout, fit_layouts
+from .decode import Evidence, Measurement, Scheme, usual_noise, weigh
+from .gates import Gates
 from .tape import Tape
 
 __all__ = [
     "Fingerprints",
-    "Measurement",
     "Measurements",
-    "Scheme",
-    "Weighting",
+    "Passes",
+    "decode",
     "leaves_below",
     "measure_samples",
 ]
 
-# Levels of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal numbers.
-_LEVELS = 16
-_LARGER_THAN_UNDERFLOW = 1e-30
-_HALF_LEVELS = 4  # float16 underflows at 6e-8
-# log2 of a row's growth must be this close to a whole number. Exact arithmetic gives
-# 1e-15; nondeterministic reductions (atomics) give 1e-6 relative.
-_TOLERANCE = 1e-4
-_HALF_TOLERANCE = 2e-2  # rows that touch float16's subnormal range
+_MATRICES = 3  # dims of a batch of them
+_PIECE = 1 << 17  # elements looked at together
 
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
 Measurements = dict[int, list["Measurement | None"]]  # node -> each of its outputs
 
 
 @dataclass
-class Measurement:
-    """Labels of the rows of one node output, for two ways of reading rows.
+class Fingerprints:
+    """Row norms of one node in each pass; notes them when called as a hook.
 
-    `leading[i...]` labels all positions but the last dim, `trailing[...]` all but the
-    first; each is None when rows read that way mix samples. -1 is a row of zeros.
+    Of each output the sums of |g| over the last dim, and over all but the last where
+    that may hold the batch. Multiplying a row by a power of two does the same to its
+    sum, to the last bit, and unlike a sum of squares it cannot underflow. Nothing as
+    large as the gradient is kept, and nothing leaves its device.
+
+    Args:
+        batch: number of samples.
+        is_fine: whether rows are those of the last dim in any case. Else of images and
+            the like, which have two dims more, all of a channel is one row.
     """
 
-    shape: tuple[int, ...]
-    leading: np.ndarray | None
-    trailing: np.ndarray | None
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether no reading gives every row to one sample."""
-        return self.leading is None and self.trailing is None
-
-    def mixed(self) -> Measurement:
-        """The same output, with rows that do not belong to one sample each."""
-        return Measurement(self.shape, None, None)
-
-    def shows_all(self, batch: int) -> bool:
-        """Whether every sample was seen, so that what fits will fit again.
-
-        A gradient that was zero, or not finite, for some samples fits too much.
-        """
-        return self.seen == batch
-
-    @property
-    def seen(self) -> int:
-        """Number of samples whose rows were seen."""
-        labels = self.trailing if self.leading is None else self.leading
-        return 0 if labels is None else len(np.unique(labels[labels >= 0]))
-
-    def layouts(self, batch: int) -> list[RowLayout]:
-        """Regular layouts that fit, else the irregular one; empty when mixed."""
-        found: list[RowLayout] = []
-        if self.leading is not None:
-            found += fit_layouts(self.leading, batch)
-        if not found and self.trailing is not None and len(self.shape) > 1:
-            found += fit_layouts(self.trailing[None], batch)
-        if not found and self.leading is not None:
-            found.append(IrregularLayout(torch.from_numpy(self.leading), batch))
-        return found
-
-
-@dataclass
-class Fingerprints:
-    """Row norms of one node in each pass; notes them when called as a hook."""
-
+    batch: int
+    is_fine: bool = True
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    passes: list[list[tuple[Tensor, Tensor] | None]] = field(default_factory=list)
+    passes: list[list[tuple[Tensor, Tensor | None] | None]] = field(
+        default_factory=list
+    )
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Note the gradients of one pass."""
         self.shapes = [() if g is None else tuple(g.shape) for g in grads]
-        self.passes.append([None if g is None else _row_norms(g) for g in grads])
+        with torch.no_grad():
+            self.passes.append([None if g is None else self._norms(g) for g in grads])
+
+    def is_coarse(self, output: int) -> bool:
+        """Whether rows of an output are whole channels."""
+        return not self.is_fine and len(self.shapes[output]) > _MATRICES
+
+    def _norms(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        g = g.detach()
+        dtype = accumulation_dtype(g.dtype)
+        if g.dim() < 2:
+            return g.abs().to(dtype), None
+        if not self.is_fine and g.dim() > _MATRICES:
+            return _sums(g, tuple(range(2, g.dim())), dtype), None
+        last = _sums(g, (-1,), dtype)
+        if g.shape[-1] == 0 or g.shape[-1] % self.batch:
+            return last, None
+        return last, _sums(g, tuple(range(g.dim() - 1)), dtype)
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """The weights of all passes over a batch, and how to read what comes back.
+def _sums(g: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sums of |g| over some dims.
 
-    One plain pass and one more for each digit of a sample's number in base `levels`;
-    more digits than it takes do no harm.
+    On a CPU in pieces that stay in the cache: norms of short rows take ten times as
+    long there, and absolute values of all elements as much memory again.
+    """
+    if g.device.type != "cpu":
+        return torch.linalg.vector_norm(g, 1, dim=dims, dtype=dtype)
+    rows = max(1, _PIECE * len(g) // max(1, g.numel()))
+    sums = [part.abs().sum(dims, dtype=dtype) for part in g.split(rows)]
+    if 0 in dims:
+        return torch.stack(sums).sum(0)
+    return torch.cat(sums)
+
+
+class Inner(Protocol):
+    """A graph that is there in the passes only, such as that of a checkpoint."""
+
+    seen: dict[int, Fingerprints]
+    gates: Gates
+
+
+class Passes:
+    """The measuring passes over one graph.
+
+    Args:
+        scheme: how samples are weighted.
+        weighting: hooks the given sample weights into the graph.
+        backward: `backward(weights, leaves)` runs a pass that reaches `leaves`.
+        gates: what is closed in this graph, and how to look behind it.
+        regions: nodes that see to graphs of their own.
+        inner: what is seen in those graphs, and their gates.
+        to_the_end: whether a pass goes on below the last watched node.
+        joint: what other ranks do too: called with a number of passes to run, it
+            returns how many all of them run.
     """
 
-    batch: int
-    levels: int
-    digits: int
-    tolerance: float
+    def __init__(
+        self,
+        tape: Tape,
+        watched: Sequence[int],
+        *,
+        scheme: Scheme,
+        weighting: Weighting,
+        backward: Callable[[Tensor, list[Tensor]], None],
+        gates: Gates,
+        regions: Sequence[int] = (),
+        inner: Sequence[Inner] = (),
+        to_the_end: bool = False,
+        joint: Callable[[int], int] = lambda passes: passes,
+    ) -> None:
+        self._tape, self._scheme = tape, scheme
+        # Preparations of parameters mix samples anyway, so they are read finely at once.
+        fine = tape.is_parameter_side
+        self._seen = {i: Fingerprints(scheme.batch, fine[i]) for i in watched}
+        self._leaves = leaves_below(tape, [*watched, *regions])
+        self._weighting, self._backward = weighting, backward
+        self._gates, self._inner, self._joint = gates, inner, joint
+        self._all_gates = [gates, *(region.gates for region in inner)]
+        self._ends_early = not (to_the_end or regions)
 
-    @classmethod
-    def of(cls, batch: int, has_half: bool) -> Scheme:
-        """For a graph that computes in float16 somewhere, or does not."""
-        levels = _HALF_LEVELS if has_half else _LEVELS
-        digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
-        return cls(batch, levels, digits, _HALF_TOLERANCE if has_half else _TOLERANCE)
+    def measure(self) -> Measurements:
+        """Labels of every output of the watched nodes."""
+        with _repeatable(self._leaves):
+            self._look()
+            while self._settle():
+                self._forget()
+                self._look()
+            self._run(range(1, self._scheme.passes))
+            measured = self._decoded()
+            coarse = [i for i in self._seen if self._hides(i, measured[i])]
+            if coarse:
+                for i in coarse:
+                    self._seen[i] = Fingerprints(self._scheme.batch)
+                self._forget()
+                self._run(range(self._scheme.passes))
+                measured = self._decoded()
+        return measured
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """`[batch]` for each pass."""
-        sample = torch.arange(self.batch)
-        passes = [torch.ones(self.batch)]
-        for digit in range(self.digits):
-            level = sample // self.levels**digit % self.levels
-            passes.append(torch.exp2((level - self.levels // 2).float()))
-        return passes
+    def _decoded(self) -> Measurements:
+        """What was seen; after a second plain pass, where it takes one to tell."""
+        evidence = evidence_of(self._seen, self._scheme)
+        inner = (evidence_of(region.seen, self._scheme) for region in self._inner)
+        every = [evidence, *inner]
+        if any(e and e.is_open for found in every for es in found.values() for e in es):
+            self._run([0])
+            evidence = evidence_of(self._seen, self._scheme)
+        return _labelled(self._seen, evidence, self._scheme)
 
-    def decode(self, seen: Mapping[int, Fingerprints]) -> Measurements:
-        """Labels of every output of the nodes whose gradients were seen."""
-        passes = len(self.weights)
-        return {i: _decode(prints, passes, self) for i, prints in seen.items()}
+    def _hides(self, i: int, outputs: list[Measurement | None]) -> bool:
+        """Whether samples may be told apart within what was read as one row."""
+        prints = self._seen[i]
+        return any(
+            m is not None and m.is_mixed and prints.is_coarse(output)
+            for output, m in enumerate(outputs)
+        )
 
+    def _look(self) -> None:
+        for gates in self._all_gates:
+            gates.is_looking = True
+        self._run([0])
+        for gates in self._all_gates:
+            gates.is_looking = False
 
-def measure_samples(
-    tape: Tape,
-    watched: Sequence[int],
-    scheme: Scheme,
-    weighting: Weighting,
-    backward: Callable[[Tensor, list[Tensor]], None],
-    *,
-    regions: Sequence[int] = (),
-    to_the_end: bool = False,
-) -> Measurements:
-    """Labels of every output of the watched nodes.
+    def _settle(self) -> bool:
+        return any([gates.settle() for gates in self._all_gates])
 
-    `weighting` hooks the given sample weights into the graph, `backward(weights,
-    leaves)` runs a pass that reaches `leaves`. A pass ends with the last watched node,
-    unless it is to go `to_the_end` or there are `regions`, which see to their graphs
-    themselves.
-    """
-    leaves = leaves_below(tape, [*watched, *regions])
-    seen = {i: Fingerprints() for i in watched}
-    for weights in scheme.weights:
-        handles = weighting(weights)
-        waiting = None if to_the_end or regions else set(watched)
+    def _prints(self) -> list[Fingerprints]:
+        inner = (seen for region in self._inner for seen in region.seen.values())
+        return [*self._seen.values(), *inner]
+
+    def _forget(self) -> None:
+        for prints in self._prints():
+            prints.passes.clear()
+
+    def _run(self, numbers: Iterable[int]) -> None:
+        """The passes of those numbers, and blind ones while other ranks run more."""
+        numbers = list(numbers)
+        if not numbers:
+            return
+        blind = self._joint(len(numbers)) - len(numbers)
+        for number in numbers:
+            self._run_one(self._scheme.weights(number), self._seen)
+        for _ in range(blind):
+            self._run_one(self._scheme.weights(0), {})
+
+    def _run_one(self, weights: Tensor, seen: Mapping[int, Fingerprints]) -> None:
+        waiting = set(seen) if self._ends_early else None
+        handles = self._gates.hooks(self._tape)  # before what weighs their gradients
         try:
+            handles += self._weighting(weights)
             for i, fingerprints in seen.items():
                 hook = _recorder(fingerprints, waiting, i)
-                handles.append(tape.nodes[i].register_prehook(hook))
-            backward(weights, leaves)
+                handles.append(self._tape.nodes[i].register_prehook(hook))
+            self._backward(weights, self._leaves)
         except _AllSeen:
             pass
         finally:
             for handle in handles:
                 handle.remove()
             return_freed_memory()
-    return scheme.decode(seen)
+
+
+def measure_samples(
+    tape: Tape, watched: Sequence[int], **options: Any
+) -> Measurements:
+    """Labels of every output of the watched nodes; options as of `Passes`."""
+    return Passes(tape, watched, **options).measure()
 
 
 class _AllSeen(Exception):
@@ -193,71 +254,110 @@ def _recorder(
     return record
 
 
-def _row_norms(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of |g| over the last dim and over the first.
+@contextmanager
+def _repeatable(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Deterministic kernels on GPUs, where there are any: rows then grow exactly.
 
-    Multiplying a row by a power of two does the same to its sum, to the last bit, and
-    unlike a sum of squares it cannot underflow.
+    (On an H100 with torch 2.11: attention by flash kernels and convolutions by cuDNN,
+    not attention by cuDNN.)
     """
-    with torch.no_grad():
-        g = g.detach()
-        dtype = accumulation_dtype(g.dtype)
-        if g.dim() < 2:
-            magnitude = g.abs().to(dtype)
-            return magnitude, magnitude
-        last, first = (
-            torch.linalg.vector_norm(g, 1, dim=dim, dtype=dtype) for dim in (-1, 0)
-        )
-        return last, first
+    if not any(leaf.is_cuda for leaf in leaves):
+        yield
+        return
+    was = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fills, cudnn = settings.fill_uninitialized_memory, torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+        cudnn.deterministic, cudnn.benchmark = True, False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        settings.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(was, warn_only=only_warned)
 
 
-def _decode(
-    fingerprints: Fingerprints, passes: int, scheme: Scheme
-) -> list[Measurement | None]:
-    if len(fingerprints.passes) != passes:
+def decode(seen: Mapping[int, Fingerprints], scheme: Scheme) -> Measurements:
+    """Labels of every output of the nodes whose gradients were seen."""
+    return _labelled(seen, evidence_of(seen, scheme), scheme)
+
+
+def evidence_of(
+    seen: Mapping[int, Fingerprints], scheme: Scheme
+) -> dict[int, list[Evidence | None]]:
+    """What the rows of every output say."""
+    return {i: _evidence(prints, scheme) for i, prints in seen.items()}
+
+
+def _labelled(
+    seen: Mapping[int, Fingerprints],
+    evidence: Mapping[int, list[Evidence | None]],
+    scheme: Scheme,
+) -> Measurements:
+    noise = usual_noise(e for es in evidence.values() for e in es if e is not None)
+    return {
+        i: [
+            _measurement(prints, output, of_output, scheme, noise)
+            if _is_there(prints, output)
+            else None
+            for output, of_output in enumerate(evidence[i])
+        ]
+        for i, prints in seen.items()
+    }
+
+
+def _is_complete(prints: Fingerprints, scheme: Scheme) -> bool:
+    return len(prints.passes) in (scheme.passes, scheme.passes + 1)
+
+
+def _is_there(prints: Fingerprints, output: int) -> bool:
+    """Whether every pass brought a gradient to this output."""
+    return bool(prints.shapes) and all(p[output] is not None for p in prints.passes)
+
+
+def _evidence(prints: Fingerprints, scheme: Scheme) -> list[Evidence | None]:
+    """What the rows of each output say; None where they mix, or none came."""
+    if not _is_complete(prints, scheme):
         return [None]
-    found: list[Measurement | None] = []
-    for output, shape in enumerate(fingerprints.shapes):
-        rows = [p[output] for p in fingerprints.passes]
-        if any(r is None for r in rows):
-            found.append(None)
-            continue
-        leading, trailing = (
-            _labels([r[side].cpu().numpy() for r in rows], scheme)  # type: ignore[index]
-            for side in (0, 1)
-        )
-        found.append(Measurement(shape, leading, trailing))
-    return found
+    return [
+        weigh([p[output][0] for p in prints.passes], scheme)  # type: ignore[index]
+        if _is_there(prints, output)
+        else None
+        for output in range(len(prints.shapes))
+    ]
 
 
-def _labels(norms: list[np.ndarray], scheme: Scheme) -> np.ndarray | None:
-    levels = scheme.levels
-    norms = [n.astype(np.float64) for n in norms]
-    plain = norms[0]
-    label = np.zeros(plain.shape, dtype=np.int64)
-    known = np.isfinite(plain) & (plain > 0)
-    for weighted in norms[1:]:
-        known &= np.isfinite(weighted) & (weighted > 0)
-    for weighted in norms[1:] if scheme.levels == _LEVELS else ():
-        # Zero with one set of weights and not with another: the samples cancelled.
-        # (Below that a product with 2^-8 may underflow, as it may in float16.)
-        one_is_zero = (plain == 0) != (weighted == 0)
-        if (one_is_zero & (np.fmax(plain, weighted) > _LARGER_THAN_UNDERFLOW)).any():
-            return None
-    for digit, weighted in enumerate(norms[1:]):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            growth = np.log2(weighted / plain)
-        growth = np.where(known, growth, 0)
-        level = np.rint(growth)
-        if (np.abs(growth - level) > scheme.tolerance).any():
-            return None
-        level = np.where(known, level + levels // 2, 0)
-        if (level < 0).any() or (level >= levels).any():
-            return None
-        label += level.astype(np.int64) * levels**digit
-    if (label[known] >= scheme.batch).any():
-        return None
-    return np.where(known, label, -1)
+def _measurement(
+    prints: Fingerprints,
+    output: int,
+    evidence: Evidence | None,
+    scheme: Scheme,
+    noise: float,
+) -> Measurement:
+    leading = faint = trailing = None
+    if evidence is not None:
+        leading, faint = evidence.rows(noise)
+    columns = [p[output][1] for p in prints.passes]  # type: ignore[index]
+    if leading is None and columns[0] is not None:
+        of_columns = weigh(columns, scheme)  # type: ignore[arg-type]
+        if of_columns is not None:
+            trailing, _ = of_columns.rows(noise)
+    shape = prints.shapes[output]
+    if leading is not None and prints.is_coarse(output):
+        leading = _spread(leading, shape)
+        faint = None if faint is None else _spread(faint, shape)
+    return Measurement(shape, leading, trailing, faint)
+
+
+def _spread(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Labels of channels as those of all rows in them."""
+    sizes = (*labels.shape, *[1] * (len(shape) - 1 - labels.ndim))
+    return np.broadcast_to(labels.reshape(sizes), shape[:-1])
 
 
 def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from .saved import forget_pass
 __all__ = [
     "belongs_to_another",
     "is_distributed",
+    "owner_of_pass",
     "replicas_at_rest",
     "run_pass",
     "run_whole_pass",
@@ -89,6 +90,11 @@ def belongs_to_another(session: object) -> bool:
     if not _owners:
         return False
     return _owners.get(torch._C._current_graph_task_id(), session) is not session
+
+
+def owner_of_pass() -> object | None:
+    """Whom the pass that calls this hook was run for; None for the user's own."""
+    return _owners.get(torch._C._current_graph_task_id()) if _owners else None
 
 
 def is_distributed() -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Size, Tensor
 
 from .layout import RegularLayout, RowLayout
-from .measure import Measurement
+from .decode import Measurement
 from .saved import saved_tensor
 from .tape import Tape
 

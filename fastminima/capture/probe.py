@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .arguments import (
     check_word,
     whole,
 )
+from .attached import Attached, wait_for
 from .audit import Audit, audit_losses
 from .errors import CaptureError
 from .explain import explaining
@@ -34,6 +35,8 @@ from .samples import Segments
 from .saved import frames_of
 from .session import Collected, Session
 from .sharded import find_sharding, reshard
+from .tape import Tape
+from .watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,6 +83,9 @@ class GradientProbe:
         sample: look at so many samples of each batch, drawn anew in each step by a
             generator of the probe's own. The statistics of single samples are theirs;
             the mean gradient is that of all.
+        check_every: measure a graph that is known anew after so many steps (once after
+            ten, and when a loss or a norm jumps), since what moves its rows may not be
+            in the graph. A disagreement is a CaptureError.
         process_group: a process group, or "world" for all ranks: `backward` and
             `collect` then return the statistics of all ranks' samples, on every rank.
             The pass must average the gradients over those ranks, as
@@ -116,6 +122,7 @@ class GradientProbe:
         batch_dim: int = 0,
         every: int = 1,
         sample: int | None = None,
+        check_every: int = 200,
         process_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         sharded_modules = reshard(model)
@@ -132,21 +139,31 @@ class GradientProbe:
             check_fused(words, sample, process_group)
         self._every = whole("every", every)
         self._sample = None if sample is None else whole("sample", sample)
-        self._generator = torch.Generator().manual_seed(0)  # never the user's
+        self._generator = torch.Generator(device="cpu").manual_seed(0)  # never the user's
         self._steps = 0  # backward passes announced so far, probed or not
         self._is_resting = False
         self._batch_dim = check_dim(batch_dim)
         self._measure = frozenset(words)
+        self._given_directions = dict(directions or {})
         self._directions = {
             name: check_direction(name, v, self._parameters)
-            for name, v in (directions or {}).items()
+            for name, v in self._given_directions.items()
         }
         self._per_parameter = per_parameter
         self._keep_mean = keep_mean
         self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
+        self._model = model
         module = model if isinstance(model, nn.Module) else None
-        self._reader = Reader(self._parameters, batchnorm, module, sharding)
+        self._reader = Reader(
+            self._parameters,
+            batchnorm,
+            module,
+            sharding,
+            check_every=whole("check_every", check_every),
+            retrack=self._retrack,
+        )
+        self._watch = Watch()
         group = find_group(process_group)
         if group is not None and batchnorm == "frozen" and not keep_mean:
             raise ValueError(
@@ -167,7 +184,7 @@ class GradientProbe:
             self._ranks.check_model(model)
         self._trouble: CaptureError | ValueError | None = None
         self._announced: set[str] = set()
-        self._attached: _Attached | None = None
+        self._attached: Attached | None = None
 
     def backward(
         self,
@@ -189,8 +206,10 @@ class GradientProbe:
                 backpropagated; or a scalar.
             batch_size: the number of samples behind a scalar loss.
             reduction: "mean" or "sum", how a scalar loss was made of its samples.
-            scale: what a GradScaler multiplied a scalar loss with, or will multiply the
-                mean of `loss` with, as `scaler.get_scale()`.
+            scale: what `loss` has been multiplied with before: `1 / steps` under
+                gradient accumulation, `scaler.get_scale()` for what a GradScaler
+                returned. Statistics are divided by it; `.grad` is that of the loss as
+                it is given.
             retain_graph: keep the graph for another backward pass.
             batch_dim: for this loss, in place of the probe's own.
             segment_ids: `[rows, time]` (or `[time]`), where documents are packed into
@@ -216,7 +235,7 @@ class GradientProbe:
         asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
             asked.checked(self._batch_dim)
-            asked.scaled_mean().backward(retain_graph=retain_graph)
+            asked.mean().backward(retain_graph=retain_graph)
             return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
@@ -225,13 +244,13 @@ class GradientProbe:
             for p in self._parameters.values()
         )
         if self._ranks is not None:
-            self._attach_joint(asked)
+            self._attach_joint(asked, waits=False)
         else:
-            self._attach(asked, hook_gradients=not is_fresh)
+            self._attach(asked, hook_gradients=not is_fresh, waits=False)
         try:
             fusion = self._attached and self._attached.fusion
             with explaining(self._before):
-                asked.scaled_mean().backward(
+                asked.mean().backward(
                     retain_graph=retain_graph,
                     inputs=None if fusion is None else fusion.inputs,
                 )
@@ -240,8 +259,9 @@ class GradientProbe:
             if self._ranks is not None:
                 return self._collected_joint(self._ranks)
             assert self._attached is not None
-            if is_fresh and self._attached.session is not None:
-                self._attached.session.take_gradients(
+            session = self._attached.session
+            if is_fresh and self._attached.result is None and session is not None:
+                session.take_gradients(
                     {
                         name: p.grad
                         for name, p in self._parameters.items()
@@ -264,8 +284,13 @@ class GradientProbe:
     ) -> None:
         """Prepare the graph of `loss`, for loops that call `loss.backward()`.
 
-        Follow it with exactly one backward pass over the loss (its mean, if it is a
-        vector; times `scale` if a GradScaler is used), then `collect()`.
+        Follow it with exactly one backward pass over the loss, then `collect()`. What
+        the loss is multiplied with on the way (a GradScaler, a mean or a sum of a
+        vector, weights) is seen in the gradient that arrives, and taken out: g_n is
+        the gradient of the loss as it was attached, divided by `scale`. Weights that
+        differ between the samples of a vector cost a backward pass. A penalty on
+        weights that is added to the loss stays out of the statistics; another loss on
+        the same activations is an error when it comes to `collect`.
 
         Raises:
             CaptureError, ValueError: as `backward`; with `process_group`, `collect`
@@ -283,11 +308,11 @@ class GradientProbe:
             self._detach()
             asked.checked(self._batch_dim)
         elif self._ranks is not None:
-            self._attach_joint(asked)
+            self._attach_joint(asked, waits=True)
         else:
-            self._attach(asked, hook_gradients=True)
+            self._attach(asked, hook_gradients=True, waits=True)
 
-    def _attach_joint(self, asked: Asked) -> None:
+    def _attach_joint(self, asked: Asked, *, waits: bool) -> None:
         """Attach on this rank, leaving an error to `_collected_joint`.
 
         The other ranks wait for this one's gradients and message, so the pass runs in
@@ -297,7 +322,7 @@ class GradientProbe:
         self._trouble = self._ranks.found_earlier(self._owned)
         keep_mean = self._keep_mean
         try:
-            self._attach(asked, hook_gradients=keep_mean)
+            self._attach(asked, hook_gradients=keep_mean, waits=waits)
         except (CaptureError, ValueError) as error:
             self._trouble = self._trouble or error
         if self._trouble is not None:
@@ -326,12 +351,34 @@ class GradientProbe:
         trouble, self._trouble = self._trouble, None
         return trouble
 
+    def _retrack(self) -> Mapping[str, Tensor]:
+        """Track the parameters that the model has now.
+
+        Raises:
+            CaptureError: where a probe cannot follow.
+        """
+        if not isinstance(self._model, nn.Module) or self._ranks is not None:
+            raise CaptureError(
+                "Parameters were added, replaced, frozen or unfrozen since this probe "
+                "was made with a process_group. Make a new probe, on every rank."
+            )
+        tracked = tracked_parameters(self._model)
+        self._directions = {
+            name: check_direction(name, v, tracked)
+            for name, v in self._given_directions.items()
+        }
+        self._parameters.clear()
+        self._parameters.update(tracked)
+        self._parameter_count = sum(p.numel() for p in tracked.values())
+        return self._parameters
+
     def _rests(self) -> bool:
         """Whether `every` leaves this step out; counts the step."""
         step, self._steps = self._steps, self._steps + 1
         return step % self._every != 0
 
-    def _attach(self, asked: Asked, *, hook_gradients: bool) -> None:
+    def _attach(self, asked: Asked, *, hook_gradients: bool, waits: bool) -> None:
+        """Hook the graph of a loss; `waits` where the pass is the user's own."""
         self._detach()
         loss = asked.loss
         try:
@@ -340,32 +387,40 @@ class GradientProbe:
             self._reader.accompany(loss)
             raise
         with explaining():
+            self._reader.is_suspicious = self._watch.is_suspicious(loss)
             reading = self._reader.read(loss, target.samples)
             chosen = self._chosen(target.samples.count)
             if chosen is not None:
                 reading = reading.choosing(chosen)
             if reading.mixing and self._batchnorm == "frozen":
                 frozen = self._frozen_pass(reading, target)
-                # The pass over a vector of losses was not scaled.
-                factor = target.factor(is_scaled=not loss.dim())
-                self._attached = _Attached(None, frozen, target, factor, chosen)
+                self._attached = Attached(
+                    target, None, frozen, factor=target.factor, chosen=chosen
+                )
                 return
+        self._attached = attached = Attached(
+            target,
+            None,
+            factor=target.factor,
+            chosen=chosen,
+            reads_grad=not hook_gradients,
+        )
+        if waits:
+            names = self._reader.names
+            attached.arrival = wait_for(attached, names, self._weighted_pass)
         count = target.samples.count if chosen is None else len(chosen)
         groups = None
         if isinstance(target.samples, Segments) and "gram" not in self._measure:
             groups = target.samples.groups(chosen)
-        fusion = None
         if groups is not None:
-            session = self._grouped(reading, groups, count, hook_gradients)
-        else:
-            if self._is_fused:
-                fusion = find_fusion(reading, self._parameters)
-            session = self._session(
-                *(reading, count, self._measure, self._directions, hook_gradients),
-                fusion,
-            )
-        factor = target.factor()
-        self._attached = _Attached(session, None, target, factor, chosen, fusion)
+            attached.session = self._grouped(reading, groups, count, hook_gradients)
+            return
+        if self._is_fused:
+            attached.fusion = find_fusion(reading, self._parameters)
+        attached.session = self._session(
+            *(reading, count, self._measure, self._directions, hook_gradients),
+            attached.fusion,
+        )
 
     def _grouped(
         self, reading: Reading, groups: list[Tensor], count: int, hook_gradients: bool
@@ -379,6 +434,7 @@ class GradientProbe:
                     self._measure,
                     self._directions,
                     hook_gradients and not sessions,
+                    owner=groups,
                 )
                 sessions.append(session)
         except BaseException:
@@ -391,7 +447,7 @@ class GradientProbe:
         """Numbers of the samples to look at; None for all of them."""
         if self._sample is None or self._sample >= count:
             return None
-        order = torch.randperm(count, generator=self._generator)
+        order = torch.randperm(count, generator=self._generator, device="cpu")
         return order[: self._sample].sort().values
 
     def collect(self) -> GradientStatistics | None:
@@ -419,23 +475,14 @@ class GradientProbe:
         collected, attached = self._finished()
         return self._statistics(collected, attached)
 
-    def _finished(self) -> tuple[Collected, _Attached]:
+    def _finished(self) -> tuple[Collected, Attached]:
         if self._attached is None:
             raise CaptureError(
                 "Nothing is attached to this probe; call probe.attach(loss, ...) "
                 "before the backward pass and probe.collect() once after it."
             )
         attached, self._attached = self._attached, None
-        collected = attached.frozen
-        if collected is None:
-            assert attached.session is not None
-            collected = attached.session.finish()
-        if not collected.sq_norms:
-            raise CaptureError(
-                "No backward pass reached the graph since probe.attach(loss, ...). "
-                "Call loss.backward() on that same loss before probe.collect()."
-            )
-        return collected, attached
+        return attached.finish(), attached
 
     def audit(
         self,
@@ -487,7 +534,9 @@ class GradientProbe:
         directions: Mapping[str, Mapping[str, Tensor]],
         hook_gradients: bool = False,
         fusion: Fusion | None = None,
+        owner: object = None,
     ) -> Session:
+        waiting = self._attached
         return Session(
             reading,
             self._parameters,
@@ -498,59 +547,85 @@ class GradientProbe:
             hook_gradients=hook_gradients,
             defer_errors=self._ranks is not None,
             fusion=fusion,
+            arrival=None if waiting is None else waiting.arrival,
+            owner=owner,
             announce=self._announce,
         )
 
     def _frozen_pass(self, reading: Reading, target: Target) -> Collected:
         """A pass of its own in which batch normalisation keeps its statistics."""
-        loss = target.loss
         count = target.samples.count
         if self._sample is not None:
             count = min(count, self._sample)
         session = self._session(reading, count, self._measure, self._directions)
         handles = batch_norms.freeze(reading.tape, reading.mixing)
-        names = list(reading.tape.leaves)
         try:
-            with self._reader.extra_passes(reading.tape):
-                grads = run_pass(
-                    loss.mean() if loss.dim() else loss,
-                    [self._parameters[name] for name in names],
-                    session,
-                    frames=frames_of(reading.tape.nodes),
-                )
-            found = zip(names, grads, strict=True)
-            session.take_gradients({name: g for name, g in found if g is not None})
-            return session.finish()
+            return self._own_pass(session, session.owner, target, reading.tape)
         finally:
             session.close()
             for handle in handles:
                 handle.remove()
 
+    def _weighted_pass(self, attached: Attached) -> Collected:
+        """A pass of its own in which all samples weigh the same.
+
+        It runs inside the user's, whose gradients are those of weighted samples.
+        """
+        session = attached.session
+        assert session is not None
+        loss = attached.target.loss
+        tape = Tape([loss.grad_fn], self._reader.names)
+        try:
+            return self._own_pass(session, session.owner, attached.target, tape)
+        finally:
+            session.close()
+
+    def _own_pass(
+        self,
+        session: Session | GroupedSession,
+        owner: object,
+        target: Target,
+        tape: Tape,
+    ) -> Collected:
+        """What a session sees in an extra pass over the loss, or its mean."""
+        loss = target.loss
+        names = list(tape.leaves)
+        with self._reader.extra_passes(tape):
+            grads = run_pass(
+                loss,
+                [self._parameters[name] for name in names],
+                owner,
+                torch.full_like(loss, 1 / len(loss)) if loss.dim() else None,
+                frames_of(tape.nodes),
+            )
+        found = zip(names, grads, strict=True)
+        session.take_gradients({name: g for name, g in found if g is not None})
+        return session.finish()
+
     def _statistics(
-        self, collected: Collected, attached: _Attached
+        self, collected: Collected, attached: Attached
     ) -> GradientStatistics:
         """From sums over one backward pass to statistics of g_n = factor * its part."""
         factor, chosen = attached.factor, attached.chosen
         batch = attached.target.samples.count
         count = batch if chosen is None else len(chosen)
-        norms = list(collected.sq_norms.values())
+        sq_norms = self._in_order(collected.sq_norms)
+        norms = list(sq_norms.values())
         to_mean = factor / batch
         # Where ranks join without the mean nothing was read: it is in .grad by then.
         parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-        return GradientStatistics(
+        statistics = GradientStatistics(
             count=count,
             parameter_count=self._parameter_count,
             sq_norms=torch.stack(norms).sum(0) * factor**2,
             mean_grad_sq_norm=total * to_mean**2,
-            sq_norms_by_parameter={
-                name: t * factor**2 for name, t in collected.sq_norms.items()
-            }
+            sq_norms_by_parameter={n: t * factor**2 for n, t in sq_norms.items()}
             if self._per_parameter
             else None,
             second_moments={
                 name: t.mul_(factor**2 / count)  # made for this pass alone
-                for name, t in collected.second_moments.items()
+                for name, t in self._in_order(collected.second_moments).items()
             }
             if "second_moments" in self._measure
             else None,
@@ -563,13 +638,19 @@ class GradientProbe:
             },
             mean_grad={
                 name: t.to(accumulation_dtype(t.dtype)) * to_mean
-                for name, t in collected.grads.items()
+                for name, t in self._in_order(collected.grads).items()
             }
             if self._keep_mean
             else None,
             mean_count=None if chosen is None else batch,
             samples=chosen,
         )
+        self._watch.note(attached.target.loss, statistics)
+        return statistics
+
+    def _in_order(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By parameter in the order of the model, whatever the order of arrival."""
+        return {name: found[name] for name in self._parameters if name in found}
 
     def _announce(self, node: str, parameters: Sequence[str]) -> None:
         """Say once for each kind of node that it is read by the universal rule."""
@@ -584,17 +665,5 @@ class GradientProbe:
 
     def _detach(self) -> None:
         if self._attached is not None:
-            if self._attached.session is not None:
-                self._attached.session.close()
+            self._attached.close()
             self._attached = None
-
-
-class _Attached(NamedTuple):
-    """What waits between `attach` and `collect`."""
-
-    session: Session | GroupedSession | None
-    frozen: Collected | None
-    target: Target
-    factor: float
-    chosen: Tensor | None  # numbers of the samples looked at
-    fusion: Fusion | None = None

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import batchnorm
+from .decode import Scheme
+from .entrances import Shown, what_is_shown
 from .errors import CaptureError
 from .fitting import (
+    disagreement,
     guards_of,
     is_sure,
     layouts_of,
     layouts_of_one,
     nodes_to_watch,
 )
+from .gates import Gates
 from .gathers import find_guards, gather_nodes, places
 from .known import Found, Known, Layouts
-from .measure import (
-    Measurements,
-    Scheme,
-    Weighting,
-    leaves_below,
-    measure_samples,
-)
+from .measure import Measurements, decode, leaves_below, measure_samples
 from .passes import is_distributed, replicas_at_rest, run_pass, run_whole_pass
 from .plan import Plan, find_plan, is_spread, reads_data
 from .refusals import (
@@ -47,12 +46,13 @@ from .regions import (
     region_nodes,
     watch,
 )
-from .roots import batch_edges, nodes_above, weigh_edges
+from .roots import batch_edges, nodes_above, unshown_message, weigh_edges
 from .routes import find_routes
 from .samples import Batch, Segments
 from .saved import frames_of
 from .sharded import Sharding, is_sharded
 from .tape import Tape
+from .tracking import has_changed, untracked_leaves
 from .whereabouts import Whereabouts
 
 __all__ = ["Reader", "Reading"]
@@ -73,6 +73,46 @@ class Reading:
         return replace(self, found=self.found.choosing(samples))
 
 
+class _OtherAxis(Exception):
+    """The axis of a scalar loss is not that of the samples."""
+
+    def __init__(self, nodes: set[int]) -> None:
+        super().__init__()
+        self.nodes = nodes
+
+
+@dataclass
+class _Attempt:
+    """One measurement of a graph: of what, and what it met.
+
+    Attributes:
+        rejected: nodes that only look as if they had the samples' axis.
+        opened: names of the closed gates that were opened.
+        is_sealed: whether something was closed that cannot be opened.
+    """
+
+    key: tuple
+    tape: Tape
+    loss: Tensor
+    samples: Batch | Segments
+    mixing: list[int]
+    inner: list[int]
+    rejected: set[int]
+    opened: set[str] = field(default_factory=set)
+    is_sealed: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the samples have to be found below a scalar loss."""
+        return self.samples.count > 1 and self.loss.dim() == 0
+
+    def note(self, gates: Iterable[Gates]) -> None:
+        """Keep what was closed."""
+        for of_graph in gates:
+            self.opened |= of_graph.names
+            self.is_sealed |= bool(of_graph.sealed)
+
+
 class Reader:
     """Finds the uses of a model's parameters, measuring each new graph structure once.
 
@@ -83,6 +123,9 @@ class Reader:
             buffers from data.
         sharding: of the parameters, if they are sharded: then every pass gathers them,
             and all ranks run equally many.
+        check_every: steps after which a known structure is measured anew.
+        retrack: returns the parameters that are tracked from now on, where those of the
+            model have changed.
     """
 
     def __init__(
@@ -91,14 +134,22 @@ class Reader:
         batchnorm: str,
         model: nn.Module | None,
         sharding: Sharding | None = None,
+        check_every: int = 200,
+        retrack: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._sharding = sharding
-        self._has_agreed = False
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._check_every = check_every
+        self._measured: Measurements = {}  # last of all
+        self.is_suspicious = False  # whether the next graph is to be measured anew
+        self._parameters = parameters
+        self.names = {id(p): name for name, p in parameters.items()}
+        self._retrack = retrack
+        self._is_whole: bool | None = None  # nothing but tracked parameters was met
         self._batchnorm = batchnorm
         self._model = model
         self._where = Whereabouts(model)
         self._known: dict[tuple, Known] = {}
+        self._announced_gates: set[str] = set()
 
     def read(self, loss: Tensor, samples: Batch | Segments) -> Reading:
         """Walk the graph of `loss` and say how to read it for those samples.
@@ -112,34 +163,69 @@ class Reader:
                 "it, or it was computed under torch.no_grad(). Compute it with "
                 "gradients on."
             )
-        tape = Tape([loss.grad_fn], self._names)
+        tape = self._walk(loss.grad_fn)
         regions = region_nodes(tape)
         if not tape.leaves and not regions:
             raise CaptureError(
-                f"The loss reaches none of the {len(self._names)} tracked parameters. "
+                f"The loss reaches none of the {len(self.names)} tracked parameters. "
                 "Check that it was computed with this model, and that the parameters "
                 "require gradients."
             )
         if self._sharding is None:
             return self._read(tape, loss, samples, regions)
-        self._has_agreed = False
         try:
             return self._read(tape, loss, samples, regions)
         finally:
-            if not self._has_agreed:
-                self.accompany(loss)
+            self.accompany(loss)
+
+    def _walk(self, root: Any) -> Tape:
+        """The graph below a node, once all parameters in it are tracked."""
+        tape = Tape([root], self.names)
+        if self._sharding is not None or self._retrack is None:
+            return tape
+        others = untracked_leaves(tape)
+        if self._model is None:
+            self._check_given(tape, others)
+        elif has_changed(self._model, self._parameters, tape, others):
+            self._parameters = self._retrack()
+            self.names = {id(p): name for name, p in self._parameters.items()}
+            self._where = Whereabouts(self._model)
+            tape = Tape([root], self.names)
+        return tape
+
+    def _check_given(self, tape: Tape, others: Sequence[Tensor]) -> None:
+        """Raise where a dict of parameters does not name all that it did before."""
+        was_whole, self._is_whole = self._is_whole, not others
+        frozen = [n for n, p in self._parameters.items() if not p.requires_grad]
+        missing = [n for n in self._parameters if n not in tape.leaves]
+        if frozen:
+            what = f"{frozen[:4]} do not require gradients any more"
+        elif was_whole and others:
+            shapes = ", ".join(str(tuple(p.shape)) for p in others[:4])
+            gone = f" (not reached now: {missing[:4]})" if missing else ""
+            what = f"the loss also reaches parameters of shape {shapes}{gone}"
+        else:
+            return
+        self._is_whole = was_whole
+        raise CaptureError(
+            f"The parameters are not those that this probe was made with: {what}. Make "
+            "a new probe with the present ones, or give it the module, whose parameters "
+            "it follows."
+        )
 
     def accompany(self, loss: Tensor) -> None:
         """Run the passes that other ranks measure in and this one does not need."""
         if self._sharding is None or loss.grad_fn is None:
             return
-        digits = self._sharding.most(0)
-        tape = Tape([loss.grad_fn], self._names)
-        leaves = leaves_below(tape, nodes_to_watch(tape, 2)) if digits else []
-        with self.extra_passes(tape):
-            for _ in range(digits + 1 if digits else 0):
-                weights = torch.ones_like(loss) if loss.dim() else None
-                run_pass(loss, leaves, self, weights)
+        leaves: list[Tensor] | None = None
+        tape = Tape([loss.grad_fn], self.names)
+        while passes := self._sharding.most(0):
+            if leaves is None:
+                leaves = leaves_below(tape, nodes_to_watch(tape, 2))
+            with self.extra_passes(tape):
+                for _ in range(passes):
+                    weights = torch.ones_like(loss) if loss.dim() else None
+                    run_pass(loss, leaves, self, weights)
 
     @contextmanager
     def extra_passes(self, tape: Tape) -> Iterator[None]:
@@ -161,7 +247,8 @@ class Reader:
             tape.key,
             batch > 1,
             samples.dims if loss.dim() == 0 else None,
-            isinstance(samples, Segments),
+            # Rows of one document each say nothing of what keeps several apart.
+            isinstance(samples, Segments) and 1 + samples.is_shared,
             tuple(identity(tape, i) for i in regions),
         )
         known = self._known.get(key)
@@ -179,9 +266,35 @@ class Reader:
         found = None if known is None else known.recall(tape, samples)
         if found is None:
             found = self._measure(key, tape, loss, samples, mixing, regions)
-        else:
-            self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
+            return Reading(tape, found, mixing)
+        assert known is not None
+        self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
+        if known.is_due(self._check_every) or self.is_suspicious:
+            self._check(known, found, (key, tape, loss, samples, mixing, regions))
         return Reading(tape, found, mixing)
+
+    def _check(self, known: Known, found: Found, graph: tuple) -> None:
+        """Measure a known structure anew.
+
+        Raises:
+            CaptureError: where what was remembered does not hold any more.
+        """
+        key, tape, *_ = graph
+        steps, known.recalls = known.recalls, max(known.recalls, 1)
+        try:
+            measured = self._measured_anew(graph)
+        except CaptureError as error:
+            self._known.pop(key, None)
+            raise CaptureError(_changed_message(steps) + str(error)) from error
+        node = disagreement(found, measured)
+        if node is not None:
+            self._known.pop(key, None)
+            raise CaptureError(
+                _changed_message(steps) + f"At {self._where.module_at(tape, node)} the "
+                "rows belong to other samples now: something moves them that the graph "
+                "does not show. Report it, with the layer, if you do not know what."
+            )
+        self._known[key] = known  # also where some samples were not seen this time
 
     def _refuse_mixing_uses(
         self,
@@ -230,45 +343,100 @@ class Reader:
         mixing: list[int],
         inner: list[int],
     ) -> Found:
+        """Measure a graph with its closed gates opened, else as it is.
+
+        Where samples meet behind a closed gate, what is measured holds for this step
+        only. An axis of a scalar loss that turns out to be another one is passed by.
+        """
+        rejected: set[int] = set()
+        may_open = True
+        while True:
+            attempt = _Attempt(key, tape, loss, samples, mixing, inner, rejected)
+            try:
+                return self._try(attempt, may_open)
+            except _OtherAxis as other:
+                rejected |= other.nodes
+            except CaptureError:
+                if not attempt.opened:
+                    raise
+                self._announce_gates(attempt.opened)
+                may_open = False
+
+    def _measured_anew(self, graph: tuple) -> Measurements:
+        self._measure(*graph)
+        return self._measured
+
+    def _announce_gates(self, names: set[str]) -> None:
+        new = names - self._announced_gates
+        if new:
+            self._announced_gates |= new
+            warnings.warn(
+                f"Samples meet behind {', '.join(sorted(new))}, which multiplies by "
+                "zero at present. The statistics are exact while it does; what is "
+                "measured holds for one step, so each step is measured (two or three "
+                "more passes). Leave the term out of the graph until it is used.",
+                stacklevel=2,
+            )
+
+    def _try(self, attempt: _Attempt, may_open: bool) -> Found:
+        tape, samples, inner = attempt.tape, attempt.samples, attempt.inner
         batch = samples.count
-        surveys = self._surveys(tape, inner)
+        surveys = self._surveys(tape, inner, batch, may_open)
         watched = nodes_to_watch(tape, batch, inner)
         scheme = Scheme.of(batch, _has_half(tape, watched + list(surveys)))
-        is_open = batch > 1 and loss.dim() == 0
-        roots = batch_edges(tape, samples) if is_open else {}
-        accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
-
-        def weighting(weights: Tensor) -> list[Any]:
-            handles = weigh_edges(tape, roots, weights, samples)
-            handles += batchnorm.freeze(tape, mixing)
-            for i, survey in surveys.items():
-                node = tape.nodes[i]
-                handles += [survey, watch(node, survey, self)]
-                handles.append(node.register_hook(survey.free_inputs))
-            return handles + (block_leaves(tape) if accumulates else [])
-
+        roots = {}
+        if attempt.is_open:
+            roots = batch_edges(tape, samples, attempt.rejected)
         measured: Measurements | None = None
+        gates = Gates(may_open=may_open)
         if batch > 1 or surveys:
-            measured = self._measured_samples(
-                tape, watched, loss, scheme, weighting, inner, accumulates
-            )
+            try:
+                measured = self._measured_samples(
+                    attempt, watched, scheme, surveys, roots, gates
+                )
+            finally:
+                attempt.note([gates, *(s.gates for s in surveys.values())])
             # A weight of one is some sample's too, but all of them meet there.
-            for i in nodes_above(tape, roots) if is_open else ():
+            for i in nodes_above(tape, roots) if attempt.is_open else ():
                 if i in measured:
                     measured[i] = [m and m.mixed() for m in measured[i]]
         regions, is_settled = self._regions(surveys, scheme, samples)
+        is_settled &= may_open and not attempt.is_sealed
         if batch == 1:
-            plan = find_plan(tape, None, inner)
-            refuse_hidden(plan)
-            found = Found(plan, layouts_of_one(tape, plan), regions)
-            if is_settled:
-                known = self._known.get(key)
-                if known is None:
-                    known = self._known[key] = Known(tape, found, [], moves_rows=False)
-                known.remember(tape, samples, found)
-            return found
+            return self._read_one(attempt, regions, is_settled)
         assert measured is not None
-        plan = find_plan(tape, measured, inner)
+        self._measured = measured
+        return self._understand(attempt, measured, roots, regions, is_settled)
+
+    def _read_one(
+        self, attempt: _Attempt, regions: dict[int, Region | None], is_settled: bool
+    ) -> Found:
+        """How to read the graph of one sample: every row is its own."""
+        tape = attempt.tape
+        plan = find_plan(tape, None, attempt.inner)
+        refuse_hidden(plan)
+        found = Found(plan, layouts_of_one(tape, plan), regions)
+        if is_settled:
+            known = self._known.get(attempt.key)
+            if known is None:
+                known = self._known[attempt.key] = Known(
+                    tape, found, [], moves_rows=False
+                )
+            known.remember(tape, attempt.samples, found)
+        return found
+
+    def _understand(
+        self,
+        attempt: _Attempt,
+        measured: Measurements,
+        roots: Mapping[int, list[int]],
+        regions: dict[int, Region | None],
+        is_settled: bool,
+    ) -> Found:
+        """From what was measured to how to read the graph, now and later."""
+        tape, samples = attempt.tape, attempt.samples
+        batch = samples.count
+        plan = find_plan(tape, measured, attempt.inner)
         refuse_hidden(plan)
         routes = None
         if isinstance(samples, Batch):
@@ -277,6 +445,13 @@ class Reader:
         layouts, is_fitted = layouts_of(
             self._where, tape, plan, measured, samples, routed
         )
+        shown = Shown.SAMPLES
+        if attempt.is_open:
+            shown = what_is_shown(tape, plan, layouts, samples)
+        if shown is Shown.EITHER:
+            raise CaptureError(unshown_message(samples))
+        if shown is not Shown.SAMPLES:
+            raise _OtherAxis(_children(tape, roots))
         own = self._storages()
         for i in plan.preparing:
             if reads_data(tape, i, own) and not is_spread(tape, plan, layouts, i):
@@ -287,26 +462,43 @@ class Reader:
         covered = routes.covered if routes else ()
         self._refuse_mixing_uses(tape, plan, complete.layouts, measured)
         guards = guards_of(tape, measured, samples, plan, covered)
+        key = attempt.key
         if guards is None or not (is_settled and is_fitted):
             self._known.pop(key, None)
             return complete
         known = self._known.get(key)
         if known is None or not known.fits(found, guards):
-            known = self._known[key] = Known(tape, found, guards, is_open=is_open)
+            known = self._known[key] = Known(
+                tape,
+                found,
+                guards,
+                is_open=attempt.is_open,
+                rejected=frozenset(attempt.rejected),
+            )
         known.remember(tape, samples, found)
         return complete
 
     def _measured_samples(
         self,
-        tape: Tape,
+        attempt: _Attempt,
         watched: list[int],
-        loss: Tensor,
         scheme: Scheme,
-        weighting: Weighting,
-        inner: list[int],
-        accumulates: bool,
+        surveys: Mapping[int, Survey],
+        roots: Mapping[int, list[int]],
+        gates: Gates,
     ) -> Measurements:
+        tape, loss, inner = attempt.tape, attempt.loss, attempt.inner
         frames = frames_of(tape.nodes)
+        accumulates = any(is_reentrant(tape.nodes[i]) for i in inner)
+
+        def weighting(weights: Tensor) -> list[Any]:
+            handles = weigh_edges(tape, roots, weights, attempt.samples)
+            handles += batchnorm.freeze(tape, attempt.mixing)
+            for i, survey in surveys.items():
+                node = tape.nodes[i]
+                handles += [survey, watch(node, survey, self)]
+                handles.append(node.register_hook(survey.free_inputs))
+            return handles + (block_leaves(tape) if accumulates else [])
 
         def backward(weights: Tensor, leaves: list[Tensor]) -> None:
             of_losses = None
@@ -318,17 +510,23 @@ class Reader:
                 run_pass(loss, leaves, self, of_losses, frames)
 
         sharding = self._sharding
-        if sharding is not None:
-            self._has_agreed = True
-            scheme = replace(scheme, digits=sharding.most(scheme.digits))
         with self.extra_passes(tape):
             return measure_samples(
-                *(tape, watched, scheme, weighting, backward),
+                tape,
+                watched,
+                scheme=scheme,
+                weighting=weighting,
+                backward=backward,
+                gates=gates,
                 regions=inner,
+                inner=list(surveys.values()),
                 to_the_end=sharding is not None,
+                joint=_alone if sharding is None else sharding.most,
             )
 
-    def _surveys(self, tape: Tape, inner: list[int]) -> dict[int, Survey]:
+    def _surveys(
+        self, tape: Tape, inner: list[int], batch: int, may_open: bool
+    ) -> dict[int, Survey]:
         """Who looks at each region that will be computed again."""
         accumulating = [i for i in inner if is_reentrant(tape.nodes[i])]
         if accumulating and is_distributed():
@@ -339,9 +537,11 @@ class Reader:
             )
         return {
             i: Survey(
-                self._names,
+                self.names,
                 named_inputs(tape, i),
                 self._storages(),
+                batch=batch,
+                gates=Gates(may_open=may_open),
                 accumulates=i in accumulating,
             )
             for i in inner
@@ -374,7 +574,7 @@ class Reader:
                 layouts = layouts_of_one(tape, plan)
                 is_settled &= not gather_nodes(tape)  # as many rows in each step?
             else:
-                measured = scheme.decode(survey.seen)
+                measured = decode(survey.seen, scheme)
                 plan = find_plan(tape, measured)
                 layouts, fits = layouts_of(self._where, tape, plan, measured, samples)
                 for j in survey.reads & plan.preparing:
@@ -402,6 +602,24 @@ class Reader:
             held = [t for t in held if not is_sharded(t)] + self._sharding.held
         # Addresses would not do: sharded parameters have none between their uses.
         return {t.untyped_storage()._cdata for t in held}
+
+
+def _changed_message(steps: int) -> str:
+    return (
+        f"This graph was measured {steps} steps ago and has the same structure since, "
+        "but its rows are not what they were; the statistics of the steps in between "
+        "may be wrong. "
+    )
+
+
+def _alone(passes: int) -> int:
+    """How many passes all ranks run where there is one."""
+    return passes
+
+
+def _children(tape: Tape, edges: Mapping[int, list[int]]) -> set[int]:
+    below = (tape.children[i][number] for i, ns in edges.items() for number in ns)
+    return {edge[0] for edge in below if edge is not None}
 
 
 def _has_half(tape: Tape, nodes: Iterable[int]) -> bool:

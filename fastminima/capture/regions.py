@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from . import compiled
 from .errors import CaptureError
+from .gates import Gates
 from .gathers import places
 from .layout import RowLayout
 from .measure import Fingerprints, leaves_below
@@ -111,9 +112,12 @@ class Survey:
         inputs: Mapping[int, str],
         own: set[int],
         *,
+        batch: int,
+        gates: Gates,
         accumulates: bool,
     ) -> None:
         self._names, self.inputs, self._own = names, inputs, own
+        self._batch, self.gates = batch, gates
         self._accumulates = accumulates  # its pass would add to `.grad`
         self.seen: dict[int, Fingerprints] = {}
         self.reads: set[int] = set()  # preparations that read data
@@ -133,8 +137,9 @@ class Survey:
                 "contains another such region; use use_reentrant=False."
             )
         watched = watched_nodes(tape)
+        self._handles += self.gates.hooks(tape)
         for i in watched:
-            prints = self.seen.setdefault(i, Fingerprints())
+            prints = self.seen.setdefault(i, Fingerprints(self._batch))
             self._handles.append(tape.nodes[i].register_prehook(prints))
             if tape.is_parameter_side[i] and reads_data(tape, i, self._own):
                 self.reads.add(i)

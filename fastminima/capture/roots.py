@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from .errors import CaptureError
 from .samples import Batch, Segments
 from .tape import Tape, signed
 
-__all__ = ["batch_edges", "nodes_above", "weigh_edges"]
+__all__ = ["batch_edges", "nodes_above", "unshown_message", "weigh_edges"]
 
 Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
 
@@ -27,8 +27,13 @@ _REDUCTIONS = frozenset(
 _JOINS = frozenset(["StackBackward0", "CatBackward0"])
 
 
-def batch_edges(tape: Tape, samples: Batch | Segments) -> Edges:
+def batch_edges(
+    tape: Tape, samples: Batch | Segments, rejected: Container[int] = ()
+) -> Edges:
     """Edges of the graph from tensors without the samples' dims to tensors with them.
+
+    Outputs of `rejected` nodes are passed by: they were shown to have another axis of
+    that size, or the samples in another order.
 
     Raises:
         CaptureError: when a parameter is reached before the axis, or when a tensor has
@@ -44,10 +49,12 @@ def batch_edges(tape: Tape, samples: Batch | Segments) -> Edges:
             if edge is None:
                 continue
             child, _ = edge
-            if _starts(tape, child, samples):
+            if child not in rejected and _starts(tape, child, samples):
                 edges.setdefault(i, []).append(number)
                 continue
             if tape.names[child].startswith("leaf "):
+                if rejected:
+                    raise CaptureError(unshown_message(samples))
                 raise CaptureError(_message(tape.names[child][5:], samples, met))
             if child not in entered:
                 entered.add(child)
@@ -169,4 +176,16 @@ def _message(
         f"met: {shapes}. Check batch_size, name the axis with batch_dim, keep "
         "penalties on parameters out of this loss, or pass the vector of per-sample "
         "losses."
+    )
+
+
+def unshown_message(samples: Batch | Segments) -> str:
+    """Of a scalar loss whose samples cannot be found."""
+    return (
+        f"A scalar loss of {samples.count} samples, and no tensor below it whose "
+        f"{samples.described} follows the samples where data meets the first "
+        "parameters: rows were reordered, selected or transposed on the way, or there "
+        "is another dimension of that size. Whose loss is whose cannot be shown then. "
+        "Pass the vector of per-sample losses (reduction='none'), or name the "
+        "dimension with batch_dim."
     )

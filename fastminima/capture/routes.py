@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .layout import IrregularLayout, RegularLayout, RowLayout
-from .measure import Measurement
+from .decode import Measurement
 from .saved import saved_tensor
 from .stretches import keeps_rows, number_of
 from .tape import Tape
@@ -141,7 +141,7 @@ def _cross(tape: Tape, crossing: _Crossing, known: dict[int, Tensor]) -> bool:
         size = tape.shapes(_whole_node(tape, crossing))[0][0]
         if len(part) != len(rows):
             return False
-        whole = torch.full((size,), -1)
+        whole = torch.full((size,), -1, dtype=torch.int64, device="cpu")
         whole[rows] = part
         known[crossing.whole] = whole
     if len(rows) and int(rows.max()) >= len(whole):
@@ -353,7 +353,8 @@ def _reproduces(
 
 
 def _agrees(seen: Measurement, own: np.ndarray) -> bool:
-    if seen.leading is None or len(seen.leading) != len(own):
+    labels = seen.firm
+    if labels is None or len(labels) != len(own):
         return False
-    expected = own.reshape(-1, *[1] * (seen.leading.ndim - 1))
-    return bool(((seen.leading == expected) | (seen.leading < 0)).all())
+    expected = own.reshape(-1, *[1] * (labels.ndim - 1))
+    return bool(((labels == expected) | (labels < 0)).all())

@@ -8,6 +8,8 @@ the universal rule, which knows every node.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import mul
 from typing import Any
 
 from torch import Size, Tensor
@@ -28,8 +30,10 @@ from .contributions import (
 )
 from .layout import RegularLayout, RowLayout
 from .plan import Slot
+from .row_pieces import from_rows, in_row_pieces
 from .rules_gathered import GATHERED
 from .rules_layers import LAYERS
+from .saved_names import BATCH_NORMS, batch_statistics
 from .spread import spread_gradient as _elementwise
 from .tape import signed
 
@@ -37,7 +41,7 @@ __all__ = ["BATCH_NORM", "RULES", "Rule", "contributions_of"]
 
 Contributions = dict[int, Contribution]
 Rule = Callable[[Any, Tensor, RowLayout, Sequence[Slot]], Contributions]
-BATCH_NORM = frozenset(["NativeBatchNormBackward0", "CudnnBatchNormBackward0"])
+BATCH_NORM = frozenset(BATCH_NORMS)
 
 
 def contributions_of(
@@ -71,18 +75,26 @@ def _has_rows(layout: RowLayout) -> bool:
 
 def _product(
     first: Tensor | None, second: Tensor | None, g: Tensor, layout: RowLayout
-) -> Dense | None:
+) -> Contribution | None:
     """The right factor's gradient given the left, or the left's given the right."""
     if first is not None:
         if not _has_rows(layout):
             return None
         if isinstance(layout, RegularLayout) and layout.is_one_row:
             return Dense(layout.pick(first), layout.pick(g), out_first=False)
-        return Dense(layout.rows(first, 1), layout.rows(g, 1), out_first=False)
+        return from_rows(layout, partial(_dense, first, g), first, g)
     columns = _swapped(layout)
     if columns is None or second is None:
         return None
     return Dense(columns.rows(second.t(), 1), columns.rows(g.t(), 1), out_first=True)
+
+
+def _dense(a: Tensor, g: Tensor, layout: RowLayout) -> Dense:
+    return Dense(layout.rows(a, 1), layout.rows(g, 1), out_first=False)
+
+
+def _bias_samples(g: Tensor, layout: RowLayout) -> tuple[Tensor]:
+    return (broadcast.sum_over_time(layout.rows(g, 1)),)
 
 
 def _mm(
@@ -120,7 +132,7 @@ def _addmm(
             weight.with_bias = True
             found[0] = DenseBias(weight, bias.shape)
         else:
-            summed = broadcast.sum_over_time(layout.rows(g, 1))
+            (summed,) = in_row_pieces(layout, partial(_bias_samples, g), g)
             found[0] = Materialized(summed.reshape(len(summed), *bias.shape))
     return found
 
@@ -216,15 +228,17 @@ def _layer_norm(
     if not is_covered:
         return {}
 
-    def rows(t: Tensor) -> Tensor:
-        return layout.rows(t, trailing).flatten(2)
+    saved = (node._saved_input, node._saved_result1, node._saved_result2)
 
-    mean, rstd = (rows(t)[..., 0] for t in (node._saved_result1, node._saved_result2))
-    pair = norm.layer_norm_gradients(rows(g), rows(node._saved_input), mean, rstd)
-    return _affine(pair, slots)
+    def gradients(some: RowLayout) -> tuple[Tensor, Tensor]:
+        rows = (some.rows(t, trailing).flatten(2) for t in (g, *saved))
+        grads, x, mean, rstd = rows
+        return norm.layer_norm_gradients(grads, x, mean[..., 0], rstd[..., 0])
+
+    return _affine(in_row_pieces(layout, gradients, g, saved[0]), slots)
 
 
-def _affine(pair: tuple[Tensor, Tensor], slots: Sequence[Slot]) -> Contributions:
+def _affine(pair: Sequence[Tensor], slots: Sequence[Slot]) -> Contributions:
     found: Contributions = {}
     for slot in slots:
         if slot.number in (1, 2):
@@ -267,11 +281,7 @@ def _group_norm(
 def _batch_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    if node._saved_training:
-        mean, rstd = node._saved_result1, node._saved_result2
-    else:
-        mean = node._saved_running_mean
-        rstd = (node._saved_running_var + node._saved_eps).rsqrt()
+    mean, rstd = batch_statistics(node)
     return _channels(g, node._saved_input, mean[None], rstd[None], layout, slots)
 
 
@@ -282,9 +292,13 @@ def _embedding(
         return {}
     if isinstance(layout, RegularLayout) and layout.dim == g.dim() - 1:
         return {}
-    ids = layout.rows(node._saved_indices, 0)
-    padding = signed(node._saved_padding_idx)
-    return {0: Embedding(ids, layout.rows(g, 1), padding, slots[0].shape[0])}
+    ids, padding = node._saved_indices, signed(node._saved_padding_idx)
+
+    def table(some: RowLayout) -> Embedding:
+        rows = some.rows(ids, 0), some.rows(g, 1)
+        return Embedding(*rows, padding, slots[0].shape[0])
+
+    return {0: from_rows(layout, table, g)}
 
 
 def _add(
@@ -293,7 +307,7 @@ def _add(
     found: Contributions = {}
     for slot in slots:
         if slot.number == 0 or node._saved_alpha == 1:
-            part = _elementwise(g, None, layout, slot)
+            part = _elementwise(layout, slot, None, g)
             if part is not None:
                 found[slot.number] = part
     return found
@@ -306,7 +320,7 @@ def _mul(
     if len(slots) > 1:
         return found
     other = node._saved_other if slots[0].number == 0 else node._saved_self
-    part = _elementwise(g, other, layout, slots[0])
+    part = _elementwise(layout, slots[0], mul, g, other)
     return found if part is None else {slots[0].number: part}
 
 
@@ -316,13 +330,17 @@ def _where(
     """Parameters chosen at some places, such as a bias under a mask."""
     found: Contributions = {}
     for slot in slots:
-        is_chosen = node._saved_condition.expand(g.shape)
+        is_chosen = node._saved_condition
         if slot.number == 1:
             is_chosen = ~is_chosen
-        part = _elementwise(g.where(is_chosen, 0), None, layout, slot)
+        part = _elementwise(layout, slot, _chosen, g, is_chosen)
         if part is not None:
             found[slot.number] = part
     return found
+
+
+def _chosen(g: Tensor, is_chosen: Tensor) -> Tensor:
+    return g.where(is_chosen, 0)
 
 
 def _spread(
@@ -357,8 +375,7 @@ RULES: dict[str, Rule] = {
     "ConvolutionBackward0": _convolution,
     "NativeLayerNormBackward0": _layer_norm,
     "NativeGroupNormBackward0": _group_norm,
-    "NativeBatchNormBackward0": _batch_norm,
-    "CudnnBatchNormBackward0": _batch_norm,
+    **dict.fromkeys(BATCH_NORMS, _batch_norm),
     "EmbeddingBackward0": _embedding,
     "AddBackward0": _add,
     "MulBackward0": _mul,

@@ -7,6 +7,7 @@ whose rows lie in one matrix, sorted by expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .contributions import (
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
 from .routes import index_positions
+from .row_pieces import from_rows
 
 __all__ = ["GATHERED"]
 
@@ -44,13 +46,24 @@ def _grouped_mm(
         return {}
     if rows.dim() != 2 or len(slots[0].shape) != 3:
         return {}
-    experts, start = [], 0
-    for end in ends.tolist():
-        own = IrregularLayout(listed.labels[start:end], listed.batch)
-        a, b = (own.rows(t[start:end], 1) for t in (rows, g))
-        experts.append(Dense(a, b, out_first=False))
-        start = end
+    starts = [0, *ends.tolist()]
+    experts = [
+        _expert(rows[start:end], g[start:end], listed, slice(start, end), len(ends))
+        for start, end in pairwise(starts)
+    ]
     return {1: Stacked(experts)}
+
+
+def _expert(
+    rows: Tensor, g: Tensor, listed: IrregularLayout, own: slice, experts: int
+) -> Contribution:
+    """One matrix' gradient, from the rows of its own run."""
+
+    def dense(some: RowLayout) -> Dense:
+        return Dense(some.rows(rows, 1), some.rows(g, 1), out_first=False)
+
+    layout = IrregularLayout(listed.labels[own], listed.batch)
+    return from_rows(layout, dense, rows, g, shared_by=experts)
 
 
 def _listed(layout: RowLayout) -> IrregularLayout | None:
@@ -96,8 +109,12 @@ def _looked_up(
         if labels is None:
             return {}
         layout = IrregularLayout(labels, layout.batch)
-    values = layout.rows(g.reshape(*ids.shape, width), 1)
-    table = Embedding(layout.rows(ids, 0), values, -1, rows)
+    values = g.reshape(*ids.shape, width)
+
+    def of_rows(some: RowLayout) -> Embedding:
+        return Embedding(some.rows(ids, 0), some.rows(values, 1), -1, rows)
+
+    table = from_rows(layout, of_rows, values)
     if table.shape == slot.shape:
         return {slot.number: table}
     return {slot.number: reshaped(table, slot.shape)}

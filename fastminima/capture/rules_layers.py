@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from .._dtypes import accumulation_dtype
-from .contributions import Contribution, Dense, Embedding, reshaped
+from .contributions import Contribution, Dense, Embedding, in_pieces, reshaped
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .plan import Slot
-from .spread import spread_gradient
+from .row_pieces import from_rows, some_of
+from .spread import Term, spread_gradient
 from .tape import signed
 
 __all__ = ["LAYERS"]
@@ -27,16 +28,19 @@ def _prelu(
 ) -> Contributions:
     if len(slots) > 1 or slots[0].number != 1:
         return {}
-    return _spread(g, node._saved_self.clamp(max=0), layout, slots[0])
+    return _spread(
+        layout, slots[0], lambda g, x: g * x.clamp(max=0), g, node._saved_self
+    )
 
 
 def _sub(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     found: Contributions = {}
+    factor = -node._saved_alpha
     for slot in slots:
-        signed_g = g if slot.number == 0 else -node._saved_alpha * g
-        found |= _spread(signed_g, None, layout, slot)
+        term = None if slot.number == 0 else lambda g: factor * g
+        found |= _spread(layout, slot, term, g)
     return found
 
 
@@ -47,14 +51,15 @@ def _div(
         return {}
     other = node._saved_other
     if slots[0].number == 0:
-        return _spread(g, other.reciprocal(), layout, slots[0])
-    return _spread(g, -node._saved_self / other.square(), layout, slots[0])
+        return _spread(layout, slots[0], lambda g, y: g / y, g, other)
+    terms = g, node._saved_self, other
+    return _spread(layout, slots[0], lambda g, x, y: -g * x / y.square(), *terms)
 
 
 def _spread(
-    g: Tensor, factor: Tensor | None, layout: RowLayout, slot: Slot
+    layout: RowLayout, slot: Slot, term: Term | None, *tensors: Tensor
 ) -> Contributions:
-    part = spread_gradient(g, factor, layout, slot)
+    part = spread_gradient(layout, slot, term, *tensors)
     return {} if part is None else {slot.number: part}
 
 
@@ -76,9 +81,17 @@ def _trilinear(
         return {}
     dtype = accumulation_dtype(g.dtype)
     tensors = (node._saved_i1, node._saved_i3, g)
-    left, right, g = (layout.rows(t, 1).to(dtype) for t in tensors)
-    products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
-    dense = Dense(products, g, out_first=True)
+
+    def some(lo: int, hi: int) -> Dense:
+        rows = (some_of(layout, lo, hi).rows(t, 1).to(dtype) for t in tensors)
+        left, right, grads = rows
+        products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
+        return Dense(products, grads, out_first=True)
+
+    is_regular = isinstance(layout, RegularLayout)
+    steps = layout.outer * layout.inner if is_regular else layout.longest
+    bytes_each = steps * Size(slots[0].shape[1:]).numel() * dtype.itemsize
+    dense = in_pieces(layout.count, some, bytes_each)
     return {1: reshaped(dense, slots[0].shape)}
 
 
@@ -98,16 +111,25 @@ def _embedding_bag(
     bag = torch.searchsorted(node._saved_offsets.long(), place, right=True) - 1
     in_bag = bag < len(g)  # what is after the last offset is in none
     ids, bag = ids[in_bag], bag[in_bag]
-    rows = g[bag].to(accumulation_dtype(g.dtype))
+    weights = node._saved_per_sample_weights
+    weights = None if weights is None else weights[in_bag]
     if node._saved_mode == _MEAN:
-        rows = rows / sizes[bag].unsqueeze(1)
-    elif node._saved_per_sample_weights is not None:
-        rows = rows * node._saved_per_sample_weights[in_bag].unsqueeze(1)
+        weights = sizes[bag].to(accumulation_dtype(g.dtype)).reciprocal_()
+    number = torch.arange(1, len(ids) + 1, dtype=torch.int64, device=ids.device)
+    padding = signed(node._saved_padding_idx)
+
+    def table(some: RowLayout) -> Embedding:
+        """Each id takes the gradient of its bag."""
+        place = some.rows(number, 0) - 1
+        is_gap, place = (place < 0).unsqueeze(2), place.clamp_min(0)
+        rows = g[bag[place]].to(accumulation_dtype(g.dtype))
+        if weights is not None:
+            rows = rows * weights[place].unsqueeze(2)
+        return Embedding(ids[place], rows.masked_fill_(is_gap, 0), padding, shape[0])
+
     bags = layout.listed()
     of_ids = IrregularLayout(bags.labels.to(bag.device)[bag].cpu(), bags.batch)
-    ids, rows = of_ids.rows(ids, 0), of_ids.rows(rows, 1)
-    padding = signed(node._saved_padding_idx)
-    return {0: Embedding(ids, rows, padding, shape[0])}
+    return {0: from_rows(of_ids, table, g)}
 
 
 def _largest(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import IrregularLayout, RowLayout
-from .measure import Measurement
+from .decode import Measurement
 
 __all__ = ["Batch", "SegmentLayout", "Segments"]
 
@@ -118,6 +118,13 @@ class Segments:
         return tuple(self.ids.shape)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several segments share a row, so that attention may mix them."""
+        highest = self.ids.amax(1)
+        other = (self.ids >= 0) & (self.ids != highest[:, None])
+        return bool(other.any())
+
+    @property
     def dims(self) -> frozenset[int]:
         """The dims that say which sample it is."""
         return frozenset([0, 1])
@@ -140,8 +147,8 @@ class Segments:
 
     def layouts(self, measurement: Measurement) -> list[RowLayout | SegmentLayout]:
         """The layouts that fit what was measured; the irregular one if no other."""
-        labels = measurement.leading
-        if labels is None:
+        labels = measurement.firm
+        if labels is None or measurement.leading is None:
             return []
         found: list[RowLayout | SegmentLayout] = []
         for candidate in self._candidates(labels.shape):
@@ -154,7 +161,9 @@ class Segments:
             numbers = np.arange(self.count).reshape(labels.shape)
             if ((labels == numbers) | (labels < 0)).all():
                 found.append(IrregularLayout(torch.from_numpy(numbers), self.count))
-        return found or [IrregularLayout(torch.from_numpy(labels), self.count)]
+        return found or [
+            IrregularLayout(torch.from_numpy(measurement.leading), self.count)
+        ]
 
     def are_shown(self, measurement: Measurement) -> bool:
         """Whether enough samples were seen for what fits to fit again.

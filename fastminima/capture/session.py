@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from .._dtypes import accumulation_dtype
 from ..ops import multi
+from .arrival import Arrival
 from .contributions import (
     Contribution,
     ConvolutionBias,
@@ -29,7 +29,7 @@ from .contributions import (
 from .errors import CaptureError
 from .fused import Fusion
 from .layout import RowLayout
-from .passes import belongs_to_another
+from .passes import owner_of_pass
 from .plan import EMBEDDING, TRANSPOSE, Path, Plan, Slot, Use
 from .reading import Reading
 from .regions import Region, Watcher, is_reentrant, own_name, watch
@@ -37,6 +37,7 @@ from .row_uses import RowUse
 from .rules import contributions_of
 from .saved import readable, saved_tensor
 from .tape import Tape, signed
+from .undisturbed import undisturbed
 from .universal import Universal
 
 __all__ = ["Collected", "Session", "dense_values"]
@@ -53,14 +54,6 @@ _SAME_ORDER = frozenset(
 
 
 _Delivery = Callable[[Contribution], Contribution]
-
-
-def _no_grad() -> AbstractContextManager[None]:
-    """No graph of what a hook computes, also under `create_graph=True`."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
-_NOTHING = nullcontext()
 
 
 @dataclass
@@ -96,6 +89,9 @@ class Session:
         defer_errors: let the pass go on after a CaptureError and raise it in `finish`:
             other ranks wait for this one's gradients.
         fusion: the gradients that this pass leaves out and that are made here.
+        arrival: of the loss, where the pass is not run by the probe itself: only what
+            comes by it counts.
+        owner: of the passes that are run for it, where that is not the session itself.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -111,8 +107,15 @@ class Session:
         hook_gradients: bool,
         defer_errors: bool = False,
         fusion: Fusion | None = None,
+        arrival: Arrival | None = None,
+        owner: object = None,
         announce: Callable[[str, Sequence[str]], None],
     ) -> None:
+        self._arrival = arrival
+        self._owner = owner
+        self._has_inner_passes = bool(reading.found.regions)
+        self._separated: set[str] = set()
+        self._uses_seen: dict[str, list[str]] = {}
         self._defer_errors = defer_errors
         self._error: CaptureError | None = None
         self.collected = Collected()
@@ -174,12 +177,55 @@ class Session:
         if self._error is not None:
             self.close()
             raise self._error
-        with torch.no_grad():
+        with undisturbed():
             for name, parts in self._waiting.items():
                 self._complete(name, joined(parts))
             self.take_gradients(self._parts)
         self.close()
         return self.collected
+
+    @property
+    def owner(self) -> object:
+        """Whom the passes belong to that are run for this session."""
+        return self if self._owner is None else self._owner
+
+    def _is_anothers(self) -> bool:
+        """Whether the pass that calls this is not the one that is observed."""
+        owner = owner_of_pass()
+        if owner is not None:
+            return owner is not self.owner
+        arrival = self._arrival
+        return arrival is not None and not arrival.is_on(
+            by_task=not self._has_inner_passes
+        )
+
+    def separate(self, tape: Tape, names: Iterable[str]) -> None:
+        """Read some parameters' gradients where they leave this graph, from now on.
+
+        Something else in the pass, such as a penalty on weights, has gradients for
+        them too.
+        """
+        for name in names:
+            self._separated.add(name)
+            shape = self._parameters[name].shape
+            for parent, number, _ in tape.parents[tape.leaves[name]]:
+                hook = self._edge_hook(name, number, shape)
+                self._handles.append(tape.nodes[parent].register_hook(hook))
+
+    def _edge_hook(
+        self, name: str, number: int, shape: torch.Size
+    ) -> Callable[[Any, Any], None]:
+        def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
+            grad = grad_inputs[number]
+            if grad is None or self._is_anothers():
+                return
+            with undisturbed():
+                if grad.shape != shape:
+                    grad = grad.sum_to_size(shape)
+                sofar = self._parts.get(name)
+                self._parts[name] = grad.clone() if sofar is None else sofar + grad
+
+        return hook
 
     def _row_uses(self, reading: Reading) -> Mapping[int, RowUse]:
         is_norms_only = self._measure == _NORMS and not self._directions
@@ -217,12 +263,12 @@ class Session:
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             g = grads[0]
-            if g is None or belongs_to_another(self):
+            if g is None or self._is_anothers():
                 return
-            with _no_grad():
+            with undisturbed():
                 norms = row.norms(torch._C._current_autograd_node(), g)
             for name in norms:
-                self._count(name)
+                self._count(name, use.name)
             self.collected.sq_norms |= norms
 
         self._handles.append(node.register_prehook(hook))
@@ -272,11 +318,11 @@ class Session:
         ]
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if all(g is None for g in grads) or belongs_to_another(self):
+            if all(g is None for g in grads) or self._is_anothers():
                 return
             node = readable(torch._C._current_autograd_node())
             try:
-                with _no_grad():
+                with undisturbed():
                     self._visit(use, node, grads, layouts, deliver)
             except CaptureError as error:
                 if not self._defer_errors:
@@ -314,9 +360,8 @@ class Session:
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
         for number, path, delivered in deliver:
             part = found[number]
-            self._arrive(
-                own_name(path.parameter), part if delivered is None else delivered(part)
-            )
+            part = part if delivered is None else delivered(part)
+            self._arrive(own_name(path.parameter), part, use.name)
         if "totals" in self._measure:
             universal = {slot.number for slot in rest}
             for number, path, _ in deliver:
@@ -324,17 +369,27 @@ class Session:
                 name = own_name(path.parameter)
                 self.collected.rules.setdefault(name, []).append(rule)
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, use: str) -> None:
         """Note that one of the uses of a parameter was seen."""
         self._missing[name] -= 1
+        seen = self._uses_seen.setdefault(name, [])
+        seen.append(use)
         if self._missing[name] < 0:
             raise CaptureError(
-                f"A second backward pass reached {name!r} since the probe was "
-                "attached. Attach before each backward pass, and collect after it."
+                f"Parameter {name!r} got gradients from more uses than the graph had "
+                f"when it was read ({len(seen) - 1}): from {', '.join(seen)}. "
+                + (
+                    "A node ran twice: the loss was differentiated by two calls of "
+                    "backward, or a hook called backward inside this one."
+                    if self._arrival is None
+                    else "The graph changed between attach and backward, or the pass "
+                    "ran part of it twice. Attach to the very loss that is "
+                    "differentiated, right before backward."
+                )
             )
 
-    def _arrive(self, name: str, contribution: Contribution) -> None:
-        self._count(name)
+    def _arrive(self, name: str, contribution: Contribution, use: str) -> None:
+        self._count(name, use)
         waiting = self._waiting.pop(name, None)
         if self._missing[name] > 0:
             self._waiting[name] = [*(waiting or ()), contribution.settled()]
@@ -392,9 +447,9 @@ class Session:
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is None or belongs_to_another(self):
+            if grad is None or name in self._separated or self._is_anothers():
                 return
-            with _no_grad():
+            with undisturbed():
                 if name in self._split:
                     sofar = self._parts.get(name)
                     self._parts[name] = grad.clone() if sofar is None else sofar + grad

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 
 from .layout import RegularLayout
-from .measure import Measurement
+from .decode import Measurement
 from .tape import Tape, signed
 
 __all__ = ["PRODUCTS", "is_data", "shared_dims", "shares_rows"]

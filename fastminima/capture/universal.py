@@ -7,13 +7,15 @@ node's own backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..ops._pieces import step_of
 from .contributions import Contribution, Materialized
 from .errors import CaptureError
 from .layout import RowLayout
@@ -35,16 +37,33 @@ class Universal:
         self.node, self.grads, self.layouts, self.batch = node, grads, layouts, batch
 
     def contributions(self, slots: Sequence[Slot]) -> dict[int, Contribution]:
-        """A contribution for each slot, all of one sweep over the samples."""
-        samples: dict[int, list[Tensor]] = {slot.number: [] for slot in slots}
-        for n in range(self.batch):
-            found = self._backward_of(n)
-            self._check_asked(found, slots)
-            for slot in slots:
-                samples[slot.number].append(
-                    _fitted(found[slot.number], slot, self._any)
-                )
-        return {i: Materialized(torch.stack(parts)) for i, parts in samples.items()}
+        """A contribution for each slot, all of one sweep over the samples.
+
+        Where that many gradients would be too much to hold, each statistic takes a
+        sweep of its own.
+        """
+        size = 4 * sum(torch.Size(slot.shape).numel() for slot in slots)
+        if self.batch * size > step_of(1):
+            sweep = _Sweep(self, slots)
+            return {slot.number: _Swept(sweep, slot) for slot in slots}
+        samples = self.samples(slots, 0, self.batch)
+        return {number: Materialized(grads) for number, grads in samples.items()}
+
+    def samples(self, slots: Sequence[Slot], lo: int, hi: int) -> dict[int, Tensor]:
+        """Gradients of samples lo ... hi - 1, of each slot."""
+        whole: dict[int, Tensor] = {}
+        for n in range(lo, hi):
+            for slot, grad in zip(slots, self.of_sample(slots, n), strict=True):
+                if n == lo:
+                    whole[slot.number] = grad.new_empty(hi - lo, *slot.shape)
+                whole[slot.number][n - lo] = grad
+        return whole
+
+    def of_sample(self, slots: Sequence[Slot], n: int) -> list[Tensor]:
+        """Gradients of one sample, of each slot."""
+        found = self._backward_of(n)
+        self._check_asked(found, slots)
+        return [_fitted(found[slot.number], slot, self._any) for slot in slots]
 
     def _check_asked(
         self, found: Sequence[Tensor | None], slots: Sequence[Slot]
@@ -102,6 +121,66 @@ class Universal:
             else grad
             for grad, meta in zip(grads, metadata, strict=True)
         ]
+
+
+class _Sweep:
+    """One call of a node for each sample, for the statistics of all its slots."""
+
+    def __init__(self, universal: Universal, slots: Sequence[Slot]) -> None:
+        self.universal, self.slots = universal, slots
+
+    def _over_samples(self) -> Iterator[list[Tensor]]:
+        samples = range(self.universal.batch)
+        return (self.universal.of_sample(self.slots, n) for n in samples)
+
+    @cached_property
+    def sq_norms(self) -> dict[int, Tensor]:
+        """Squared norms `[batch]` of each slot."""
+        norms = [
+            torch.stack([grad.square().sum() for grad in grads])
+            for grads in self._over_samples()
+        ]
+        return self._by_slot(torch.stack(norms, 1).unbind())
+
+    @cached_property
+    def sums(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Sums over the samples of the gradients and of their squares."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for grads in self._over_samples():
+            if not found:
+                found = [(torch.zeros_like(g), torch.zeros_like(g)) for g in grads]
+            for (total, moment), grad in zip(found, grads, strict=True):
+                total += grad
+                moment.addcmul_(grad, grad)
+        return self._by_slot(found)
+
+    def _by_slot(self, values: Sequence[Any]) -> dict[int, Any]:
+        return {s.number: v for s, v in zip(self.slots, values, strict=True)}
+
+
+class _Swept(Contribution):
+    """Sample gradients that are made when they are read: there are too many to hold."""
+
+    def __init__(self, sweep: _Sweep, slot: Slot) -> None:
+        self._sweep, self._slot = sweep, slot
+        self.batch, self.shape = sweep.universal.batch, slot.shape
+
+    def per_sample(self, lo: int, hi: int) -> Tensor:
+        found = self._sweep.universal.samples([self._slot], lo, hi)
+        return found[self._slot.number]
+
+    def sq_norms(self) -> Tensor:
+        return self._sweep.sq_norms[self._slot.number]
+
+    def second_moment(self) -> Tensor:
+        return self._sweep.sums[self._slot.number][1]
+
+    def total(self) -> Tensor:
+        return self._sweep.sums[self._slot.number][0]
+
+    def settled(self) -> Contribution:
+        # The node is gone when the parameter's other uses have been seen.
+        return Materialized(self.per_sample(0, self.batch))
 
 
 def _fitted(grad: Tensor | None, slot: Slot, like: Tensor) -> Tensor:

@@ -1,7 +1,17 @@
 """Curvature operators: matrices over the parameters, known by their products."""
 
+from ._operator import CurvatureOperator
+from ._trust import Noise, Suspicion, SymmetryWatch
 from .covariance import GradientCovariance
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 
-__all__ = ["GaussNewton", "GradientCovariance", "Hessian"]
+__all__ = [
+    "CurvatureOperator",
+    "GaussNewton",
+    "GradientCovariance",
+    "Hessian",
+    "Noise",
+    "Suspicion",
+    "SymmetryWatch",
+]

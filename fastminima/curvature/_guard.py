@@ -4,49 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["RandomState", "differentiable", "unchanged"]
+from ._random import RandomState
+from ._rewrites import Rewrites
+from ._same import same
 
+__all__ = ["differentiable", "moved", "parameters_kept", "unchanged"]
 
-class RandomState:
-    """The random number generators' state at one moment, to be returned to."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._cpu = torch.get_rng_state()
-        if self._device is not None:
-            self._cuda = torch.cuda.get_rng_state(self._device)
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+# A module's hooks on gradients; they would be applied to second derivatives as well.
+_GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave mode, buffers, gradients, flags, hooks and generators as they were.
+def unchanged(model: nn.Module, random: RandomState) -> Iterator[None]:
+    """Leave the model and the generators as they were.
 
-    Inside, buffers are copies (batch norm's running statistics move there) and hooks on
-    parameters are off: they would be applied to second derivatives as if to gradients.
+    Modes, buffers, plain attributes, gradients, flags, hooks; `random` holds the
+    generators' states to return to. Inside, buffers are copies (batch norm's running
+    statistics move there), no parameter has a gradient (one that appears was made by
+    the closure), and hooks on parameters and on gradients of modules are off.
     """
     modules = list(model.modules())
-    modes = [module.training for module in modules]
+    attributes = [(module, dict(module.__dict__)) for module in modules]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    hooks = [(h, dict(h)) for p, *_ in parameters if (h := p._backward_hooks)]
+    hooks = _gradient_hooks(modules, [p for p, *_ in parameters])
     buffers = [
         (m, n, b) for m in modules for n, b in m._buffers.items() if b is not None
     ]
-    random = RandomState(device)
     try:
         for live, _ in hooks:
             live.clear()
+        for parameter, *_ in parameters:
+            parameter.grad = None
         _put_copies(buffers)
         yield
     finally:
@@ -57,9 +51,20 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         for live, kept in hooks:
+            live.clear()
             live.update(kept)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for module, before in attributes:
+            _put_back(module, before)
+
+
+def _gradient_hooks(
+    modules: list[nn.Module], parameters: list[nn.Parameter]
+) -> list[tuple[dict, dict]]:
+    """Dictionaries of hooks on gradients, each with its contents."""
+    live = [p._backward_hooks for p in parameters]
+    live += [getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters]
+    live += [m.__dict__.get(name) for m in modules for name in _GRADIENT_HOOKS]
+    return [(hooks, dict(hooks)) for hooks in live if hooks]
 
 
 def _put_copies(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
@@ -71,12 +76,66 @@ def _put_copies(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
         owner._buffers[name] = copies[id(buffer)]
 
 
+def _put_back(module: nn.Module, before: dict) -> None:
+    """Give a module the attributes it had: none more, and the same objects."""
+    attributes = module.__dict__
+    for name in [name for name in attributes if name not in before]:
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name) is not value:
+            attributes[name] = value
+
+
 @contextlib.contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
+def parameters_kept(
+    named: Sequence[tuple[str, Tensor]], closure: str
+) -> Iterator[None]:
+    """Put back the values of parameters that the closure overwrites, and say so.
+
+    Raises:
+        ValueError: A parameter had other values at the end than at the beginning.
+    """
+    copies = [(name, p, p.detach().clone()) for name, p in named]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter, copy in copies:
+                if not same(parameter.detach(), copy):
+                    changed.append(name)
+                    parameter.copy_(copy)
+    if changed:
+        raise ValueError(
+            f"{closure} overwrites parameters while it runs: {', '.join(changed[:5])} "
+            f"({len(changed)} in all; their values were put back). A derivative by "
+            "them has no meaning then. Apply constraints and optimizer steps outside "
+            "the closure."
+        )
+
+
+@contextlib.contextmanager
+def moved(parameters: Sequence[Tensor], eps: float, seed: int) -> Iterator[None]:
+    """Within, every parameter has other values, away by `eps` of each at the most."""
+    before = [parameter.data for parameter in parameters]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    try:
+        for parameter, data in zip(parameters, before, strict=True):
+            share = torch.rand(data.shape, generator=generator, device="cpu")
+            parameter.data = data * (1 + eps * (2 * share - 1).to(data))
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
+
+
+@contextlib.contextmanager
+def differentiable(device: torch.device) -> Iterator[Rewrites]:
     """Everything recorded, by kernels that have a second derivative.
 
-    Fused attention has none, so its plain form is used; compiled regions run eagerly;
-    an autocast around the call does not reach inside (one inside the closure does).
+    Fused attention has none, so its plain form is used, and so on (`Rewrites`);
+    compiled regions run eagerly; an autocast around the call does not reach inside (one
+    inside the closure does).
     """
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
@@ -84,10 +143,11 @@ def differentiable(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        rewrites = stack.enter_context(Rewrites())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            yield
+            yield rewrites
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)

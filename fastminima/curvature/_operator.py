@@ -1,45 +1,36 @@
-"""What the curvature operators share: data, vectors, the recorded graph."""
+"""What the curvature operators share: products, and looks at what they are."""
 
 from __future__ import annotations
 
 import abc
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._flat import FlatLayout
-from ._data import Batches
-from ._guard import RandomState, differentiable, unchanged
-from ._state import Snapshot
+from ._guard import moved
+from ._recorder import Recorder
+from ._trust import Noise, Suspicion, difference
 
-__all__ = ["CurvatureOperator", "MeanOperator", "Parts", "check_mean", "combine"]
+__all__ = ["CurvatureOperator"]
 
-Parts = Sequence[Tensor | None]
+_MOVES = 4  # of the parameters, before an operator is said not to be symmetric
+_MANY = 8  # columns, beside which products with two more cost little
+_LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
-class CurvatureOperator(abc.ABC):
+class CurvatureOperator(Recorder):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
-    The graph of a single batch is recorded once and kept until the operator goes or a
-    parameter, a buffer, a module's mode or the batch changes. Several batches are
-    recorded again for each pass, one at a time.
+    The graph of a single batch is recorded once and kept until the operator goes or
+    anything changes that it was recorded from: the model, the batch, what the closures
+    read. Several batches are recorded again for each pass, one at a time.
 
     Random numbers that the closure draws (dropout) are those that would have been drawn
-    when the operator was made, in every pass: the operator is one fixed matrix.
+    when the operator was made, in every pass: the operator is one fixed matrix. That it
+    is one is looked at: the first product is made twice, and the first pairs of
+    products must be those of a symmetric matrix.
     """
-
-    def __init__(
-        self, model: nn.Module, data: Any, count: Callable[[Any], int] | None
-    ) -> None:
-        self._model = model
-        self._layout = FlatLayout(model)
-        self._batches = Batches(data, count)
-        self._random = RandomState(self._layout.device)
-        self._kept: tuple[Snapshot, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +52,11 @@ class CurvatureOperator(abc.ABC):
         """Names of the parameters, in the order of the flat vector."""
         return self._layout.names
 
+    @property
+    def extra_products(self) -> int:
+        """Products made so far to compare evaluations, beside those asked for."""
+        return self._checks.products
+
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""
         self._check(vector)
@@ -74,7 +70,7 @@ class CurvatureOperator(abc.ABC):
         columns = [other] if other.dim() == 1 else [c.contiguous() for c in other.T]
         if not columns:
             return torch.zeros_like(other)
-        products = self._multiply([c.detach() for c in columns])
+        products = self._products([c.detach() for c in columns])
         return products[0] if other.dim() == 1 else torch.stack(products, dim=1)
 
     @property
@@ -82,9 +78,40 @@ class CurvatureOperator(abc.ABC):
         """The mean gradient over the data: where `top_eigenpairs` starts from."""
         return self._gradient()
 
-    @abc.abstractmethod
-    def _record(self, batch: Any) -> Any:
-        """The graph of one batch, ready for products."""
+    def begin(self) -> None:
+        """A solver starts: a kept graph must be of today, by what the loss says.
+
+        That finds what no comparison can, such as a file that the closure reads.
+        """
+        self._checks.symmetry.reset()
+        if self._is_kept() and self._kept is not None and not self._says_the_same():
+            self._kept = None
+            self._checks.forget()
+
+    def look_at_mixtures(self) -> None:
+        """ValueError unless products with two random vectors show symmetry.
+
+        What is met instead may hardly be coupled: columns of the identity.
+        """
+        generator = torch.Generator("cpu").manual_seed(1)
+        drawn = torch.randn(
+            *(2, self.shape[0]), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        columns = list(drawn.to(self.device, self.dtype))
+        self._checks.products += 2
+        products = self._multiplied(columns)
+        watch = self._checks.symmetry
+        first, second = zip(columns, products, strict=True)
+        self._judge(watch.between(first, second, self._checks.noise))
+
+    def trust(self, noise: Noise | None) -> None:
+        """Take as checked what has been checked with another operator."""
+        self._checks.noise = noise
+
+    @property
+    def noise(self) -> Noise | None:
+        """What rounding may do to products; None before the first."""
+        return self._checks.noise
 
     @abc.abstractmethod
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
@@ -94,32 +121,85 @@ class CurvatureOperator(abc.ABC):
     def _gradient(self) -> Tensor:
         """The flat mean gradient."""
 
-    @contextlib.contextmanager
-    def _recorded(self) -> Iterator[Iterator[tuple[Any, int]]]:
-        """Within, each batch's recorded graph with its number of samples."""
-        device = self.device
-        with unchanged(self._model, device), differentiable(device):
-            yield self._recordings()
+    def _products(self, columns: list[Tensor]) -> list[Tensor]:
+        self._look_at_loss(columns[0])
+        products = self._multiplied(columns)
+        if not self._batches.is_single and self._checks.has_moved(self._versions()):
+            self._checks.forget()
+        if self._checks.noise is None:
+            self._make_twice(columns, products)
+        is_first = self._checks.symmetry.is_fresh
+        self._judge(self._checks.look_at_symmetry(columns, products))
+        if is_first and len(columns) >= _MANY:
+            self.look_at_mixtures()
+        return products
 
-    def _recordings(self) -> Iterator[tuple[Any, int]]:
-        if self._batches.is_single:
-            yield self._single()
+    def _judge(self, suspicion: Suspicion | None) -> None:
+        if suspicion is not None and self._is_confirmed(suspicion):
+            self._checks.refuse(suspicion)
+
+    def _multiplied(self, columns: list[Tensor]) -> list[Tensor]:
+        try:
+            return self._multiply(columns)
+        except RuntimeError as error:
+            # Something that the snapshot does not know was overwritten in place.
+            if self._kept is None or "inplace operation" not in str(error):
+                raise
+            self._kept = None
+            return self._multiply(columns)
+
+    def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
+        """Evaluate and multiply once more; ValueError unless it is the same product."""
+        at = next((i for i, p in enumerate(products) if bool(p.any())), 0)
+        if not bool(torch.isfinite(products[at]).all()):
             return
+        before = self._checks.finished_pass()
         self._kept = None
-        self._random.restore()
-        for batch, weight in self._batches:
-            yield self._record(batch), weight
+        again = self._multiply([columns[at]])[0]
+        is_single = self._batches.is_single
+        apart = self._checks.compare(products[at], again, before)
+        if apart is not None and not (
+            is_single and self._is_noise(apart, columns[at], again, before)
+        ):
+            self._kept = None
+            self._checks.refuse_difference(apart, before, is_single)
+        self._checks.remember(self._versions())
 
-    def _single(self) -> tuple[Any, int]:
-        if self._kept is not None and self._kept[0].is_current():
-            return self._kept[1]
+    def _is_noise(
+        self, apart: float, column: Tensor, product: Tensor, before: tuple[float, int]
+    ) -> bool:
+        """Whether the kept graph by itself makes such differences."""
+        self._checks.products += 1
+        same_graph = difference(product, self._multiply([column])[0])
+        return self._checks.accept(apart, same_graph, before)
+
+    def _is_confirmed(self, suspicion: Suspicion) -> bool:
+        """Whether a matrix is as little symmetric with parameters moved by rounding."""
+        if suspicion.share <= self._checks.noise_now().symmetry:
+            return False
+        for seed in range(_MOVES):
+            self._kept = None
+            self._checks.products += 2
+            with moved(self._layout.parameters, self._checks.eps, seed):
+                images = self._multiply([suspicion.u, suspicion.v])
+            self._kept = None
+            if not suspicion.is_confirmed_by(*images):
+                return False
+        return True
+
+    def _look_at_loss(self, column: Tensor) -> None:
+        """Now and then, whether the loss still is what the kept graph says."""
+        kept = self._kept
+        if kept is None:
+            return
+        kept.uses += 1
+        if kept.uses % _LOOK_EVERY or not self._is_kept() or self._says_the_same():
+            return
+        old = self._multiply([column])[0]
         self._kept = None
-        batch, weight = next(iter(self._batches))
-        snapshot = Snapshot(self._model, batch)
-        self._random.restore()
-        kept = self._record(batch), weight
-        self._kept = snapshot, kept
-        return kept
+        new = self._multiply([column])[0]
+        self._checks.products += 2
+        self._checks.same_after(kept.uses, old, new)
 
     def _check(self, other: Tensor) -> None:
         size, name = self.shape[0], type(self).__name__
@@ -138,99 +218,3 @@ class CurvatureOperator(abc.ABC):
                 f"{name} multiplies {self.dtype} on {self.device}, got {other.dtype} "
                 f"on {other.device}. Pass v.to({str(self.device)!r}, {self.dtype})."
             )
-
-
-class MeanTape(Protocol):
-    """The recorded graph of one batch of an operator that is a mean over samples."""
-
-    def product(self, parts: list[Tensor]) -> Parts:
-        """The operator on this batch, times a vector."""
-        ...
-
-    def gradient(self) -> Parts:
-        """The gradient of this batch's loss."""
-        ...
-
-
-class MeanOperator(CurvatureOperator):
-    """An operator over the data that is the mean of its samples' operators."""
-
-    def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
-        split = [self._layout.split(column) for column in columns]
-        return self._mean(lambda tape: [tape.product(parts) for parts in split])
-
-    def _gradient(self) -> Tensor:
-        return self._mean(lambda tape: [tape.gradient()])[0]
-
-    def _mean(self, visit: Callable[[Any], list[Parts]]) -> list[Tensor]:
-        with self._recorded() as recordings:
-            tape, total = next(recordings)
-            sums = [self._layout.join(parts) for parts in visit(tape)]
-            if self._batches.is_single:
-                return sums
-            for s in sums:
-                s.mul_(total)
-            del tape
-            for tape, weight in recordings:
-                for s, parts in zip(sums, visit(tape), strict=True):
-                    s.add_(self._layout.join(parts), alpha=weight)
-                total += weight
-                del tape
-            return [s.div_(total) for s in sums]
-
-
-def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
-    """The scalar that a closure returned; ValueError unless it is one and usable."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        met = (
-            f"shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else type(loss).__name__
-        )
-        raise ValueError(
-            f"{closure} must return a scalar tensor, the mean over the batch; got "
-            f"{met}. Return losses.mean()."
-        )
-    check_tape(loss, closure)
-    if not torch.isfinite(loss).all():
-        raise ValueError(
-            f"{closure} returned {loss.item()}: a non-finite loss has no derivatives. "
-            "Check the batch and the parameters."
-        )
-    return loss.reshape(())
-
-
-def check_tape(value: Tensor, closure: str) -> None:
-    """ValueError unless `value` can be differentiated."""
-    if not value.requires_grad:
-        raise ValueError(
-            f"{closure} returned a tensor without a graph: no trainable parameter was "
-            "reached. Compute it with the model's own parameters, without detach() or "
-            "no_grad()."
-        )
-
-
-def combine(
-    outputs: Parts, inputs: Sequence[Tensor], weights: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradient of sum_i <outputs_i, weights_i> by the inputs, keeping the graph.
-
-    Outputs that are None or constant contribute nothing; an input not reached gets
-    None.
-    """
-    used = [
-        (o, w)
-        for o, w in zip(outputs, weights, strict=True)
-        if o is not None and o.requires_grad
-    ]
-    if not used:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in used],
-            inputs,
-            [w for _, w in used],
-            retain_graph=True,
-            allow_unused=True,
-        )
-    )

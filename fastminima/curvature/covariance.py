@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._operator import CurvatureOperator, Parts, check_tape, combine
+from ._operator import CurvatureOperator
+from ._tape import Parts, Tape, check_tape, combine, differentiate
 
 __all__ = ["GradientCovariance"]
 
@@ -43,11 +44,12 @@ class GradientCovariance(CurvatureOperator):
     def __init__(
         self, model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Any
     ) -> None:
-        super().__init__(model, data, count=_one)  # the losses tell how many samples
+        # The losses tell how many samples there are.
+        super().__init__(model, (loss,), data, count=_one)
         self._loss = loss
 
-    def _record(self, batch: Any) -> _LossesTape:
-        losses = self._loss(self._model, batch)
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        losses = self._ask(self._loss, self._model, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             met = (
                 f"shape {tuple(losses.shape)}"
@@ -65,7 +67,10 @@ class GradientCovariance(CurvatureOperator):
                 f"{bad} of {len(losses)} losses are not finite. Check the batch and "
                 "the parameters."
             )
-        return _LossesTape(losses, self._layout.parameters)
+        return (losses,)
+
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        return _LossesTape(roots, self._layout.parameters)
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
         split = [self._layout.split(column) for column in columns]
@@ -76,7 +81,8 @@ class GradientCovariance(CurvatureOperator):
         samples = 0
         with self._recorded() as recordings:
             for tape, _ in recordings:
-                slopes = [tape.directional(parts) for parts in split]
+                with self._explained(tape.roots):
+                    slopes = [tape.directional(parts) for parts in split]
                 # Subtracting the first batch's mean at once avoids cancellation between
                 # sum_n <g_n, v> g_n and N times the mean gradient's part of it.
                 shifts = shifts or [slope.mean() for slope in slopes]
@@ -113,17 +119,18 @@ def _one(batch: Any) -> int:
     return 1
 
 
-class _LossesTape:
+class _LossesTape(Tape):
     """The losses of a batch, and sum_n u_n g_n as a function of u."""
 
-    def __init__(self, losses: Tensor, parameters: tuple[Tensor, ...]) -> None:
-        self._losses = losses
+    def __init__(
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> None:
+        (self._losses,) = roots
         self._parameters = parameters
-        self._weights = torch.zeros_like(losses, requires_grad=True)
-        self._weighted = torch.autograd.grad(
-            losses, parameters, self._weights, create_graph=True, allow_unused=True
-        )
-        self.samples = len(losses)
+        self._weights = torch.zeros_like(self._losses, requires_grad=True)
+        self._weighted = differentiate([self._losses], parameters, [self._weights])
+        self.samples = len(self._losses)
+        super().__init__(roots, self._weighted)
 
     def directional(self, parts: list[Tensor]) -> Tensor:
         """<g_n, v> of every sample, [batch]."""
@@ -135,3 +142,7 @@ class _LossesTape:
         if weights is None:
             weights = torch.ones_like(self._losses)
         return combine([self._losses], self._parameters, [weights])
+
+    def gradient(self) -> Parts:
+        """The sum of the gradients."""
+        return self.weighted(None)

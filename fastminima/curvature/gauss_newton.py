@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._operator import MeanOperator, Parts, check_mean, check_tape, combine
+from ._mean import MeanOperator
+from ._tape import Parts, Tape, check_mean, check_tape, combine, differentiate
 
 __all__ = ["GaussNewton"]
 
@@ -26,8 +27,7 @@ class GaussNewton(MeanOperator):
         outputs: `outputs(model, batch)`, the predictions, one tensor.
         loss: `loss(predictions, batch)`, a scalar: the mean over the batch.
         data: One batch or a re-iterable of batches, as for `Hessian`.
-        count: Number of samples of a batch; the leading size of its first tensor if
-            None.
+        count: Number of samples of a batch; the leading size of its tensors if None.
 
     Raises:
         ValueError: As `Hessian`, and for predictions that are not one tensor with a
@@ -55,12 +55,16 @@ class GaussNewton(MeanOperator):
         data: Any,
         count: Callable[[Any], int] | None = None,
     ) -> None:
-        super().__init__(model, data, count)
+        super().__init__(model, (outputs, loss), data, count)
         self._outputs = outputs
         self._loss = loss
 
-    def _record(self, batch: Any) -> _OutputsTape:
-        predictions = self._outputs(self._model, batch)
+    @property
+    def _closure(self) -> str:
+        return "outputs(model, batch)"
+
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        predictions = self._ask(self._outputs, self._model, batch)
         if not isinstance(predictions, Tensor):
             raise ValueError(
                 "outputs(model, batch) must return one tensor of predictions, got "
@@ -68,32 +72,33 @@ class GaussNewton(MeanOperator):
             )
         check_tape(predictions, "outputs(model, batch)")
         leaf = predictions.detach().requires_grad_()
-        loss = check_mean(self._loss(leaf, batch), "loss(predictions, batch)")
-        return _OutputsTape(predictions, leaf, loss, self._layout.parameters)
+        loss = self._ask(self._loss, leaf, batch)
+        return predictions, leaf, check_mean(loss, "loss(predictions, batch)")
+
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        return _OutputsTape(roots, self._layout.parameters)
 
 
-class _OutputsTape:
+class _OutputsTape(Tape):
     """Predictions, the loss's gradient by them, and J^T u as a function of u."""
 
     def __init__(
-        self,
-        predictions: Tensor,
-        leaf: Tensor,
-        loss: Tensor,
-        parameters: tuple[Tensor, ...],
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
     ) -> None:
-        self._predictions = predictions
+        self._predictions, self._leaf, loss = roots
         self._parameters = parameters
-        self._leaf = leaf
-        (self._slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        self._cotangent = torch.zeros_like(predictions, requires_grad=True)
-        self._pulled_back = torch.autograd.grad(
-            predictions,
-            parameters,
-            self._cotangent,
-            create_graph=True,
-            allow_unused=True,
+        (slope,) = differentiate([loss], [self._leaf], [torch.ones_like(loss)])
+        if slope is None:
+            raise ValueError(
+                "loss(predictions, batch) does not use its predictions: its derivative "
+                "by them is missing. Compute the loss from the first argument."
+            )
+        self._slope = slope
+        self._cotangent = torch.zeros_like(self._predictions, requires_grad=True)
+        self._pulled_back = differentiate(
+            [self._predictions], parameters, [self._cotangent]
         )
+        super().__init__(roots, self._pulled_back)
 
     def product(self, parts: list[Tensor]) -> Parts:
         (pushed,) = combine(self._pulled_back, [self._cotangent], parts)

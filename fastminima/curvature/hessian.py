@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._operator import MeanOperator, Parts, check_mean, combine
+from ._mean import MeanOperator
+from ._tape import Parts, Tape, check_mean, combine, differentiate
 
 __all__ = ["Hessian"]
 
@@ -23,17 +24,23 @@ class Hessian(MeanOperator):
     a form that can be differentiated twice. The model is left as it was, also by an
     exception.
 
+    The first product is made twice, from two evaluations, and the first pairs of
+    products must be those of a symmetric matrix: see docs/curvature.md.
+
     Args:
         model: The model; its parameters that require grad are the variables.
         loss: `loss(model, batch)`, a scalar: the mean over the samples of the batch.
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
-        count: Number of samples of a batch; the leading size of its first tensor if
-            None.
+        count: Number of samples of a batch; the leading size of its tensors if None.
 
     Raises:
         ValueError: No trainable parameter; empty or one-shot data; a loss that is not a
-            finite scalar with a graph; a vector of another shape, dtype or device.
+            finite scalar with a graph; a vector of another shape, dtype or device. At a
+            product: evaluations that are not the same twice; a matrix that is not
+            symmetric; a node without a second derivative; batches whose weight is
+            unclear; a closure that reads another model, calls backward or overwrites
+            parameters; parameters that are not those of when the operator was made.
 
     Example:
         >>> import torch
@@ -54,22 +61,30 @@ class Hessian(MeanOperator):
         data: Any,
         count: Callable[[Any], int] | None = None,
     ) -> None:
-        super().__init__(model, data, count)
+        super().__init__(model, (loss,), data, count)
         self._loss = loss
 
-    def _record(self, batch: Any) -> _GradientTape:
-        loss = check_mean(self._loss(self._model, batch))
-        return _GradientTape(loss, self._layout.parameters)
+    @property
+    def _first_order(self) -> int:
+        return 0
+
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        return (check_mean(self._ask(self._loss, self._model, batch)),)
+
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        return _GradientTape(roots, self._layout.parameters)
 
 
-class _GradientTape:
+class _GradientTape(Tape):
     """A gradient that can be differentiated again, any number of times."""
 
-    def __init__(self, loss: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> None:
         self._parameters = parameters
-        self._gradient = torch.autograd.grad(
-            loss, parameters, create_graph=True, allow_unused=True
-        )
+        one = torch.ones_like(roots[0])
+        self._gradient = differentiate(roots, parameters, [one])
+        super().__init__(roots, self._gradient)
 
     def product(self, parts: list[Tensor]) -> Parts:
         return combine(self._gradient, self._parameters, parts)

@@ -17,6 +17,7 @@ __all__ = [
     "TRITON",
     "HostIntegers",
     "accumulated",
+    "accumulated_rows",
     "addresses",
     "contiguous_rows",
 ]
@@ -55,9 +56,27 @@ def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0].dtype
     if first in SUFFIX and all(x.dtype == first for x in tensors):
         return tensors
-    dtypes = (x.dtype for x in tensors)
-    dtype = accumulation_dtype(reduce(torch.promote_types, dtypes))
+    dtype = _common(tensors)
     return tuple(x.to(dtype) for x in tensors)
+
+
+def accumulated_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As `accumulated`, with contiguous rows: each is copied once at most."""
+    first = tensors[0].dtype
+    if first in SUFFIX and all(x.dtype == first for x in tensors):
+        return tuple(map(contiguous_rows, tensors))
+    dtype = _common(tensors)
+    return tuple(
+        contiguous_rows(x.to(dtype))
+        if x.stride(-1) == 1
+        else x.to(dtype, memory_format=torch.contiguous_format)
+        for x in tensors
+    )
+
+
+def _common(tensors: tuple[Tensor, ...]) -> torch.dtype:
+    dtypes = (x.dtype for x in tensors)
+    return accumulation_dtype(reduce(torch.promote_types, dtypes))
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -6,16 +6,18 @@ weight gradient is the one of `x[n]` and `g[n]` alone. A ConvGeometry says the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
 from . import conv_native
 from ._arguments import FLOATS, TRITON
-from .conv_geometry import ConvGeometry, patches
+from ._pieces import itemsize, limited, pieces, step_of
+from .broadcast import sum_over_space
+from .conv_geometry import ConvGeometry
+from .conv_pieces import Images
 from .table import Op
 
 __all__ = [
@@ -28,9 +30,6 @@ __all__ = [
     "conv_sq_norms",
 ]
 
-# Elements that the reference holds at once: 64 MiB in float32.
-_BLOCK = 1 << 24
-
 
 def _gradients(
     x: Float[Tensor, "batch c_in *space"],
@@ -38,15 +37,15 @@ def _gradients(
     geometry: ConvGeometry,
 ) -> Tensor:
     """Weight gradient of each sample, [batch, *weight.shape]."""
-    dtype = accumulation_dtype(g.dtype)
-    rows, image = geometry.roles(x, g)
-    batch, groups = len(rows), geometry.groups
-    shape = geometry.weight_shape(x, g)
-    length = rows[0:1, 0:1].numel() if batch else 0
-    columns = patches(image.to(dtype), geometry, tuple(rows.shape[2:]))
-    columns = columns.reshape(batch * groups, shape[1] * geometry.kernel_numel, length)
-    rows = rows.to(dtype).reshape(batch * groups, shape[0] // groups, length)
-    return torch.bmm(rows, columns.mT).reshape(batch, *shape)
+    of = Images(x, g, geometry)
+    whole = list(of.channels())
+    if len(whole) == 1 and len(of.samples(whole[0])) <= 1:
+        return of.gradients(slice(0, of.batch), whole[0])
+    out = of.zeros(of.batch, *of.shape)
+    for samples, part, grads in of.gradient_pieces():
+        out[samples, part] = grads
+        del grads
+    return out
 
 
 def _sq_norms(
@@ -56,16 +55,13 @@ def _sq_norms(
     with_bias: bool,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
     """Squared norm of each sample's weight gradient, and of its bias's if asked for."""
-    weight = g.new_zeros(len(g), dtype=accumulation_dtype(g.dtype))
-    for block in _blocks(x, g, geometry):
-        grads = _gradients(x[block], g[block], geometry)
-        weight[block] = grads.flatten(1).square().sum(dim=1)
-    return weight, _bias_sq_norms(g) if with_bias else None
-
-
-def _bias_sq_norms(g: Float[Tensor, "batch c_out *space_out"]) -> Tensor:
-    grads = g.sum(dim=tuple(range(2, g.dim())), dtype=accumulation_dtype(g.dtype))
-    return grads.square().sum(dim=1)
+    of = Images(x, g, geometry)
+    weight = of.zeros(of.batch)
+    for samples, _, grads in of.gradient_pieces():
+        weight[samples] += grads.flatten(1).square_().sum(dim=1)
+        del grads
+    bias = sum_over_space(g.flatten(2)).square().sum(dim=1) if with_bias else None
+    return weight, bias
 
 
 def _second_moment(
@@ -74,10 +70,11 @@ def _second_moment(
     geometry: ConvGeometry,
 ) -> Tensor:
     """Sum over the samples of the squared weight gradient, shaped like the weight."""
-    dtype = accumulation_dtype(g.dtype)
-    total = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
-    for block in _blocks(x, g, geometry):
-        total += _gradients(x[block], g[block], geometry).square_().sum(dim=0)
+    of = Images(x, g, geometry)
+    total = of.zeros(*of.shape)
+    for _, part, grads in of.gradient_pieces():
+        total[part] += grads.square_().sum(dim=0)
+        del grads
     return total
 
 
@@ -99,19 +96,17 @@ def _fused(
     it; each sample's bias gradient, if asked for; and, if asked for, the sum over the
     samples of the squared weight gradient, shaped like the weight.
     """
-    dtype = accumulation_dtype(g.dtype)
-    grad = g.new_zeros(geometry.weight_shape(x, g), dtype=dtype)
+    of = Images(x, g, geometry)
+    grad, norms = of.zeros(*of.shape), of.zeros(of.batch)
     moment = torch.zeros_like(grad) if with_second_moment else None
-    norms = g.new_zeros(len(g), dtype=dtype)
-    for block in _blocks(x, g, geometry):
-        grads = _gradients(x[block], g[block], geometry)
-        grad += grads.sum(dim=0)
+    for samples, part, grads in of.gradient_pieces():
+        grad[part] += grads.sum(dim=0)
         squares = grads.square_()
-        norms[block] = squares.flatten(1).sum(dim=1)
+        norms[samples] += squares.flatten(1).sum(dim=1)
         if moment is not None:
-            moment += squares.sum(dim=0)
-    bias = g.sum(dim=tuple(range(2, g.dim())), dtype=dtype) if with_bias else None
-    return grad, norms, bias, moment
+            moment[part] += squares.sum(dim=0)
+        del grads, squares
+    return grad, norms, sum_over_space(g.flatten(2)) if with_bias else None, moment
 
 
 def _gram(
@@ -120,15 +115,20 @@ def _gram(
     geometry: ConvGeometry,
 ) -> Float[Tensor, "batch batch"]:
     """Products <dW_n, dW_m> between the weight gradients of every two samples."""
-    blocks = list(_blocks(x, g, geometry))
-    gram = g.new_zeros(len(g), len(g), dtype=accumulation_dtype(g.dtype))
-    for i, left in enumerate(blocks):
-        grads = _gradients(x[left], g[left], geometry).flatten(1)
-        gram[left, left] = grads @ grads.T
-        for right in blocks[:i]:
-            others = _gradients(x[right], g[right], geometry).flatten(1)
-            gram[left, right] = grads @ others.T
-            gram[right, left] = gram[left, right].T
+    of = Images(x, g, geometry)
+    gram = of.zeros(of.batch, of.batch)
+    # Few channels of the weight for all samples: with all channels for few, images
+    # would be unfolded as often, and each gradient made for every pair of blocks.
+    for part in of.channels(of.batch):
+        blocks = of.samples(part, share=4)
+        for i, left in enumerate(blocks):
+            grads = of.gradients(left, part).flatten(1)
+            gram[left, left] += grads @ grads.T
+            for right in blocks[:i]:
+                products = grads @ of.gradients(right, part).flatten(1).T
+                gram[left, right] += products
+                gram[right, left] += products.T
+            del grads
     return gram
 
 
@@ -139,24 +139,26 @@ def _dots(
     v: Tensor,
 ) -> Float[Tensor, " batch"]:
     """Products <dW_n, v>: the output that the weight `v` would give, times `g`."""
-    dtype = accumulation_dtype(g.dtype)
-    output = torch.convolution(
-        *(x.to(dtype), v.to(dtype), None, geometry.stride, geometry.padding),
-        *(geometry.dilation, geometry.transposed),
-        geometry.output_padding or (0,) * len(geometry.stride),
-        geometry.groups,
-    )
-    return (output * g).flatten(1).sum(dim=1)
-
-
-def _blocks(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Iterator[slice]:
-    """Slices of samples whose patches and gradients together stay below _BLOCK."""
-    rows, image = geometry.roles(x, g)
-    weight = torch.Size(geometry.weight_shape(x, g)).numel()
-    length = rows[0].numel() // rows.shape[1] if len(rows) else 0
-    sample = weight + image.shape[1] * geometry.kernel_numel * length
-    size = max(1, _BLOCK // max(1, sample))
-    return (slice(i, i + size) for i in range(0, len(g), size))
+    of = Images(x, g, geometry)
+    dots = of.zeros(of.batch)
+    size = of.dtype.itemsize
+    each = g[:1].numel() * size + x[:1].numel() * itemsize(x.dtype, of.dtype)
+    if max(each, v.numel() * itemsize(v.dtype, of.dtype)) > step_of(1):
+        for samples, part, grads in of.gradient_pieces():
+            dots[samples] += grads.flatten(1) @ v[part].to(of.dtype).flatten()
+            del grads
+        return dots
+    v = v.to(of.dtype)
+    for samples in pieces(of.batch, each):
+        output = torch.convolution(
+            *(x[samples].to(of.dtype), v, None, geometry.stride, geometry.padding),
+            *(geometry.dilation, geometry.transposed),
+            geometry.output_padding or (0,) * len(geometry.stride),
+            geometry.groups,
+        )
+        dots[samples] = output.mul_(g[samples]).flatten(1).sum(dim=1)
+        del output
+    return dots
 
 
 conv_gradients = Op("conv_gradients", _gradients)
@@ -167,7 +169,13 @@ conv_second_moment = Op("conv_second_moment", _second_moment)
 conv_second_moment.add_native(conv_native.second_moment)
 conv_second_moment.add_triton("conv.conv_second_moment", dtypes=TRITON)
 conv_fused = Op("conv_fused", _fused)
-conv_fused.add_native(conv_native.fused, dtypes=FLOATS)
+conv_fused.add_native(
+    limited(
+        *(conv_native.fused, _fused, (0, 3)),
+        elements=lambda x, g, geometry, *_: prod(geometry.weight_shape(x, g)),
+    ),
+    dtypes=FLOATS,
+)
 conv_fused.add_triton("conv.conv_fused", dtypes=TRITON)
 conv_gram = Op("conv_gram", _gram)
 conv_dots = Op("conv_dots", _dots)

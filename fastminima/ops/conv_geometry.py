@@ -75,12 +75,16 @@ def patches(
     image: Float[Tensor, "batch channels *space"],
     geometry: ConvGeometry,
     positions: tuple[int, ...],
+    *,
+    is_padded: bool = False,
 ) -> Tensor:
     """The image under the kernel at each position, a view of the zero-padded image.
 
-    Its shape is [batch, channels, *kernel, *positions].
+    Its shape is [batch, channels, *kernel, *positions]. The image may have its padding
+    already.
     """
-    image = pad(image, [p for p in reversed(geometry.padding) for _ in range(2)])
+    if any(geometry.padding) and not is_padded:
+        image = pad(image, [p for p in reversed(geometry.padding) for _ in range(2)])
     batch, channel, *space = image.stride()
     by_kernel = [s * d for s, d in zip(space, geometry.dilation, strict=True)]
     by_position = [s * d for s, d in zip(space, geometry.stride, strict=True)]

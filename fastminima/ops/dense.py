@@ -7,16 +7,20 @@ dtype, and no squared norm is negative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from . import dense_native
 from ._arguments import FLOATS, TRITON, accumulated
+from ._pieces import in_pieces, itemsize, limited, pieces, step_of
+from .broadcast import sum_over_time
 from .dense_cost import NARROW, choose, guard, is_fused_faster, is_torch_faster
+from .dense_pairs import sequence_dots, sequence_gram, sequence_multi_dots
+from .dense_pieces import Sequences
 from .table import Op
 
 __all__ = [
@@ -33,40 +37,55 @@ __all__ = [
     "sequence_sq_norms",
 ]
 
-_BLOCK_BYTES = 64 << 20
-
-
-def _blocks(count: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of range(count) that hold at most `_BLOCK_BYTES`, or one item."""
-    step = max(1, _BLOCK_BYTES // max(1, bytes_each))
-    return (slice(i, i + step) for i in range(0, count, step))
-
 
 def _row_sq_norms(
     a: Float[Tensor, "batch d_in"], g: Float[Tensor, "batch d_out"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Squared norms |a_n|^2 |g_n|^2 of weight and |g_n|^2 of bias, one row a sample."""
-    a, g = accumulated(a, g)
-    bias = g.square().sum(dim=1)
-    return a.square().sum(dim=1) * bias, bias
+    dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
+
+    def norms(rows: slice) -> tuple[Tensor, Tensor]:
+        inputs, grads = accumulated(a[rows], g[rows])
+        bias = grads.square().sum(dim=1)
+        return inputs.square().sum(dim=1) * bias, bias
+
+    bytes_each = max(a.shape[1], g.shape[1]) * dtype.itemsize
+    bytes_each += a.shape[1] * itemsize(a.dtype, dtype)
+    bytes_each += g.shape[1] * itemsize(g.dtype, dtype)
+    return in_pieces(norms, len(g), bytes_each)
 
 
 def _sequence_gradients(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "batch d_out d_in"]:
     """Each sample's gradient, sum_t g[n, t] (outer) a[n, t]. For chunks of a batch."""
-    a, g = accumulated(a, g)
-    return torch.bmm(g.transpose(1, 2), a)
+    of = Sequences(a, g)
+    if of.step_bytes == 0:
+        return of.all_gradients()
+    bytes_each = of.time * of.step_bytes
+    if of.batch * bytes_each <= step_of(1, 8):
+        return of.gradients(slice(0, of.batch))
+    out = of.zeros(of.batch, of.d_out, of.d_in)
+    for rows in pieces(of.batch, bytes_each, 8):
+        for steps in pieces(of.time, (rows.stop - rows.start) * of.step_bytes, 8):
+            of.add_gradients(out[rows], rows, steps)
+    return out
 
 
 def _direct_sq_norms(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, " batch"]:
     """Squared norm of each sample's gradient, by making the gradient in blocks."""
-    a, g = accumulated(a, g)
-    norms = g.new_zeros(len(g))
-    for rows in _blocks(len(g), g.shape[2] * a.shape[2] * g.element_size()):
-        norms[rows] = _sequence_gradients(a[rows], g[rows]).square().sum(dim=(1, 2))
+    return _direct(Sequences(a, g))
+
+
+def _direct(of: Sequences) -> Float[Tensor, " batch"]:
+    if of.is_small:
+        return of.all_gradients().square_().sum(dim=(1, 2))
+    norms = of.zeros(of.batch)
+    for rows, _, grads in of.gradient_pieces():
+        norms[rows] += grads.square_().sum(dim=(1, 2))
+        del grads
     return norms
 
 
@@ -78,13 +97,7 @@ def _gram_sq_norms(
     Where the contributions of the time steps nearly cancel, little of the accumulation
     dtype's precision is left: see `sequence_sq_norms`.
     """
-    a, g = accumulated(a, g)
-    norms = g.new_zeros(len(g))
-    for rows in _blocks(len(g), 2 * g.shape[1] ** 2 * g.element_size()):
-        products = torch.bmm(a[rows], a[rows].transpose(1, 2))
-        products *= torch.bmm(g[rows], g[rows].transpose(1, 2))
-        norms[rows] = products.sum(dim=(1, 2)).clamp_min(0)
-    return norms
+    return Sequences(a, g).gram_sums().clamp_min(0)
 
 
 def _sequence_sq_norms(
@@ -97,21 +110,27 @@ def _sequence_sq_norms(
     |sum_t g[n, t] (outer) a[n, t]|^2 and, if `with_bias`, |sum_t g[n, t]|^2.
     """
     weight = _direct_sq_norms(a, g)
-    if not with_bias:
-        return weight, None
-    return weight, g.to(weight.dtype).sum(dim=1).square().sum(dim=1)
+    return weight, sum_over_time(g).square().sum(dim=1) if with_bias else None
 
 
 def _sequence_second_moment(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, "d_out d_in"]:
     """Sum over the samples of the elementwise square of their gradients."""
-    a, g = accumulated(a, g)
-    if g.shape[1] == 1:
+    of = Sequences(a, g)
+    if of.time == 1 and of.is_plain(of.batch * (of.d_in + of.d_out)):
         return g[:, 0].square().T @ a[:, 0].square()
-    total = g.new_zeros(g.shape[2], a.shape[2])
-    for rows in _blocks(len(g), total.numel() * g.element_size()):
-        total += _sequence_gradients(a[rows], g[rows]).square().sum(dim=0)
+    total = of.zeros(of.d_out, of.d_in)
+    if of.time == 1:
+        squares = (of.d_in + of.d_out) * of.dtype.itemsize
+        for rows, _ in of.blocks(squares):
+            inputs, grads = (x[:, 0].square() for x in of.read(rows))
+            total.addmm_(grads.T, inputs)
+            del inputs, grads
+        return total
+    for _, outs, grads in of.gradient_pieces():
+        total[outs] += grads.square_().sum(dim=0)
+        del grads
     return total
 
 
@@ -131,18 +150,23 @@ def _sequence_fused(
     sum_{n, t} g[n, t] (outer) a[n, t] and |sum_t g[n, t] (outer) a[n, t]|^2; if asked
     for, each sample's bias gradient sum_t g[n, t] and the second moment.
     """
-    a, g = accumulated(a, g)
-    total = g.new_zeros(g.shape[2], a.shape[2])
+    of = Sequences(a, g)
+    if of.is_small:
+        grads = of.all_gradients()
+        total, squares = grads.sum(dim=0), grads.square_()
+        moment = squares.sum(dim=0) if with_second_moment else None
+        bias = sum_over_time(g) if with_bias else None
+        return total, squares.sum(dim=(1, 2)), bias, moment
+    total, norms = of.zeros(of.d_out, of.d_in), of.zeros(of.batch)
     moment = torch.zeros_like(total) if with_second_moment else None
-    norms = g.new_zeros(len(g))
-    for rows in _blocks(len(g), total.numel() * g.element_size()):
-        grads = _sequence_gradients(a[rows], g[rows])
-        total += grads.sum(dim=0)
+    for rows, outs, grads in of.gradient_pieces():
+        total[outs] += grads.sum(dim=0)
         squares = grads.square_()
-        norms[rows] = squares.sum(dim=(1, 2))
+        norms[rows] += squares.sum(dim=(1, 2))
         if moment is not None:
-            moment += squares.sum(dim=0)
-    return total, norms, g.sum(dim=1) if with_bias else None, moment
+            moment[outs] += squares.sum(dim=0)
+        del grads, squares
+    return total, norms, sum_over_time(g).to(of.dtype) if with_bias else None, moment
 
 
 def _gathered_sq_norms(
@@ -153,72 +177,27 @@ def _gathered_sq_norms(
     """Squared norm of each sample's gradient, its rows named by `index`; -1: no row."""
     if len(g) == 0:
         return accumulated(a, g)[1].new_zeros(len(index))
-    is_row = (index >= 0)[..., None]
-    rows = index.clamp_min(0)
-    # Also `a` without the rows that are missing: infinity times zero is no number.
-    return _direct_sq_norms(
-        torch.where(is_row, a[rows], 0), torch.where(is_row, g[rows], 0)
-    )
-
-
-def _sequence_gram(
-    a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
-) -> Float[Tensor, "batch batch"]:
-    """Inner products between the samples' gradients, made in blocks of output rows."""
-    a, g = accumulated(a, g)
-    if g.shape[1] == 1:
-        return (a[:, 0] @ a[:, 0].T) * (g[:, 0] @ g[:, 0].T)
-    gram = g.new_zeros(len(g), len(g))
-    for rows in _blocks(g.shape[2], len(g) * a.shape[2] * g.element_size()):
-        part = _sequence_gradients(a, g[:, :, rows]).flatten(1)
-        gram.addmm_(part, part.T)
-    return gram
-
-
-def _sequence_dots(
-    a: Float[Tensor, "batch time d_in"],
-    g: Float[Tensor, "batch time d_out"],
-    v: Float[Tensor, "d_out d_in"],
-) -> Float[Tensor, " batch"]:
-    """Inner product of each sample's gradient with the direction `v`."""
-    a, g = accumulated(a, g)
-    return ((g @ v.to(g.dtype)) * a).sum(dim=(1, 2))
-
-
-def _sequence_multi_dots(
-    a: Float[Tensor, "batch time d_in"],
-    g: Float[Tensor, "batch time d_out"],
-    v: Float[Tensor, "directions d_out d_in"],
-) -> Float[Tensor, "batch directions"]:
-    """Inner product of each sample's gradient with each of the directions `v`.
-
-    Beside `sequence_dots`: other kinds of gradients take one direction at a time, and
-    directions are not stacked unless it pays to read `a` and `g` once for all of them.
-    """
-    a, g = accumulated(a, g)
-    dots = g.new_empty(len(g), len(v))
-    for k, direction in enumerate(v):
-        dots[:, k] = _sequence_dots(a, g, direction)
-    return dots
+    return _direct(Sequences(a, g, index))
 
 
 def _sequence_sq_norms_torch(
     a: Tensor, g: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """By the fastest way, and again by direct where a Gram sum is not accurate."""
-    a, g = accumulated(a, g)
     way = choose(g.shape[1], a.shape[2], g.shape[2])
     if way == "rows":
         weight, bias = row_sq_norms(a[:, 0], g[:, 0])
         return weight, bias if with_bias else None
     if way == "direct":
         return _sequence_sq_norms(a, g, with_bias)
-    weight = _gram_sq_norms(a, g)
-    parts = (a.square().sum(dim=2) * g.square().sum(dim=2)).sum(dim=1)
-    lost = weight < guard(a.shape[2], g.shape[2], g.dtype) * parts
+    of = Sequences(a, g)
+    weight = of.gram_sums().clamp_min_(0)
+    lost = weight < guard(of.d_in, of.d_out, of.dtype) * of.diagonal_sums()
     if lost.any():
-        weight[lost] = _direct_sq_norms(a[lost], g[lost])
-    return weight, g.sum(dim=1).square().sum(dim=1) if with_bias else None
+        size = of.time * (of.d_in * a.itemsize + of.d_out * g.itemsize)
+        for some in lost.nonzero()[:, 0].split(step_of(size, 8)):
+            weight[some] = _direct_sq_norms(a[some], g[some])
+    return weight, sum_over_time(g).square().sum(dim=1) if with_bias else None
 
 
 def _sequence_sq_norms_native(
@@ -241,13 +220,10 @@ def _sequence_fused_native(
     time, needs_gradients = g.shape[1], with_second_moment and g.shape[1] != 1
     if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
         return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
-    a, g = accumulated(a, g)
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
     moment = _sequence_second_moment(a, g) if with_second_moment else None
-    bias = g.sum(dim=1) if with_bias else None
-    if a.stride(0) < a.stride(1):  # by time: the sum may be taken in any order
-        a, g = a.transpose(0, 1), g.transpose(0, 1)
-    return g.flatten(0, 1).T @ a.flatten(0, 1), norms, bias, moment
+    bias = sum_over_time(g).to(norms.dtype) if with_bias else None
+    return Sequences(a, g).total(), norms, bias, moment
 
 
 row_sq_norms = Op("row_sq_norms", _row_sq_norms)
@@ -257,27 +233,31 @@ direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
 sequence_fused = Op("sequence_fused", _sequence_fused)
 gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
-sequence_gram = Op("sequence_gram", _sequence_gram)
-sequence_dots = Op("sequence_dots", _sequence_dots)
-sequence_multi_dots = Op("sequence_multi_dots", _sequence_multi_dots)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
 
-row_sq_norms.add_native(dense_native.row_sq_norms, dtypes=FLOATS)
+row_sq_norms.add_native(
+    limited(dense_native.row_sq_norms, _row_sq_norms), dtypes=FLOATS
+)
 sequence_sq_norms.add(
     "torch", _sequence_sq_norms_torch, devices=("cpu", "cuda"), dtypes=FLOATS
 )
-sequence_sq_norms.add_native(_sequence_sq_norms_native, dtypes=FLOATS)
-gram_sq_norms.add_native(dense_native.gram_sq_norms, dtypes=FLOATS)
-direct_sq_norms.add_native(dense_native.direct_sq_norms, dtypes=FLOATS)
-sequence_second_moment.add_native(_sequence_second_moment_native, dtypes=FLOATS)
-sequence_fused.add_native(_sequence_fused_native, dtypes=FLOATS)
+for _op, _native, _sums in (
+    (sequence_sq_norms, _sequence_sq_norms_native, ()),
+    (gram_sq_norms, dense_native.gram_sq_norms, ()),
+    (direct_sq_norms, dense_native.direct_sq_norms, ()),
+    (sequence_second_moment, _sequence_second_moment_native, (0,)),
+    (sequence_fused, _sequence_fused_native, (0, 3)),
+):
+    _op.add_native(
+        limited(
+            *(_native, _op.reference, _sums),
+            elements=lambda a, g, *_: a.shape[2] * g.shape[2],
+        ),
+        dtypes=FLOATS,
+    )
 
 for _op in (
     *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
     *(sequence_second_moment, sequence_fused, gathered_sq_norms),
 ):
     _op.add_triton(f"dense.{_op.name}", dtypes=TRITON)
-
-sequence_gram.add_triton("pairs.sequence_gram", dtypes=TRITON)
-for _op in (sequence_dots, sequence_multi_dots):
-    _op.add_triton(f"dots.{_op.name}", dtypes=TRITON)

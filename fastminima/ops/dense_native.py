@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._arguments import SUFFIX, accumulated, contiguous_rows
+from ._arguments import SUFFIX, accumulated, accumulated_rows
 from .dense_cost import choose, guard
 
 __all__ = [
@@ -22,8 +22,7 @@ __all__ = [
 
 
 def _numbers(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    a, g = accumulated(a, g)
-    a, g = contiguous_rows(a), contiguous_rows(g)
+    a, g = accumulated_rows(a, g)
     numbers = (
         *(a.data_ptr(), a.stride(0), a.stride(1)),
         *(g.data_ptr(), g.stride(0), g.stride(1)),
@@ -34,8 +33,7 @@ def _numbers(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 
 def row_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """See `fastminima.ops.dense.row_sq_norms`."""
-    a, g = accumulated(a, g)
-    a, g = contiguous_rows(a), contiguous_rows(g)
+    a, g = accumulated_rows(a, g)
     weight, bias = g.new_empty(2, len(g)).unbind()
     getattr(kernels, f"row_sq_norms_{SUFFIX[g.dtype]}")(
         *(a.data_ptr(), a.stride(0), g.data_ptr(), g.stride(0)),

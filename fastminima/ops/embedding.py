@@ -8,6 +8,7 @@ table, except where that is the result asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from .. import _native
 from .._dtypes import accumulation_dtype
 from . import embedding_cuda
-from ._arguments import SUFFIX, accumulated, contiguous_rows
+from ._arguments import SUFFIX, accumulated_rows
+from ._pieces import in_pieces, itemsize, pieces, step_of, sums_over_time
 from .table import Op
 
 __all__ = [
@@ -29,33 +31,59 @@ __all__ = [
     "tied_cross",
 ]
 
-_BLOCK_BYTES = 64 << 20
+# Of a time step: its place in several orders, all of 8 bytes, where ids are sorted.
+_SORTED = 64
 
 
-class _Rows(NamedTuple):
-    """The rows of the samples' gradients that an id has reached, by sample and id."""
+class _Places(NamedTuple):
+    """Which rows of the samples' gradients are reached, and by which time steps."""
 
     sample: Int[Tensor, " rows"]
     id: Int[Tensor, " rows"]
-    value: Float[Tensor, "rows features"]
+    step: Int[Tensor, " steps"]  # those that count, of all samples' steps
+    row: Int[Tensor, " steps"]  # where they go
+
+    def values(self, g: Float[Tensor, "batch time features"]) -> Tensor:
+        """Sums of the time steps of each (sample, id), `[rows, features]`."""
+        dtype = accumulation_dtype(g.dtype)
+        terms = g.flatten(0, 1)[self.step].to(dtype)
+        return terms.new_zeros(len(self.id), g.shape[2]).index_add_(0, self.row, terms)
 
 
-def _rows(
-    ids: Int[Tensor, "batch time"],
-    g: Float[Tensor, "batch time features"],
-    padding_idx: int,
-) -> _Rows:
-    """Add up the time steps of each (sample, id)."""
+def _places(ids: Int[Tensor, "batch time"], padding_idx: int) -> _Places:
+    """Sort the time steps by (sample, id)."""
     ids = ids.long()
     keep = (ids != padding_idx).flatten()
     kept = ids.flatten()[keep]
     stride = int(kept.max()) + 1 if kept.numel() else 1
-    sample = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
-    sample = sample.repeat_interleave(ids.shape[1])
-    keys, row = torch.unique(sample[keep] * stride + kept, return_inverse=True)
-    terms = g.flatten(0, 1)[keep].to(accumulation_dtype(g.dtype))
-    value = terms.new_zeros(len(keys), g.shape[2]).index_add_(0, row, terms)
-    return _Rows(keys // stride, keys % stride, value)
+    step = keep.nonzero()[:, 0]
+    sample = step // max(1, ids.shape[1])
+    keys, row = torch.unique(sample * stride + kept, return_inverse=True)
+    return _Places(keys // stride, keys % stride, step, row)
+
+
+def _bytes_of_a_step(g: Float[Tensor, "batch time features"]) -> int:
+    """What summing by id takes for one feature of one time step, and its square."""
+    return g.itemsize + 4 * accumulation_dtype(g.dtype).itemsize
+
+
+def _pieces(
+    ids: Int[Tensor, "batch time"],
+    g: Float[Tensor, "batch time features"],
+    padding_idx: int,
+) -> Iterator[tuple[slice, slice, _Places, Tensor]]:
+    """Samples and features, and what the rows of these samples' gradients are there."""
+    batch, time, features = g.shape
+    each = _bytes_of_a_step(g)
+    for samples in pieces(batch, time * (features * each + _SORTED)):
+        places = _places(ids[samples], padding_idx)
+        steps = (samples.stop - samples.start) * time
+        for some in pieces(features, steps * each):
+            yield samples, some, places, places.values(g[samples, :, some])
+
+
+def _zeros(g: Tensor, *shape: int) -> Tensor:
+    return g.new_zeros(shape, dtype=accumulation_dtype(g.dtype))
 
 
 def _embedding_sq_norms(
@@ -64,9 +92,11 @@ def _embedding_sq_norms(
     padding_idx: int,
 ) -> Float[Tensor, " batch"]:
     """Squared norm of each sample's gradient: steps with the same id add up first."""
-    rows = _rows(ids, g, padding_idx)
-    norms = rows.value.new_zeros(len(ids))
-    return norms.index_add_(0, rows.sample, rows.value.square().sum(dim=1))
+    norms = _zeros(g, len(ids))
+    for samples, _, places, values in _pieces(ids, g, padding_idx):
+        norms[samples].index_add_(0, places.sample, values.square_().sum(dim=1))
+        del values
+    return norms
 
 
 def _embedding_second_moment(
@@ -76,9 +106,11 @@ def _embedding_second_moment(
     num_embeddings: int,
 ) -> Float[Tensor, "num_embeddings features"]:
     """Sum over the samples of the elementwise square of their gradients."""
-    rows = _rows(ids, g, padding_idx)
-    total = rows.value.new_zeros(num_embeddings, g.shape[2])
-    return total.index_add_(0, rows.id, rows.value.square())
+    total = _zeros(g, num_embeddings, g.shape[2])
+    for _, some, places, values in _pieces(ids, g, padding_idx):
+        total[:, some].index_add_(0, places.id, values.square_())
+        del values
+    return total
 
 
 def _embedding_gram(
@@ -87,16 +119,19 @@ def _embedding_gram(
     padding_idx: int,
 ) -> Float[Tensor, "batch batch"]:
     """Inner products between the samples' gradients, in blocks of ids."""
-    rows = _rows(ids, g, padding_idx)
-    used, column = torch.unique(rows.id, return_inverse=True)
-    gram = rows.value.new_zeros(len(ids), len(ids))
-    bytes_each = len(ids) * g.shape[2] * rows.value.element_size()
-    step = max(1, _BLOCK_BYTES // max(1, bytes_each))
-    for start in range(0, len(used), step):
-        here = (column >= start) & (column < start + step)
-        part = rows.value.new_zeros(len(ids), min(step, len(used) - start), g.shape[2])
-        part[rows.sample[here], column[here] - start] = rows.value[here]
-        gram.addmm_(part.flatten(1), part.flatten(1).T)
+    places = _places(ids, padding_idx)
+    used, column = torch.unique(places.id, return_inverse=True)
+    gram = _zeros(g, len(ids), len(ids))
+    size = gram.itemsize
+    for some in pieces(g.shape[2], ids.numel() * _bytes_of_a_step(g)):
+        values = places.values(g[:, :, some])
+        for block in pieces(len(used), len(ids) * values.shape[1] * size, 4):
+            here = (column >= block.start) & (column < block.stop)
+            part = _zeros(g, len(ids), block.stop - block.start, values.shape[1])
+            part[places.sample[here], column[here] - block.start] = values[here]
+            gram.addmm_(part.flatten(1), part.flatten(1).T)
+            del part
+        del values
     return gram
 
 
@@ -109,8 +144,16 @@ def _embedding_dots(
     """Inner product of each sample's gradient with the direction `v`."""
     dtype = accumulation_dtype(g.dtype)
     keep = ids != padding_idx
-    steps = (v[ids * keep].to(dtype) * g.to(dtype)).sum(dim=2)
-    return torch.where(keep, steps, 0).sum(dim=1)
+
+    def products(rows: Tensor, g: Tensor, keep: Tensor) -> tuple[Tensor]:
+        steps = v[rows].to(dtype).mul_(g).sum(dim=2)
+        return (steps.masked_fill_(~keep, 0).sum(dim=1),)
+
+    size = (v.itemsize if v.dtype != dtype else 0) + dtype.itemsize
+    (dots,) = sums_over_time(
+        products, ids * keep, g, keep, bytes_each=g.shape[2] * size
+    )
+    return dots
 
 
 def _embedding_gradients(
@@ -120,9 +163,10 @@ def _embedding_gradients(
     num_embeddings: int,
 ) -> Float[Tensor, "batch num_embeddings features"]:
     """Each sample's gradient. For chunks of a batch."""
-    rows = _rows(ids, g, padding_idx)
-    grads = rows.value.new_zeros(len(ids), num_embeddings, g.shape[2])
-    grads[rows.sample, rows.id] = rows.value
+    grads = _zeros(g, len(ids), num_embeddings, g.shape[2])
+    for samples, some, places, values in _pieces(ids, g, padding_idx):
+        grads[samples, :, some].index_put_((places.sample, places.id), values)
+        del values
     return grads
 
 
@@ -142,17 +186,43 @@ def _tied_cross(
     """
     dtype = accumulation_dtype(ge.dtype)
     keep = ids != padding_idx
-    columns = (ids * keep).unsqueeze(1).expand(-1, a.shape[1], -1)
-    products = torch.bmm(a.to(dtype), ge.to(dtype).transpose(1, 2))
-    products = products * go.gather(2, columns).to(dtype)
-    return torch.where(keep.unsqueeze(1), products, 0).sum(dim=(1, 2))
+    columns = ids * keep
+    size = (
+        2 * dtype.itemsize * ids.shape[1]
+        + itemsize(a.dtype, dtype) * a.shape[2]
+        + go.itemsize * ids.shape[1]
+    )
+    cross = ge.new_zeros(len(ids), dtype=dtype)
+    table = ids.shape[1] * itemsize(ge.dtype, dtype) * ge.shape[2]
+    for samples in pieces(len(ids), table + a.shape[1] * size):
+        # The steps of the head, all against all of the table's.
+        kept, grads = keep[samples].unsqueeze(1), ge[samples].to(dtype).transpose(1, 2)
+        for steps in pieces(a.shape[1], (samples.stop - samples.start) * size):
+            inputs = a[samples, steps].to(dtype)
+            places = columns[samples].unsqueeze(1).expand(-1, inputs.shape[1], -1)
+            products = torch.bmm(inputs, grads)
+            products *= go[samples, steps].gather(2, places)
+            cross[samples] += products.masked_fill_(~kept, 0).sum(dim=(1, 2))
+    return cross
 
 
 def _embedding_sq_norms_native(
     kernels: Any, ids: Tensor, g: Tensor, padding_idx: int
 ) -> Tensor:
-    (g,) = accumulated(g)
-    ids, g = ids.contiguous(), contiguous_rows(g)
+    size = accumulation_dtype(g.dtype).itemsize
+    if g.itemsize < size:  # what is not converted is copied at most once
+        each = g.shape[1] * g.shape[2] * size
+        if each > step_of(1):
+            return _embedding_sq_norms(ids, g, padding_idx)
+        if len(g) > step_of(each):
+            return in_pieces(
+                lambda some: _embedding_sq_norms_native(
+                    kernels, ids[some], g[some], padding_idx
+                ),
+                *(len(g), each),
+            )
+    (g,) = accumulated_rows(g)
+    ids = ids.contiguous()
     norms = g.new_empty(len(g))
     getattr(kernels, f"embedding_sq_norms_{SUFFIX[g.dtype]}")(
         *(ids.data_ptr(), g.data_ptr(), g.stride(0), g.stride(1), padding_idx),

@@ -15,6 +15,7 @@ from .._dtypes import accumulation_dtype
 from . import multi_cuda, multi_native
 from ._arguments import FLOATS
 from ._cuda import DTYPES
+from ._pieces import dense_parts
 from .table import Op
 
 __all__ = ["multi_axpy", "multi_dot", "multi_sq_norm"]
@@ -24,9 +25,14 @@ def _multi_dot(
     xs: Sequence[Float[Tensor, ...]], ys: Sequence[Float[Tensor, ...]]
 ) -> Float64[Tensor, ""]:
     """Inner product of two lists of tensors, sum_k <xs[k], ys[k]>."""
-    return torch.stack(
-        [(x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True)]
-    ).sum()
+    return torch.stack([_dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Float64[Tensor, ""]:
+    parts = [
+        (a.double() * b.double()).sum() for a, b in dense_parts(x, y, bytes_each=24)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _multi_sq_norm(xs: Sequence[Float[Tensor, ...]]) -> Float64[Tensor, ""]:
@@ -46,7 +52,8 @@ def _multi_axpy(
     for y, x in zip(ys, xs, strict=True):
         dtype = accumulation_dtype(y.dtype)
         scale = factor.to(dtype) if isinstance(factor, Tensor) else factor
-        y.copy_(y.to(dtype) + scale * x.to(dtype))
+        for into, part in dense_parts(y, x, bytes_each=4 * dtype.itemsize):
+            into.copy_(into.to(dtype) + scale * part.to(dtype))
 
 
 multi_dot = Op("multi_dot", _multi_dot)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .. import _native
-from ._arguments import FLOATS, SUFFIX, TRITON, accumulated, contiguous_rows
+from .._dtypes import accumulation_dtype
+from ._arguments import FLOATS, SUFFIX, TRITON, accumulated, accumulated_rows
+from ._pieces import itemsize, limited, sums_over_time
 from .table import Op
 
 __all__ = [
@@ -33,12 +36,29 @@ def _layer_norm_gradients(
 
     `mean` None stands for zero, as in RMSNorm.
     """
+    dtype, size = _sizes(g, x)
+    mean = None if mean is None else mean.to(dtype).unsqueeze(2)
+    rstd = rstd.to(dtype).unsqueeze(2)
+    weight, bias = sums_over_time(
+        _affine, g, x, mean, rstd, bytes_each=g.shape[2] * size
+    )
+    return weight, bias
+
+
+def _affine(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over time of g * xhat and of g."""
     g, x = accumulated(g, x)
-    dtype = g.dtype
-    if mean is not None:
-        x = x - mean.to(dtype).unsqueeze(2)
-    x = x * rstd.to(dtype).unsqueeze(2)
-    return (g * x).sum(dim=1), g.sum(dim=1)
+    xhat = x * rstd if mean is None else (x - mean).mul_(rstd)
+    return xhat.mul_(g).sum(dim=1), g.sum(dim=1)
+
+
+def _sizes(g: Tensor, x: Tensor) -> tuple[torch.dtype, int]:
+    """The accumulation dtype, and the bytes that `_affine` holds an element."""
+    dtype = accumulation_dtype(torch.promote_types(g.dtype, x.dtype))
+    copies = itemsize(g.dtype, dtype) + itemsize(x.dtype, dtype)
+    return dtype, dtype.itemsize + copies
 
 
 def _channel_norm_gradients(
@@ -52,12 +72,17 @@ def _channel_norm_gradients(
     Statistics are those of `groups` groups of channels; shared is 1 (one set for the
     batch, as in BatchNorm) or batch (as in GroupNorm and InstanceNorm).
     """
-    g, x = accumulated(g, x)
-    dtype = g.dtype
-    size = x.shape[1] // mean.shape[1]
-    mean = mean.to(dtype).repeat_interleave(size, dim=1).unsqueeze(2)
-    rstd = rstd.to(dtype).repeat_interleave(size, dim=1).unsqueeze(2)
-    return (g * ((x - mean) * rstd)).sum(dim=2), g.sum(dim=2)
+    dtype, size = _sizes(g, x)
+    each = x.shape[1] // max(1, mean.shape[1])
+    g, x = g.transpose(1, 2), x.transpose(1, 2)
+    mean, rstd = (
+        t.to(dtype).repeat_interleave(each, dim=1).unsqueeze(1).expand(g.shape)
+        for t in (mean, rstd)
+    )
+    weight, bias = sums_over_time(
+        _affine, g, x, mean, rstd, bytes_each=g.shape[2] * size
+    )
+    return weight, bias
 
 
 def _layer_norm_fused(
@@ -107,8 +132,7 @@ def _norms_and_totals(
 def _layer_norm_gradients_native(
     kernels: Any, g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    g, x = accumulated(g, x)
-    g, x = contiguous_rows(g), contiguous_rows(x)
+    g, x = accumulated_rows(g, x)
     rstd = rstd.to(g.dtype).contiguous()
     mean = None if mean is None else mean.to(g.dtype).contiguous()
     weight, bias = g.new_empty(2, len(g), g.shape[2]).unbind()
@@ -124,8 +148,7 @@ def _layer_norm_gradients_native(
 def _channel_norm_gradients_native(
     kernels: Any, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    g, x = accumulated(g, x)
-    g, x = contiguous_rows(g), contiguous_rows(x)
+    g, x = accumulated_rows(g, x)
     mean, rstd = mean.to(g.dtype).contiguous(), rstd.to(g.dtype).contiguous()
     weight, bias = g.new_empty(2, *g.shape[:2]).unbind()
     getattr(kernels, f"channel_norm_gradients_{SUFFIX[g.dtype]}")(
@@ -139,8 +162,12 @@ def _channel_norm_gradients_native(
 
 layer_norm_gradients = Op("layer_norm_gradients", _layer_norm_gradients)
 channel_norm_gradients = Op("channel_norm_gradients", _channel_norm_gradients)
-layer_norm_gradients.add_native(_layer_norm_gradients_native, dtypes=FLOATS)
-channel_norm_gradients.add_native(_channel_norm_gradients_native, dtypes=FLOATS)
+layer_norm_gradients.add_native(
+    limited(_layer_norm_gradients_native, _layer_norm_gradients), dtypes=FLOATS
+)
+channel_norm_gradients.add_native(
+    limited(_channel_norm_gradients_native, _channel_norm_gradients), dtypes=FLOATS
+)
 layer_norm_fused = Op("layer_norm_fused", _layer_norm_fused)
 channel_norm_fused = Op("channel_norm_fused", _channel_norm_fused)
 

@@ -13,7 +13,7 @@ doi:10.1214/aoms/1177706645.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -22,6 +22,7 @@ from torch import Tensor
 from .._dtypes import accumulation_dtype
 from . import random_cuda
 from ._cuda import DTYPES
+from ._pieces import dense_parts, pieces
 from .table import Op
 
 __all__ = ["gaussian_fill_", "langevin_step_", "philox", "rademacher_fill_"]
@@ -64,23 +65,36 @@ def _normals(words: Int64[Tensor, "blocks 4"]) -> Float64[Tensor, " elements"]:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten()
 
 
-def _fill(out: Tensor, numbers: Tensor) -> Tensor:
-    return out.copy_(numbers[: out.numel()].view(out.shape))
+# Bytes held an element: its words in int64, those of the last round, and the numbers.
+_HELD = 64
+
+
+def _fill(
+    out: Tensor,
+    seed: int,
+    offset: int | Int64[Tensor, ""],
+    numbers: Callable[[Tensor], Tensor],
+) -> Tensor:
+    flat = out.view(-1)
+    for part in pieces(-(-out.numel() // 4), 4 * _HELD):
+        words = _words(seed, offset, part.start, part.stop - part.start, out)
+        into = flat[4 * part.start : 4 * part.stop]
+        into.copy_(numbers(words)[: len(into)])
+    return out
 
 
 def _gaussian_fill_(
     out: Float[Tensor, ...], seed: int, offset: int | Int64[Tensor, ""]
 ) -> Float[Tensor, ...]:
     """Fill `out` with independent standard normal numbers, at most 6.8 in size."""
-    return _fill(out, _normals(_words(seed, offset, 0, -(-out.numel() // 4), out)))
+    return _fill(out, seed, offset, _normals)
 
 
 def _rademacher_fill_(
     out: Float[Tensor, ...], seed: int, offset: int | Int64[Tensor, ""]
 ) -> Float[Tensor, ...]:
     """Fill `out` with independent signs, 1 or -1 with equal probability."""
-    words = _words(seed, offset, 0, -(-out.numel() // 4), out).flatten()
-    return _fill(out, 1 - 2 * (words >> 31))
+    return _fill(out, seed, offset, lambda words: 1 - 2 * (words.flatten() >> 31))
 
 
 def _langevin_step_(
@@ -99,14 +113,18 @@ def _langevin_step_(
     """
     place = 0
     for p, g in zip(params, grads, strict=True):
-        blocks = -(-p.numel() // 4)
         dtype = accumulation_dtype(p.dtype)
-        moved = p.to(dtype) - lr * g.to(dtype)
-        if deviation:
-            noise = _normals(_words(seed, offset, place, blocks, p))[: p.numel()]
-            moved += (deviation * noise.view(p.shape)).to(dtype)
-        p.copy_(moved)
-        place += blocks
+        first = place
+        for part, grad in dense_parts(p, g, bytes_each=_HELD, multiple=4):
+            moved = part.to(dtype) - lr * grad.to(dtype)
+            blocks = -(-part.numel() // 4)
+            if deviation:
+                noise = _normals(_words(seed, offset, first, blocks, p))
+                noise = noise[: part.numel()].view(part.shape)
+                moved += (deviation * noise).to(dtype)
+            part.copy_(moved)
+            first += blocks
+        place += -(-p.numel() // 4)
 
 
 gaussian_fill_ = Op("gaussian_fill_", _gaussian_fill_)

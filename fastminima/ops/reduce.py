@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from . import multi_native
 from ._arguments import FLOATS, TRITON
+from ._pieces import dense_parts
 from .table import Op
 
 __all__ = ["sq_norm"]
@@ -17,7 +19,12 @@ __all__ = ["sq_norm"]
 
 def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
     """Squared norm |x|^2 in the accumulation dtype."""
-    return x.to(accumulation_dtype(x.dtype)).square().sum()
+    dtype = accumulation_dtype(x.dtype)
+    parts = [
+        part.to(dtype).square().sum()
+        for (part,) in dense_parts(x, bytes_each=2 * dtype.itemsize)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 _SMALL = 4096  # PyTorch's two calls take 4 us here, a call of the kernel 5

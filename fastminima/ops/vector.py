@@ -6,7 +6,7 @@ so that a solver looks at them on the host only when it wants to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _native
 from . import vector_cuda
 from ._arguments import addresses
+from ._pieces import dense_parts
 from .table import Op
 
 __all__ = [
@@ -41,10 +42,33 @@ def _lanczos_step(
     `previous`, `beta` is not read.
     """
     if previous is not None:
-        w.sub_(previous * beta.to(w.dtype))
-    alpha = torch.dot(w.double(), v.double())
-    w.sub_(v * alpha.to(w.dtype))
-    return torch.stack([alpha, torch.linalg.vector_norm(w, dtype=torch.float64)])
+        beta = beta.to(w.dtype)
+        for part, before in _parts(w, previous):
+            part.sub_(before * beta)
+    alpha = _dot(w, v)
+    factor = alpha.to(w.dtype)
+    for part, along in _parts(w, v):
+        part.sub_(along * factor)
+    return torch.stack([alpha, _norm(w)])
+
+
+def _parts(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of vectors, of which a few copies in float64 can be held."""
+    return dense_parts(*vectors, bytes_each=32)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    listed = list(parts)
+    return listed[0] if len(listed) == 1 else torch.stack(listed).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Float64[Tensor, ""]:
+    return _sum(torch.dot(a.double(), b.double()) for a, b in _parts(x, y))
+
+
+def _norm(x: Tensor) -> Float64[Tensor, ""]:
+    norms = [torch.linalg.vector_norm(a, dtype=torch.float64) for (a,) in _parts(x)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def _power_step(
@@ -58,12 +82,21 @@ def _power_step(
     `w` is the matrix times the unit vector `v`. Returns the Rayleigh quotient <w, v>,
     the residual |w - <w, v> v| and |w - shift v|. A zero w - shift v leaves out = 0.
     """
-    wide, unit = w.double(), v.double()
-    rayleigh = torch.dot(wide, unit)
-    shifted = wide - shift * unit
-    norm = shifted.norm()
-    out.copy_(torch.where(norm > 0, shifted / norm, shifted))
-    return torch.stack([rayleigh, (wide - rayleigh * unit).norm(), norm])
+    rayleigh = _dot(w, v)
+    norms = [
+        torch.stack([(a - shift * b).norm(), (a - rayleigh * b).norm()])
+        for a, b in _doubles(w, v)
+    ]
+    norm, residual = norms[0] if len(norms) == 1 else torch.stack(norms).norm(dim=0)
+    for part, a, b in _parts(out, w, v):
+        shifted = a.double() - shift * b.double()
+        part.copy_(torch.where(norm > 0, shifted / norm, shifted))
+    return torch.stack([rayleigh, residual, norm])
+
+
+def _doubles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    for parts in _parts(*vectors):
+        yield tuple(part.double() for part in parts)
 
 
 def _project_out(
@@ -75,10 +108,10 @@ def _project_out(
     """
     if not basis:
         return w.new_zeros(0, dtype=torch.float64)
-    wide = w.double()
-    coefficients = torch.stack([torch.dot(wide, row.double()) for row in basis])
+    coefficients = torch.stack([_dot(w, row) for row in basis])
     for c, row in zip(coefficients.to(w.dtype), basis, strict=True):
-        w.sub_(c * row)
+        for part, along in _parts(w, row):
+            part.sub_(c * along)
     return coefficients
 
 

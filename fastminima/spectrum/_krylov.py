@@ -26,7 +26,7 @@ def lanczos_pairs(
     """The wanted eigenpairs, by as many runs as multiplicities ask for."""
     found = Found(wanted)
     is_sure = False
-    while not is_sure and problem.products < max_products:
+    while not is_sure and problem.asked < max_products:
         run = LanczosRun(problem.multiply, start, deflate=found.vectors)
         search = _Search(problem, wanted, found, run, max_products)
         is_sure = search.run_on()
@@ -67,7 +67,7 @@ class _Search:
         self._run = run
         # Combining pairs of several runs mixes their errors.
         self._strictness = _STRICTNESS if found.vectors else 1.0
-        self._left = max_products - problem.products
+        self._left = max_products - problem.asked
         self._missing = wanted.k - len(found.values)
         vector_bytes = problem.size * run.basis[0].element_size()
         self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * wanted.k + 16)

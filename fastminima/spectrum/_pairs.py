@@ -69,7 +69,8 @@ class Found:
         rows = linear_combinations(basis[0], basis[1:], chosen)
         moved = linear_combinations(images[0], images[1:], chosen)
         self.values = values[order].tolist()
-        errors = moved - rows * torch.tensor(self.values).to(rows)[:, None]
+        column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
+        errors = moved - rows * column.to(rows)[:, None]
         self.residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
         self.vectors, self._images = list(rows.unbind()), list(moved.unbind())
 

@@ -20,7 +20,7 @@ def power_pairs(
     """The wanted eigenpairs, each with the earlier ones projected out."""
     found = Found(wanted)
     is_within = True
-    while len(found.values) < wanted.k and problem.products < max_products:
+    while len(found.values) < wanted.k and problem.asked < max_products:
         is_within &= _one_pair(problem, wanted, found, start, max_products)
         start = problem.normal()
     found.is_converged = is_within and found.are_within()
@@ -51,7 +51,7 @@ def _one_pair(
         is_wrong = _is_wrong_end(value - shift, wanted.which) and value != 0.0
         if is_within and not is_wrong:
             break
-        if problem.products >= max_products:
+        if problem.asked >= max_products:
             is_within = False
             break
         is_settled = is_wrong and residual <= 0.1 * abs(value)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..curvature import CurvatureOperator, Noise, Suspicion, SymmetryWatch
 
 __all__ = ["Problem"]
 
@@ -16,8 +17,12 @@ __all__ = ["Problem"]
 class Problem:
     """A symmetric matrix known by `.shape` and `@`, whose products are counted.
 
+    Attributes:
+        asked: Products that a solver asked for: what budgets are about.
+
     Raises:
-        ValueError: The matrix is not square or empty, or a product is not finite.
+        ValueError: The matrix is not square or empty, a product is not finite, or the
+            first products are not those of a symmetric matrix.
     """
 
     def __init__(self, matrix: Any, seed: int) -> None:
@@ -33,15 +38,54 @@ class Problem:
         self._matrix_dtype = dtype
         self.dtype = accumulation_dtype(dtype)
         self.device = torch.device(getattr(matrix, "device", "cpu"))
-        self.products = 0
+        self.asked = 0
+        # An operator looks at itself, and knows better what rounding may do.
+        self._operator = matrix if isinstance(matrix, CurvatureOperator) else None
+        self._watch = SymmetryWatch()
+        self._noise = Noise(dtype) if isinstance(matrix, Tensor) else None
+        if self._operator is not None:
+            self._operator.begin()
+        self._extra = self._extra_products()
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def multiply(self, v: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
         """The product with a vector, a new tensor."""
-        self.products += 1
+        self.asked += 1
         product = self._matrix @ v.to(self._matrix_dtype)
-        product = product.detach().to(self.dtype)
-        return product if product.is_contiguous() else product.contiguous()
+        product = product.detach().to(self.dtype).contiguous()
+        if self._operator is None:
+            self._refuse(self._watch.look(v, product, self._noise))
+        return product
+
+    @property
+    def products(self) -> int:
+        """All products made, with those by which an operator checks itself."""
+        return self.asked + self._extra_products() - self._extra
+
+    def _extra_products(self) -> int:
+        return 0 if self._operator is None else self._operator.extra_products
+
+    def look_at_rows(self, images: Float[Tensor, "params params"]) -> None:
+        """ValueError unless products with all unit vectors are symmetric together."""
+        if self._operator is not None:
+            self._operator.look_at_mixtures()
+            return
+        generator = torch.Generator("cpu").manual_seed(1)
+        mixtures = torch.randn(
+            *(2, self.size), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        u, v = mixtures.to(images)
+        self._refuse(self._watch.between((u, u @ images), (v, v @ images), self._noise))
+
+    def _refuse(self, suspicion: Suspicion | None) -> None:
+        if suspicion is None:
+            return
+        raise ValueError(
+            f"The matrix of type {type(self._matrix).__name__} is not symmetric: "
+            f"{suspicion.text}. Its eigenvalues are not what these methods find. Pass "
+            "a symmetric matrix, such as (A + A.T) / 2; of an operator of your own, "
+            "look at how it makes its products."
+        )
 
     def gradient(self) -> Float[Tensor, " params"] | None:
         """The direction of the operator's gradient, where it offers one."""

@@ -44,7 +44,8 @@ def spectral_density(
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: An argument that is not positive, or a product that is not finite.
+        ValueError: An argument that is not positive, a product that is not finite, or a
+            matrix that is not symmetric.
 
     Example:
         >>> import torch

@@ -53,12 +53,14 @@ def top_eigenpairs(
         method: "lanczos", or "power" iteration as in older papers, which takes
             several times the products.
         rtol: Tolerance: residual <= rtol * max(|value|, 1e-3 |H|), |H| as estimated.
-        max_products: Where to give up.
+        max_products: Where to give up; a product by which a fresh operator compares
+            itself comes on top.
         start: Approximate eigenvectors [j, P] to start from, such as the last ones.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: An argument out of its range, or a product that is not finite.
+        ValueError: An argument out of its range, a product that is not finite, or a
+            matrix that is not symmetric.
 
     Warns:
         ConvergenceWarning: Out of products; what there is is returned.
@@ -81,9 +83,9 @@ def top_eigenpairs(
     if not found.is_converged:
         _warn(found, wanted, problem.products)
     return Eigenpairs(
-        values=torch.tensor(found.values, dtype=problem.dtype),
+        values=torch.tensor(found.values, dtype=problem.dtype, device="cpu"),
         vectors=torch.stack(found.vectors),
-        residuals=torch.tensor(found.residuals, dtype=problem.dtype),
+        residuals=torch.tensor(found.residuals, dtype=problem.dtype, device="cpu"),
         products=problem.products,
         converged=found.is_converged,
     )

@@ -20,7 +20,8 @@ class Eigenpairs:
         values: The eigenvalues, the wanted end of the spectrum first.
         vectors: Their orthonormal eigenvectors, one a row.
         residuals: |H v - value v| of each.
-        products: How many Hessian-vector products they took.
+        products: How many Hessian-vector products they took, with the one by which a
+            fresh operator compares itself.
         converged: Whether every residual is within the tolerance asked for.
     """
 

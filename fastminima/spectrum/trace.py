@@ -29,11 +29,13 @@ def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
-        products: How many matrix-vector products to spend, at least 3.
+        products: How many matrix-vector products to spend, at least 3; those by which
+            an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller).
+        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
+            symmetric.
 
     Example:
         >>> import torch
@@ -55,11 +57,13 @@ def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
-        products: How many matrix-vector products to spend, at least 3.
+        products: How many matrix-vector products to spend, at least 3; those by which
+            an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller).
+        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
+            symmetric.
 
     Example:
         >>> import torch
@@ -74,7 +78,7 @@ def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
 
 def _estimate(problem: Problem, products: int, is_squared: bool) -> Estimate:
     if products >= problem.size:
-        value = sum(_form(problem, e, is_squared)[0] for e in _unit_vectors(problem))
+        value = _exact(problem, is_squared)
         return Estimate(value, 0.0, problem.products)
     if products < 3:
         raise ValueError(
@@ -85,13 +89,24 @@ def _estimate(problem: Problem, products: int, is_squared: bool) -> Estimate:
     basis, exact = _krylov(problem, min(products // _SHARE_EXACT, room), is_squared)
     samples = []
     dimensions = problem.size - len(basis)
-    while problem.products < products:
+    while problem.asked < products:
         u = problem.normal()
         u /= _project(u, basis)
         samples.append(dimensions * _form(problem, u, is_squared)[0])
-    drawn = torch.tensor(samples, dtype=torch.float64)
+    drawn = torch.tensor(samples, dtype=torch.float64, device="cpu")
     error = float(drawn.std() / len(samples) ** 0.5)
     return Estimate(exact + float(drawn.mean()), error, problem.products)
+
+
+def _exact(problem: Problem, is_squared: bool) -> float:
+    """The trace of the matrix or its square, from products with all unit vectors."""
+    total, images = 0.0, []
+    for e in _unit_vectors(problem):
+        value, w = _form(problem, e, is_squared)
+        total += value
+        images.append(w)
+    problem.look_at_rows(torch.stack(images))
+    return total
 
 
 def _form(problem: Problem, v: Tensor, is_squared: bool) -> tuple[float, Tensor]:

@@ -118,7 +118,7 @@ def test_vector_of_losses_under_a_grad_scaler(autocast):
     plain = fm.GradientProbe(model).backward(losses, retain_graph=True)
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    scaled = fm.GradientProbe(model).backward(losses, scale=2.0**10)
+    scaled = fm.GradientProbe(model).backward(losses * 2**10, scale=2.0**10)
     # Powers of two round nowhere, so not a bit differs.
     assert torch.equal(scaled.sq_norms, plain.sq_norms)
     for p, g in zip(model.parameters(), grads, strict=True):

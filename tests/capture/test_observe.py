@@ -102,13 +102,17 @@ def test_gradient_scaler(device):
     want = probe.backward(loss_of(model, x, y))
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     loss = loss_of(model, x, y, "mean")
-    probe.attach(loss, len(x), scale=scaler.get_scale())
+    probe.attach(loss, len(x))  # the scale is seen in the gradient that arrives
     scaler.scale(loss).backward()
     got = probe.collect()
     torch.testing.assert_close(got.sq_norms, want.sq_norms)
     torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
+    probe.attach(loss_again := loss_of(model, x, y, "mean"), len(x), scale=1024.0)
+    with pytest.warns(UserWarning, match="taken out once"):
+        scaler.scale(loss_again).backward()
+    torch.testing.assert_close(probe.collect().sq_norms, want.sq_norms)
     model.zero_grad()
-    got = probe.backward(loss_of(model, x, y), scale=1024.0)
+    got = probe.backward(scaler.scale(loss_of(model, x, y)), scale=1024.0)
     torch.testing.assert_close(got.sq_norms, want.sq_norms)
     torch.testing.assert_close(model[0].weight.grad / 1024, want.mean_grad["0.weight"])
 

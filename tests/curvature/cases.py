@@ -94,7 +94,7 @@ CASES = {
 }
 
 
-def make(name, dtype=torch.float64):
+def make(name, dtype=torch.float64, device="cpu"):
     """Model and batch (inputs, labels)."""
     torch.manual_seed(3)
     build, kind = CASES[name]
@@ -104,7 +104,7 @@ def make(name, dtype=torch.float64):
         _ROWS: lambda: torch.randn(10, 3, dtype=dtype),
         _IMAGES: lambda: torch.randn(10, 2, 4, 4, dtype=dtype),
     }[kind]()
-    return model, (inputs, torch.randint(3, (10,)))
+    return model.to(device), (inputs.to(device), torch.randint(3, (10,)).to(device))
 
 
 def loss(model, batch):

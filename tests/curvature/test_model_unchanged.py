@@ -11,7 +11,7 @@ import fastminima as fm
 from .cases import loss, losses, make, output_loss, outputs
 
 
-def make_delicate():
+def make_delicate(device):
     """Batch norm, dropout, gradients, a hook: everything that could be disturbed."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -19,7 +19,9 @@ def make_delicate():
     ).double()
     model[1].eval()
     model[0].bias.requires_grad_(False)
+    model = model.to(device)
     batch = (torch.randn(10, 3).double(), torch.randint(3, (10,)))
+    batch = tuple(t.to(device) for t in batch)
     loss(model, batch).backward()
     return model, batch
 
@@ -61,8 +63,8 @@ def disturb(model, batch):
 @pytest.mark.parametrize(
     "data", [lambda b: b, lambda b: [b, b]], ids=["one", "several"]
 )
-def test_nothing_changes(is_training, data):
-    model, batch = make_delicate()
+def test_nothing_changes(is_training, data, device):
+    model, batch = make_delicate(device)
     model.train(is_training)
     before = state(model)
     for operator in (
@@ -70,7 +72,7 @@ def test_nothing_changes(is_training, data):
         fm.GaussNewton(model, outputs, output_loss, data(batch)),
         fm.GradientCovariance(model, losses, data(batch)),
     ):
-        v = torch.ones(operator.shape[0], dtype=torch.float64)
+        v = torch.ones(operator.shape[0], dtype=torch.float64, device=device)
         operator @ v
         operator @ v
         _ = operator.gradient
@@ -80,8 +82,8 @@ def test_nothing_changes(is_training, data):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_changes_after_an_exception(error):
-    model, batch = make_delicate()
+def test_nothing_changes_after_an_exception(error, device):
+    model, batch = make_delicate(device)
     model[3].weight.register_hook(lambda g: g)
 
     def failing(model, batch):
@@ -91,12 +93,12 @@ def test_nothing_changes_after_an_exception(error):
     before = state(model)
     H = fm.Hessian(model, failing, batch)
     with pytest.raises(error, match="planted"):
-        H @ torch.ones(H.shape[0], dtype=torch.float64)
+        H @ torch.ones(H.shape[0], dtype=torch.float64, device=device)
     assert_same(before, state(model))
 
 
-def test_interrupted_operator_works_again():
-    model, batch = make("mlp")
+def test_interrupted_operator_works_again(device):
+    model, batch = make("mlp", device=device)
     calls = []
 
     def sometimes(model, batch):
@@ -106,19 +108,19 @@ def test_interrupted_operator_works_again():
         return loss(model, batch)
 
     H = fm.Hessian(model, sometimes, batch)
-    v = torch.ones(H.shape[0], dtype=torch.float64)
+    v = torch.ones(H.shape[0], dtype=torch.float64, device=device)
     with pytest.raises(KeyboardInterrupt):
         H @ v
     torch.testing.assert_close(H @ v, fm.Hessian(model, loss, batch) @ v)
 
 
-def test_dropout_is_one_fixed_operator():
-    model, batch = make_delicate()
+def test_dropout_is_one_fixed_operator(device):
+    model, batch = make_delicate(device)
     model.train()
     several = [batch, batch]
     for data in (batch, several):
         H = fm.Hessian(model, loss, data)
-        I = torch.eye(H.shape[0], dtype=H.dtype)
+        I = torch.eye(H.shape[0], dtype=H.dtype, device=device)
         first = H @ I
         torch.rand(3)
         for p in model.parameters():
@@ -151,10 +153,10 @@ def changes(model):
 
 
 @pytest.mark.parametrize("how", changes(nn.Linear(1, 1)))
-def test_graph_follows_the_parameters(how):
-    model, batch = make("mlp")
+def test_graph_follows_the_parameters(how, device):
+    model, batch = make("mlp", device=device)
     H = fm.Hessian(model, loss, batch)
-    v = torch.ones(H.shape[0], dtype=torch.float64)
+    v = torch.ones(H.shape[0], dtype=torch.float64, device=device)
     old = H @ v
     loss(model, batch).backward()
     changes(model)[how]()
@@ -163,12 +165,12 @@ def test_graph_follows_the_parameters(how):
     torch.testing.assert_close(H @ v, want, rtol=0, atol=0)
 
 
-def test_graph_follows_frozen_parameters_buffers_mode_and_batch():
-    model, batch = make("batch_norm")
+def test_graph_follows_frozen_parameters_buffers_mode_and_batch(device):
+    model, batch = make("batch_norm", device=device)
     model[0].weight.requires_grad_(False)
     model.eval()
     H = fm.Hessian(model, loss, batch)
-    v = torch.ones(H.shape[0], dtype=torch.float64)
+    v = torch.ones(H.shape[0], dtype=torch.float64, device=device)
 
     def follows():
         old = H @ v
@@ -190,8 +192,9 @@ def test_graph_follows_frozen_parameters_buffers_mode_and_batch():
         next(check)
 
 
-def test_one_batch_is_recorded_once():
-    model, batch = make("mlp")
+@pytest.mark.parametrize("name", ["mlp", "batch_norm"])
+def test_one_batch_is_recorded_once_and_once_to_compare(name, device):
+    model, batch = make(name, device=device)
     calls = []
 
     def counted(model, batch):
@@ -199,15 +202,17 @@ def test_one_batch_is_recorded_once():
         return loss(model, batch)
 
     H = fm.Hessian(model, counted, batch)
-    v = torch.ones(H.shape[0], dtype=torch.float64)
+    v = torch.ones(H.shape[0], dtype=torch.float64, device=device)
     for _ in range(4):
         H @ v
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
-def test_hooks_on_parameters_do_not_change_products():
-    model, batch = make("mlp")
-    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+def test_hooks_on_parameters_do_not_change_products(device):
+    model, batch = make("mlp", device=device)
+    v = torch.ones(
+        sum(p.numel() for p in model.parameters()), dtype=torch.float64, device=device
+    )
     want = fm.Hessian(model, loss, batch) @ v
     handle = model[0].weight.register_hook(lambda g: 10 * g)
     torch.testing.assert_close(fm.Hessian(model, loss, batch) @ v, want)
@@ -219,12 +224,12 @@ def test_hooks_on_parameters_do_not_change_products():
     torch.testing.assert_close(scaled, 10 * model[0].weight.grad)
 
 
-def test_memory_is_freed_with_the_operator():
+def test_memory_is_freed_with_the_operator(device):
     import weakref
 
-    model, batch = make("mlp")
+    model, batch = make("mlp", device=device)
     H = fm.Hessian(model, loss, batch)
-    H @ torch.ones(H.shape[0], dtype=torch.float64)
-    tape = weakref.ref(H._kept[1][0])
+    H @ torch.ones(H.shape[0], dtype=torch.float64, device=device)
+    tape = weakref.ref(H._kept.tape)
     del H
     assert tape() is None

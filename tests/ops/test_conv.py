@@ -11,6 +11,7 @@ from fastminima.ops import conv_native
 from fastminima.ops.conv import (
     ConvGeometry,
     conv_dots,
+    conv_fused,
     conv_gradients,
     conv_gram,
     conv_second_moment,
@@ -125,17 +126,26 @@ def test_references_agree_with_gradients(case):
     torch.testing.assert_close(dots, (grads * v).flatten(1).sum(1))
 
 
-def test_references_in_blocks(monkeypatch):
+@pytest.mark.parametrize("limit", [300, 3000, 60000])
+@pytest.mark.parametrize("name", CASES)
+def test_references_in_pieces(monkeypatch, name, limit):
+    """Of the batch, of the weight and of positions, the last ones smaller."""
+
     def statistics():
         return [
+            conv_gradients.reference(x, g, conv),
             conv_second_moment.reference(x, g, conv),
             conv_gram.reference(x, g, conv),
-            conv_sq_norms.reference(x, g, conv, False)[0],
+            conv_dots.reference(x, g, conv, v),
+            *conv_sq_norms.reference(x, g, conv, True),
+            *conv_fused.reference(x, g, conv, True, True),
         ]
 
-    conv, x, g = CASES["same 3x3"][0], *draw(CASES["same 3x3"], batch=7)
+    conv, x, g = CASES[name][0], *draw(CASES[name], batch=7)
+    x, g = x.double(), g.double()
+    v = torch.randn(conv.weight_shape(x, g), dtype=torch.float64)
     whole = statistics()
-    monkeypatch.setattr("fastminima.ops.conv._BLOCK", 8000)  # three blocks of 7 samples
+    monkeypatch.setattr("fastminima.ops._pieces.LIMIT", limit)
     torch.testing.assert_close(statistics(), whole)
 
 

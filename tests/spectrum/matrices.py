@@ -3,19 +3,23 @@
 import torch
 
 
-def rotated(eigenvalues, dtype=torch.float64, seed=0):
+def rotated(eigenvalues, dtype=torch.float64, seed=0, device="cpu"):
     """A symmetric matrix with these eigenvalues in a random orthonormal basis."""
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(len(values), len(values), generator=generator).double()
+    values = torch.as_tensor(eigenvalues, dtype=torch.float64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    size = len(values), len(values)
+    square = torch.randn(
+        size, generator=generator, dtype=torch.float32, device="cpu"
+    ).double()
     q = torch.linalg.qr(square)[0]
-    return ((q * values) @ q.T).to(dtype)
+    return ((q * values) @ q.T).to(device, dtype)
 
 
 def bulk(size, width, seed=1):
     """Small eigenvalues of both signs."""
-    generator = torch.Generator().manual_seed(seed)
-    return (width * torch.randn(size, generator=generator)).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+    return (width * drawn).tolist()
 
 
 SPECTRA = {
@@ -36,7 +40,7 @@ class Counted:
     def __init__(self, matrix, gradient=None):
         self._matrix, self.products = matrix, 0
         self.shape, self.dtype = matrix.shape, matrix.dtype
-        self.gradient = gradient
+        self.gradient, self.device = gradient, matrix.device
 
     def __matmul__(self, v):
         self.products += 1

@@ -25,8 +25,8 @@ def check(matrix, eigenvalues, pairs, which, k, rtol):
     assert pairs.converged
     assert pairs.values.shape == pairs.residuals.shape == (k,)
     assert pairs.vectors.shape == (k, len(eigenvalues))
-    values, vectors = pairs.values.double(), pairs.vectors.double()
-    errors = (vectors @ matrix.double() - values[:, None] * vectors).norm(dim=1)
+    values, vectors = pairs.values.double(), pairs.vectors.double().cpu()
+    errors = (vectors @ matrix.double().cpu() - values[:, None] * vectors).norm(dim=1)
     scale = max(abs(e) for e in eigenvalues)
     # float32 is good to 1e-7; 1e-5 |H| is lost before a run starts to reorthogonalise.
     loose = 3e-5 * scale if pairs.values.dtype == torch.float32 else 1e-9 * scale
@@ -47,8 +47,8 @@ def check(matrix, eigenvalues, pairs, which, k, rtol):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize(("name", "k"), CASES)
-def test_lanczos(name, k, which, dtype):
-    matrix = rotated(SPECTRA[name], dtype)
+def test_lanczos(name, k, which, dtype, device):
+    matrix = rotated(SPECTRA[name], dtype, device=device)
     counted = Counted(matrix)
     pairs = fm.top_eigenpairs(counted, k, which)
     check(matrix, SPECTRA[name], pairs, which, k, 1e-2)
@@ -70,17 +70,17 @@ def _is_for_power(name, k, which):
     ("name", "k", "which"),
     [(n, k, w) for n, k in CASES for w in WHICH if _is_for_power(n, k, w)],
 )
-def test_power(name, k, which):
+def test_power(name, k, which, device):
     eigenvalues = SPECTRA[name]
-    matrix = rotated(eigenvalues)
+    matrix = rotated(eigenvalues, device=device)
     pairs = fm.top_eigenpairs(
         matrix, k, which, method="power", rtol=1e-3, max_products=3000
     )
     check(matrix, eigenvalues, pairs, which, k, 1e-3)
 
 
-def test_power_shifts_itself_when_a_negative_eigenvalue_dominates():
-    matrix = rotated([-9.0, 3.0, 0.5, 0.1])
+def test_power_shifts_itself_when_a_negative_eigenvalue_dominates(device):
+    matrix = rotated([-9.0, 3.0, 0.5, 0.1], device=device)
     pairs = fm.top_eigenpairs(matrix, method="power", rtol=1e-3)
     assert pairs.values.item() == pytest.approx(3.0, rel=1e-5)
     pairs = fm.top_eigenpairs(-matrix, which="smallest", method="power", rtol=1e-3)
@@ -88,21 +88,21 @@ def test_power_shifts_itself_when_a_negative_eigenvalue_dominates():
 
 
 @pytest.mark.parametrize("multiplicity", [2, 3, 5])
-def test_multiplicity(multiplicity):
+def test_multiplicity(multiplicity, device):
     """Every copy comes out, beside larger and smaller single eigenvalues."""
     top = [8.0, *[6.0] * multiplicity, 4.0]
     eigenvalues = [*top, *bulk(500, 0.2)]
-    matrix = rotated(eigenvalues)
+    matrix = rotated(eigenvalues, device=device)
     for seed in range(5):
         pairs = fm.top_eigenpairs(matrix, len(top), seed=seed)
         check(matrix, eigenvalues, pairs, "largest", len(top), 1e-2)
 
 
-def test_value_that_the_start_does_not_see_is_found():
+def test_value_that_the_start_does_not_see_is_found(device):
     """The larger eigenvector is orthogonal to the gradient that the run starts from."""
     eigenvalues = [5.0, 4.0, *bulk(300, 0.2)]
-    matrix = torch.diag(torch.tensor(eigenvalues).double())
-    gradient = torch.zeros(302).double()
+    matrix = torch.diag(torch.tensor(eigenvalues, device=device).double())
+    gradient = torch.zeros(302, device=device).double()
     gradient[1] = 1.0
     for k in (1, 2):
         pairs = fm.top_eigenpairs(Counted(matrix, gradient), k, rtol=1e-3)
@@ -110,44 +110,44 @@ def test_value_that_the_start_does_not_see_is_found():
 
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4, 1e-8])
-def test_tolerance_is_kept(rtol):
+def test_tolerance_is_kept(rtol, device):
     eigenvalues = SPECTRA["outliers"]
-    matrix = rotated(eigenvalues)
+    matrix = rotated(eigenvalues, device=device)
     check(
         matrix, eigenvalues, fm.top_eigenpairs(matrix, 3, rtol=rtol), "largest", 3, rtol
     )
 
 
-def test_small_eigenvalues_are_measured_against_the_norm():
+def test_small_eigenvalues_are_measured_against_the_norm(device):
     """Beside -100, a zero is known to 1e-3 of 100 times rtol, and that is enough."""
     eigenvalues = [-100.0, *[0.0] * 30]
-    pairs = fm.top_eigenpairs(rotated(eigenvalues))
+    pairs = fm.top_eigenpairs(rotated(eigenvalues, device=device))
     assert pairs.converged
     assert abs(pairs.values.item()) <= 1e-2 * 1e-3 * 100
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_restarts_keep_what_was_found(monkeypatch, k):
+def test_restarts_keep_what_was_found(monkeypatch, k, device):
     """A basis that may hold few vectors is restarted, and the answer is the same."""
     eigenvalues = [1.05, 1.04, 1.03, 1.02, *torch.linspace(-1, 1, 300).tolist()]
-    matrix = rotated(eigenvalues)
+    matrix = rotated(eigenvalues, device=device)
     monkeypatch.setattr("fastminima.spectrum._krylov._BASIS_BYTES", 0)
     pairs = fm.top_eigenpairs(matrix, k, rtol=1e-3, max_products=2000)
     check(matrix, eigenvalues, pairs, "largest", k, 1e-3)
 
 
-def test_warm_start_costs_little():
+def test_warm_start_costs_little(device):
     eigenvalues = [9.0, 7.0, 5.0, *bulk(400, 0.3)]
-    matrix = rotated(eigenvalues)
+    matrix = rotated(eigenvalues, device=device)
     cold = fm.top_eigenpairs(matrix, 1)
-    moved = matrix + 0.02 * rotated(bulk(403, 1.0, seed=5), seed=6)
+    moved = matrix + 0.02 * rotated(bulk(403, 1.0, seed=5), seed=6, device=device)
     warm = fm.top_eigenpairs(moved, 1, start=cold.vectors)
     assert warm.converged
     assert warm.products <= 4 < cold.products
 
 
-def test_start_may_hold_several_vectors_or_one():
-    matrix = rotated(SPECTRA["outliers"])
+def test_start_may_hold_several_vectors_or_one(device):
+    matrix = rotated(SPECTRA["outliers"], device=device)
     cold = fm.top_eigenpairs(matrix, 3)
     warm = fm.top_eigenpairs(matrix, 3, start=cold.vectors)
     check(matrix, SPECTRA["outliers"], warm, "largest", 3, 1e-2)
@@ -155,27 +155,27 @@ def test_start_may_hold_several_vectors_or_one():
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_out_of_products_warns_and_returns_what_there_is(method):
-    matrix = rotated(torch.linspace(-1, 1, 200))
+def test_out_of_products_warns_and_returns_what_there_is(method, device):
+    matrix = rotated(torch.linspace(-1, 1, 200), device=device)
     with pytest.warns(
         ConvergenceWarning, match="stopped after 6 products.*max_products"
     ):
         pairs = fm.top_eigenpairs(matrix, 2, method=method, max_products=6)
     assert not pairs.converged
     assert pairs.products == 6
-    vectors, values = pairs.vectors, pairs.values
-    errors = (vectors @ matrix - values[:, None] * vectors).norm(dim=1)
+    vectors, values = pairs.vectors.cpu(), pairs.values
+    errors = (vectors @ matrix.cpu() - values[:, None] * vectors).norm(dim=1)
     torch.testing.assert_close(pairs.residuals, errors)
 
 
-def test_converged_does_not_warn():
+def test_converged_does_not_warn(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fm.top_eigenpairs(rotated(SPECTRA["outliers"]), 2)
+        fm.top_eigenpairs(rotated(SPECTRA["outliers"], device=device), 2)
 
 
-def test_global_generator_is_not_touched_and_seed_repeats():
-    matrix = rotated(SPECTRA["outliers"])
+def test_global_generator_is_not_touched_and_seed_repeats(device):
+    matrix = rotated(SPECTRA["outliers"], device=device)
     before = torch.get_rng_state()
     first, again, other = (fm.top_eigenpairs(matrix, 2, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -183,8 +183,8 @@ def test_global_generator_is_not_touched_and_seed_repeats():
     assert not torch.equal(first.vectors, other.vectors)
 
 
-def test_half_precision_matrix():
-    matrix = rotated([4.0, 1.0, 0.5, 0.2], torch.bfloat16)
+def test_half_precision_matrix(device):
+    matrix = rotated([4.0, 1.0, 0.5, 0.2], torch.bfloat16, device=device)
     pairs = fm.top_eigenpairs(matrix, rtol=0.05)
     assert pairs.values.dtype == torch.float32
     assert pairs.values.item() == pytest.approx(4.0, rel=0.05)
@@ -225,16 +225,18 @@ def test_probability_bound_holds():
         ({"start": torch.full((1, 4), float("nan"))}, "finite"),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_arguments_out_of_range(arguments, message, device):
     with pytest.raises(ValueError, match=message):
-        fm.top_eigenpairs(torch.eye(4), **arguments)
+        fm.top_eigenpairs(torch.eye(4, device=device), **arguments)
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_matrices_that_are_none(method):
+def test_matrices_that_are_none(method, device):
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
-        fm.top_eigenpairs(torch.ones(2, 3), method=method)
+        fm.top_eigenpairs(torch.ones(2, 3, device=device), method=method)
     with pytest.raises(ValueError, match=r"got \(0, 0\)"):
-        fm.top_eigenpairs(torch.ones(0, 0), method=method)
+        fm.top_eigenpairs(torch.ones(0, 0, device=device), method=method)
     with pytest.raises(ValueError, match="Product 1 with the matrix is not finite"):
-        fm.top_eigenpairs(torch.full((3, 3), float("nan")), method=method)
+        fm.top_eigenpairs(
+            torch.full((3, 3), float("nan"), device=device), method=method
+        )

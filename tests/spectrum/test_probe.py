@@ -12,12 +12,13 @@ def loss(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def make():
+def make(device):
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
     )
-    return model, (torch.randn(256, 20), torch.randint(5, (256,)))
+    batch = torch.randn(256, 20), torch.randint(5, (256,))
+    return model.to(device), tuple(t.to(device) for t in batch)
 
 
 def step(model, batch, rate=0.1):
@@ -28,8 +29,8 @@ def step(model, batch, rate=0.1):
             p -= rate * p.grad
 
 
-def test_warm_calls_take_few_products():
-    model, batch = make()
+def test_warm_calls_take_few_products(device):
+    model, batch = make(device)
     sharpness = fm.SharpnessProbe(model, loss)
     for _ in range(20):
         step(model, batch)
@@ -46,15 +47,15 @@ def test_warm_calls_take_few_products():
         assert warm.values.item() == pytest.approx(true, rel=0.01)
 
 
-def test_several_eigenvalues():
-    model, batch = make()
+def test_several_eigenvalues(device):
+    model, batch = make(device)
     sharpness = fm.SharpnessProbe(model, loss, k=3)
     for _ in range(3):
         step(model, batch)
         pairs = sharpness(batch)
     H = fm.Hessian(model, loss, batch)
-    true = torch.linalg.eigvalsh(H @ torch.eye(H.shape[0]))[-3:].flip(0)
-    torch.testing.assert_close(pairs.values, true, rtol=0.01, atol=0)
+    true = torch.linalg.eigvalsh(H @ torch.eye(H.shape[0], device=device))[-3:].flip(0)
+    torch.testing.assert_close(pairs.values, true.cpu(), rtol=0.01, atol=0)
 
 
 class Curves(nn.Module):
@@ -62,7 +63,7 @@ class Curves(nn.Module):
 
     def __init__(self, curvatures):
         super().__init__()
-        self.curvatures = torch.tensor(curvatures)
+        self.register_buffer("curvatures", torch.tensor(curvatures))
         self.weight = nn.Parameter(torch.ones(len(curvatures)))
 
 
@@ -70,9 +71,9 @@ def bowl(model, batch):
     return 0.5 * (model.curvatures * model.weight.square()).sum() * batch.mean()
 
 
-def test_direction_that_overtakes_is_found_at_a_cold_start():
-    model = Curves([1.0] + [0.01] * 400)
-    batch = torch.ones(1)
+def test_direction_that_overtakes_is_found_at_a_cold_start(device):
+    model = Curves([1.0] + [0.01] * 400).to(device)
+    batch = torch.ones(1, device=device)
     sharpness = fm.SharpnessProbe(model, bowl, cold_every=4)
     assert sharpness(batch).values.item() == pytest.approx(1, rel=0.01)
     model.curvatures[100] = 1.2
@@ -80,8 +81,8 @@ def test_direction_that_overtakes_is_found_at_a_cold_start():
     assert later[-1] == pytest.approx(1.2, rel=0.01)
 
 
-def test_reset_and_another_model_size_start_cold():
-    model, batch = make()
+def test_reset_and_another_model_size_start_cold(device):
+    model, batch = make(device)
     sharpness = fm.SharpnessProbe(model, loss)
     cold = sharpness(batch).products
     assert sharpness(batch).products < cold

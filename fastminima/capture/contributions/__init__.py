@@ -11,6 +11,7 @@ from .dense import Column, Dense, DenseBias, Stacked
 from .embedding import Embedding
 from .joined import Apart, Joined, joined
 from .moved import Placed, Pushed, reshaped
+from .pieces import InPieces, in_pieces
 
 __all__ = [
     "Apart",
@@ -22,11 +23,13 @@ __all__ = [
     "DenseBias",
     "Embedding",
     "Frames",
+    "InPieces",
     "Joined",
     "Materialized",
     "Placed",
     "Pushed",
     "Stacked",
+    "in_pieces",
     "joined",
     "reshaped",
 ]

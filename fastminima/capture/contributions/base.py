@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
+from ...ops._pieces import pieces
 
 __all__ = ["Contribution", "Fused", "Materialized", "sq_norms_of", "summed"]
-
-_CHUNK_BYTES = 64 << 20
 
 
 class Fused(NamedTuple):
@@ -37,23 +36,25 @@ class Contribution:
         raise NotImplementedError
 
     def chunks(self) -> Iterator[Tensor]:
-        """All samples' gradients, some at a time."""
-        bytes_each = 8 * max(1, int(torch.Size(self.shape).numel()))
-        step = max(1, _CHUNK_BYTES // bytes_each)
-        for lo in range(0, self.batch, step):
-            yield self.per_sample(lo, min(lo + step, self.batch))
+        """All samples' gradients, some at a time: each should be let go of in turn."""
+        for some in self._blocks():
+            yield self.per_sample(some.start, some.stop)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Slices of the batch whose gradients take a quarter of the limit."""
+        return pieces(self.batch, 4 * torch.Size(self.shape).numel(), 4)
 
     def sq_norms(self) -> Tensor:
         """|g_n|^2, `[batch]`."""
-        return torch.cat([sq_norms_of(chunk) for chunk in self.chunks()])
+        return torch.cat(list(map(sq_norms_of, self.chunks())))
 
     def second_moment(self) -> Tensor:
         """sum_n g_n^2 elementwise, of the parameter's shape."""
-        return summed(chunk.square().sum(0) for chunk in self.chunks())
+        return summed(map(_squares, self.chunks()))
 
     def total(self) -> Tensor:
         """sum_n g_n, of the parameter's shape: the ordinary gradient."""
-        return summed(chunk.sum(0) for chunk in self.chunks())
+        return summed(map(_sum, self.chunks()))
 
     def fused(self, *, with_second_moment: bool) -> Fused:
         """The ordinary gradient, norms and second moment, in one pass if there is one.
@@ -65,21 +66,35 @@ class Contribution:
 
     def gram(self) -> Tensor:
         """<g_n, g_m>, `[batch, batch]`."""
-        rows = [_flat(chunk) for chunk in self.chunks()]
-        if len(rows) == 1:
-            return rows[0] @ rows[0].t()
-        del rows
+        blocks = list(self._blocks())
+        if len(blocks) == 1:
+            samples = _flat(self.per_sample(0, self.batch))
+            return samples @ samples.t()
+        rows = [self._products(left, blocks[: i + 1]) for i, left in enumerate(blocks)]
+        gram = rows[0].new_empty(self.batch, self.batch)
+        for left, products in zip(blocks, rows, strict=True):
+            gram[left, : left.stop] = products
+            gram[: left.stop, left] = products.t()
+        return gram
+
+    def _products(self, left: slice, rights: Sequence[slice]) -> Tensor:
+        """Inner products of the samples of a block with those of blocks up to it."""
+        samples = _flat(self.per_sample(left.start, left.stop))
         return torch.cat(
             [
-                torch.cat([_flat(a) @ _flat(b).t() for b in self.chunks()], 1)
-                for a in self.chunks()
-            ]
+                samples @ (samples if some == left else self._flat_of(some)).t()
+                for some in rights
+            ],
+            dim=1,
         )
+
+    def _flat_of(self, some: slice) -> Tensor:
+        return _flat(self.per_sample(some.start, some.stop))
 
     def dots(self, direction: Tensor) -> Tensor:
         """<g_n, direction>, `[batch]`."""
         flat = direction.flatten()
-        return torch.cat([_flat(c) @ flat.to(c.dtype) for c in self.chunks()])
+        return torch.cat([_along(chunk, flat) for chunk in self.chunks()])
 
     def settled(self) -> Contribution:
         """The same, usable after the backward pass has left this node."""
@@ -102,6 +117,18 @@ def sq_norms_of(samples: Tensor) -> Tensor:
 
 def _flat(samples: Tensor) -> Tensor:
     return samples.reshape(len(samples), -1)
+
+
+def _squares(samples: Tensor) -> Tensor:
+    return samples.square().sum(0)
+
+
+def _sum(samples: Tensor) -> Tensor:
+    return samples.sum(0)
+
+
+def _along(samples: Tensor, flat: Tensor) -> Tensor:
+    return _flat(samples) @ flat.to(samples.dtype)
 
 
 class Materialized(Contribution):

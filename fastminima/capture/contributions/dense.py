@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
 from ...ops import broadcast, dense
+from ...ops.dense_pieces import Sequences
 from .base import Contribution, Fused, sq_norms_of, summed
 
 __all__ = ["Column", "Dense", "DenseBias", "Stacked"]
@@ -79,9 +80,7 @@ class Dense(Contribution):
         return dense.sequence_second_moment(self.right, self.left)
 
     def total(self) -> Tensor:
-        dtype = accumulation_dtype(self._g.dtype)
-        left, right = (x.flatten(0, 1).to(dtype) for x in (self.left, self.right))
-        return left.t() @ right
+        return Sequences(self.right, self.left).total()
 
     def fused(self, *, with_second_moment: bool) -> Fused:
         total, norms, self.bias_samples, moment = dense.sequence_fused(

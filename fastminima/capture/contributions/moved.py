@@ -29,8 +29,7 @@ class Placed(Contribution):
         self.batch = inner.batch
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
-        samples = self.inner.per_sample(lo, hi)
-        return torch.stack([self.place(g) for g in samples])
+        return _each(self.place, self.inner.per_sample(lo, hi), self.shape)
 
     def sq_norms(self) -> Tensor:
         return self.inner.sq_norms()
@@ -78,12 +77,21 @@ class Pushed(Contribution):
         self.batch = inner.batch
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
-        samples = self.inner.per_sample(lo, hi)
-        return torch.stack([self.push(g).to(g.dtype) for g in samples])
+        return _each(self.push, self.inner.per_sample(lo, hi), self.shape)
 
     def settled(self) -> Contribution:
         # The nodes that `push` runs through are freed as the pass goes on.
         return Materialized(self.per_sample(0, self.batch))
+
+
+def _each(
+    move: Callable[[Tensor], Tensor], samples: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    """Every sample's gradient moved: no list of them, beside what they end up in."""
+    moved = samples.new_empty(len(samples), *shape)
+    for into, grad in zip(moved, samples, strict=True):
+        into.copy_(move(grad))
+    return moved
 
 
 def reshaped(inner: Contribution, shape: tuple[int, ...]) -> Placed:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .._pieces import in_pieces
 from ..conv_geometry import ConvGeometry
 from ..dense_cost import guard
 from .conv_cost import GramTile, direct_tile, fastest_gram, is_depthwise
@@ -25,6 +29,27 @@ def conv_sq_norms(
     x: Tensor, g: Tensor, geometry: ConvGeometry, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Squared norm of each sample's weight gradient, and of its bias's if asked for."""
+    return _in_pieces(_sq_norms, x, g, geometry, with_bias)
+
+
+def _in_pieces(run: Callable[..., Any], x: Tensor, g: Tensor, *options: Any) -> Any:
+    """On some samples at a time, if all had to be copied to have channels last.
+
+    A third of the limit, as there are Gram matrices of images beside those copies.
+    """
+    size = torch.promote_types(x.dtype, g.dtype).itemsize
+    each = (x[:1].numel() + g[:1].numel()) * size
+    sums = (0, 3) if run is _fused else (0,) if run is _second_moment else ()
+
+    def some(rows: slice) -> Any:
+        return run(x[rows], g[rows], *options)
+
+    return in_pieces(some, len(g), each, 3, sums)
+
+
+def _sq_norms(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
     bias = _bias_gradients(g).square().sum(dim=1) if with_bias else None
     of = operands(x, g, geometry)
     if not of.rows.numel() or not of.image.numel():
@@ -69,6 +94,10 @@ def gram_norms(of: Operands, tile: GramTile) -> Tensor:
 
 def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     """Sum over the samples of the squared weight gradient, shaped like the weight."""
+    return _in_pieces(_second_moment, x, g, geometry)
+
+
+def _second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     of = operands(x, g, geometry)
     shape = geometry.weight_shape(x, g)
     if not of.rows.numel() or not of.image.numel():
@@ -85,6 +114,16 @@ def conv_fused(
     with_second_moment: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Weight gradient, squared norms, bias gradients, second moment, in one pass."""
+    return _in_pieces(_fused, x, g, geometry, with_bias, with_second_moment)
+
+
+def _fused(
+    x: Tensor,
+    g: Tensor,
+    geometry: ConvGeometry,
+    with_bias: bool,
+    with_second_moment: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     bias = _bias_gradients(g) if with_bias else None
     of = operands(x, g, geometry)
     shape = geometry.weight_shape(x, g)

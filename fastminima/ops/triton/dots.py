@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._arguments import contiguous_rows
+from .._pieces import in_pieces, step_of
 from ._time_tiles import PROGRAMS, power_of_two
 
 __all__ = ["sequence_dots", "sequence_multi_dots"]
@@ -95,6 +96,10 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     sizes = zip(_SIDES[kinds], (d_out, d_in), strict=True)
     outs, ins = (min(side, max(16, power_of_two(size))) for side, size in sizes)
     tiles = -(-d_out // outs) * -(-d_in // ins)
+    if batch > step_of(4 * tiles * directions):
+        return in_pieces(
+            lambda some: _dots(a[some], g[some], v), batch, 4 * tiles * directions
+        )
     chunk = -(-batch * tiles // max(PROGRAMS, tiles))
     is_half = a.dtype != torch.float32
     out = g.new_empty(tiles, batch, directions, dtype=torch.float32)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dense_pairs
+from .._pieces import lower_blocks, square_side, step_of
 from ._time_tiles import power_of_two
 
 __all__ = ["sequence_gram"]
@@ -217,15 +219,31 @@ def _is_by_rows(batch: int, time: int, d_in: int, d_out: int, dtype: Any) -> boo
     return by_rows <= d_in * d_out * (2 * time + products * batch + 8 * byte)
 
 
+class _RowCut(NamedTuple):
+    """How the products of rows are cut: tiles, and the parts of samples in them."""
+
+    block: _Blocks
+    samples: int
+    steps: int
+    spans: int  # parts of a sample
+    programs: int
+
+    @classmethod
+    def of(cls, batch: int, time: int, dtype: torch.dtype) -> _RowCut:
+        """The largest tiles that keep a GPU busy, or the smallest there are."""
+        cuts = []
+        for block in _FLOAT if dtype == torch.float32 else _HALF:
+            steps = min(block.rows, power_of_two(time))
+            samples, spans = block.rows // steps, -(-time // steps)
+            blocks = -(-batch // samples) * spans
+            programs = blocks * (blocks + 1) // 2
+            cuts.append(cls(block, samples, steps, spans, programs))
+        return next((cut for cut in cuts if cut.programs >= PROGRAMS), cuts[-1])
+
+
 def _by_rows(a: Tensor, g: Tensor) -> Tensor:
     (batch, time, d_in), d_out = a.shape, g.shape[2]
-    for block in _FLOAT if a.dtype == torch.float32 else _HALF:
-        steps = min(block.rows, power_of_two(time))
-        samples, spans = block.rows // steps, -(-time // steps)
-        blocks = -(-batch // samples) * spans
-        programs = blocks * (blocks + 1) // 2
-        if programs >= PROGRAMS:
-            break
+    block, samples, steps, spans, programs = _RowCut.of(batch, time, a.dtype)
     out = g.new_empty(batch * spans, batch * spans, dtype=torch.float32)
     _row_pairs_kernel[(programs,)](
         *(a, g, out, batch, time, d_in, d_out, spans),
@@ -259,7 +277,13 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """The matrix with what is below its diagonal also above, to the last bit."""
-    return gram.tril() + gram.tril(-1).T
+    for rows, columns in lower_blocks(len(gram), square_side(3 * gram.itemsize)):
+        block = gram[rows, columns]
+        if rows == columns:
+            block.copy_(block.tril() + block.tril(-1).T)
+        else:
+            gram[columns, rows] = block.T
+    return gram
 
 
 def _by_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -296,7 +320,7 @@ def _by_gradients(a: Tensor, g: Tensor) -> Tensor:
             num_warps=rows // 16,
             num_stages=3,
         )
-    return _mirrored(out.sum(dim=0))
+    return _mirrored(out[0] if splits == 1 else out.sum(dim=0))
 
 
 def sequence_gram(a: Tensor, g: Tensor) -> Tensor:
@@ -307,6 +331,15 @@ def sequence_gram(a: Tensor, g: Tensor) -> Tensor:
     (batch, time, d_in), d_out = a.shape, g.shape[2]
     if not batch * time * d_in * d_out:
         return g.new_zeros(batch, batch, dtype=torch.float32)
-    if _is_by_rows(batch, time, d_in, d_out, a.dtype):
+    if _is_by_rows(batch, time, d_in, d_out, a.dtype) and _fits(batch, time, a.dtype):
         return _by_rows(a, g)
+    cut = _Gradients.of(d_in, d_out, a.dtype)
+    if batch > step_of(4 * cut.outs * cut.ins):  # one tile of all samples' gradients
+        return dense_pairs.sequence_gram.reference(a, g)
     return _by_gradients(a, g)
+
+
+def _fits(batch: int, time: int, dtype: torch.dtype) -> bool:
+    """Whether products of parts of samples take little, or are those of samples."""
+    spans = _RowCut.of(batch, time, dtype).spans
+    return spans == 1 or 4 * (batch * spans) ** 2 <= step_of(1)

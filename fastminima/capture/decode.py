@@ -1,0 +1,321 @@
+"""From the norms of rows in several passes to the sample of each row.
+
+A row that belongs to sample n grows by exactly w_n where machines repeat themselves. On
+a GPU they do not: kernels that add with atomics round in another order in each pass, so
+rows grow by nearly w_n, and rows whose sums cancelled by anything. So evidence is
+weighed by size: what a row says counts as much as its norm, against the noise of this
+very pass, which a second plain pass shows.
+
+Rows that mix samples are another order of magnitude. Weights span 2^-8 ... 2^7, so a
+hundredth of a batch mean is 16 times the row of the lightest sample: over all rows,
+weighted by norm, |log2 growth - nearest level| is 6e-2 and more, where noise makes
+4e-3 in bfloat16 and 3e-6 in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import IrregularLayout, RowLayout, fit_layouts
+
+__all__ = ["Evidence", "Measurement", "Scheme", "usual_noise", "weigh"]
+
+_LEVELS = 16  # of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal
+_LARGER_THAN_UNDERFLOW = 1e-30
+_HALF_LEVELS = 4  # float16 underflows at 6e-8
+# log2 of a row's growth over a level, where passes are the same twice: exact but for
+# rounding in sums of rows. Rows that touch float16's subnormal range are rounded too.
+_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 2e-2
+# Mean deviation, weighted by norm, that no noise explains (see above).
+_MIXED = 3e-2
+# The worst of many rows of usual size over the mean (measured on an H100: 16 times).
+_WORST = 32.0
+_EXCESS = 6.0  # mean deviation over the noise of the pass that says "mixed"
+_FAINT = 0.25  # rows whose noise may be this large say nothing against a layout
+_LIKELY = 0.1  # ... and have a sample where they deviate by less
+
+
+@dataclass
+class Measurement:
+    """Labels of the rows of one node output, for two ways of reading rows.
+
+    `leading[i...]` labels all positions but the last dim, `trailing[j]` the places of
+    the last dim; each is None when rows read that way mix samples. -1 is a row that
+    says nothing: of zeros, or smaller than the noise of the pass.
+
+    Attributes:
+        faint: rows whose label is likely, but does not count against a layout.
+    """
+
+    shape: tuple[int, ...]
+    leading: np.ndarray | None
+    trailing: np.ndarray | None = None
+    faint: np.ndarray | None = None
+    _fits: dict[int, list[RowLayout]] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether no reading gives every row to one sample."""
+        return self.leading is None and self.trailing is None
+
+    def mixed(self) -> Measurement:
+        """The same output, with rows that do not belong to one sample each."""
+        return Measurement(self.shape, None)
+
+    def shows_all(self, batch: int) -> bool:
+        """Whether every sample was seen, so that what fits will fit again.
+
+        A gradient that was zero, or not finite, for some samples fits too much.
+        """
+        return self.seen == batch
+
+    @property
+    def seen(self) -> int:
+        """Number of samples whose rows were seen."""
+        labels = self.trailing if self.leading is None else self.leading
+        return 0 if labels is None else len(np.unique(labels[labels >= 0]))
+
+    @property
+    def firm(self) -> np.ndarray | None:
+        """The leading labels that count: -1 also where a row is faint."""
+        if self.leading is None or self.faint is None:
+            return self.leading
+        return np.where(self.faint, -1, self.leading)
+
+    def layouts(self, batch: int) -> list[RowLayout]:
+        """Regular layouts that fit, else the irregular one; empty when mixed."""
+        found = self._fits.get(batch)
+        if found is None:
+            found = self._fits[batch] = self._find(batch)
+        return list(found)
+
+    def _find(self, batch: int) -> list[RowLayout]:
+        found: list[RowLayout] = []
+        if self.firm is not None:
+            found += fit_layouts(self.firm, batch)
+        if not found and self.trailing is not None:
+            found += fit_layouts(self.trailing, batch, dim=len(self.shape) - 1)
+        if not found and self.leading is not None:
+            found.append(IrregularLayout(torch.from_numpy(self.leading.copy()), batch))
+        return found
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The weights of all passes over a batch, and how to read what comes back.
+
+    One plain pass and one more for each digit of a sample's number in base `base`;
+    more digits than it takes do no harm. A digit d stands for the weight
+    2^(d * spacing - levels / 2), so that weights span what the dtype allows.
+    """
+
+    batch: int
+    levels: int
+    digits: int
+    base: int
+    tolerance: float
+
+    @classmethod
+    def of(cls, batch: int, has_half: bool) -> Scheme:
+        """For a graph that computes in float16 somewhere, or does not."""
+        levels = _HALF_LEVELS if has_half else _LEVELS
+        digits = max(1, math.ceil(math.log(batch, levels) - 1e-9))
+        base = next(b for b in range(2, levels + 1) if b**digits >= batch)
+        tolerance = _HALF_TOLERANCE if has_half else _TOLERANCE
+        return cls(batch, levels, digits, base, tolerance)
+
+    @property
+    def spacing(self) -> int:
+        """Levels from one digit to the next."""
+        return (self.levels - 1) // (self.base - 1)
+
+    @property
+    def passes(self) -> int:
+        """How many it takes."""
+        return 1 + self.digits
+
+    def weights(self, number: int) -> Tensor:
+        """`[batch]` for pass `number`; ones for the first, and for those repeated."""
+        if not 0 < number < self.passes:
+            return torch.ones(self.batch, dtype=torch.float32, device="cpu")
+        sample = torch.arange(self.batch, dtype=torch.int64, device="cpu")
+        digit = sample // self.base ** (number - 1) % self.base
+        return torch.exp2((digit * self.spacing - self.levels // 2).float())
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the norms of some rows say, before the noise of the pass is known.
+
+    Attributes:
+        plain: norms in the plain pass, 1 where a row says nothing.
+        known: where rows say something.
+        label: the sample whose weights are nearest.
+        deviation: how far the row's growth is from them, in log2.
+        change: the same for a second plain pass; None where there was none.
+    """
+
+    scheme: Scheme
+    plain: Tensor
+    known: Tensor
+    label: Tensor
+    deviation: Tensor
+    change: Tensor | None
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether every row grew by a sample's weights, to rounding."""
+        return not bool((self.deviation > self.scheme.tolerance).any())
+
+    @cached_property
+    def share(self) -> Tensor:
+        """What each row's word weighs."""
+        size = torch.where(self.known, self.plain, 0)
+        return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean deviation of the rows that are off, weighted by their norms."""
+        is_off = self.deviation > self.scheme.tolerance
+        return float((self.share * self.deviation * is_off).sum())
+
+    @cached_property
+    def noise(self) -> float:
+        """Mean change from one plain pass to the other, weighted alike."""
+        return 0.0 if self.change is None else float((self.share * self.change).sum())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes a second plain pass to tell."""
+        return not self.is_exact and self.change is None and self.mean < _MIXED
+
+    def rows(self, usual_noise: float) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Labels, None where rows mix samples; and which of them are faint.
+
+        `usual_noise` is that of other outputs of the graph: few rows may agree twice
+        by chance.
+        """
+        if self.is_exact:
+            return _numpy(torch.where(self.known, self.label, -1)), None
+        tolerance = self.scheme.tolerance
+        noise = max(self.noise, usual_noise) if self.change is not None else 0.0
+        if self.mean > min(_MIXED, max(_EXCESS * noise, tolerance / 10)):
+            return None, None
+        usual = (self.share * self.plain).sum()
+        floor = max(noise, torch.finfo(self.plain.dtype).eps)
+        allowed = _WORST * floor * (usual / self.plain).clamp(min=1)
+        faint = self.known & (allowed >= _FAINT)
+        is_off = self.deviation > allowed.clamp(min=tolerance)
+        if bool((self.known & ~faint & is_off).any()):
+            return None, None
+        is_told = ~faint | (self.deviation <= tolerance)
+        if self.change is not None:
+            is_steady = self.change <= _LIKELY / 2
+            is_told |= (self.deviation <= _LIKELY) & is_steady
+        labels = torch.where(self.known & is_told, self.label, -1)
+        return _numpy(labels), _numpy(faint) if noise > 0 else None
+
+
+def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
+    """What the norms of rows in each pass say; None where samples cancelled.
+
+    A plain pass, one for each digit, and, where there is one, a second plain pass.
+    """
+    exact = _exact(norms[: scheme.passes], scheme)
+    if exact is not None:
+        return exact
+    weighted = torch.stack(list(norms[1 : scheme.passes]))
+    plain = norms[0]
+    if _cancelled(plain, weighted, scheme):
+        return None
+    known = torch.isfinite(plain) & (plain > 0)
+    known &= (torch.isfinite(weighted) & (weighted > 0)).all(0)
+    safe = torch.where(known, plain, 1)
+    growth = torch.where(known, weighted, 1).div_(safe).log2_()
+    label, deviation = _nearest(growth, scheme)
+    change = None
+    if len(norms) > scheme.passes:
+        again = norms[-1]
+        is_there = known & torch.isfinite(again) & (again > 0)
+        change = torch.where(is_there, again / safe, 1).log2_().abs_()
+    deviation = torch.where(known, deviation, 0)
+    return Evidence(scheme, safe, known, label, deviation, change)
+
+
+def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
+    """The same where every row grew by a power of two to the last bit: the usual way.
+
+    None where one did not.
+    """
+    plain = norms[0]
+    mantissa, exponent = torch.frexp(plain)
+    known = plain > 0
+    label = torch.zeros_like(exponent)
+    is_told = ~known | (plain < math.inf)
+    for number, weighted in enumerate(norms[1:]):
+        grown, level = torch.frexp(weighted)
+        level = level - exponent + scheme.levels // 2
+        digit = level.div(scheme.spacing, rounding_mode="floor")
+        is_told &= grown == mantissa
+        is_digit = (digit * scheme.spacing == level) & (digit >= 0)
+        is_told &= ~known | (is_digit & (digit < scheme.base))
+        label += digit * scheme.base**number
+    is_told &= ~known | (label < scheme.batch)
+    if not bool(is_told.all()):
+        return None
+    nothing = torch.zeros((), dtype=plain.dtype, device=plain.device)
+    return Evidence(scheme, plain, known, label, nothing, None)
+
+
+def _cancelled(plain: Tensor, weighted: Tensor, scheme: Scheme) -> bool:
+    """Whether rows are zero with one set of weights and not with another.
+
+    Then their samples cancelled. (What is below that, or in float16, may underflow in a
+    product with 2^-8; what is small beside other rows is rounding.)
+    """
+    if scheme.levels != _LEVELS:
+        return False
+    least = max(_LARGER_THAN_UNDERFLOW, 1e-6 * _largest(plain))
+    one_is_zero = (plain == 0) != (weighted == 0)
+    return bool((one_is_zero & (torch.fmax(plain, weighted) > least)).any())
+
+
+def _largest(plain: Tensor) -> float:
+    finite = plain.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _nearest(growth: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The label whose weights are nearest, and by how much the worst pass is off.
+
+    One half (in log2) is as much as it can be off, and what no sample's weight is.
+    """
+    spacing, lowest = scheme.spacing, -(scheme.levels // 2)
+    digit = ((growth - lowest) / spacing).round_()
+    off = (growth - lowest - digit * spacing).abs_()
+    off.clamp_(max=0.5)[(digit < 0) | (digit >= scheme.base)] = 0.5
+    label = torch.zeros(growth.shape[1:], dtype=torch.int64, device=growth.device)
+    for number, of_pass in enumerate(digit):
+        label += of_pass.to(torch.int64) * scheme.base**number
+    deviation = off.amax(0)
+    deviation[label >= scheme.batch] = 0.5
+    return label, deviation
+
+
+def _numpy(t: Tensor) -> np.ndarray:
+    return t.cpu().numpy()
+
+
+def usual_noise(evidence: Iterable[Evidence]) -> float:
+    """Half the median noise of the outputs that are not the same twice."""
+    noise = [e.noise for e in evidence if e.change is not None and 0 < e.mean < _MIXED]
+    return statistics.median(noise) / 2 if noise else 0.0

@@ -1,0 +1,68 @@
+"""Operators that are the mean of their samples' operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ._operator import CurvatureOperator
+from ._weights import check_weights
+
+__all__ = ["MeanOperator"]
+
+
+class MeanOperator(CurvatureOperator):
+    """An operator over the data that is the mean of its samples' operators."""
+
+    def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
+        split = [self._layout.split(column) for column in columns]
+        return self._mean(lambda tape: [tape.product(parts) for parts in split])
+
+    def _gradient(self) -> Tensor:
+        return self._mean(lambda tape: [tape.gradient()])[0]
+
+    def _weigh(self, batch: Any, weight: int) -> None:
+        if self._batches.is_counted or weight < 2 or not self._checks.needs_weights():
+            return
+        if len(set(self._batches.sizes(batch))) > 1:
+            return  # which are the rows cannot be told; the batches must be alike
+        state = self._generators()
+        roots = self._evaluate(batch)
+        tolerance = self._checks.tolerance_of(roots)
+        whole = self._slope(roots)
+        del roots
+        state.restore()
+        check_weights(
+            lambda part: self._slope(self._evaluate(part)),
+            *(batch, whole, weight, tolerance),
+        )
+        state.restore()
+        self._checks.weights_known = True
+
+    def _slope(self, roots: tuple[Tensor, ...]) -> Tensor:
+        """The flat gradient of a batch, out of the count."""
+        with self._explained(roots):
+            return self._layout.join(self._make(roots).gradient())
+
+    def _mean(self, visit: Callable[[Any], list[Any]]) -> list[Tensor]:
+        with self._recorded() as recordings:
+            tape, total = next(recordings)
+            sums = [self._layout.join(parts) for parts in self._visited(visit, tape)]
+            if self._batches.is_single:
+                return sums
+            for s in sums:
+                s.mul_(total)
+            del tape
+            for tape, weight in recordings:
+                found = self._visited(visit, tape)
+                for s, parts in zip(sums, found, strict=True):
+                    s.add_(self._layout.join(parts), alpha=weight)
+                total += weight
+                del tape, found
+            return [s.div_(total) for s in sums]
+
+    def _visited(self, visit: Callable[[Any], list[Any]], tape: Any) -> list[Any]:
+        with self._explained(tape.roots):
+            return visit(tape)

@@ -1,0 +1,225 @@
+"""What the recorded graph tells: its precision, and nodes that cannot be trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = [
+    "Survey",
+    "explained",
+    "foreign_leaves",
+    "nodes_of",
+    "place_of",
+    "refuse_nodes",
+    "survey",
+]
+
+# All functions made by `once_differentiable` share one code object.
+_ONCE = once_differentiable(lambda *_: None).__code__
+_MESSAGE = re.compile(
+    r"derivative|differentia|double backward|numpy\(\)|Sparse|grad_fn", re.IGNORECASE
+)
+_OPERATION = re.compile(r"derivative for '?(?:aten::)?(\w+)")
+_REMEDIES = {
+    "EmbeddingBag": "Use nn.Embedding and a sum or mean over the bag.",
+    "Embedding": "Use nn.Embedding(..., sparse=False).",
+    "Cdist": "Write the distances out: (x[:, None] - y).square().sum(-1).sqrt().",
+    "Pdist": "Write the distances out: (x[:, None] - x).square().sum(-1).sqrt().",
+    "ScaledDotProduct": "Leave out the sdpa_kernel(...) inside the closure: the "
+    "operators choose a form of attention that can be differentiated twice.",
+    "Rnn": "Run it under torch.backends.cudnn.flags(enabled=False).",
+    "CtcLoss": "Leave that loss out, or freeze the layers before it.",
+}
+# Where 1 - p is computed from p near 1, or a logarithm from its argument near 1.
+_SATURATING = ("Softmax", "Sigmoid", "Softplus", "BinaryCrossEntropy", "Log", "Exp")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the nodes of a graph say about its numbers.
+
+    Attributes:
+        eps: Machine precision of the narrowest floating dtype in it.
+        dtype: That dtype.
+        saturates: Whether a probability may come so near 1 that rounding is all that
+            is left of its distance.
+        functions: Names of functions written in Python (`torch.autograd.Function`).
+    """
+
+    eps: float
+    dtype: torch.dtype
+    saturates: bool
+    functions: tuple[str, ...]
+
+    def __or__(self, other: Survey) -> Survey:
+        narrow = self if self.eps >= other.eps else other
+        return Survey(
+            narrow.eps,
+            narrow.dtype,
+            self.saturates or other.saturates,
+            tuple(dict.fromkeys(self.functions + other.functions)),
+        )
+
+
+def nodes_of(roots: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs of some tensors, each once, the last first."""
+    waiting = [root.grad_fn for root in roots]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        yield node
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                waiting.append(child)
+
+
+def survey(roots: Sequence[Tensor]) -> Survey:
+    """The precision of a graph, and what in it may need more of it."""
+    eps, narrow, saturates = 0.0, torch.float32, False
+    functions: list[str] = []
+    has_convolution = False
+    for node in nodes_of(roots):
+        for meta in node._input_metadata:
+            dtype = meta.dtype
+            if dtype.is_floating_point and torch.finfo(dtype).eps > eps:
+                eps, narrow = torch.finfo(dtype).eps, dtype
+        saturates = saturates or any(word in node.name() for word in _SATURATING)
+        has_convolution = has_convolution or "Convolution" in node.name()
+        function = getattr(node, "_forward_cls", None)
+        if function is not None:
+            functions.append(function.__name__)
+    if narrow == torch.float32:
+        narrow = _of_products(roots, has_convolution)
+    return Survey(torch.finfo(narrow).eps, narrow, saturates, tuple(functions))
+
+
+def _of_products(roots: Sequence[Tensor], has_convolution: bool) -> torch.dtype:
+    """The dtype that is as precise as products of float32 matrices are here."""
+    if torch.get_float32_matmul_precision() == "medium":
+        return torch.bfloat16
+    is_cuda = any(root.is_cuda for root in roots)
+    if torch.get_float32_matmul_precision() == "high" or (
+        is_cuda and has_convolution and torch.backends.cudnn.allow_tf32
+    ):
+        return torch.float16  # TF32 has as many digits
+    return torch.float32
+
+
+def refuse_nodes(roots: Sequence[Tensor], names: Mapping[int, str]) -> None:
+    """ValueError for nodes whose second derivative is missing without a word.
+
+    `names` are the parameters' names by `id`.
+    """
+    for node in nodes_of(roots):
+        fault = _fault(node)
+        if fault:
+            raise ValueError(
+                f"The loss has no second derivative here: {node.name()} "
+                f"({place_of(node, names)}) {fault}"
+            )
+
+
+def _fault(node: Any) -> str | None:
+    function = getattr(node, "_forward_cls", None)
+    if function is not None:
+        if function.__module__.startswith("torch.utils.checkpoint"):
+            return (
+                "is a reentrant checkpoint: the parameters inside are not in the "
+                "graph. Pass use_reentrant=False to checkpoint()."
+            )
+        if getattr(function.backward, "__code__", None) is _ONCE:
+            return (
+                f"is {function.__name__}, whose backward is marked once_differentiable "
+                "and would count as constant. Write backward with differentiable "
+                "operations on saved tensors, and drop the decorator."
+            )
+        return None
+    if getattr(node, "_saved_sparse", False):
+        return f"has sparse gradients. {_REMEDIES['Embedding']}"
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        return (
+            "divides its gradients by how often an index occurs "
+            "(scale_grad_by_freq=True): they are not those of the loss, and their "
+            "derivatives no symmetric matrix. Use scale_grad_by_freq=False."
+        )
+    return None
+
+
+def place_of(node: Any, names: Mapping[int, str]) -> str:
+    """The layer of a node, by the nearest of the parameters below it."""
+    waiting, seen = [node], {node}
+    for upper in waiting:
+        name = names.get(id(getattr(upper, "variable", None)))
+        if name is not None:
+            layer = name.rpartition(".")[0]
+            return f"layer {layer!r}, {name}" if layer else f"parameter {name!r}"
+        for child, _ in upper.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return "no parameter of the model below it"
+
+
+@contextlib.contextmanager
+def explained(
+    roots: Sequence[Tensor], names: Mapping[int, str], closure: str
+) -> Iterator[None]:
+    """Around derivatives: says which node lacks one, and what to use instead.
+
+    Raises:
+        ValueError: In the place of PyTorch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        message = str(error).partition("\n")[0][:200]
+        if not _MESSAGE.search(message):
+            raise
+        raise ValueError(
+            f"The gradient of {closure} cannot be differentiated once more"
+            f"{_culprit(message, roots, names)} PyTorch says: {message}"
+        ) from error
+
+
+def _culprit(message: str, roots: Sequence[Tensor], names: Mapping[int, str]) -> str:
+    named = _OPERATION.search(message)
+    functions = []
+    for node in nodes_of(roots):
+        if named and _core(node.name()) == _core(named[1]):
+            where = (
+                f": {node.name()} ({place_of(node, names)}) has no second derivative."
+            )
+            remedy = next((r for n, r in _REMEDIES.items() if n in node.name()), "")
+            return f"{where} {remedy or 'Use other operations there.'}"
+        if hasattr(node, "_forward_cls"):
+            functions.append(f"{node.name()} ({place_of(node, names)})")
+    if functions:
+        return (
+            f". The suspects are functions written in Python: {', '.join(functions)}; "
+            "their backward must consist of differentiable operations."
+        )
+    return ". Use operations there that have a second derivative."
+
+
+def _core(name: str) -> str:
+    """`_embedding_bag_backward` and `EmbeddingBagBackward0` alike."""
+    return re.sub(r"[^a-z]", "", name.rpartition("::")[2].lower())
+
+
+def foreign_leaves(roots: Sequence[Tensor], own: Mapping[int, str]) -> list[Tensor]:
+    """Trainable tensors in a graph that are none of the parameters in `own`."""
+    leaves = [getattr(node, "variable", None) for node in nodes_of(roots)]
+    return [leaf for leaf in leaves if leaf is not None and id(leaf) not in own]

@@ -1,0 +1,199 @@
+"""Records the graph of each batch, and keeps that of a single one."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._flat import FlatLayout
+from ._checks import Checks
+from ._data import Batches
+from ._functions import look_at_functions
+from ._guard import differentiable, parameters_kept, unchanged
+from ._nodes import explained, survey
+from ._random import RandomState
+from ._rewrites import Rewrites
+from ._state import Snapshot
+from ._tape import Tape
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class _Kept:
+    """The graph of a single batch, and what it was recorded from."""
+
+    tape: Any
+    weight: int
+    snapshot: Snapshot
+    uses: int = 0
+
+
+class Recorder(abc.ABC):
+    """The graphs of a model's loss over the data, under checks.
+
+    What a subclass says is how closures are called (`_evaluate`) and how a graph is
+    made ready for products (`_make`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        closures: Sequence[Callable[..., Any]],
+        data: Any,
+        count: Callable[[Any], int] | None,
+    ) -> None:
+        self._model = model
+        self._closures = tuple(closures)
+        self._layout = FlatLayout(model)
+        self._batches = Batches(data, count)
+        self._random = self._generators()
+        self._checks = Checks(type(self).__name__, model)
+        self._kept: _Kept | None = None
+        self._fresh: tuple[Tape, int] | None = None
+        self._rewrites = Rewrites()
+
+    @abc.abstractmethod
+    def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
+        """What the closures return: the first by the model, the last the loss."""
+
+    @abc.abstractmethod
+    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+        """The graph of what `_evaluate` returned, ready for products."""
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[Iterator[tuple[Any, int]]]:
+        """Within, each batch's recorded graph with its number of samples."""
+        self._follow_parameters()
+        self._is_kept()
+        with self._context():
+            try:
+                yield self._recordings()
+                fresh = self._fresh
+            finally:
+                self._fresh = None
+        if fresh is not None:
+            batch, _ = next(iter(self._batches))
+            snapshot = Snapshot(self._model, batch, self._closures)
+            self._kept = _Kept(*fresh, snapshot)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Where closures run: nothing remains changed, everything is recorded."""
+        named = list(self._model.named_parameters())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unchanged(self._model, self._generators()))
+            if self._checks.noise is None:
+                stack.enter_context(parameters_kept(named, self._closure))
+            self._rewrites = stack.enter_context(differentiable(self._layout.device))
+            yield
+
+    def _recordings(self) -> Iterator[tuple[Any, int]]:
+        self._checks.start_pass()
+        if self._kept is not None:
+            self._checks.note(self._kept.weight, self._kept.tape.value)
+            yield self._kept.tape, self._kept.weight
+            return
+        self._random.restore()
+        for batch, weight in self._batches:
+            if self._batches.is_single:
+                self._fresh = self._record(batch, weight), weight
+                yield self._fresh
+            else:
+                self._weigh(batch, weight)
+                yield self._record(batch, weight), weight
+
+    def _record(self, batch: Any, weight: int) -> Tape:
+        roots = self._evaluate(batch)
+        self._checks.look_at_graph(roots)
+        if self._checks.needs_functions():
+            self._look_at_functions(batch)
+        with self._explained(roots):
+            tape = self._make(roots)
+        self._checks.look_at_reach(tape.reached, roots, self._layout, self._closure)
+        # A vector of losses says itself how many samples it has.
+        self._checks.note(weight * roots[-1].numel(), tape.value)
+        return tape
+
+    def _look_at_functions(self, batch: Any) -> None:
+        state = self._generators()
+
+        def evaluate() -> tuple[Tensor, ...]:
+            state.restore()
+            return self._evaluate(batch)
+
+        parameters, names = self._layout.parameters, self._checks.names()
+        once = self._first_order
+        for part, is_second in ((slice(once), False), (slice(once, None), True)):
+            if survey(self._evaluate(batch)[part]).functions:
+                look_at_functions(
+                    *(lambda p=part: evaluate()[p], parameters, names),
+                    is_second=is_second,
+                )
+        state.restore()
+        self._checks.functions_known = True
+
+    def _weigh(self, batch: Any, weight: int) -> None:  # noqa: B027
+        """One of several batches, before it is recorded: is that what it weighs?"""
+
+    @property
+    def _first_order(self) -> int:
+        """How many of the roots are differentiated by parameters only once."""
+        return 1
+
+    def _explained(self, roots: Sequence[Tensor]):
+        return explained(roots, self._checks.names(), self._closure)
+
+    def _is_kept(self) -> bool:
+        """Whether there is a kept graph, of what is there now."""
+        if self._kept is None:
+            return False
+        if self._kept.snapshot.is_current():
+            return True
+        if not self._kept.snapshot.is_same_kind:
+            self._checks.forget()
+        self._kept = None
+        return False
+
+    def _follow_parameters(self) -> None:
+        """Take in parameters put in the place of others; ValueError where none fits."""
+        if not self._layout.is_of(self._model):
+            self._layout = self._layout.following(self._model)
+            self._kept = None
+
+    def _generators(self) -> RandomState:
+        return RandomState(self._layout.device, self._batches.generators)
+
+    def _versions(self) -> list[int]:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
+        """What a closure returns; ValueError if it makes gradients by itself."""
+        with self._rewrites.remembering():
+            value = closure(*arguments)
+        if any(p.grad is not None for p in self._model.parameters()):
+            raise ValueError(
+                f"{self._closure} calls backward itself: gradients of the parameters "
+                "appeared (they were removed again). Return the loss, and leave its "
+                "derivatives to the operator."
+            )
+        return value
+
+    @property
+    def _closure(self) -> str:
+        return "loss(model, batch)"
+
+    def _says_the_same(self) -> bool:
+        """Whether the loss of the single batch is what it was when recorded."""
+        assert self._kept is not None
+        with self._context():
+            self._random.restore()
+            batch, _ = next(iter(self._batches))
+            loss = self._evaluate(batch)[-1].detach().mean()
+        return self._checks.is_same_loss(float(loss), float(self._kept.tape.value))

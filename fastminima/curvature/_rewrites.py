@@ -1,0 +1,100 @@
+"""Functions of PyTorch that give way to what can be differentiated twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Rewrites"]
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+class Rewrites(TorchFunctionMode):
+    """The same values, by operations with a right second derivative.
+
+    - `weight_norm`: the fused kernel's second derivative is wrong (PyTorch 2.13 on the
+      CPU: not symmetric), so the quotient is written out.
+    - `embedding` with `max_norm` rescales rows of the weight itself. Here the rescaled
+      weight is another tensor, which takes the place of the weight from there on; the
+      gradient goes to the weight unchanged, as it does outside.
+    - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rescaled: dict[int, tuple[Tensor, Tensor]] = {}
+        self._remembers = False
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within (one call of a closure), a rescaled weight stands for the weight."""
+        self._remembers = True
+        try:
+            yield
+        finally:
+            self._remembers = False
+            self._rescaled.clear()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, or what stands for it."""
+        kwargs = kwargs or {}
+        if self._rescaled:
+            args = tuple(map(self._now, args))
+            kwargs = {name: self._now(value) for name, value in kwargs.items()}
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        if func is F.embedding or func is F.embedding_bag:
+            return self._embedding(func, *args, **kwargs)
+        if func in _RECURRENT:
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _now(self, value: Any) -> Any:
+        """What stands for a weight since its rows were rescaled."""
+        if type(value) in (list, tuple):
+            return type(value)(map(self._now, value))
+        known = self._rescaled.get(id(value))
+        return value if known is None else known[1]
+
+    def _embedding(
+        self, func: Callable[..., Any], input: Tensor, weight: Tensor, *args, **kwargs
+    ) -> Tensor:
+        max_norm = kwargs.pop("max_norm", args[1] if len(args) > 1 else None)
+        if max_norm is None:
+            return func(input, weight, *args, **kwargs)
+        norm_type = kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0)
+        args = (args[0], None, *args[2:]) if len(args) > 1 else args
+        rescaled = _rescaled(weight, input, max_norm, norm_type)
+        if self._remembers:
+            known = self._rescaled.values()
+            original = next((w for w, now in known if now is weight), weight)
+            self._rescaled[id(original)] = original, rescaled
+        return func(input, rescaled, *args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """V g / |v|, the norm over all dimensions but `dim`."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _rescaled(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """The weight with the rows in `ids` shortened, its gradient passed on as it is."""
+    with torch.no_grad():
+        shift = weight.detach().clone()
+        torch.embedding_renorm_(shift, ids.contiguous(), max_norm, norm_type)
+        shift.sub_(weight)
+    return weight + shift

@@ -1,0 +1,169 @@
+"""No way of computing holds more than 64 MiB, or than its arguments, at a time.
+
+Sizes are known before anything is computed, so tensors without data will do: those of
+the benchmark workloads with 32 times their batch.
+"""
+
+import importlib.util
+from itertools import chain
+
+import pytest
+import torch
+from held import bytes_of, held
+from kernels.capturable import CudaStandIn, cuda_ops
+from layer_sizes import arguments, layers
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.kernels.cases import Tensors, all_ops
+from benchmarks.workloads import WORKLOADS
+from fastminima.ops import _pieces
+
+DTYPES = [torch.float32, torch.bfloat16]
+OPS = all_ops()
+# They count distinct ids, which tensors without data have none of.
+BY_VALUE = {
+    "embedding_sq_norms",
+    "embedding_gram",
+    "embedding_second_moment",
+    "embedding_gradients",
+}
+SLOW = ("W3", "W4", "W5")  # many samples or layers, and many pieces
+LAYERED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in WORKLOADS
+]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def allowed(args):
+    return max(_pieces.LIMIT, bytes_of(args))
+
+
+def check(run, args, what):
+    found = held(lambda: run(*args))
+    mib = 2**-20
+    assert found.most <= allowed(args), (
+        f"{what} holds {found.most * mib:.1f} MiB after {found.by}; its arguments take "
+        f"{bytes_of(args) * mib:.1f} MiB: {[tuple(x.shape) for x in tensors(args)]}"
+    )
+
+
+def tensors(args):
+    return [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+
+
+def calls(workload, dtype, times=32, device="meta"):
+    new = Tensors(device, dtype)
+    for layer in layers(workload, times):
+        for name, args in arguments(layer, new):
+            yield OPS[name], args
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workload", LAYERED)
+def test_references(workload, dtype):
+    checked = 0
+    for op, args in calls(workload, dtype):
+        if op.name not in BY_VALUE:
+            check(op.reference, args, f"{op.name} by reference")
+            checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_vectors(workload, dtype):
+    """Lists of a model's parameters twice over, and as one vector."""
+    for name, args in vector_arguments(workload, dtype, 2, "meta"):
+        check(OPS[name].reference, args, f"{name} by reference")
+
+
+def vector_arguments(workload, dtype, times, device):
+    with torch.device("meta"):
+        model = WORKLOADS[workload].make_model()
+    new = Tensors(device, dtype)
+
+    def some():
+        return [new.normal(*p.shape) for _ in range(times) for p in model.parameters()]
+
+    yield "multi_dot", (some(), some())
+    yield "multi_sq_norm", (some(),)
+    yield "multi_axpy", (some(), some(), 0.5)
+    yield "langevin_step_", (some(), some(), 0.1, 0.01, 1, 0)
+    count = sum(p.numel() for p in model.parameters()) * times
+    yield "sq_norm", (new.normal(count),)
+    yield "gaussian_fill_", (new.normal(count), 1, 0)
+    yield "rademacher_fill_", (new.normal(count), 1, 0)
+    if dtype == torch.float32:  # vectors are not narrower
+        w, v, u = (new.normal(count) for _ in range(3))
+        yield "lanczos_step", (w, v, u, new.normal().double())
+        yield "power_step", (w, v, 0.5, u)
+        yield "project_out", (w, [v, u])
+        yield "linear_combinations", (w, [v, u], new.normal(3, 2))
+        if device != "meta":
+            yield "same_values", (w, v)
+
+
+# A workload's own batch and the parameters of one model, and a limit that they pass.
+SMALL = {"W1": 1 << 18, "W2": 1 << 20, "W4": 1 << 20, "W5": 1 << 20}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("workload", SMALL)
+def test_every_way_on_a_cpu(monkeypatch, workload, dtype):
+    """With a small limit, so that tensors with data pass it, and wrappers of kernels
+    can be run.
+    """
+    monkeypatch.setattr(_pieces, "LIMIT", SMALL[workload])
+    found = layers(workload, 1)
+    some = {layer.kind: layer for layer in (*found, *reversed(found))}  # first, and
+    some |= {f"last {layer.kind}": layer for layer in found}  # last of each kind
+    new, seen = Tensors("cpu", dtype), set()
+    for layer in some.values():
+        smaller = layer._replace(x=(8, *layer.x[1:]), y=(8, *layer.y[1:]))
+        for name, args in arguments(smaller, new):
+            seen.add(name)
+            key = tensors(args)[0].dtype
+            for backend in OPS[name].backends("cpu", key):
+                run = OPS[name].on(backend, "cpu", key)
+                check(run, args, f"{name} by {backend}")
+    assert len(seen) >= 12 or workload == "W1"
+
+
+def test_every_op_is_looked_at():
+    names = {
+        name
+        for w in WORKLOADS
+        for op, _ in calls(w, DTYPES[0], 1)
+        for name in [op.name]
+    }
+    names |= {name for name, _ in vector_arguments("W1", DTYPES[0], 1, "cpu")}
+    assert names == set(OPS)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workload", LAYERED)
+def test_launchers(workload, dtype):
+    from kernels.capturable import capturing
+
+    for op, args in calls(workload, dtype):
+        key = tensors(args)[0].dtype
+        if "triton" not in op.backends("cuda", key):
+            continue
+        with capturing():
+            check(op.on("triton", "cuda", key), args, f"{op.name} by Triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_cuda_launchers(workload, dtype):
+    """Those of the extension, whether or not it was built with them here."""
+    stand_in = CudaStandIn()
+    found = cuda_ops(stand_in)
+    of_layers = ((op.name, args) for op, args in calls(workload, dtype))
+    of_vectors = vector_arguments(workload, dtype, 2, "meta")
+    for name, args in chain(of_layers, of_vectors):
+        key = tensors(args)[0].dtype
+        if "cuda" in found[name].backends("cuda", key):
+            check(found[name].on("cuda", "cuda", key), args, f"{name} by CUDA")
