@@ -71,7 +71,7 @@ class Placed(TorchFunctionMode):
     def _made(self, func, args, kwargs):
         """On the CPU first, so that random numbers are the same on every device."""
         if args and isinstance(args[0], torch.Tensor) and func is torch.as_tensor:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs | {"device": args[0].device})
         wants_grad = kwargs.pop("requires_grad", False)
         kwargs["device"] = "cpu"
         with _usual_dtype():

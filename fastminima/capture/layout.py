@@ -230,9 +230,7 @@ def fits(labels: np.ndarray, layout: RegularLayout, dim: int) -> bool:
 
 def _agree(lowest: np.ndarray, highest: np.ndarray, expected: np.ndarray) -> bool:
     # -1 is below every label: what was seen is all the same where these agree.
-    return bool(
-        ((highest < 0) | ((highest == expected) & (lowest == expected))).all()
-    )
+    return bool(((highest < 0) | ((highest == expected) & (lowest == expected))).all())
 
 
 def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

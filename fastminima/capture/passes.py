@@ -15,6 +15,7 @@ from .saved import forget_pass
 __all__ = [
     "belongs_to_another",
     "is_distributed",
+    "nobodys",
     "owner_of_pass",
     "replicas_at_rest",
     "run_pass",
@@ -23,6 +24,7 @@ __all__ = [
 
 # Engine pass -> whose it is. A pass that is not here is the user's own.
 _owners: dict[int, object] = {}
+_NOBODY = object()
 
 
 def run_pass(
@@ -61,6 +63,29 @@ def run_whole_pass(
         top.backward(
             torch.ones_like(top) if weights is None else weights, retain_graph=True
         )
+
+
+@contextmanager
+def nobodys(node: Any) -> Iterator[None]:
+    """A pass that starts at `node`, inside another one, counts for no session.
+
+    It pushes a gradient through nodes that prepare a parameter, and may come by uses
+    of the pass that it is part of.
+    """
+    number: list[int] = []
+
+    def mark(grads: tuple[Tensor | None, ...]) -> None:
+        task = torch._C._current_graph_task_id()
+        number.append(task)
+        _owners.setdefault(task, _NOBODY)
+
+    handle = node.register_prehook(mark)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for task in number:
+            _owners.pop(task, None)
 
 
 @contextmanager

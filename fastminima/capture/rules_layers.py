@@ -115,9 +115,7 @@ def _embedding_bag(
     weights = None if weights is None else weights[in_bag]
     if node._saved_mode == _MEAN:
         weights = sizes[bag].to(accumulation_dtype(g.dtype)).reciprocal_()
-    number = torch.arange(
-        1, len(ids) + 1, dtype=torch.int64, device=ids.device
-    )
+    number = torch.arange(1, len(ids) + 1, dtype=torch.int64, device=ids.device)
     padding = signed(node._saved_padding_idx)
 
     def table(some: RowLayout) -> Embedding:

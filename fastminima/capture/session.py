@@ -29,7 +29,7 @@ from .contributions import (
 from .errors import CaptureError
 from .fused import Fusion
 from .layout import RowLayout
-from .passes import owner_of_pass
+from .passes import nobodys, owner_of_pass
 from .plan import EMBEDDING, TRANSPOSE, Path, Plan, Slot, Use
 from .reading import Reading
 from .regions import Region, Watcher, is_reentrant, own_name, watch
@@ -115,6 +115,7 @@ class Session:
         self._owner = owner
         self._has_inner_passes = bool(reading.found.regions)
         self._separated: set[str] = set()
+        self._taken: set[str] = set()
         self._uses_seen: dict[str, list[str]] = {}
         self._defer_errors = defer_errors
         self._error: CaptureError | None = None
@@ -198,6 +199,14 @@ class Session:
         return arrival is not None and not arrival.is_on(
             by_task=not self._has_inner_passes
         )
+
+    def _is_late(self, name: str) -> bool:
+        """Whether a gradient comes after the pass, which left it out.
+
+        As of a probe in fused mode that runs the pass.
+        """
+        is_over = self._arrival is not None and self._arrival.is_on(by_task=False)
+        return is_over and owner_of_pass() is None and name not in self._taken
 
     def separate(self, tape: Tape, names: Iterable[str]) -> None:
         """Read some parameters' gradients where they leave this graph, from now on.
@@ -447,8 +456,11 @@ class Session:
     def _gradient_hook(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is None or name in self._separated or self._is_anothers():
+            if grad is None or name in self._separated:
                 return
+            if self._is_anothers() and not self._is_late(name):
+                return
+            self._taken.add(name)
             with undisturbed():
                 if name in self._split:
                     sofar = self._parts.get(name)
@@ -565,9 +577,10 @@ def _table_delivery(
 
 def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]:
     def push(grad: Tensor) -> Tensor:
-        (pushed,) = torch.autograd.grad(
-            edge, parameter, grad.to(_dtype_of(edge)), retain_graph=True
-        )
+        with nobodys(edge.node):
+            (pushed,) = torch.autograd.grad(
+                edge, parameter, grad.to(_dtype_of(edge)), retain_graph=True
+            )
         return pushed
 
     return push

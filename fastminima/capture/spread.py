@@ -54,9 +54,8 @@ def _scattered(
     places = math.prod(shape[:-1])
     dtype = accumulation_dtype(g.dtype)
     samples = g.new_zeros(layout.count * places, shape[-1], dtype=dtype)
-    place = torch.arange(places, dtype=torch.int64, device=layout.labels.device)
-    place = place.reshape(shape[:-1]).expand(g.shape[:-1])
-    row = (layout.labels * places + place).flatten()
+    place = torch.arange(places, dtype=torch.int64, device="cpu").reshape(shape[:-1])
+    row = (layout.labels * places + place.expand(g.shape[:-1])).flatten()
     is_read = (layout.labels >= 0).flatten()
     tensors = tuple(t.expand(g.shape).reshape(-1, g.shape[-1]) for t in (g, *others))
     for some in pieces(len(row), _bytes(dtype, g.shape[-1], *others), 4):
