@@ -39,7 +39,8 @@ def device(request):
         apart.register()
     if name.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        # Not through torch.backends, which PyTorch's own test helpers close.
+        torch._C._set_cudnn_allow_tf32(False)
     return torch.device(name)
 
 

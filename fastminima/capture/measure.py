@@ -267,17 +267,23 @@ def _repeatable(leaves: Sequence[Tensor]) -> Iterator[None]:
     was = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
-    fills, cudnn = settings.fill_uninitialized_memory, torch.backends.cudnn
-    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    fills = settings.fill_uninitialized_memory
+    # Not through torch.backends.cudnn, whose flags may be closed to assignment.
+    benchmarks, deterministic = (
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_deterministic(),
+    )
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
-        cudnn.deterministic, cudnn.benchmark = True, False
+        torch._C._set_cudnn_benchmark(False)
+        torch._C._set_cudnn_deterministic(True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        torch._C._set_cudnn_deterministic(deterministic)
+        torch._C._set_cudnn_benchmark(benchmarks)
         settings.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(was, warn_only=only_warned)
 
