@@ -37,35 +37,46 @@ _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2
 # Mean deviation, weighted by norm, that no noise explains (see above).
 _MIXED = 3e-2
-# The worst of many rows of usual size over the mean (measured on an H100: 16 times).
-_WORST = 32.0
 _EXCESS = 6.0  # mean deviation over the noise of the pass that says "mixed"
-_FAINT = 0.25  # rows whose noise may be this large say nothing against a layout
-_LIKELY = 0.1  # ... and have a sample where they deviate by less
+# What is mixed in few rows: how much of all norms may be off by more than this, beside
+# some times as much as a second plain pass was off.
+_OFF, _FEW, _TIMES = 0.25, 1e-3, 8.0
+_UNTOLD = 0.45  # rows that are off by more are no sample's
+# Where passes are the same twice, rows this small beside the usual ones say nothing.
+_ROUNDING = 1e-4
 
 
 @dataclass
 class Measurement:
     """Labels of the rows of one node output, for two ways of reading rows.
 
-    `leading[i...]` labels all positions but the last dim, `trailing[j]` the places of
-    the last dim; each is None when rows read that way mix samples. -1 is a row that
-    says nothing: of zeros, or smaller than the noise of the pass.
+    `rows` labels positions of the first dims (all but the last, or only the first two,
+    where what follows is the same), `trailing` the places of the last dim; each is None
+    when rows read that way mix samples. -1 is a row that says nothing.
 
     Attributes:
-        faint: rows whose label is likely, but does not count against a layout.
+        weight: of each row's word, where the pass was not the same twice; None where
+            every word counts.
     """
 
     shape: tuple[int, ...]
-    leading: np.ndarray | None
+    rows: np.ndarray | None
     trailing: np.ndarray | None = None
-    faint: np.ndarray | None = None
+    weight: np.ndarray | None = None
     _fits: dict[int, list[RowLayout]] = field(default_factory=dict, repr=False)
+
+    @property
+    def leading(self) -> np.ndarray | None:
+        """Labels of all positions but the last dim, as a view of `rows`."""
+        if self.rows is None or self.rows.ndim >= len(self.shape) - 1:
+            return self.rows
+        sizes = (*self.rows.shape, *[1] * (len(self.shape) - 1 - self.rows.ndim))
+        return np.broadcast_to(self.rows.reshape(sizes), self.shape[:-1])
 
     @property
     def is_mixed(self) -> bool:
         """Whether no reading gives every row to one sample."""
-        return self.leading is None and self.trailing is None
+        return self.rows is None and self.trailing is None
 
     def mixed(self) -> Measurement:
         """The same output, with rows that do not belong to one sample each."""
@@ -81,15 +92,26 @@ class Measurement:
     @property
     def seen(self) -> int:
         """Number of samples whose rows were seen."""
-        labels = self.trailing if self.leading is None else self.leading
-        return 0 if labels is None else len(np.unique(labels[labels >= 0]))
+        labels = self.trailing if self.rows is None else self.rows
+        if labels is None:
+            return 0
+        return int((np.bincount(labels.reshape(-1) + 1)[1:] > 0).sum())
 
-    @property
-    def firm(self) -> np.ndarray | None:
-        """The leading labels that count: -1 also where a row is faint."""
-        if self.leading is None or self.faint is None:
-            return self.leading
-        return np.where(self.faint, -1, self.leading)
+    def agrees(self, expected: np.ndarray) -> bool:
+        """Whether rows belong to these samples (-1: nobody's), by what they weigh.
+
+        `expected` has the dims of `leading`, or is broadcast to them.
+        """
+        labels = self.leading
+        assert labels is not None
+        is_other = (labels != expected) & (labels >= 0) & (expected >= 0)
+        if self.weight is None:
+            return not is_other.any()
+        weight = self.weight.reshape(
+            (*self.weight.shape, *[1] * (labels.ndim - self.weight.ndim))
+        )
+        each = labels.size // max(1, self.weight.size)
+        return float((is_other * weight).sum()) <= _FEW * each
 
     def layouts(self, batch: int) -> list[RowLayout]:
         """Regular layouts that fit, else the irregular one; empty when mixed."""
@@ -100,12 +122,15 @@ class Measurement:
 
     def _find(self, batch: int) -> list[RowLayout]:
         found: list[RowLayout] = []
-        if self.firm is not None:
-            found += fit_layouts(self.firm, batch)
+        if self.rows is not None:
+            weights = None if self.weight is None else (self.weight, _FEW)
+            found += fit_layouts(self.rows, batch, weights=weights)
         if not found and self.trailing is not None:
             found += fit_layouts(self.trailing, batch, dim=len(self.shape) - 1)
-        if not found and self.leading is not None:
-            found.append(IrregularLayout(torch.from_numpy(self.leading.copy()), batch))
+        labels = self.leading
+        if not found and labels is not None:
+            listed = torch.from_numpy(np.ascontiguousarray(labels))
+            found.append(IrregularLayout(listed, batch))
         return found
 
 
@@ -199,30 +224,35 @@ class Evidence:
         return not self.is_exact and self.change is None and self.mean < _MIXED
 
     def rows(self, usual_noise: float) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Labels, None where rows mix samples; and which of them are faint.
+        """Labels, None where rows mix samples; and what they weigh, under noise.
 
         `usual_noise` is that of other outputs of the graph: few rows may agree twice
         by chance.
         """
         if self.is_exact:
             return _numpy(torch.where(self.known, self.label, -1)), None
-        tolerance = self.scheme.tolerance
-        noise = max(self.noise, usual_noise) if self.change is not None else 0.0
-        if self.mean > min(_MIXED, max(_EXCESS * noise, tolerance / 10)):
+        if self.change is None:
             return None, None
+        noise = max(self.noise, usual_noise)
+        if noise == 0:
+            return self._rows_of_repeatable(), None
+        is_off = (self.share * (self.deviation > _OFF)).sum()
+        was_off = (self.share * (self.change > _OFF / 2)).sum()
+        if self.mean > min(_MIXED, _EXCESS * noise) or bool(
+            is_off > _FEW + _TIMES * was_off
+        ):
+            return None, None
+        is_told = self.known & (self.deviation < _UNTOLD)
+        return _numpy(torch.where(is_told, self.label, -1)), _numpy(self.share)
+
+    def _rows_of_repeatable(self) -> np.ndarray | None:
+        """Labels where the pass is the same twice: only rounding may be off."""
+        is_off = self.deviation > self.scheme.tolerance
         usual = (self.share * self.plain).sum()
-        floor = max(noise, torch.finfo(self.plain.dtype).eps)
-        allowed = _WORST * floor * (usual / self.plain).clamp(min=1)
-        faint = self.known & (allowed >= _FAINT)
-        is_off = self.deviation > allowed.clamp(min=tolerance)
-        if bool((self.known & ~faint & is_off).any()):
-            return None, None
-        is_told = ~faint | (self.deviation <= tolerance)
-        if self.change is not None:
-            is_steady = self.change <= _LIKELY / 2
-            is_told |= (self.deviation <= _LIKELY) & is_steady
-        labels = torch.where(self.known & is_told, self.label, -1)
-        return _numpy(labels), _numpy(faint) if noise > 0 else None
+        is_large = self.plain > _ROUNDING * usual
+        if bool((self.known & is_off & is_large).any()):
+            return None
+        return _numpy(torch.where(self.known & ~is_off, self.label, -1))
 
 
 def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:

@@ -18,7 +18,7 @@ from .gathers import (
     watched_sources,
 )
 from .known import Found, Layouts
-from .layout import IrregularLayout, RegularLayout, RowLayout, fits
+from .layout import IrregularLayout, RegularLayout, RowLayout
 from .measure import Measurements
 from .own_functions import OwnGuard
 from .plan import Plan, watched_nodes
@@ -113,14 +113,18 @@ def disagreement(known: Found, measured: Measurements) -> int | None:
 
 def _agree(layout: RowLayout, seen: Measurement) -> bool:
     if isinstance(layout, IrregularLayout):
-        if seen.firm is None or seen.firm.shape != tuple(layout.labels.shape):
+        if seen.leading is None or seen.leading.shape != tuple(layout.labels.shape):
             return False
-        known = layout.labels.numpy()
-        return bool(((seen.firm == known) | (seen.firm < 0) | (known < 0)).all())
-    labels, dim = seen.firm, layout.dim
-    if dim == len(seen.shape) - 1 and dim > 0:
-        labels, dim = seen.trailing, 0
-    return labels is not None and fits(labels, layout, dim)
+        return seen.agrees(layout.labels.numpy())
+    expected = layout.labels.numpy()
+    if layout.dim == len(seen.shape) - 1 and layout.dim > 0:
+        labels = seen.trailing
+        return labels is not None and bool(((labels == expected) | (labels < 0)).all())
+    if seen.leading is None:
+        return False
+    sizes = [1] * seen.leading.ndim
+    sizes[layout.dim] = -1
+    return seen.agrees(expected.reshape(sizes))
 
 
 def is_sure(measured: list[Measurement | None], batch: int) -> bool:

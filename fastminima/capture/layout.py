@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts", "fits"]
+__all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
 
 
 @dataclass(frozen=True)
@@ -187,50 +187,54 @@ RowLayout = RegularLayout | IrregularLayout
 
 
 def fit_layouts(
-    labels: np.ndarray, batch: int, dim: int | None = None
+    labels: np.ndarray,
+    batch: int,
+    dim: int | None = None,
+    weights: tuple[np.ndarray, float] | None = None,
 ) -> list[RegularLayout]:
     """Every regular layout that agrees with the labels seen (-1: not seen).
 
-    Where `dim` is given, `labels` are those of the places along that dim alone.
+    Where `dim` is given, `labels` are those of the places along that dim alone. Where
+    `weights` are, some labels may be wrong, which together weigh no more than a number.
     """
     if dim is not None:
-        return _fits_along(labels, batch, dim)
+        return _fits_along(labels, batch, dim, None)
     found = []
     for axis, size in enumerate(labels.shape):
         if size and size % batch == 0:
-            found += _fits_along(np.moveaxis(labels, axis, -1), batch, axis)
+            moved = np.moveaxis(labels, axis, -1)
+            weight = weights and (np.moveaxis(weights[0], axis, -1), weights[1])
+            found += _fits_along(moved, batch, axis, weight)
     return found
 
 
-def _fits_along(last: np.ndarray, batch: int, dim: int) -> list[RegularLayout]:
+def _fits_along(
+    last: np.ndarray,
+    batch: int,
+    dim: int,
+    weights: tuple[np.ndarray, float] | None,
+) -> list[RegularLayout]:
     """Layouts along one dim, which is the last one of `last`."""
     size = last.shape[-1]
     if size == 0 or size % batch:
         return []
-    lowest, highest = _extremes(last)
+    lowest, highest = _extremes(last) if weights is None else (last, last)
     found = []
     rest = size // batch
     for inner in range(1, rest + 1):
         if rest % inner:
             continue
-        if _agree(lowest, highest, np.arange(size) // inner % batch):
+        expected = np.arange(size) // inner % batch
+        if weights is None:
+            # -1 is below every label: what was seen is all the same where these agree.
+            agrees = (highest == expected) & (lowest == expected)
+            is_fit = bool(((highest < 0) | agrees).all())
+        else:
+            is_other = (last != expected) & (last >= 0)
+            is_fit = float((weights[0] * is_other).sum()) <= weights[1]
+        if is_fit:
             found.append(RegularLayout(dim, rest // inner, batch, inner))
     return found
-
-
-def fits(labels: np.ndarray, layout: RegularLayout, dim: int) -> bool:
-    """Whether the labels seen are those of a layout along one of their dims."""
-    last = np.moveaxis(labels, dim, -1)
-    expected = layout.labels.numpy()
-    if last.shape[-1] != len(expected):
-        return False
-    lowest, highest = _extremes(last)
-    return _agree(lowest, highest, expected)
-
-
-def _agree(lowest: np.ndarray, highest: np.ndarray, expected: np.ndarray) -> bool:
-    # -1 is below every label: what was seen is all the same where these agree.
-    return bool(((highest < 0) | ((highest == expected) & (lowest == expected))).all())
 
 
 def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

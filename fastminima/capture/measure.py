@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -345,25 +344,15 @@ def _measurement(
     scheme: Scheme,
     noise: float,
 ) -> Measurement:
-    leading = faint = trailing = None
+    labels = weight = trailing = None
     if evidence is not None:
-        leading, faint = evidence.rows(noise)
+        labels, weight = evidence.rows(noise)
     columns = [p[output][1] for p in prints.passes]  # type: ignore[index]
-    if leading is None and columns[0] is not None:
+    if labels is None and columns[0] is not None:
         of_columns = weigh(columns, scheme)  # type: ignore[arg-type]
         if of_columns is not None:
             trailing, _ = of_columns.rows(noise)
-    shape = prints.shapes[output]
-    if leading is not None and prints.is_coarse(output):
-        leading = _spread(leading, shape)
-        faint = None if faint is None else _spread(faint, shape)
-    return Measurement(shape, leading, trailing, faint)
-
-
-def _spread(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Labels of channels as those of all rows in them."""
-    sizes = (*labels.shape, *[1] * (len(shape) - 1 - labels.ndim))
-    return np.broadcast_to(labels.reshape(sizes), shape[:-1])
+    return Measurement(prints.shapes[output], labels, trailing, weight)
 
 
 def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:

@@ -353,8 +353,10 @@ def _reproduces(
 
 
 def _agrees(seen: Measurement, own: np.ndarray) -> bool:
-    labels = seen.firm
+    labels = seen.leading
     if labels is None or len(labels) != len(own):
         return False
-    expected = own.reshape(-1, *[1] * (labels.ndim - 1))
-    return bool(((labels == expected) | (labels < 0)).all())
+    # A row that is seen has a sample, whatever the routes say.
+    if bool(((labels >= 0) & (own < 0).reshape(-1, *[1] * (labels.ndim - 1))).any()):
+        return False
+    return seen.agrees(own.reshape(-1, *[1] * (labels.ndim - 1)))

@@ -147,22 +147,22 @@ class Segments:
 
     def layouts(self, measurement: Measurement) -> list[RowLayout | SegmentLayout]:
         """The layouts that fit what was measured; the irregular one if no other."""
-        labels = measurement.firm
-        if labels is None or measurement.leading is None:
+        labels = measurement.leading
+        if labels is None:
             return []
         found: list[RowLayout | SegmentLayout] = []
         for candidate in self._candidates(labels.shape):
             rows = candidate.labels(self.ids, labels.shape)
             if rows is None:
                 continue
-            if ((labels == rows.numpy()) | (labels < 0)).all():
+            if measurement.agrees(rows.numpy()):
                 found.append(candidate)
         if found and labels.size == self.count:  # or rows of whole documents, in order?
             numbers = np.arange(self.count).reshape(labels.shape)
-            if ((labels == numbers) | (labels < 0)).all():
+            if measurement.agrees(numbers):
                 found.append(IrregularLayout(torch.from_numpy(numbers), self.count))
         return found or [
-            IrregularLayout(torch.from_numpy(measurement.leading), self.count)
+            IrregularLayout(torch.from_numpy(np.ascontiguousarray(labels)), self.count)
         ]
 
     def are_shown(self, measurement: Measurement) -> bool:
