@@ -36,8 +36,8 @@ _HALF_LEVELS = 4  # float16 underflows at 6e-8
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2
 # Mean deviation, weighted by norm, that no noise explains (see above).
-_MIXED = 3e-2
-_EXCESS = 6.0  # mean deviation over the noise of the pass that says "mixed"
+_MIXED = 0.1
+_EXCESS = 4.0  # mean deviation over the noise of the pass that says "mixed"
 # What is mixed in few rows: how much of all norms may be off by more than this, beside
 # some times as much as a second plain pass was off.
 _OFF, _FEW, _TIMES = 0.25, 1e-3, 8.0
