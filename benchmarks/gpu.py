@@ -55,7 +55,13 @@ STAGES = (
     Stage("sanitizer", 60, "checks.sanitizer", "compute-sanitizer on small cases"),
     Stage("kernels", 160, "timing.kernels", "every op against its floor and PyTorch"),
     Stage("steps", 120, "steps.steps", "W1 to W5: a probed step over a plain one"),
-    Stage("models", 240, "models.models", "GPT-2, Llama, ViT, ResNet-50, VGG: right, and the cost", True),
+    Stage(
+        "models",
+        240,
+        "models.models",
+        "GPT-2, Llama, ViT, ResNet-50, VGG: right, and the cost",
+        True,
+    ),
     Stage("suites", 560, "suites.suites", "capture, curvature, spectrum, optim", True),
 )
 DEFAULT = tuple(s.name for s in STAGES if not s.is_alone)

@@ -239,7 +239,9 @@ MODELS = (
     Model("GPT-2 124M", "autocast", _language(_gpt2, "autocast", 50257)),
     Model("Llama 0.3B, GQA", "bfloat16", _language(_llama, "bfloat16", 32000)),
     Model("VGG-11, 1024", "float32", _images(ours.vgg11, "float32", 1024, 32, 10)),
-    Model("ResNet-20, 1024", "float32", _images(ours.ResNet20, "float32", 1024, 32, 10)),
+    Model(
+        "ResNet-20, 1024", "float32", _images(ours.ResNet20, "float32", 1024, 32, 10)
+    ),
     Model("ViT-B/16", "autocast", _images(_vit, "autocast", 32, 224, 1000)),
     Model(
         "ResNet-50, channels last",

@@ -140,9 +140,9 @@ def _arrived(
     ratio = _ratio(g, target)
     if target.scale != 1.0 and _is_close(ratio, target.scale, g.dtype):
         warnings.warn(
-            f"scale={target.scale:g} is also what the loss was multiplied with after it "
-            "was attached, which is seen in the gradient that arrives: it is taken out "
-            "once. Leave scale= out; it is for what the loss that you pass has been "
+            f"scale={target.scale:g} is also what the loss was multiplied with after "
+            "it was attached, which is seen in the gradient that arrives: it is taken "
+            "out once. Leave scale= out; it is for what the loss that you pass has been "
             "multiplied with before.",
             stacklevel=2,
         )

@@ -88,9 +88,7 @@ def _are_called(calls: list[tuple[int, int]]) -> Shown:
     return Shown.SAMPLES if met == sorted(met) else Shown.OTHER
 
 
-def _says(
-    tape: Tape, use: Use, layout: object, samples: Batch | Segments
-) -> Shown:
+def _says(tape: Tape, use: Use, layout: object, samples: Batch | Segments) -> Shown:
     """What the rows of one use say."""
     if isinstance(samples, Segments):
         is_shown = isinstance(layout, SegmentLayout)

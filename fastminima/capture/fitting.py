@@ -27,7 +27,14 @@ from .stretches import VIEWS
 from .tape import Tape
 from .whereabouts import Whereabouts
 
-__all__ = ["disagreement", "guards_of", "is_sure", "layouts_of", "layouts_of_one", "nodes_to_watch"]
+__all__ = [
+    "disagreement",
+    "guards_of",
+    "is_sure",
+    "layouts_of",
+    "layouts_of_one",
+    "nodes_to_watch",
+]
 
 
 def nodes_to_watch(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:

@@ -82,9 +82,7 @@ class Gates:
         self._rounds += 1
         return bool(closed) and self._rounds < _MOST
 
-    def _hook(
-        self, tape: Tape, i: int, opened: set[int]
-    ) -> Callable[[Any, Any], Any]:
+    def _hook(self, tape: Tape, i: int, opened: set[int]) -> Callable[[Any, Any], Any]:
         # Numbers and a name: a hook that holds its own node would keep it alive.
         numbers, name, looks = _data_inputs(tape, i), tape.names[i], self.is_looking
 
@@ -146,9 +144,7 @@ def _is_closed(came: Tensor, left: Tensor, ratio: float) -> Tensor | bool:
             return False
     if not (came.numel() and left.numel()):
         return False
-    most_came, most_left = (
-        torch.linalg.vector_norm(t, math.inf) for t in (came, left)
-    )
+    most_came, most_left = (torch.linalg.vector_norm(t, math.inf) for t in (came, left))
     return (most_came > 0) & (most_left <= ratio * most_came)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import RegularLayout
 from .decode import Measurement
+from .layout import RegularLayout
 from .own_functions import OwnGuard, is_own, own_guard
 from .saved import saved_tensor
 from .shared_rows import PRODUCTS, is_data, shared_dims, shares_rows

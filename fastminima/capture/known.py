@@ -165,7 +165,9 @@ class Known:
         if layouts is None:
             return None
         if self._is_open:
-            batch_edges(tape, samples, self._rejected)  # raises where there is no such axis
+            batch_edges(
+                tape, samples, self._rejected
+            )  # raises where there is no such axis
         routes = self._found[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)

@@ -137,7 +137,7 @@ class Passes:
         joint: Callable[[int], int] = lambda passes: passes,
     ) -> None:
         self._tape, self._scheme = tape, scheme
-        # Preparations of parameters mix samples anyway, so they are read finely at once.
+        # Preparations of parameters mix samples anyway: they are read finely at once.
         fine = tape.is_parameter_side
         self._seen = {i: Fingerprints(scheme.batch, fine[i]) for i in watched}
         self._leaves = leaves_below(tape, [*watched, *regions])
@@ -190,7 +190,8 @@ class Passes:
             gates.is_looking = False
 
     def _settle(self) -> bool:
-        return any([gates.settle() for gates in self._all_gates])
+        settled = [gates.settle() for gates in self._all_gates]  # each of them
+        return any(settled)
 
     def _prints(self) -> list[Fingerprints]:
         inner = (seen for region in self._inner for seen in region.seen.values())
@@ -228,9 +229,7 @@ class Passes:
             return_freed_memory()
 
 
-def measure_samples(
-    tape: Tape, watched: Sequence[int], **options: Any
-) -> Measurements:
+def measure_samples(tape: Tape, watched: Sequence[int], **options: Any) -> Measurements:
     """Labels of every output of the watched nodes; options as of `Passes`."""
     return Passes(tape, watched, **options).measure()
 

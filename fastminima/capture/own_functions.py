@@ -33,7 +33,7 @@ _FIXED = (type, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class OwnGuard:
-    """The numbers and indices in one function's `ctx`, which must stay what they are."""
+    """The numbers and indices in one function's `ctx`, which must stay the same."""
 
     node: int
     numbers: tuple
@@ -69,7 +69,7 @@ def is_own(tape: Tape, i: int) -> bool:
 
 
 def own_guard(tape: Tape, i: int) -> OwnGuard | None:
-    """What must stay the same in a function's `ctx`, or None if that cannot be known."""
+    """What must stay the same in a function's `ctx`; None if that cannot be known."""
     if tape.names[i].startswith(_CPP):
         return None
     node = tape.nodes[i]

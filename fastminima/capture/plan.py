@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Size, Tensor
 
-from .layout import RegularLayout, RowLayout
 from .decode import Measurement
+from .layout import RegularLayout, RowLayout
 from .saved import saved_tensor
 from .tape import Tape
 

@@ -139,7 +139,9 @@ class GradientProbe:
             check_fused(words, sample, process_group)
         self._every = whole("every", every)
         self._sample = None if sample is None else whole("sample", sample)
-        self._generator = torch.Generator(device="cpu").manual_seed(0)  # never the user's
+        self._generator = torch.Generator(device="cpu").manual_seed(
+            0
+        )  # never the user's
         self._steps = 0  # backward passes announced so far, probed or not
         self._is_resting = False
         self._batch_dim = check_dim(batch_dim)
@@ -339,7 +341,7 @@ class GradientProbe:
                 part = Part(
                     self._statistics(collected, attached),
                     reached,
-                    attached.factor,
+                    float(attached.factor),
                     ranks.grad_sq_norms(self._owned, reached),
                 )
             except (CaptureError, ValueError) as error:
@@ -574,6 +576,7 @@ class GradientProbe:
         session = attached.session
         assert session is not None
         loss = attached.target.loss
+        assert loss.grad_fn is not None
         tape = Tape([loss.grad_fn], self._reader.names)
         try:
             return self._own_pass(session, session.owner, attached.target, tape)

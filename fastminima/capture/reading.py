@@ -209,8 +209,8 @@ class Reader:
         self._is_whole = was_whole
         raise CaptureError(
             f"The parameters are not those that this probe was made with: {what}. Make "
-            "a new probe with the present ones, or give it the module, whose parameters "
-            "it follows."
+            "a new probe with the present ones, or give it the module, whose "
+            "parameters it follows."
         )
 
     def accompany(self, loss: Tensor) -> None:

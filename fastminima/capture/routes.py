@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import IrregularLayout, RegularLayout, RowLayout
 from .decode import Measurement
+from .layout import IrregularLayout, RegularLayout, RowLayout
 from .saved import saved_tensor
 from .stretches import keeps_rows, number_of
 from .tape import Tape

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import IrregularLayout, RowLayout
 from .decode import Measurement
+from .layout import IrregularLayout, RowLayout
 
 __all__ = ["Batch", "SegmentLayout", "Segments"]
 

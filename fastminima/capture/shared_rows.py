@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 
-from .layout import RegularLayout
 from .decode import Measurement
+from .layout import RegularLayout
 from .tape import Tape, signed
 
 __all__ = ["PRODUCTS", "is_data", "shared_dims", "shares_rows"]

@@ -50,9 +50,9 @@ VECTOR = {
     "mean of twice": lambda losses, model: (2 * losses).mean(),
     "negative": lambda losses, model: -losses.mean(),
     "accumulated": lambda losses, model: losses.mean() / 4,
-    "GradScaler": lambda losses, model: (
-        torch.amp.GradScaler("cpu", init_scale=2.0**10).scale(losses.mean())
-    ),
+    "GradScaler": lambda losses, model: torch.amp.GradScaler(
+        "cpu", init_scale=2.0**10
+    ).scale(losses.mean()),
     "weighted": lambda losses, model: (torch.linspace(1, 2, N) * losses).mean(),
     "masked": lambda losses, model: losses[:3].mean(),
     "squared": lambda losses, model: losses.square().mean(),
@@ -85,9 +85,9 @@ SCALAR = {
     "as it is": lambda loss, model: loss,
     "twice": lambda loss, model: 2 * loss,
     "squared": lambda loss, model: loss**2,
-    "GradScaler": lambda loss, model: (
-        torch.amp.GradScaler("cpu", init_scale=2.0**10).scale(loss)
-    ),
+    "GradScaler": lambda loss, model: torch.amp.GradScaler(
+        "cpu", init_scale=2.0**10
+    ).scale(loss),
     "penalty": lambda loss, model: (
         loss + 0.1 * sum(p.square().sum() for p in model.parameters())
     ),

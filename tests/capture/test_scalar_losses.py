@@ -91,7 +91,7 @@ def test_as_many_time_steps_as_samples_transposed():
     model = tokens_in_context()
     ids = torch.randint(V, (T, T))
     per_token = cross_entropy(model(ids).mT, ids, reduction="none")
-    # Weighted by time, so that the first tensor with a dim of that size is [time, rows].
+    # Weighted by time: the first tensor with a dim of that size is [time, rows].
     loss = (per_token.t() * torch.linspace(1, 2, T)[:, None]).mean()
     losses = (per_token * torch.linspace(1, 2, T)).mean(1)
     check(model, loss, losses)
