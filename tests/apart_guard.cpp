@@ -6,9 +6,7 @@ namespace {
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kType> {
-  static c10::Stream only() { 
-    return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, 0));
-  }
+  static c10::Stream only() { return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, 0)); }
   c10::Device exchangeDevice(c10::Device) const override { return {kType, 0}; }
   c10::Device getDevice() const override { return {kType, 0}; }
   c10::Stream getStream(c10::Device) const noexcept override { return only(); }

@@ -13,7 +13,7 @@ from ..monitor import Logger
 from .observer import Observer
 from .patch import around
 
-__all__ = ["refuse_sharded", "scale_of", "watch_accelerator"]
+__all__ = ["refuse_sharded", "watch_accelerator"]
 
 _SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
@@ -49,7 +49,7 @@ def watch_accelerator(
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
         nonlocal steps
         if accelerator.is_main_process and observer.batch(samples):
-            observer.before(module, loss, 1.0, scale_of(accelerator))
+            observer.before(module, loss, 1.0)
         try:
             result = original(loss, **kwargs)
             observer.after(
@@ -65,13 +65,6 @@ def watch_accelerator(
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     return [around(accelerator, "backward", backward), hook.remove]
-
-
-def scale_of(accelerator: Any) -> float:
-    """What `Accelerator.backward` multiplies a loss with."""
-    scaler = accelerator.scaler
-    scale = 1.0 if scaler is None else scaler.get_scale()
-    return scale / accelerator.gradient_accumulation_steps
 
 
 def refuse_sharded(accelerator: Any) -> None:

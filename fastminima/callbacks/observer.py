@@ -94,17 +94,15 @@ class Observer:
             self._samples = samples()
         return self.is_due
 
-    def before(
-        self, model: nn.Module, loss: Tensor, given: float, later: float = 1.0
-    ) -> None:
+    def before(self, model: nn.Module, loss: Tensor, given: float) -> None:
         """A backward pass over `loss` is about to run, in a batch that is probed.
 
         Args:
             model: whose parameters are tracked.
             loss: a scalar.
             given: what the batch's loss has been multiplied with to make `loss`: a
-                GradScaler's scale, one over the accumulated batches.
-            later: what `loss` will be multiplied with before it is differentiated.
+                GradScaler's scale, one over the accumulated batches. (What it will be
+                multiplied with before it is differentiated, the probe sees.)
 
         Raises:
             CaptureError: as `GradientProbe.attach`.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..monitor import Logger
-from .accelerate import refuse_sharded, scale_of
+from .accelerate import refuse_sharded
 from .observer import Observer
 from .patch import around
 
 __all__ = ["watch_trainer"]
+
+# What may come between a loss and its division.
+_SCALING = frozenset(["MulBackward0", "DivBackward0", "ToCopyBackward0"])
 
 
 def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
@@ -30,10 +33,16 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
             "copies the parameters. Start one process a GPU (torchrun), or show it one."
         )
 
+    items: list[Any] = []  # the tokens of all accumulated batches, in a step
+
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
-        # The loss was divided by the accumulated batches, or by all their tokens.
         parts = trainer.current_gradient_accumulation_steps
-        observer.before(trainer.model, loss, 1 / parts, scale_of(trainer.accelerator))
+        is_divided = (
+            trainer.compute_loss_func is not None  # which the Trainer takes to do so
+            or getattr(trainer, "loss_is_scaled_for_ga", None)
+            or _is_divided(loss, [parts, *items])
+        )
+        observer.before(trainer.model, loss, 1 / parts if is_divided else 1.0)
         result = original(loss, **kwargs)
         observer.after(
             trainer.state.global_step,
@@ -51,6 +60,8 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         )
         if not is_probed:
             return original(model, inputs, *args, **kwargs)
+        given = args[0] if args else kwargs.get("num_items_in_batch")
+        items[:] = [] if given is None else [given]
         unpatch = around(trainer.accelerator, "backward", backward)
         try:
             result = original(model, inputs, *args, **kwargs)
@@ -61,6 +72,25 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         return result
 
     return [around(trainer, "training_step", training_step)]
+
+
+def _is_divided(loss: Tensor, numbers: Sequence[Any]) -> bool:
+    """Whether a loss was divided by one of some numbers.
+
+    By the accumulated batches, or by all their tokens. Models whose arguments say that
+    they take the number of tokens may not use it, and then nobody divides.
+    """
+    wanted = [float(number) for number in numbers]
+    node = loss.grad_fn
+    while node is not None and not node._input_metadata[0].shape:
+        divisor = getattr(node, "_saved_other", None)
+        if node.name() == "DivBackward0" and divisor is not None:
+            if divisor.numel() == 1 and float(divisor) in wanted:
+                return True
+        elif node.name() not in _SCALING:
+            return False
+        node = node.next_functions[0][0]
+    return False
 
 
 class _TrainerLog(Logger):

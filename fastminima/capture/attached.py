@@ -142,8 +142,8 @@ def _arrived(
         warnings.warn(
             f"scale={target.scale:g} is also what the loss was multiplied with after "
             "it was attached, which is seen in the gradient that arrives: it is taken "
-            "out once. Leave scale= out; it is for what the loss that you pass has been "
-            "multiplied with before.",
+            "out once. Leave scale= out; it is for what the loss that you pass has "
+            "been multiplied with before.",
             stacklevel=2,
         )
         ratio = 1.0

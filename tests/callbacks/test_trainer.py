@@ -281,3 +281,43 @@ def test_wrong_arguments(tmp_path):
     one.args._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel on 2 GPUs"):
         fm.callbacks.watch(one)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_model_that_does_not_divide_its_loss_under_accumulation(tmp_path, accumulate):
+    """BERT takes the number of tokens and does not use it; nor does the Trainer."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    data = [
+        {"input_ids": row["input_ids"], "labels": row["input_ids"][0] % 3}
+        for row in sequences()
+    ]
+    rows = Rows()
+    one = trainer(
+        tmp_path,
+        data=data,
+        model=model,
+        gradient_accumulation_steps=accumulate,
+    )
+    with fm.callbacks.watch(one, to=rows) as rows.watch:
+        one.train()
+
+    def losses(model, batch):
+        ids, labels = batch
+        return cross_entropy(model(input_ids=ids).logits, labels, reduction="none")
+
+    assert len(rows.rows) == 4
+    for i, (model, batch, _, _) in enumerate(one.seen):
+        part = Rows()
+        part.rows, part.stats = rows.rows[i : i + 1], rows.stats[i : i + 1]
+        check(part, [(model, batch)], losses, **FLOAT32)
