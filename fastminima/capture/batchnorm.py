@@ -51,6 +51,7 @@ MAY_MIX = BATCH_NORM | {
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",
     "NativeLayerNormBackward0",
+    "FusedRmsNormBackward0",
     "NativeGroupNormBackward0",
 }
 
@@ -72,7 +73,7 @@ def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
         return False
     name, node = tape.names[i], tape.nodes[i]
     shape = tape.shapes(i)[0]
-    if name == "NativeLayerNormBackward0":
+    if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
         return layout.dim >= len(shape) - len(node._saved_normalized_shape)
     if name == "NativeGroupNormBackward0":
         group = shape[1] // node._saved_group

@@ -29,7 +29,7 @@ from .layout import IrregularLayout, RowLayout, fit_layouts
 __all__ = ["Evidence", "Measurement", "Scheme", "usual_noise", "weigh"]
 
 _LEVELS = 16  # of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal
-_LARGER_THAN_UNDERFLOW = 1e-30
+_UNDERFLOW = 1e-30  # below this a product with 2^-8 may be zero
 _HALF_LEVELS = 4  # float16 underflows at 6e-8
 # log2 of a row's growth over a level, where passes are the same twice: exact but for
 # rounding in sums of rows. Rows that touch float16's subnormal range are rounded too.
@@ -187,6 +187,7 @@ class Evidence:
         label: the sample whose weights are nearest.
         deviation: how far the row's growth is from them, in log2.
         change: the same for a second plain pass; None where there was none.
+        has_gaps: whether rows were zero in one pass and not in another.
     """
 
     scheme: Scheme
@@ -195,11 +196,14 @@ class Evidence:
     label: Tensor
     deviation: Tensor
     change: Tensor | None
+    has_gaps: bool = False
 
     @cached_property
     def is_exact(self) -> bool:
         """Whether every row grew by a sample's weights, to rounding."""
-        return not bool((self.deviation > self.scheme.tolerance).any())
+        return not (
+            self.has_gaps or bool((self.deviation > self.scheme.tolerance).any())
+        )
 
     @cached_property
     def share(self) -> Tensor:
@@ -247,6 +251,8 @@ class Evidence:
 
     def _rows_of_repeatable(self) -> np.ndarray | None:
         """Labels where the pass is the same twice: only rounding may be off."""
+        if self.has_gaps:
+            return None
         is_off = self.deviation > self.scheme.tolerance
         usual = (self.share * self.plain).sum()
         is_large = self.plain > _ROUNDING * usual
@@ -265,7 +271,8 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
         return exact
     weighted = torch.stack(list(norms[1 : scheme.passes]))
     plain = norms[0]
-    if _cancelled(plain, weighted, scheme):
+    gaps = _gaps(plain, weighted, scheme)
+    if gaps > _FEW:
         return None
     known = torch.isfinite(plain) & (plain > 0)
     known &= (torch.isfinite(weighted) & (weighted > 0)).all(0)
@@ -278,7 +285,7 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
         is_there = known & torch.isfinite(again) & (again > 0)
         change = torch.where(is_there, again / safe, 1).log2_().abs_()
     deviation = torch.where(known, deviation, 0)
-    return Evidence(scheme, safe, known, label, deviation, change)
+    return Evidence(scheme, safe, known, label, deviation, change, gaps > 0)
 
 
 def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
@@ -306,22 +313,23 @@ def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
     return Evidence(scheme, plain, known, label, nothing, None)
 
 
-def _cancelled(plain: Tensor, weighted: Tensor, scheme: Scheme) -> bool:
-    """Whether rows are zero with one set of weights and not with another.
+def _gaps(plain: Tensor, weighted: Tensor, scheme: Scheme) -> float:
+    """What rows weigh that are zero with one set of weights and not with another.
 
-    Then their samples cancelled. (What is below that, or in float16, may underflow in a
-    product with 2^-8; what is small beside other rows is rounding.)
+    Their samples cancelled, or they are the noise of the pass. (What is below that, or
+    in float16, may underflow in a product with 2^-8.)
     """
     if scheme.levels != _LEVELS:
-        return False
-    least = max(_LARGER_THAN_UNDERFLOW, 1e-6 * _largest(plain))
-    one_is_zero = (plain == 0) != (weighted == 0)
-    return bool((one_is_zero & (torch.fmax(plain, weighted) > least)).any())
-
-
-def _largest(plain: Tensor) -> float:
-    finite = plain.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return float(finite.max()) if finite.numel() else 0.0
+        return 0.0
+    passes = torch.cat([plain[None], weighted])
+    passes = passes.reshape(len(passes), -1)
+    passes = passes.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    is_zero = passes == 0
+    is_gap = is_zero.any(0) & ~is_zero.all(0) & (passes.amax(0) > _UNDERFLOW)
+    if not bool(is_gap.any()):
+        return 0.0
+    total = passes.sum(1).clamp(min=torch.finfo(passes.dtype).tiny)
+    return float(((passes * is_gap).sum(1) / total).max())
 
 
 def _nearest(growth: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

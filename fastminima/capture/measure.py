@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from .._memory import return_freed_memory
+from .compiled import NODE as COMPILED
 from .decode import Evidence, Measurement, Scheme, usual_noise, weigh
 from .gates import Gates
 from .tape import Tape
@@ -148,7 +149,7 @@ class Passes:
 
     def measure(self) -> Measurements:
         """Labels of every output of the watched nodes."""
-        with _repeatable(self._leaves):
+        with _repeatable(self._tape, self._leaves):
             self._look()
             while self._settle():
                 self._forget()
@@ -253,14 +254,15 @@ def _recorder(
 
 
 @contextmanager
-def _repeatable(leaves: Sequence[Tensor]) -> Iterator[None]:
+def _repeatable(tape: Tape, leaves: Sequence[Tensor]) -> Iterator[None]:
     """Deterministic kernels on GPUs, where there are any: rows then grow exactly.
 
     (On an H100 with torch 2.11: attention by flash kernels and convolutions by cuDNN,
     not attention by cuDNN.)
     """
-    if not any(leaf.is_cuda for leaf in leaves):
-        yield
+    is_compiled = any(name.startswith(COMPILED) for name in tape.names)
+    if is_compiled or not any(leaf.is_cuda for leaf in leaves):
+        yield  # compiled code runs under the setting that it was compiled with
         return
     was = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -185,7 +185,7 @@ def unshown_message(samples: Batch | Segments) -> str:
         f"A scalar loss of {samples.count} samples, and no tensor below it whose "
         f"{samples.described} follows the samples where data meets the first "
         "parameters: rows were reordered, selected or transposed on the way, or there "
-        "is another dimension of that size. Whose loss is whose cannot be shown then. "
+        "is another dimension of that size. Whose loss is whose cannot be told then. "
         "Pass the vector of per-sample losses (reduction='none'), or name the "
         "dimension with batch_dim."
     )

@@ -12,6 +12,7 @@ from functools import partial
 from operator import mul
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
 from ..ops import broadcast, norm
@@ -238,6 +239,29 @@ def _layer_norm(
     return _affine(in_row_pieces(layout, gradients, g, saved[0]), slots)
 
 
+def _rms_norm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """The kernel that GPUs have; elsewhere a product with the weight is the use."""
+    trailing = len(node._saved_normalized_shape)
+    if [slot.number for slot in slots] != [1]:
+        return {}
+    if isinstance(layout, RegularLayout):
+        is_covered = layout.dim < g.dim() - trailing
+    else:
+        is_covered = trailing == 1
+    if not is_covered:
+        return {}
+
+    def rows(t: Tensor) -> Tensor:
+        return layout.rows(t, trailing).flatten(2)
+
+    rstd = rows(node._saved_result1)[..., 0]
+    mean = torch.zeros_like(rstd)  # nothing is subtracted
+    pair = norm.layer_norm_gradients(rows(g), rows(node._saved_input), mean, rstd)
+    return _affine(pair, slots)
+
+
 def _affine(pair: Sequence[Tensor], slots: Sequence[Slot]) -> Contributions:
     found: Contributions = {}
     for slot in slots:
@@ -374,6 +398,7 @@ RULES: dict[str, Rule] = {
     "BmmBackward0": _bmm,
     "ConvolutionBackward0": _convolution,
     "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
     "NativeGroupNormBackward0": _group_norm,
     **dict.fromkeys(BATCH_NORMS, _batch_norm),
     "EmbeddingBackward0": _embedding,

@@ -138,8 +138,9 @@ def _largest(
     """Each feature of a bag comes from a row of its own: a table of single numbers."""
     width = shape[1]
     feature = torch.arange(width, dtype=torch.int64, device=g.device)
-    ids = node._saved_result3.long() * width + feature
-    is_filled = (node._saved_result2 > 0).unsqueeze(1)
+    ids = node._saved_result3[: len(g)].long() * width + feature
+    # Backends count the last offset as one more bag, or do not.
+    is_filled = (node._saved_result2[: len(ids)] > 0).unsqueeze(1)
     ids, rows = (layout.rows(t * is_filled, 1).flatten(1) for t in (ids, g))
     table = Embedding(ids, rows.unsqueeze(2), -1, shape[0] * width)
     return reshaped(table, shape)

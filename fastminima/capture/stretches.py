@@ -60,7 +60,7 @@ def keeps_rows(tape: Tape, i: int, number: int) -> bool:
         return True
     if name in _ALONG:
         return 0 not in _dims(tape, i, max(len(out), len(entering)))
-    if name == "NativeLayerNormBackward0":
+    if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
         return len(tape.nodes[i]._saved_normalized_shape) < len(out)
     return name == "IndexBackward0" and _is_within_rows(tape, i)
 

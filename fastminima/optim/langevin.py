@@ -181,7 +181,7 @@ class Langevin(torch.optim.Optimizer):
                     f"Langevin takes real parameters, got one of {p.dtype} and shape "
                     f"{tuple(p.shape)}. Use torch.view_as_real."
                 )
-            if self.generator is not None and self.generator.device != p.device:
+            if self.generator is not None and not _is_on(self.generator, p):
                 raise ValueError(
                     f"The generator is on {self.generator.device} and a parameter on "
                     f"{p.device}. Make the generator with device={str(p.device)!r}."
@@ -204,3 +204,11 @@ def _refuse_sparse(groups: list[dict[str, Any]]) -> None:
                     f"Langevin takes dense gradients, got a {p.grad.layout} one of "
                     f"shape {tuple(p.shape)}. Use Embedding(..., sparse=False)."
                 )
+
+
+def _is_on(generator: torch.Generator, p: Tensor) -> bool:
+    """Whether a generator draws on a parameter's device; `cuda` is the present one."""
+    device = generator.device
+    if device.type != p.device.type:
+        return False
+    return device.index in (None, p.device.index)

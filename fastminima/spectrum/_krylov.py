@@ -15,7 +15,6 @@ from ._problem import Problem
 __all__ = ["lanczos_pairs", "miss_probability"]
 
 _BASIS_BYTES = 1 << 30  # of a basis before it is restarted
-_LOOK_EVERY = 4  # steps, where a look at the host costs a synchronisation
 _MISS_PROBABILITY = 0.05
 _STRICTNESS = 0.7
 
@@ -71,13 +70,14 @@ class _Search:
         self._missing = wanted.k - len(found.values)
         vector_bytes = problem.size * run.basis[0].element_size()
         self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * wanted.k + 16)
-        self._look_every = 1 if problem.device.type == "cpu" else _LOOK_EVERY
 
     def run_on(self) -> bool:
         """Adds to `found` what it finds; True if nothing can be missing any more."""
         while True:
-            for _ in range(min(self._look_every, self._left - self._run.products)):
+            if self._run.products < self._left:
                 self._run.step()
+            # A look in every step, on GPUs too: orthogonality is gone three steps after
+            # a residual has become small, and what is found then is wrong.
             ritz = self._run.ritz()
             self._check(ritz)
             self._found.scale = max(self._found.scale, float(np.abs(ritz.values).max()))

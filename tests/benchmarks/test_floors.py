@@ -11,6 +11,7 @@ from benchmarks.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
 from benchmarks.kernels.tally import tally
 from benchmarks.kernels.work import FLOORS, Work, work_of
 from benchmarks.measured import measured_preferences
+from fastminima.ops._pieces import dense_parts
 from fastminima.ops.preferences import ON_GPU, is_preferred
 
 
@@ -77,13 +78,18 @@ def test_the_plain_way_is_never_below_the_floor():
 
 
 def test_bound_by_hand(monkeypatch):
-    """One float32 sum of 10 M elements: 40 MB at 3 TB/s and one launch."""
+    """One float32 sum of 10 M elements: 40 MB at 3 TB/s and one launch.
+
+    The plain way squares and sums pieces, then sums their sums.
+    """
     chosen = [c for c in cases("reference") if c.op.name == "sq_norm"]
     monkeypatch.setattr(floors, "cases", lambda backend: chosen)
     found = {b.case: b for b in floors.bounds(backend="reference")}
     bound = found["sq_norm 3200x3125 float32"]
     assert bound.floor == pytest.approx(3e-6 + 40e6 / 3e12)
-    assert bound.plain == pytest.approx(6e-6 + 3 * 40e6 / 3e12, rel=1e-3)
+    pieces = list(dense_parts(torch.empty(3200, 3125, device="meta"), bytes_each=8))
+    launches = 2 * len(pieces) + 2
+    assert bound.plain == pytest.approx(launches * 3e-6 + 3 * 40e6 / 3e12, rel=1e-3)
     assert bound.limit == "memory"
 
 

@@ -102,7 +102,7 @@ def test_rows_of_a_norm_over_columns():
             for loss in losses
         ]
     )
-    with pytest.warns(UserWarning, match="No rule for NativeBatchNorm"):
+    with pytest.warns(UserWarning, match="No rule for (Native|Cudnn)BatchNorm"):
         stats = probe_of(model, batchnorm="rows").backward(losses)
     torch.testing.assert_close(stats.sq_norms, grads.square().sum(1))
 

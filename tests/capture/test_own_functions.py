@@ -20,7 +20,7 @@ class Take(torch.autograd.Function):
         elif kept == "attribute":
             ctx.index = index
         elif kept == "matrix":
-            ctx.matrix = torch.eye(len(x), dtype=x.dtype)[index]
+            ctx.matrix = torch.eye(len(x), dtype=x.dtype, device=x.device)[index]
         else:
             ctx.numbers = index.tolist()
         return x[index]
@@ -31,7 +31,7 @@ class Take(torch.autograd.Function):
             return ctx.matrix.T @ g, None, None
         index = getattr(ctx, "index", None)
         if index is None and hasattr(ctx, "numbers"):
-            index = torch.tensor(ctx.numbers)
+            index = torch.tensor(ctx.numbers, device=g.device)
         if index is None:
             (index,) = ctx.saved_tensors
         out = g.new_zeros(ctx.rows, g.shape[1])

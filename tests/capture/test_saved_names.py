@@ -112,6 +112,7 @@ class StandIn:
                 setattr(self, f"_saved_{word}", value)
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # the node that the others are compared with
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BATCH_NORMS)
 def test_every_backend_gives_what_the_native_node_gives(name, training):

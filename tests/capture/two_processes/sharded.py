@@ -92,7 +92,7 @@ def fsdp_local_statistics_are_of_this_rank():
     for _ in range(2):
         stats = fm.GradientProbe(model, keep_mean=True).backward(losses_of(model, x))
         assert_oracle(stats, build(), x)
-        assert list(stats.mean_grad) == [n for n, _ in build().named_parameters()][::-1]
+        assert list(stats.mean_grad) == [n for n, _ in build().named_parameters()]
     assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
