@@ -1,4 +1,4 @@
-"""The rule for the kernel of RMSNorm that only GPUs have, on a stand-in for its node."""
+"""The rule for the RMSNorm kernel that only GPUs have, on a stand-in for its node."""
 
 from types import SimpleNamespace
 
