@@ -61,9 +61,9 @@ demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / b
 	@OMP_NUM_THREADS=2 $(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## op tests with shapes checked, models on a device, the suite
-	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*'
+	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*' --ignore-glob='*/test_memory.py' -n 2
 	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --device apart tests/capture/test_exact.py tests/capture/test_observe.py
-	@$(VENV)/bin/python -m pytest tests $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables
 	@$(BENCH_VENV)/bin/python -m benchmarks.tables $(BENCH_ARGS)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 __all__ = ["run"]
@@ -48,12 +48,21 @@ def run(
 
 
 def _start_deaf(process: Any) -> None:
-    """Start a process that ignores Ctrl-C from its first moment: the parent answers."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Start a process that ignores Ctrl-C from its first moment: the parent answers.
+
+    It inherits that the signal is blocked. One that comes meanwhile waits for the parent;
+    were it ignored for that moment, it would be lost.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        process.start()
+        return
+    # Starts the helper of multiprocessing, which unblocks what it has blocked.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Any, processes: dict[Any, Any], waiting: list[Any]) -> Iterator[Any]:

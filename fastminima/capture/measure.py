@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ def _sums(g: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.cat(sums)
 
 
+@runtime_checkable
 class Inner(Protocol):
     """A graph that is there in the passes only, such as that of a checkpoint."""
 
