@@ -50,8 +50,8 @@ def run(
 def _start_deaf(process: Any) -> None:
     """Start a process that ignores Ctrl-C from its first moment: the parent answers.
 
-    It inherits that the signal is blocked. One that comes meanwhile waits for the parent;
-    were it ignored for that moment, it would be lost.
+    It inherits that the signal is blocked. One that comes meanwhile waits for the
+    parent; were it ignored for that moment, it would be lost.
     """
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
