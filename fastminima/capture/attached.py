@@ -15,6 +15,7 @@ from .arrival import Arrival, Surroundings
 from .errors import CaptureError
 from .fused import Fusion
 from .grouped import GroupedSession
+from .passes import is_capturing
 from .session import Collected, Session
 from .tape import Tape
 
@@ -169,7 +170,7 @@ def _is_even(g: Tensor) -> bool:
     """Whether all samples weigh the same, by a look at the device."""
     if g.is_meta:
         return True
-    if g.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(g):
         raise CaptureError(
             "The vector of losses is weighted on the way to what is differentiated, "
             "and under CUDA graph capture the weights cannot be looked at. Attach to "

@@ -14,6 +14,7 @@ from .saved import forget_pass
 
 __all__ = [
     "belongs_to_another",
+    "is_capturing",
     "is_distributed",
     "nobodys",
     "owner_of_pass",
@@ -120,6 +121,11 @@ def belongs_to_another(session: object) -> bool:
 def owner_of_pass() -> object | None:
     """Whom the pass that calls this hook was run for; None for the user's own."""
     return _owners.get(torch._C._current_graph_task_id()) if _owners else None
+
+
+def is_capturing(t: Tensor) -> bool:
+    """Whether what happens to a tensor goes into a CUDA graph: nothing may be read."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_distributed() -> bool:

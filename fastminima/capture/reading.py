@@ -27,7 +27,13 @@ from .gates import Gates
 from .gathers import find_guards, gather_nodes, places
 from .known import Found, Known, Layouts
 from .measure import Measurements, decode, leaves_below, measure_samples
-from .passes import is_distributed, replicas_at_rest, run_pass, run_whole_pass
+from .passes import (
+    is_capturing,
+    is_distributed,
+    replicas_at_rest,
+    run_pass,
+    run_whole_pass,
+)
 from .plan import Plan, find_plan, is_spread, reads_data
 from .refusals import (
     refuse_collectives,
@@ -269,7 +275,9 @@ class Reader:
             return Reading(tape, found, mixing)
         assert known is not None
         self._refuse_mixing_uses(tape, found.plan, found.layouts, None)
-        if known.is_due(self._check_every) or self.is_suspicious:
+        # All rows of a batch of one are its own; in a CUDA graph nothing is looked at.
+        may_check = batch > 1 and not is_capturing(loss)
+        if may_check and (known.is_due(self._check_every) or self.is_suspicious):
             self._check(known, found, (key, tape, loss, samples, mixing, regions))
         return Reading(tape, found, mixing)
 
@@ -280,13 +288,13 @@ class Reader:
             CaptureError: where what was remembered does not hold any more.
         """
         key, tape, *_ = graph
-        steps, known.recalls = known.recalls, max(known.recalls, 1)
+        steps = known.recalls
         try:
-            measured = self._measured_anew(graph)
+            self._measure(*graph)
         except CaptureError as error:
             self._known.pop(key, None)
             raise CaptureError(_changed_message(steps) + str(error)) from error
-        node = disagreement(found, measured)
+        node = disagreement(found, self._measured)
         if node is not None:
             self._known.pop(key, None)
             raise CaptureError(
@@ -361,10 +369,6 @@ class Reader:
                     raise
                 self._announce_gates(attempt.opened)
                 may_open = False
-
-    def _measured_anew(self, graph: tuple) -> Measurements:
-        self._measure(*graph)
-        return self._measured
 
     def _announce_gates(self, names: set[str]) -> None:
         new = names - self._announced_gates

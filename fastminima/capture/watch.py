@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import GradientStatistics
+from .passes import is_capturing
 
 __all__ = ["Watch"]
 
@@ -40,6 +41,8 @@ class Watch:
 
     def is_suspicious(self, loss: Tensor) -> bool:
         """Whether something jumped in the last steps, or in this loss."""
+        if is_capturing(loss):
+            return False
         self._steps += 1
         self._rest -= 1
         waiting = []
@@ -83,4 +86,4 @@ class Watch:
 
 def _is_out_of_reach(t: Tensor) -> bool:
     """Whether numbers cannot be copied to the host: there are none, or in a graph."""
-    return t.is_meta or (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    return t.is_meta or is_capturing(t)

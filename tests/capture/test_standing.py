@@ -135,3 +135,12 @@ def test_a_steady_run_is_left_alone(measured):
 def test_an_unknown_cadence():
     with pytest.raises(ValueError, match="check_every"):
         fm.GradientProbe(nn.Linear(2, 1), check_every=0)
+
+
+def test_a_batch_of_one_has_nothing_to_look_for(measured):
+    torch.manual_seed(0)
+    probe = fm.GradientProbe(model := Secretive(), check_every=3)
+    for step in range(12):
+        size = 1 if step % 2 else 6
+        losses = model(torch.randn(size, 5)).square().sum(1)
+        probe.backward(losses * (1000.0 if step > 8 else 1.0))
