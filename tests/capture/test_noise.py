@@ -8,6 +8,7 @@ from cases import CASES
 from noisy import noisy
 from torch import nn
 from torch.nn.functional import cross_entropy
+from zoo import LISTED
 
 import fastminima as fm
 from fastminima.capture.arguments import Asked
@@ -134,3 +135,42 @@ def test_a_sample_with_a_tiny_loss_is_seen_through_noise():
         want = sum(g.double().square().sum() for g in grads)
         torch.testing.assert_close(got[n].double(), want, rtol=1e-3, atol=0)
     assert probe._reader._known  # every sample was seen, so this is remembered
+
+
+def zoo_reading(zoo, mode, factor):
+    """Uses, layouts and fallbacks of a model of a library under noise."""
+    model, batch = zoo.make()
+    if mode == "bfloat16":
+        model = model.bfloat16()
+        batch = tuple(t.bfloat16() if t.is_floating_point() else t for t in batch)
+    probe = fm.GradientProbe(model)
+
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            found = zoo.losses(model, batch).float()
+        noisy(found, factor, seed=int(factor))
+        return found
+
+    noise = losses()
+    samples = Asked(noise, None, "mean", 1.0).checked(0).samples
+    found = probe._reader.read(noise, samples).found
+    uses = zip(found.plan.uses, found.layouts, strict=True)
+    layouts = [(use.name, [str(layout) for layout in of_use]) for use, of_use in uses]
+    said = []
+    probe._announce = lambda node, parameters: said.append(node)
+    assert probe.backward(losses()).is_finite
+    return layouts, sorted(set(said))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("zoo", LISTED, ids=lambda zoo: f"{zoo.name}, {zoo.what}")
+def test_models_of_transformers_read_alike_under_noise(zoo, mode):
+    try:
+        quiet = zoo_reading(zoo, mode, 0.0)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, fm.CaptureError):
+            raise
+        pytest.skip(f"does not run in {mode} on a CPU: {str(error)[:80]}")
+    for factor in (1.0, 4.0):
+        assert zoo_reading(zoo, mode, factor) == quiet, factor
