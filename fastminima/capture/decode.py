@@ -15,7 +15,6 @@ weighted by norm, |log2 growth - nearest level| is 6e-2 and more, where noise ma
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .layout import IrregularLayout, RowLayout, fit_layouts
 
-__all__ = ["Evidence", "Measurement", "Scheme", "usual_noise", "weigh"]
+__all__ = ["Evidence", "Measurement", "Scheme", "graph_noise", "weigh"]
 
 _LEVELS = 16  # of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal
 _UNDERFLOW = 1e-30  # below this a product with 2^-8 may be zero
@@ -35,9 +34,13 @@ _HALF_LEVELS = 4  # float16 underflows at 6e-8
 # rounding in sums of rows. Rows that touch float16's subnormal range are rounded too.
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2
-# Mean deviation, weighted by norm, that no noise explains (see above).
-_MIXED = 0.1
-_EXCESS = 4.0  # mean deviation over the noise of the pass that says "mixed"
+# Mean deviation, weighted by norm, that says "mixed": some times the output's own
+# noise, or twice that where it is more than samples that mix would make (see above).
+# Outputs of few rows may agree twice by chance: then ten times the noise of the graph.
+_MIXED, _EXCESS = 0.1, 4.0
+_LEAST, _OF_GRAPH = 1e-2, 10.0
+# Rows that are zero in one pass only: so much of all norms is not noise.
+_CANCELLED = 5e-2
 # What is mixed in few rows: how much of all norms may be off by more than this, beside
 # some times as much as a second plain pass was off.
 _OFF, _FEW, _TIMES = 0.25, 1e-3, 8.0
@@ -223,28 +226,34 @@ class Evidence:
         return 0.0 if self.change is None else float((self.share * self.change).sum())
 
     @property
+    def is_clear(self) -> bool:
+        """Whether rows are a sample's beyond doubt, whatever the noise."""
+        return self.is_exact or (self.mean <= _LEAST and not self.has_gaps)
+
+    @property
     def is_open(self) -> bool:
         """Whether it takes a second plain pass to tell."""
         return not self.is_exact and self.change is None and self.mean < _MIXED
 
-    def rows(self, usual_noise: float) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def rows(self, graph_noise: float) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Labels, None where rows mix samples; and what they weigh, under noise.
 
-        `usual_noise` is that of other outputs of the graph: few rows may agree twice
-        by chance.
+        `graph_noise` is the largest of all outputs of the graph.
         """
         if self.is_exact:
             return _numpy(torch.where(self.known, self.label, -1)), None
         if self.change is None:
             return None, None
-        noise = max(self.noise, usual_noise)
-        if noise == 0:
+        if graph_noise == 0:
             return self._rows_of_repeatable(), None
+        noise = self.noise
+        most = max(
+            min(_EXCESS * noise, max(_MIXED, 2 * noise)),
+            min(_LEAST, _OF_GRAPH * graph_noise),
+        )
         is_off = (self.share * (self.deviation > _OFF)).sum()
         was_off = (self.share * (self.change > _OFF / 2)).sum()
-        if self.mean > min(_MIXED, _EXCESS * noise) or bool(
-            is_off > _FEW + _TIMES * was_off
-        ):
+        if self.mean > most or bool(is_off > _FEW + _TIMES * was_off):
             return None, None
         is_told = self.known & (self.deviation < _UNTOLD)
         return _numpy(torch.where(is_told, self.label, -1)), _numpy(self.share)
@@ -272,7 +281,7 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
     weighted = torch.stack(list(norms[1 : scheme.passes]))
     plain = norms[0]
     gaps = _gaps(plain, weighted, scheme)
-    if gaps > _FEW:
+    if gaps > _CANCELLED:
         return None
     known = torch.isfinite(plain) & (plain > 0)
     known &= (torch.isfinite(weighted) & (weighted > 0)).all(0)
@@ -353,7 +362,6 @@ def _numpy(t: Tensor) -> np.ndarray:
     return t.cpu().numpy()
 
 
-def usual_noise(evidence: Iterable[Evidence]) -> float:
-    """Half the median noise of the outputs that are not the same twice."""
-    noise = [e.noise for e in evidence if e.change is not None and 0 < e.mean < _MIXED]
-    return statistics.median(noise) / 2 if noise else 0.0
+def graph_noise(evidence: Iterable[Evidence]) -> float:
+    """The largest noise of the outputs that are not the same twice."""
+    return max((e.noise for e in evidence if e.change is not None), default=0.0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._dtypes import accumulation_dtype
 from .._memory import return_freed_memory
 from .compiled import NODE as COMPILED
-from .decode import Evidence, Measurement, Scheme, usual_noise, weigh
+from .decode import Evidence, Measurement, Scheme, graph_noise, weigh
 from .gates import Gates
 from .tape import Tape
 
@@ -306,7 +306,7 @@ def _labelled(
     evidence: Mapping[int, list[Evidence | None]],
     scheme: Scheme,
 ) -> Measurements:
-    noise = usual_noise(e for es in evidence.values() for e in es if e is not None)
+    noise = graph_noise(e for es in evidence.values() for e in es if e is not None)
     return {
         i: [
             _measurement(prints, output, of_output, scheme, noise)
@@ -352,7 +352,7 @@ def _measurement(
     columns = [p[output][1] for p in prints.passes]  # type: ignore[index]
     if labels is None and columns[0] is not None:
         of_columns = weigh(columns, scheme)  # type: ignore[arg-type]
-        if of_columns is not None:
+        if of_columns is not None and of_columns.is_clear:
             trailing, _ = of_columns.rows(noise)
     return Measurement(prints.shapes[output], labels, trailing, weight)
 
