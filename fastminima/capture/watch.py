@@ -35,9 +35,12 @@ class Watch:
         """Keep the numbers of a step."""
         if stats.sq_norms is None or _is_out_of_reach(stats.sq_norms):
             return
-        with torch.no_grad():
-            self._keep("norm", stats.sq_norms.mean().sqrt())
-            self._keep("loss", loss.detach().mean().abs())
+        total = stats.sq_norms.detach().sum()
+        if total.device.type == "cpu":
+            self._weigh("norm", math.sqrt(max(float(total), 0.0) / stats.count))
+            return
+        self._keep("norm", (total / stats.count).sqrt())
+        self._keep("loss", loss.detach().mean().abs())
 
     def is_suspicious(self, loss: Tensor) -> bool:
         """Whether something jumped in the last steps, or in this loss."""
@@ -45,6 +48,17 @@ class Watch:
             return False
         self._steps += 1
         self._rest -= 1
+        if loss.device.type == "cpu":
+            self._weigh("loss", abs(float(loss.detach().mean())))
+        elif self._coming:
+            self._collect()
+        jumped, self._jumped = self._jumped and self._rest <= 0, False
+        if jumped:
+            self._rest = _REST
+        return jumped
+
+    def _collect(self) -> None:
+        """Read what has come from the device by now."""
         waiting = []
         for name, value, event in self._coming:
             if event is None or event.query():
@@ -52,12 +66,6 @@ class Watch:
             else:
                 waiting.append((name, value, event))
         self._coming = waiting
-        if loss.device.type == "cpu":
-            self._jumped |= self._is_jump("loss", abs(float(loss.detach().mean())))
-        jumped, self._jumped = self._jumped and self._rest <= 0, False
-        if jumped:
-            self._rest = _REST
-        return jumped
 
     def _keep(self, name: str, value: Tensor) -> None:
         event = None
