@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _MATRICES = 3  # dims of a batch of them
-_PIECE = 1 << 17  # elements looked at together
+_PIECE = 1 << 20  # elements looked at together
 
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
 Measurements = dict[int, list["Measurement | None"]]  # node -> each of its outputs
@@ -164,6 +164,7 @@ class Passes:
                 self._forget()
                 self._run(range(self._scheme.passes))
                 measured = self._decoded()
+        return_freed_memory()
         return measured
 
     def _decoded(self) -> Measurements:
@@ -228,7 +229,6 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
-            return_freed_memory()
 
 
 def measure_samples(tape: Tape, watched: Sequence[int], **options: Any) -> Measurements:
