@@ -9,6 +9,7 @@ tells the two apart. Nothing here touches `.grad`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 _MATRICES = 3  # dims of a batch of them
+# Elements of all gradients watched, above which a pass leaves holes that matter.
+_LARGE = 1 << 22
 _PIECE = 1 << 20  # elements looked at together
 
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
@@ -147,6 +150,8 @@ class Passes:
         self._gates, self._inner, self._joint = gates, inner, joint
         self._all_gates = [gates, *(region.gates for region in inner)]
         self._ends_early = not (to_the_end or regions)
+        shapes = (shape for i in watched for shape in tape.shapes(i))
+        self._is_large = sum(map(math.prod, shapes)) > _LARGE
 
     def measure(self) -> Measurements:
         """Labels of every output of the watched nodes."""
@@ -164,7 +169,6 @@ class Passes:
                 self._forget()
                 self._run(range(self._scheme.passes))
                 measured = self._decoded()
-        return_freed_memory()
         return measured
 
     def _decoded(self) -> Measurements:
@@ -229,6 +233,8 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
+            if self._is_large:
+                return_freed_memory()
 
 
 def measure_samples(tape: Tape, watched: Sequence[int], **options: Any) -> Measurements:
