@@ -221,31 +221,27 @@ def _frames(
 def _layer_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    trailing = len(node._saved_normalized_shape)
-    if isinstance(layout, RegularLayout):
-        is_covered = layout.dim < g.dim() - trailing
-    else:
-        is_covered = trailing == 1
-    if not is_covered:
-        return {}
-
-    saved = (node._saved_input, node._saved_result1, node._saved_result2)
-
-    def gradients(some: RowLayout) -> tuple[Tensor, Tensor]:
-        rows = (some.rows(t, trailing).flatten(2) for t in (g, *saved))
-        grads, x, mean, rstd = rows
-        return norm.layer_norm_gradients(grads, x, mean[..., 0], rstd[..., 0])
-
-    return _affine(in_row_pieces(layout, gradients, g, saved[0]), slots)
+    return _normalised(node, g, layout, slots, node._saved_result1, node._saved_result2)
 
 
 def _rms_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """The kernel that GPUs have; elsewhere a product with the weight is the use."""
+    rstd = node._saved_result1
+    return _normalised(node, g, layout, slots, torch.zeros_like(rstd), rstd)
+
+
+def _normalised(
+    node: Any,
+    g: Tensor,
+    layout: RowLayout,
+    slots: Sequence[Slot],
+    mean: Tensor,
+    rstd: Tensor,
+) -> Contributions:
+    """Scale and shift after a normalisation over the last dims."""
     trailing = len(node._saved_normalized_shape)
-    if [slot.number for slot in slots] != [1]:
-        return {}
     if isinstance(layout, RegularLayout):
         is_covered = layout.dim < g.dim() - trailing
     else:
@@ -253,13 +249,14 @@ def _rms_norm(
     if not is_covered:
         return {}
 
-    def rows(t: Tensor) -> Tensor:
-        return layout.rows(t, trailing).flatten(2)
+    saved = (node._saved_input, mean, rstd)
 
-    rstd = rows(node._saved_result1)[..., 0]
-    mean = torch.zeros_like(rstd)  # nothing is subtracted
-    pair = norm.layer_norm_gradients(rows(g), rows(node._saved_input), mean, rstd)
-    return _affine(pair, slots)
+    def gradients(some: RowLayout) -> tuple[Tensor, Tensor]:
+        rows = (some.rows(t, trailing).flatten(2) for t in (g, *saved))
+        grads, x, means, rstds = rows
+        return norm.layer_norm_gradients(grads, x, means[..., 0], rstds[..., 0])
+
+    return _affine(in_row_pieces(layout, gradients, g, saved[0]), slots)
 
 
 def _affine(pair: Sequence[Tensor], slots: Sequence[Slot]) -> Contributions:
