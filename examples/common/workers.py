@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -33,11 +34,14 @@ def run(
     processes: dict[connection.Connection, Any] = {}
     try:
         for _ in range(min(workers, len(tasks))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(work, theirs), daemon=True)
-            _start_deaf(process)
-            theirs.close()
-            processes[ours] = process
+            with _interrupts_wait():
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_worker, args=(work, theirs), daemon=True
+                )
+                process.start()
+                theirs.close()
+                processes[ours] = process
         while processes:
             for pipe in connection.wait(list(processes)):
                 yield from _serve(pipe, processes, waiting)
@@ -47,20 +51,39 @@ def run(
             process.join()
 
 
-def _start_deaf(process: Any) -> None:
-    """Start a process that ignores Ctrl-C from its first moment: the parent answers.
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes started there never hear it.
 
-    It inherits that the signal is blocked. One that comes meanwhile waits for the
-    parent; were it ignored for that moment, it would be lost.
+    They inherit that the signal is blocked. That alone would not keep it from this
+    process: any other thread may receive it (tqdm has one), and Python raises it in
+    this one then, between the start of a worker and the words that it waits for.
     """
+    if threading.current_thread() is not threading.main_thread():
+        with _blocked():
+            yield  # Ctrl-C is never raised here
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        with _blocked():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
-        process.start()
+        yield
         return
     # Starts the helper of multiprocessing, which unblocks what it has blocked.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        process.start()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
