@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastminima as fm
 from benchmarks.memory import MIB, ROOT, _peak, _reset_peak, _return_freed_memory
 from benchmarks.workloads import WORKLOADS, build
-from fastminima.capture.decode import Scheme
+from fastminima.capture.rows.decode import Scheme
 
 __all__ = ["NAMES", "first_step"]
 

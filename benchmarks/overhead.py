@@ -32,8 +32,8 @@ from benchmarks.first_step import NAMES, first_step
 from benchmarks.harness import interleave, ratio
 from benchmarks.records import describe_run, save
 from benchmarks.workloads import Workload, build, sample_losses
-from fastminima.capture.samples import Batch
-from fastminima.capture.tape import Tape
+from fastminima.capture.graph.tape import Tape
+from fastminima.capture.rows.samples import Batch
 
 LAYERS, BATCH, TIME = 12, 4, 8
 

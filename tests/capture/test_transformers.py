@@ -20,7 +20,7 @@ from timm_zoo import TIMM
 from zoo import ENCODER, LISTED, MORE, NO_DROPOUT, hearing, language, t5, twin
 
 import fastminima as fm
-from fastminima.capture import reading
+from fastminima.capture.reading import reader as reading
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 BEGIN, END = "<!-- table:transformers -->", "<!-- /table -->"

@@ -1,0 +1,1 @@
+"""What each kind of node says of the gradients of its parameters."""
