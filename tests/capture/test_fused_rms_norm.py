@@ -8,7 +8,7 @@ from torch import nn
 
 from fastminima.capture.reading.plan import Slot
 from fastminima.capture.rows.layout import IrregularLayout, RegularLayout
-from fastminima.capture.rules.table import contributions_of
+from fastminima.capture.rules import contributions_of
 
 NAME = "FusedRmsNormBackward0"
 EPS = 1e-5

@@ -16,7 +16,7 @@ from fastminima.capture.graph.saved_names import (
 )
 from fastminima.capture.reading.plan import Slot
 from fastminima.capture.rows.layout import RegularLayout
-from fastminima.capture.rules.table import RULES
+from fastminima.capture.rules import RULES
 
 # Written from derivatives.yaml when PyTorch is built: the classes of all nodes.
 HEADER = Path(torch.__file__).parent / "include/torch/csrc/autograd/generated"

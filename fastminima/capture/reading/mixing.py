@@ -8,13 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ..graph.saved import saved_tensor
-from ..graph.saved_names import is_training
+from ..graph.saved_names import BATCH_NORMS, is_training
 from ..graph.tape import Tape
 from ..rows.layout import RegularLayout, RowLayout
-from ..rules.table import BATCH_NORM
 
 __all__ = [
-    "BATCH_NORM",
+    "BATCH_NORMS",
     "MAY_MIX",
     "counts_in_batch",
     "freeze",
@@ -26,7 +25,7 @@ __all__ = [
 
 def norm_nodes(tape: Tape) -> list[int]:
     """Batch-normalisation nodes in any mode."""
-    return [i for i, name in enumerate(tape.names) if name in BATCH_NORM]
+    return [i for i, name in enumerate(tape.names) if name in BATCH_NORMS]
 
 
 def mixing_nodes(
@@ -47,7 +46,7 @@ def mixing_nodes(
 
 
 # Nodes that can mix samples by themselves, in one mode or layout or another.
-MAY_MIX = BATCH_NORM | {
+MAY_MIX = BATCH_NORMS.keys() | {
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",
     "NativeLayerNormBackward0",
@@ -78,7 +77,7 @@ def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
     if name == "NativeGroupNormBackward0":
         group = shape[1] // node._saved_group
         return layout.dim > 1 or (layout.dim == 1 and layout.inner % group != 0)
-    if name in BATCH_NORM and is_training(node):
+    if name in BATCH_NORMS and is_training(node):
         return layout.dim != 1
     return False
 

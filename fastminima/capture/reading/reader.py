@@ -329,7 +329,7 @@ class Reader:
                 )
             elif (
                 # Any other choice than "error" says what is meant.
-                not (use.name in batchnorm.BATCH_NORM and self._batchnorm != "error")
+                not (use.name in batchnorm.BATCH_NORMS and self._batchnorm != "error")
                 and batchnorm.normalises_over(tape, use.node, layout)
                 and (measured is None or is_sure(measured[use.node], layout.batch))
             ):

@@ -34,7 +34,7 @@ from ..reading.plan import EMBEDDING, TRANSPOSE, Path, Plan, Slot, Use
 from ..reading.reader import Reading
 from ..reading.regions import Region, Watcher, is_reentrant, own_name, watch
 from ..rows.layout import RowLayout
-from ..rules.table import contributions_of
+from ..rules import contributions_of
 from ..rules.universal import Universal
 from .arrival import Arrival
 from .fused import Fusion

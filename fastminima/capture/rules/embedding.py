@@ -1,4 +1,4 @@
-"""Rules for layers of their own kind: PReLU, Bilinear, EmbeddingBag, differences."""
+"""Tables: rows looked up one by one, by an index, or in bags."""
 
 from __future__ import annotations
 
@@ -9,93 +9,100 @@ import torch
 from torch import Size, Tensor
 
 from ..._dtypes import accumulation_dtype
-from ..contributions import Contribution, Dense, Embedding, in_pieces, reshaped
+from ..contributions import (
+    Contribution,
+    Embedding,
+    reshaped,
+)
 from ..graph.tape import signed
 from ..reading.plan import Slot
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
-from .pieces import from_rows, some_of
-from .spread import Term, spread_gradient
+from ..rows.routes import index_positions
+from .base import Contributions
+from .pieces import from_rows
 
-__all__ = ["LAYERS"]
+__all__ = ["embedding", "embedding_bag", "index", "index_select"]
 
-Contributions = dict[int, Contribution]
+
+def embedding(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`table[ids]`, with the row `padding_idx` left out."""
+    if node._saved_scale_grad_by_freq:
+        return {}
+    if isinstance(layout, RegularLayout) and layout.dim == g.dim() - 1:
+        return {}
+    ids, padding = node._saved_indices, signed(node._saved_padding_idx)
+
+    def table(some: RowLayout) -> Embedding:
+        rows = some.rows(ids, 0), some.rows(g, 1)
+        return Embedding(*rows, padding, slots[0].shape[0])
+
+    return {0: from_rows(layout, table, g)}
+
+
+def index(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """A table indexed along its first dims: as an embedding."""
+    indices = list(node._saved_indices)
+    if not indices or any(index is None for index in indices):
+        return {}
+    return _looked_up(index_positions(indices, slots[0].shape), g, layout, slots[0])
+
+
+def index_select(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`table.index_select(0, ids)`."""
+    if node._saved_dim != 0:
+        return {}
+    return _looked_up([node._saved_index], g, layout, slots[0])
+
+
+def _looked_up(
+    positions: Sequence[Tensor], g: Tensor, layout: RowLayout, slot: Slot
+) -> Contributions:
+    """`table[positions]`: a table of as many rows as its indexed dims have places."""
+    rows = 1
+    ids = torch.zeros((), dtype=torch.long, device=g.device)
+    for position, size in zip(positions, slot.shape, strict=False):
+        ids = ids * size + position
+        rows *= size
+    width = Size(slot.shape[len(positions) :]).numel()
+    if isinstance(layout, RegularLayout):
+        if layout.dim >= ids.dim():
+            return {}
+    else:
+        labels = _first_dims(layout.labels, ids.dim())
+        if labels is None:
+            return {}
+        layout = IrregularLayout(labels, layout.batch)
+    values = g.reshape(*ids.shape, width)
+
+    def of_rows(some: RowLayout) -> Embedding:
+        return Embedding(some.rows(ids, 0), some.rows(values, 1), -1, rows)
+
+    table = from_rows(layout, of_rows, values)
+    if table.shape == slot.shape:
+        return {slot.number: table}
+    return {slot.number: reshaped(table, slot.shape)}
+
+
+def _first_dims(labels: Tensor, dims: int) -> Tensor | None:
+    """Labels of the first dims alone, if the others make no difference."""
+    if labels.dim() < dims:
+        return None
+    rest = labels.reshape(*labels.shape[:dims], -1)
+    most = rest.amax(-1) if rest.shape[-1] else rest.new_full(rest.shape[:-1], -1)
+    agree = (rest == most[..., None]) | (rest < 0)
+    return most if bool(agree.all()) else None
+
 
 _SUM, _MEAN, _MAX = range(3)  # modes of an embedding bag
 
 
-def _prelu(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
-) -> Contributions:
-    if len(slots) > 1 or slots[0].number != 1:
-        return {}
-    return _spread(
-        layout, slots[0], lambda g, x: g * x.clamp(max=0), g, node._saved_self
-    )
-
-
-def _sub(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
-) -> Contributions:
-    found: Contributions = {}
-    factor = -node._saved_alpha
-    for slot in slots:
-        term = None if slot.number == 0 else lambda g: factor * g
-        found |= _spread(layout, slot, term, g)
-    return found
-
-
-def _div(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
-) -> Contributions:
-    if len(slots) > 1:
-        return {}
-    other = node._saved_other
-    if slots[0].number == 0:
-        return _spread(layout, slots[0], lambda g, y: g / y, g, other)
-    terms = g, node._saved_self, other
-    return _spread(layout, slots[0], lambda g, x, y: -g * x / y.square(), *terms)
-
-
-def _spread(
-    layout: RowLayout, slot: Slot, term: Term | None, *tensors: Tensor
-) -> Contributions:
-    part = spread_gradient(layout, slot, term, *tensors)
-    return {} if part is None else {slot.number: part}
-
-
-# How `F.bilinear` calls the node: x1 [N, 1, d1, 1], weight [1, p, d1, d2],
-# x2 [N, 1, 1, d2], summed over the last two dims.
-_BILINEAR = ([1, 3], [0], [1, 2], [2, 3])
-
-
-def _trilinear(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
-) -> Contributions:
-    """A bilinear form: a dense layer on the products of both inputs' features."""
-    dims = (node._saved_expand1, node._saved_expand2, node._saved_expand3)
-    if len(slots) > 1 or slots[0].number != 1:
-        return {}
-    if tuple(map(list, (*dims, node._saved_sumdim))) != _BILINEAR:
-        return {}
-    if isinstance(layout, RegularLayout) and layout.dim != 0:
-        return {}
-    dtype = accumulation_dtype(g.dtype)
-    tensors = (node._saved_i1, node._saved_i3, g)
-
-    def some(lo: int, hi: int) -> Dense:
-        rows = (some_of(layout, lo, hi).rows(t, 1).to(dtype) for t in tensors)
-        left, right, grads = rows
-        products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
-        return Dense(products, grads, out_first=True)
-
-    is_regular = isinstance(layout, RegularLayout)
-    steps = layout.outer * layout.inner if is_regular else layout.longest
-    bytes_each = steps * Size(slots[0].shape[1:]).numel() * dtype.itemsize
-    dense = in_pieces(layout.count, some, bytes_each)
-    return {1: reshaped(dense, slots[0].shape)}
-
-
-def _embedding_bag(
+def embedding_bag(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """A table whose rows are added up, averaged, or compared, in bags."""
@@ -144,12 +151,3 @@ def _largest(
     ids, rows = (layout.rows(t * is_filled, 1).flatten(1) for t in (ids, g))
     table = Embedding(ids, rows.unsqueeze(2), -1, shape[0] * width)
     return reshaped(table, shape)
-
-
-LAYERS = {
-    "PreluKernelBackward0": _prelu,
-    "SubBackward0": _sub,
-    "DivBackward0": _div,
-    "TrilinearBackward0": _trilinear,
-    "EmbeddingBagBackward0": _embedding_bag,
-}

@@ -1,10 +1,11 @@
-"""Gradients of an operand that an elementwise node spread over the samples."""
+"""Operands that an elementwise node spreads over the samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -12,16 +13,133 @@ from torch import Size, Tensor
 from ..._dtypes import accumulation_dtype
 from ...ops import broadcast
 from ...ops._pieces import in_pieces, pieces
-from ..contributions import Contribution, Materialized
+from ..contributions import (
+    Contribution,
+    Materialized,
+)
 from ..reading.plan import Slot
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
+from .base import Contributions
 
-__all__ = ["Term", "spread_gradient"]
+__all__ = [
+    "add",
+    "div",
+    "multiply",
+    "prelu",
+    "repeat",
+    "sub",
+    "where",
+]
 
 Term = Callable[..., Tensor]  # of pieces of the output gradient and of other tensors
 
 
-def spread_gradient(
+def add(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`x + alpha * y`: each operand's gradient is the output's, summed."""
+    found: Contributions = {}
+    for slot in slots:
+        if slot.number == 0 or node._saved_alpha == 1:
+            found |= _spread(layout, slot, None, g)
+    return found
+
+
+def multiply(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`x * y`: the output's gradient times the other operand, summed."""
+    if len(slots) > 1:
+        return {}
+    other = node._saved_other if slots[0].number == 0 else node._saved_self
+    return _spread(layout, slots[0], mul, g, other)
+
+
+def where(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Parameters chosen at some places, such as a bias under a mask."""
+    found: Contributions = {}
+    for slot in slots:
+        is_chosen = node._saved_condition
+        if slot.number == 1:
+            is_chosen = ~is_chosen
+        found |= _spread(layout, slot, _chosen, g, is_chosen)
+    return found
+
+
+def _chosen(g: Tensor, is_chosen: Tensor) -> Tensor:
+    return g.where(is_chosen, 0)
+
+
+def sub(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`x - alpha * y`."""
+    found: Contributions = {}
+    factor = -node._saved_alpha
+    for slot in slots:
+        term = None if slot.number == 0 else lambda g: factor * g
+        found |= _spread(layout, slot, term, g)
+    return found
+
+
+def div(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`x / y`."""
+    if len(slots) > 1:
+        return {}
+    other = node._saved_other
+    if slots[0].number == 0:
+        return _spread(layout, slots[0], lambda g, y: g / y, g, other)
+    terms = g, node._saved_self, other
+    return _spread(layout, slots[0], lambda g, x, y: -g * x / y.square(), *terms)
+
+
+def prelu(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`max(x, 0) + weight * min(x, 0)`."""
+    if len(slots) > 1 or slots[0].number != 1:
+        return {}
+    return _spread(
+        layout, slots[0], lambda g, x: g * x.clamp(max=0), g, node._saved_self
+    )
+
+
+def _spread(
+    layout: RowLayout, slot: Slot, term: Term | None, *tensors: Tensor
+) -> Contributions:
+    part = _spread_gradient(layout, slot, term, *tensors)
+    return {} if part is None else {slot.number: part}
+
+
+def repeat(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Expand and repeat over the batch alone: the output gradient is the answer."""
+    if not isinstance(layout, RegularLayout):
+        return {}
+    slot = slots[0]
+    missing = g.dim() - len(slot.shape)
+    shape = (1,) * missing + slot.shape
+    if layout.outer > 1 and shape[layout.dim] != 1:
+        return {}  # repeats interleave the samples, each a row of the parameter
+    samples = layout.isolate(g)
+    dims = [
+        i + 1
+        for i, (size, full) in enumerate(zip(shape, samples.shape[1:], strict=True))
+        if size == 1 and full != 1
+    ]
+    if dims:
+        samples = samples.sum(dims, keepdim=True)
+    if tuple(samples.shape[1:]) != shape:
+        return {}
+    return {0: Materialized(samples.reshape(len(samples), *slot.shape))}
+
+
+def _spread_gradient(
     layout: RowLayout, slot: Slot, term: Term | None, g: Tensor, *others: Tensor
 ) -> Contribution | None:
     """Gradient of a broadcast operand: the sum of a term over all it was spread.
@@ -69,11 +187,6 @@ def _scattered(
     return samples
 
 
-def _bytes(dtype: torch.dtype, elements: int, *others: Tensor) -> int:
-    """What a term of so many elements takes, with what it is made of."""
-    return elements * (4 * dtype.itemsize + sum(t.itemsize for t in others))
-
-
 def _summed_like(
     layout: RegularLayout,
     shape: tuple[int, ...],
@@ -106,3 +219,8 @@ def _summed_like(
     return in_pieces(
         lambda some: summed(*(t[some] for t in tensors)), layout.count, each, 4
     )[0]
+
+
+def _bytes(dtype: torch.dtype, elements: int, *others: Tensor) -> int:
+    """What a term of so many elements takes, with what it is made of."""
+    return elements * (4 * dtype.itemsize + sum(t.itemsize for t in others))
