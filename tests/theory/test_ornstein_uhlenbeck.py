@@ -89,9 +89,7 @@ def simulate_saddle(start, *, steps, walkers=4000, learning_rate=0.1, batch_size
     noise = torch.Generator().manual_seed(0)
     z = torch.tensor(start, dtype=torch.float64).repeat(walkers, 1)
     for _ in range(steps):
-        x, r = torch.randn(
-            2, walkers, batch_size, generator=noise, dtype=torch.float64
-        )
+        x, r = torch.randn(2, walkers, batch_size, generator=noise, dtype=torch.float64)
         error = x * z[:, :1] - r
         gradients = (error * x, torch.zeros_like(x), -z[:, 2:] / 2 - r)
         z = z - learning_rate * torch.stack([g.mean(1) for g in gradients], dim=1)
@@ -99,7 +97,7 @@ def simulate_saddle(start, *, steps, walkers=4000, learning_rate=0.1, batch_size
 
 
 def test_flat_and_falling_directions_have_no_stationary_state():
-    """They end where they began, or nowhere; the formula says NaN, and is right for 0."""
+    """Flat ones stay where they began, falling ones leave: the formula says NaN."""
     eigenvalues = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
     want = stationary_variances(eigenvalues, 0.1, 10)
     assert want.isnan().tolist() == [False, True, True]
