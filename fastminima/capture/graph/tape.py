@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch.autograd.graph import Node
 
-__all__ = ["ACCUMULATE", "Tape", "signed"]
+from .nodes import ACCUMULATE, READ_UNSEEN
 
-ACCUMULATE = "torch::autograd::AccumulateGrad"
-
-_READS_UNSEEN = (
-    *("Embedding", "Index", "Gather", "Where", "Masked", "Take", "Scatter"),
-    *(
-        "Nll",
-        "Dropout",
-        "NativeDropout",
-        "CompiledFunction",
-        "CheckpointFunction",
-        "torch::autograd",
-    ),
-)
+__all__ = ["Tape", "signed"]
 
 
 def signed(number: int) -> int:
@@ -36,30 +25,41 @@ class Tape:
     The same program gives the same numbers, so what was found out about a graph can be
     kept under `key` and applied to the nodes of the next step.
 
+    Args:
+        roots: nodes of outputs.
+        parameter_names: names of the tracked parameters by id.
+        copy_names: the same of copies of them that a region is given.
+
     Attributes:
         nodes: the graph's nodes; the roots come first.
-        names: their names, and for a leaf the name of its parameter.
+        names: their names.
         children: for each node, for each of its inputs, (node, output number) or None.
+        leaves: the node of each tracked parameter; copies: of each copy of one.
         key: hashable; equal for graphs of equal structure over the same parameters.
     """
 
     def __init__(
-        self, roots: Iterable[Node], parameter_names: Mapping[int, str]
+        self,
+        roots: Iterable[Node],
+        parameter_names: Mapping[int, str],
+        copy_names: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         nodes = list(dict.fromkeys(roots))
         index = {node: i for i, node in enumerate(nodes)}
         children = []
         names = []
-        leaves = {}
+        leaves: dict[str, int] = {}
+        copies: dict[str, int] = {}
         numbered = index.get
         for node in nodes:
             name = node.name()
             below = node.next_functions
             if not below and name == ACCUMULATE:
-                parameter = parameter_names.get(id(node.variable))  # type: ignore[attr-defined]
-                if parameter is not None:
-                    leaves[parameter] = len(names)
-                    name = f"leaf {parameter}"
+                leaf = id(node.variable)  # type: ignore[attr-defined]
+                if leaf in parameter_names:
+                    leaves[parameter_names[leaf]] = len(names)
+                elif leaf in copy_names:
+                    copies[copy_names[leaf]] = len(names)
             names.append(name)
             edges = []
             for child, number in below:
@@ -74,9 +74,22 @@ class Tape:
             children.append(tuple(edges))
         self.nodes: list[Any] = nodes
         self.names: list[str] = names
-        self.leaves: dict[str, int] = leaves
+        self.leaves, self.copies = leaves, copies
         self.children: list[tuple[tuple[int, int] | None, ...]] = children
-        self.key = (tuple(names), tuple(children))
+        self.key = (
+            *(tuple(names), tuple(children)),
+            *(tuple(leaves.items()), tuple(copies.items())),
+        )
+
+    @cached_property
+    def parameter_at(self) -> dict[int, str]:
+        """The tracked parameter of each leaf that has one, or is a copy of one."""
+        return {i: name for of in (self.leaves, self.copies) for name, i in of.items()}
+
+    def leaf(self, parameter: str, *, is_copy: bool = False) -> Any:
+        """The leaf that a parameter is here, or that a copy of it is."""
+        leaves = self.copies if is_copy else self.leaves
+        return self.nodes[leaves[parameter]].variable
 
     @cached_property
     def parents(self) -> list[list[tuple[int, int, int]]]:
@@ -87,6 +100,35 @@ class Tape:
                 if edge is not None:
                     parents[edge[0]].append((i, slot, edge[1]))
         return parents
+
+    def below(
+        self, *starts: int, enters: Callable[[int], bool] = lambda i: True
+    ) -> Iterator[int]:
+        """Some nodes and those below them, nearest first.
+
+        Nothing is looked for below a node that is not entered, nor is it given.
+        """
+        queue = list(dict.fromkeys(i for i in starts if enters(i)))
+        met = set(queue)
+        for i in queue:
+            yield i
+            for edge in self.children[i]:
+                if edge is not None and edge[0] not in met and enters(edge[0]):
+                    met.add(edge[0])
+                    queue.append(edge[0])
+
+    def above(
+        self, *starts: int, enters: Callable[[int], bool] = lambda i: True
+    ) -> Iterator[int]:
+        """Those above some nodes, nearest first, as `below`; without these."""
+        queue = list(starts)
+        met: set[int] = set()
+        for i in queue:
+            for parent, _, _ in self.parents[i]:
+                if parent not in met and enters(parent):
+                    met.add(parent)
+                    queue.append(parent)
+                    yield parent
 
     @cached_property
     def leaves_first(self) -> list[int]:
@@ -119,9 +161,7 @@ class Tape:
 
     def is_leaf(self, i: int) -> bool:
         """Whether node `i` accumulates the gradient of a leaf, tracked or not."""
-        return not self.children[i] and (
-            self.names[i].startswith("leaf ") or self.names[i] == ACCUMULATE
-        )
+        return not self.children[i] and self.names[i] == ACCUMULATE
 
     @cached_property
     def is_parameter_side(self) -> list[bool]:
@@ -146,9 +186,9 @@ class Tape:
         """
         sure = [False] * len(self.nodes)
         for i in self.leaves_first:
-            sure[i] = self.names[i].startswith("leaf ") or (
+            sure[i] = i in self.parameter_at or (
                 bool(self.children[i])
-                and not self.names[i].startswith(_READS_UNSEEN)
+                and not self.names[i].startswith(READ_UNSEEN)
                 and all(e is not None and sure[e[0]] for e in self.children[i])
             )
         return sure

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .tape import ACCUMULATE, Tape
+from .nodes import ACCUMULATE
+from .tape import Tape
 
 __all__ = ["has_changed", "untracked_leaves"]
 
 
 def untracked_leaves(tape: Tape) -> list[nn.Parameter]:
     """Parameters among the leaves of a graph that are not tracked."""
-    if ACCUMULATE not in tape.names:
+    if tape.names.count(ACCUMULATE) == len(tape.leaves):  # all of them are
         return []
     leaves = (
         node.variable
-        for node, name in zip(tape.nodes, tape.names, strict=True)
-        if name == ACCUMULATE
+        for i, (node, name) in enumerate(zip(tape.nodes, tape.names, strict=True))
+        if name == ACCUMULATE and i not in tape.parameter_at
     )
     return [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from ..graph.nodes import PRODUCTS
 from ..graph.tape import Tape
 from ..rows.layout import IrregularLayout, RegularLayout
 from ..rows.samples import Batch, SegmentLayout, Segments
@@ -18,16 +19,6 @@ from ..rows.shared import is_data
 from .plan import Plan, Use
 
 __all__ = ["Shown", "what_is_shown"]
-
-# Products: the dims of the output that the data give when a parameter comes in by an
-# input.
-_DATA_DIMS = {
-    ("MmBackward0", 0): (1,),
-    ("MmBackward0", 1): (0,),
-    ("AddmmBackward0", 1): (1,),
-    ("AddmmBackward0", 2): (0,),
-    ("AddmmBackward0", 0): (0,),
-}
 
 
 class Shown(Enum):
@@ -88,17 +79,25 @@ def _are_called(calls: list[tuple[int, int]]) -> Shown:
     return Shown.SAMPLES if met == sorted(met) else Shown.OTHER
 
 
+def _data_dims(use: Use, rank: int) -> Sequence[int]:
+    """The dims of a use's output that data give, and not the parameters there.
+
+    [rows, d_in] @ weight has data in dim 0, weight @ [d_in, columns] in dim 1.
+    """
+    product = PRODUCTS.get(use.name)
+    if product is None or product.factors is None or not product.is_of_matrices:
+        return range(rank)
+    left, _ = product.factors
+    return (1,) if left in {slot.number for slot in use.slots} else (0,)
+
+
 def _says(tape: Tape, use: Use, layout: object, samples: Batch | Segments) -> Shown:
     """What the rows of one use say."""
     if isinstance(samples, Segments):
         is_shown = isinstance(layout, SegmentLayout)
         return Shown.SAMPLES if is_shown else Shown.OTHER
     batch, shape = samples.count, tape.shapes(use.node)[0]
-    slots = {slot.number for slot in use.slots}
-    dims = next(
-        (d for (n, s), d in _DATA_DIMS.items() if n == use.name and s in slots),
-        range(len(shape)),
-    )
+    dims = _data_dims(use, len(shape))
     # Is there a dim in the place that the samples' would have, and as long?
     is_in_place = samples.dim in dims and shape[samples.dim] == batch
     if not isinstance(layout, RegularLayout):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureError
+from ..graph.nodes import VIEWS
 from ..graph.tape import Tape
 from ..rows.decode import Measurement
 from ..rows.guards import Guard, find_guards, gather_nodes, own_guards, watched_sources
@@ -16,7 +17,6 @@ from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
 from ..rows.measure import Measurements
 from ..rows.own_functions import OwnGuard
 from ..rows.samples import Batch, Segments
-from ..rows.stretches import VIEWS
 from .memory import Found, Layouts
 from .plan import Plan, watched_nodes
 from .whereabouts import Whereabouts

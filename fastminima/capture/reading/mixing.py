@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..graph.nodes import BAG, EMBEDDING, NORMALISING_LAST
 from ..graph.saved import saved_tensor
 from ..graph.saved_names import BATCH_NORMS, is_training
 from ..graph.tape import Tape
@@ -14,7 +15,6 @@ from ..rows.layout import RegularLayout, RowLayout
 
 __all__ = [
     "BATCH_NORMS",
-    "MAY_MIX",
     "counts_in_batch",
     "freeze",
     "mixing_nodes",
@@ -45,19 +45,9 @@ def mixing_nodes(
     ]
 
 
-# Nodes that can mix samples by themselves, in one mode or layout or another.
-MAY_MIX = BATCH_NORMS.keys() | {
-    "EmbeddingBackward0",
-    "EmbeddingBagBackward0",
-    "NativeLayerNormBackward0",
-    "FusedRmsNormBackward0",
-    "NativeGroupNormBackward0",
-}
-
-
 def counts_in_batch(tape: Tape, i: int) -> bool:
     """Whether a table divides gradients by how often an index is in the batch."""
-    if tape.names[i] not in ("EmbeddingBackward0", "EmbeddingBagBackward0"):
+    if tape.names[i] not in (EMBEDDING, BAG):
         return False
     return tape.nodes[i]._saved_scale_grad_by_freq
 
@@ -72,7 +62,7 @@ def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
         return False
     name, node = tape.names[i], tape.nodes[i]
     shape = tape.shapes(i)[0]
-    if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
+    if name in NORMALISING_LAST:
         return layout.dim >= len(shape) - len(node._saved_normalized_shape)
     if name == "NativeGroupNormBackward0":
         group = shape[1] // node._saved_group

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Size, Tensor
 
+from ..graph.nodes import BROADCASTING, EMBEDDING, FACTORS, PRODUCTS, REARRANGING
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 from ..rows.decode import Measurement
 from ..rows.layout import RegularLayout, RowLayout
 
 __all__ = [
-    "PLACEMENT",
-    "TRANSPOSE",
-    "WEIGHT_AND_BIAS",
     "Path",
     "Plan",
     "Slot",
@@ -25,28 +23,6 @@ __all__ = [
     "reads_data",
     "watched_nodes",
 ]
-
-# Nodes that only rearrange their input: their backward puts every element of the
-# gradient in one place.
-PLACEMENT = frozenset(
-    [
-        f"{name}Backward0"
-        for name in (
-            *("T", "View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute"),
-            *("ToCopy", "Clone", "Slice", "Select", "Split", "SplitWithSizes"),
-            *("UnsafeSplit", "Unbind", "Unsqueeze", "Squeeze", "Alias"),
-        )
-    ]
-    + ["SqueezeBackward1", "SqueezeBackward2"]
-)
-EMBEDDING = "EmbeddingBackward0"
-TRANSPOSE = frozenset(["TBackward0", "TransposeBackward0"])
-# The slots by which a weight and its bias enter.
-WEIGHT_AND_BIAS = {
-    "AddmmBackward0": (2, 0),
-    "MmBackward0": (1, None),
-    "ConvolutionBackward0": (1, 2),
-}
 
 Step = tuple[int, int, int]  # node, output its gradient enters by, input it leaves by
 
@@ -61,6 +37,7 @@ class Path:
 
     parameter: str
     steps: tuple[Step, ...] | None
+    is_copy: bool = False  # of the parameter, as a region is given it
 
 
 @dataclass(frozen=True)
@@ -92,7 +69,8 @@ class Plan:
 
     Attributes:
         uses: every node where tracked parameters meet data.
-        sources: for each parameter, how many slots it enters by.
+        sources: for each parameter, how many slots it and copies of it enter by.
+        own: the parameters that enter themselves.
         preparing: nodes fed by parameters alone, above which the uses are.
         hidden: parameters that are prepared for a region that has its own graph.
     """
@@ -113,9 +91,11 @@ class Plan:
             if any(path.steps != () for path in slot.paths)
         ]
         self.sources: dict[str, int] = {}
-        for use in uses:
-            for name in use.parameters:
-                self.sources[name] = self.sources.get(name, 0) + 1
+        self.own: set[str] = set()
+        for path in (p for use in uses for slot in use.slots for p in slot.paths):
+            self.sources[path.parameter] = self.sources.get(path.parameter, 0) + 1
+            if not path.is_copy:
+                self.own.add(path.parameter)
 
     def signature(self, tape: Tape) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of all output gradients that the plan reads."""
@@ -147,15 +127,16 @@ def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:
     `regions` have graphs of their own and are no uses.
     """
     side = tape.is_parameter_side
-    near: set[int] = set()
-    stack = list(tape.leaves.values())
-    while stack:
-        for parent, _, _ in tape.parents[stack.pop()]:
-            if parent not in near and parent not in regions:
-                near.add(parent)
-                if side[parent]:
-                    stack.append(parent)
-    return sorted(i for i in near if not (side[i] and tape.names[i] in PLACEMENT))
+    prepared = tape.above(
+        *tape.parameter_at, enters=lambda i: side[i] and i not in regions
+    )
+    near = {
+        parent
+        for i in (*tape.parameter_at, *prepared)
+        for parent, _, _ in tape.parents[i]
+        if parent not in regions
+    }
+    return sorted(i for i in near if not (side[i] and tape.names[i] in REARRANGING))
 
 
 def find_plan(
@@ -173,9 +154,9 @@ def find_plan(
     """
     arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
     preparing: set[int] = set()
-    several: set[str] = set()
+    several: set[int] = set()
     hidden: set[str] = set()
-    for parameter, leaf in tape.leaves.items():
+    for leaf, parameter in tape.parameter_at.items():
         stack: list[tuple[int, int | None, tuple[Step, ...]]] = [(leaf, None, ())]
         met: set[int] = set()
         while stack:
@@ -189,44 +170,30 @@ def find_plan(
                 if _is_preparation(tape, parent, measured):
                     preparing.add(parent)
                     if parent in met:  # several ways: none of them is a simple chain
-                        several.add(parameter)
+                        several.add(leaf)
                     else:
                         met.add(parent)
                         stack.append((parent, number, steps))
                     continue
                 _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
-                chains.setdefault(parameter, []).append(steps)
+                chains.setdefault(leaf, []).append(steps)
+    copies = set(tape.copies.values())
     slots: dict[int, list[Slot]] = {}
     for (node, number), (child, chains) in sorted(arrivals.items()):
         paths = tuple(
             Path(
-                name,
+                tape.parameter_at[leaf],
                 None
-                if name in several and found != [()]
+                if leaf in several and found != [()]
                 else _simple(tape, found, alone=len(chains) == 1),
+                is_copy=leaf in copies,
             )
-            for name, found in chains.items()
+            for leaf, found in chains.items()
         )
         shape = tape.shapes(child[0])[child[1]]
         slots.setdefault(node, []).append(Slot(number, child, shape, paths))
     uses = (Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
     return Plan(tuple(uses), frozenset(preparing), frozenset(hidden))
-
-
-# Where a node keeps the operand that came in by each of its inputs.
-_OPERANDS = {
-    "MmBackward0": ("self", "mat2"),
-    "BmmBackward0": ("self", "mat2"),
-    "MvBackward0": ("self", None),  # a vector has no rows to give to samples
-    "AddmmBackward0": (None, "mat1", "mat2"),
-    "BaddbmmBackward0": (None, "batch1", "batch2"),
-    "ConvolutionBackward0": ("input", "weight", None),
-}
-# The same where a constant as large as the parameter may come in, such as a mask.
-_FACTORS = {
-    "MulBackward0": ("self", "other"),
-    "WeightNormInterfaceBackward0": ("v", "g"),
-}
 
 
 def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
@@ -236,12 +203,13 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     the samples. `own` has the storages (`_cdata`) of parameters and buffers.
     """
     name, node = tape.names[i], tape.nodes[i]
-    if name in PLACEMENT:
+    if name in REARRANGING:
         return False
     if name == EMBEDDING:
         ids = saved_tensor(node, "_saved_indices")
         return ids.dim() > 1 and len(ids) > 1
-    operands = (_OPERANDS | _FACTORS).get(name, ())
+    product = PRODUCTS.get(name)
+    operands = FACTORS.get(name, ()) if product is None else product.operands
     for number, edge in enumerate(tape.children[i]):
         if edge is not None:
             continue
@@ -249,19 +217,12 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
         tensor = saved_tensor(node, f"_saved_{operand}") if operand else None
         if isinstance(tensor, Tensor):
             is_own = tensor.untyped_storage()._cdata in own
-            is_small = name in _FACTORS and not _is_larger(tape, i)
+            is_small = name in FACTORS and not _is_larger(tape, i)
             if tensor.numel() > 1 and not (is_own or is_small):
                 return True
         elif _is_larger(tape, i):
             return True
     return False
-
-
-# Uses whose operands are spread along the dims where they have size one.
-_BROADCASTING = frozenset(
-    f"{name}Backward0"
-    for name in ("Add", "Sub", "Mul", "Div", "Where", "Expand", "Repeat")
-)
 
 
 def is_spread(
@@ -279,22 +240,18 @@ def is_spread(
         (use.node, slot.number)
         for use, (layout, *_) in zip(plan.uses, layouts, strict=True)
         for slot in use.slots
-        if use.name in _BROADCASTING
+        if use.name in BROADCASTING
         and isinstance(layout, RegularLayout)
         and _is_one_along(slot.shape, layout.dim - len(tape.shapes(use.node)[0]))
     }
-    stack, entered = [i], {i}
-    while stack:
-        for parent, number, _ in tape.parents[stack.pop()]:
-            if parent not in plan.preparing:
-                if (parent, number) not in spread:
-                    return False
-            elif tape.names[parent] not in PLACEMENT | _BROADCASTING:
-                return False
-            elif parent not in entered:
-                entered.add(parent)
-                stack.append(parent)
-    return True
+    above = list(tape.above(i, enters=lambda j: j in plan.preparing))
+    if any(tape.names[j] not in REARRANGING | BROADCASTING for j in above):
+        return False
+    return all(
+        parent in plan.preparing or (parent, number) in spread
+        for j in (i, *above)
+        for parent, number, _ in tape.parents[j]
+    )
 
 
 def _is_one_along(shape: tuple[int, ...], dim: int) -> bool:
@@ -313,7 +270,7 @@ def _is_preparation(
 ) -> bool:
     if not tape.is_parameter_side[i] or not tape.parents[i]:
         return False
-    if tape.names[i] in PLACEMENT:
+    if tape.names[i] in REARRANGING:
         return True
     if measured is None:
         return False
@@ -329,4 +286,4 @@ def _simple(
     names = [tape.names[node] for node, _, _ in steps]
     if names and names[-1] == EMBEDDING:
         names.pop()
-    return steps if all(name in PLACEMENT for name in names) else None
+    return steps if all(name in REARRANGING for name in names) else None

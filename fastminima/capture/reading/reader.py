@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..graph.nodes import MAY_MIX
 from ..graph.passes import (
     is_capturing,
     is_distributed,
@@ -317,7 +318,7 @@ class Reader:
         it was `measured` in this step.
         """
         for use, of_use in zip(plan.uses, layouts, strict=True):
-            if use.name not in batchnorm.MAY_MIX:
+            if use.name not in MAY_MIX and use.name not in batchnorm.BATCH_NORMS:
                 continue
             layout = of_use[0]
             if layout is None or layout.batch == 1:

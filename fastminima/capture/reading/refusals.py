@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import CaptureError
 from ..graph.compiled import NODE as COMPILED
+from ..graph.nodes import COLLECTIVES
 from ..graph.tape import Tape
 from .plan import Plan
 
@@ -15,22 +16,11 @@ __all__ = [
     "refuse_nested",
 ]
 
-# Nodes whose backward sends tensors to other ranks: torch.distributed.nn.functional,
-# the functional collectives, SyncBatchNorm.
-_COLLECTIVES = frozenset(
-    f"{name}Backward"
-    for name in (
-        *("_Broadcast", "_Gather", "_Scatter", "_Reduce", "_Reduce_Scatter"),
-        *("_AllGather", "_AllGatherBase", "_AlltoAll", "_AlltoAllSingle"),
-        *("_AllReduce", "_FromTorchTensor", "_ToTorchTensor", "SyncBatchNorm"),
-    )
-)
-
 
 def refuse_collectives(tape: Tape) -> None:
     """Raise for a loss that other ranks had a part in."""
     for name in tape.names:
-        if name in _COLLECTIVES or "c10d_functional" in name:
+        if name in COLLECTIVES or "c10d_functional" in name:
             raise CaptureError(
                 f"The loss of this rank was computed from other ranks' samples or "
                 f"parameters ({name}), so it has no samples of its own, and a pass of "

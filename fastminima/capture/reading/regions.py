@@ -36,7 +36,6 @@ __all__ = [
     "identity",
     "is_reentrant",
     "named_inputs",
-    "own_name",
     "region_nodes",
     "region_shapes",
     "watch",
@@ -45,8 +44,6 @@ __all__ = [
 # Called with the region's inputs and outputs, before its backward pass; returns the
 # leaves that the pass has to reach where it is up to us.
 Watcher = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
-# A region may be given a copy of a parameter, and use the parameter itself too.
-_COPY = " (as given to a region)"
 _NODE = "CheckpointFunctionBackward"
 _KINDS = frozenset([_NODE, f"{compiled.NODE}Backward"])
 _NODE_TYPE = checkpoint.CheckpointFunction._backward_cls
@@ -89,7 +86,7 @@ class Region:
         Raises:
             CaptureError: when it is another.
         """
-        tape = Tape(_roots(outputs), _all_names(names, self.inputs, inputs))
+        tape = Tape(_roots(outputs), names, _copies(self.inputs, inputs))
         is_same = tape.key == self.key and self.plan.signature(tape) == self.shapes
         if is_same and self.places is not None:
             is_same = places(tape, self.plan.preparing) == self.places
@@ -129,8 +126,8 @@ class Survey:
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> list[Tensor]:
         """Watch the region's graph in its next pass; let no gradient accumulate."""
-        names = _all_names(self._names, self.inputs, inputs)
-        tape = self.tape = Tape(_roots(outputs), names)
+        copies = _copies(self.inputs, inputs)
+        tape = self.tape = Tape(_roots(outputs), self._names, copies)
         if region_nodes(tape):
             raise CaptureError(
                 "A region under checkpoint(use_reentrant=True), or a compiled one, "
@@ -187,11 +184,6 @@ class _Handle:
             self.node.run_function = stand_in.original
 
 
-def own_name(name: str) -> str:
-    """The parameter behind a leaf, which may be a copy of it."""
-    return name.removesuffix(_COPY)
-
-
 def is_reentrant(node: Any) -> bool:
     """Whether a node is that of a reentrant checkpoint."""
     return isinstance(node, _NODE_TYPE)
@@ -235,9 +227,9 @@ def named_inputs(tape: Tape, i: int) -> dict[int, str]:
     if not is_reentrant(tape.nodes[i]):
         return {}  # it runs again on the parameters themselves
     return {
-        place: tape.names[edge[0]][5:]
+        place: tape.parameter_at[edge[0]]
         for place, edge in enumerate(tape.children[i])
-        if edge is not None and tape.names[edge[0]].startswith("leaf ")
+        if edge is not None and edge[0] in tape.parameter_at
     }
 
 
@@ -278,12 +270,12 @@ def _blocked(grads: tuple[Tensor | None, ...]) -> tuple[None, ...]:
     return (None,) * len(grads)
 
 
-def _all_names(
-    names: Mapping[int, str], inputs: Mapping[int, str], tensors: Sequence[Tensor]
-) -> dict[int, str]:
-    """Names of the parameters, and of the copies of them that a region is given."""
-    copies = {id(tensors[place]): name + _COPY for place, name in inputs.items()}
-    return {**names, **copies}
+def _copies(inputs: Mapping[int, str], tensors: Sequence[Tensor]) -> dict[int, str]:
+    """The copies of parameters that a region is given, by id.
+
+    It may use the parameters themselves too.
+    """
+    return {id(tensors[place]): name for place, name in inputs.items()}
 
 
 def _roots(outputs: Sequence[Any]) -> list[Any]:

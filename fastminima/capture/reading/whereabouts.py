@@ -23,10 +23,11 @@ class Whereabouts:
     def module_at(self, tape: Tape, i: int) -> str:
         """The module whose parameter node `i` uses, or what is known instead."""
         for edge in tape.children[i]:
-            if edge is not None and tape.names[edge[0]].startswith("leaf "):
-                parameter = tape.names[edge[0]][5:]
+            if edge is not None and edge[0] in tape.parameter_at:
+                parameter = tape.parameter_at[edge[0]]
                 return self._modules.get(parameter, parameter)
-        below = _nearest_parameter(tape, i)
+        names = (tape.parameter_at.get(j) for j in tape.below(i))
+        below = next(filter(None, names), None)
         return f"{tape.names[i]}" + (f" above {below!r}" if below else "")
 
     def mixing_message(self, tape: Tape, mixing: list[int]) -> str:
@@ -60,18 +61,6 @@ class Whereabouts:
             f"MinibatchVariance. {packed}(In float16, gradients so small that they "
             "round do not scale either: multiply the loss and pass scale=.)"
         )
-
-
-def _nearest_parameter(tape: Tape, i: int) -> str | None:
-    queue, entered = [i], {i}
-    for j in queue:
-        if tape.names[j].startswith("leaf "):
-            return tape.names[j][5:]
-        for edge in tape.children[j]:
-            if edge is not None and edge[0] not in entered:
-                entered.add(edge[0])
-                queue.append(edge[0])
-    return None
 
 
 def _owners(model: nn.Module) -> dict[str, str]:

@@ -8,23 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CaptureError
+from ..graph.nodes import JOINING, REDUCING
 from ..graph.tape import Tape, signed
 from .samples import Batch, Segments
 
 __all__ = ["batch_edges", "nodes_above", "unshown_message", "weigh_edges"]
 
 Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
-
-# Reductions over some dims: what remains of the axis may be another one of that size.
-_REDUCTIONS = frozenset(
-    [
-        *("SumBackward1", "MeanBackward1", "ProdBackward1", "NormBackward1"),
-        *("NormBackward2", "LinalgVectorNormBackward0", "LogsumexpBackward0"),
-        *("AmaxBackward0", "AminBackward0", "MaxBackward0", "MinBackward0"),
-        *("VarBackward0", "StdBackward0"),
-    ]
-)
-_JOINS = frozenset(["StackBackward0", "CatBackward0"])
 
 
 def batch_edges(
@@ -52,10 +42,10 @@ def batch_edges(
             if child not in rejected and _starts(tape, child, samples):
                 edges.setdefault(i, []).append(number)
                 continue
-            if tape.names[child].startswith("leaf "):
+            if child in tape.parameter_at:
                 if rejected:
                     raise CaptureError(unshown_message(samples))
-                raise CaptureError(_message(tape.names[child][5:], samples, met))
+                raise CaptureError(_message(tape.parameter_at[child], samples, met))
             if child not in entered:
                 entered.add(child)
                 stack.append(child)
@@ -87,9 +77,9 @@ def _starts(tape: Tape, i: int, samples: Batch | Segments) -> bool:
     below: int | None = i
     while below is not None:
         name = tape.names[below]
-        if name in _REDUCTIONS:
+        if name in REDUCING:
             return samples.dims.isdisjoint(_reduced(tape, below))
-        if name in _JOINS:
+        if name in JOINING:
             _refuse_joined(tape, below, samples)
         edges = (edge for edge in tape.children[below] if edge is not None)
         alike = (j for j, output in edges if tape.shapes(j)[output] == shape)

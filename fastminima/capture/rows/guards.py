@@ -9,12 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.nodes import (
+    ASSIGNMENT,
+    BAG,
+    BY_DIM,
+    BY_INDICES,
+    EMBEDDING,
+    MOVE_UNSEEN,
+    PICKS,
+    PLACING,
+    PRODUCTS,
+    REORDERING,
+)
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape, signed
 from .decode import Measurement
 from .layout import RegularLayout
 from .own_functions import OwnGuard, is_own, own_guard
-from .shared import PRODUCTS, is_data, shared_dims, shares_rows
+from .shared import is_data, shared_dims, shares_rows
 
 __all__ = [
     "Guard",
@@ -27,35 +39,6 @@ __all__ = [
     "reordering_nodes",
     "watched_sources",
 ]
-
-# Along one dim, `_saved_dim`: harmless unless that is the batch dim.
-_BY_DIM = frozenset(
-    f"{name}Backward{i}"
-    for i in (0, 1)
-    for name in (
-        *("IndexSelect", "Gather", "IndexAdd", "IndexCopy", "IndexFill"),
-        *("Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk", "TakeAlongDim"),
-    )
-)
-_BY_INDICES = frozenset(
-    ["IndexBackward0", "IndexPutBackward0", "IndexPutImplBackward0"]
-)
-# The input whose rows an index moves; where that is a parameter no sample's row is.
-_MOVED = {
-    "IndexBackward0": 0,
-    "IndexSelectBackward0": 0,
-    "IndexPutBackward0": 1,
-    "IndexPutImplBackward0": 1,
-    "IndexAddBackward0": 1,
-}
-_BY_ANYTHING = frozenset(
-    [
-        *("MaskedSelectBackward0", "MaskedScatterBackward0", "TakeBackward0"),
-        *("PutBackward0", "PackPaddedSequenceBackward0", "SegmentReduceBackward0"),
-        "IndexReduceBackward0",
-    ]
-)
-ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,52 +68,14 @@ def _saved(node: Any, guard: Guard) -> Tensor:
     return value if guard.number is None else value[guard.number]
 
 
-# Numbers that a program may change from step to step and that move rows. A node is
-# looked at only where data flows through it.
-_PLACING = {
-    "SplitBackward0": ("split_size", "dim"),
-    "SplitWithSizesBackward0": ("split_sizes", "dim"),
-    "UnsafeSplitBackward0": ("split_size", "dim"),
-    "SliceBackward0": ("dim", "start", "end", "step"),
-    "SelectBackward0": ("dim", "index"),
-    "UnbindBackward0": ("dim",),
-    "RollBackward0": ("shifts", "dims"),
-    "FlipBackward0": ("dims",),
-    "TransposeBackward0": ("dim0", "dim1"),
-    "PermuteBackward0": ("dims",),
-    "StackBackward0": ("dim",),
-    "CatBackward0": ("dim",),
-    "SumBackward1": ("dim",),
-    "MeanBackward1": ("dim",),
-    "AmaxBackward0": ("dim",),
-    "AminBackward0": ("dim",),
-    "MaxBackward0": ("dim",),
-    "MinBackward0": ("dim",),
-    "LinalgVectorNormBackward0": ("dim",),
-    "LogsumexpBackward0": ("dim",),
-    "UnfoldBackward0": ("dimension", "size", "step"),
-    "Rot90Backward0": ("k", "dims"),
-    "DiagonalBackward0": ("offset", "dim1", "dim2"),
-    "AsStridedBackward0": ("size", "stride", "storage_offset"),
-    **{
-        f"{name}Backward0": ("dim",)
-        for name in (
-            *("Sort", "Topk", "Gather", "IndexSelect", "IndexAdd", "IndexCopy"),
-            *("Scatter", "ScatterAdd", "ScatterReduce", "Softmax", "LogSoftmax"),
-            *("Cumsum", "Cumprod", "Logcumsumexp", "Var", "Std", "Kthvalue"),
-        )
-    },
-}
-
-
 def placing_numbers(
     tape: Tape, preparing: Container[int]
 ) -> list[tuple[int, tuple[str, ...]]]:
     """Nodes, and the attributes of them, that say where rows go."""
     return [
-        (i, tuple(f"_saved_{word}" for word in _PLACING[name]))
+        (i, tuple(f"_saved_{word}" for word in PLACING[name]))
         for i, name in enumerate(tape.names)
-        if name in _PLACING and i not in preparing
+        if name in PLACING and i not in preparing
     ]
 
 
@@ -145,16 +90,12 @@ def read_numbers(tape: Tape, placing: list[tuple[int, tuple[str, ...]]]) -> tupl
     return tuple(values)
 
 
-# They move dims past each other; where rows go then, the sizes of the dims say too.
-_REORDERING = frozenset(["TBackward0", "TransposeBackward0", "PermuteBackward0"])
-
-
 def reordering_nodes(tape: Tape, preparing: Container[int]) -> list[int]:
     """Nodes whose shapes say where rows go: [4, B, 6] is not [6, B, 4]."""
     return [
         i
         for i, name in enumerate(tape.names)
-        if name in _REORDERING and i not in preparing
+        if name in REORDERING and i not in preparing
     ]
 
 
@@ -167,19 +108,20 @@ def places(tape: Tape, preparing: Container[int]) -> tuple:
 def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
     """Whether a node moves rows of data by something that cannot be watched."""
     name, edges = tape.names[i], tape.children[i]
-    if name in _BY_ANYTHING:
+    if name in MOVE_UNSEEN:
         return True
-    if name == "EmbeddingBagBackward0":
+    if name == BAG:
         return is_data(tape, edges[0], preparing)
-    if name not in PRODUCTS:
+    factors = PRODUCTS[name].factors if name in PRODUCTS else None
+    if factors is None:
         return False
-    left, right = (edges[number] for number in PRODUCTS[name])
+    left, right = (edges[number] for number in factors)
     return left is None and is_data(tape, right, preparing)
 
 
 def gather_nodes(tape: Tape) -> list[int]:
     """Nodes that pick rows by an index."""
-    known = _BY_DIM | _BY_INDICES
+    known = BY_DIM | BY_INDICES
     return [i for i, name in enumerate(tape.names) if name in known]
 
 
@@ -223,12 +165,10 @@ def find_guards(
             return None
         if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch, preparing):
             return None
-        if name == "EmbeddingBackward0" and is_data(
-            tape, tape.children[i][0], preparing
-        ):
+        if name == EMBEDDING and is_data(tape, tape.children[i][0], preparing):
             index = saved_tensor(tape.nodes[i], "_saved_indices")
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
-        if name == "EmbeddingBagBackward0" and is_data(
+        if name == BAG and is_data(
             tape, tape.children[i][1], preparing
         ):  # weights of the rows in a bag, computed for each sample
             offsets = saved_tensor(tape.nodes[i], "_saved_offsets")
@@ -237,12 +177,13 @@ def find_guards(
         name, node = tape.names[i], tape.nodes[i]
         if i in preparing or i in routed:
             continue
-        moved = _MOVED.get(name)
-        if moved is not None and not is_data(tape, tape.children[i][moved], preparing):
+        pick = PICKS.get(name)
+        # Where what an index moves is a parameter, no sample's row is moved.
+        if pick and not is_data(tape, tape.children[i][pick.moved], preparing):
             continue
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
         dim = _batch_dim(measured, picked_from, batch)
-        if name in _BY_INDICES:
+        if name in BY_INDICES:
             indices = enumerate(saved_tensor(node, "_saved_indices"))
             guards += [
                 Guard(i, "_saved_indices", number, index.clone())

@@ -371,25 +371,8 @@ def leaves_below(tape: Tape, watched: Iterable[int]) -> list[Tensor]:
     for i in sorted(watched, key=rank.__getitem__):
         if i in covered:
             continue
-        leaf = min(_leaves_of(tape, i), key=lambda j: tape.nodes[j].variable.numel())
+        below = (j for j in tape.below(i) if tape.is_leaf(j))
+        leaf = min(below, key=lambda j: tape.nodes[j].variable.numel())
         leaves.append(tape.nodes[leaf].variable)
-        stack = [leaf]
-        while stack:
-            for parent, _, _ in tape.parents[stack.pop()]:
-                if parent not in covered:
-                    covered.add(parent)
-                    stack.append(parent)
+        covered.update(tape.above(leaf, enters=lambda j: j not in covered))
     return leaves
-
-
-def _leaves_of(tape: Tape, i: int) -> list[int]:
-    found, stack, entered = [], [i], {i}
-    while stack:
-        j = stack.pop()
-        if tape.is_leaf(j):
-            found.append(j)
-        for edge in tape.children[j]:
-            if edge is not None and edge[0] not in entered:
-                entered.add(edge[0])
-                stack.append(edge[0])
-    return found

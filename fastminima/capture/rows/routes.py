@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..graph.nodes import PICKS
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 from .decode import Measurement
@@ -28,13 +29,6 @@ from .layout import IrregularLayout, RegularLayout, RowLayout
 from .stretches import keeps_rows, number_of
 
 __all__ = ["Routes", "find_routes", "index_positions"]
-
-_TAKES = {"IndexBackward0": "indices", "IndexSelectBackward0": "index"}
-_PUTS = {
-    "IndexPutBackward0": "indices",
-    "IndexPutImplBackward0": "indices",
-    "IndexAddBackward0": "index",
-}
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ def _whole_node(tape: Tape, crossing: _Crossing) -> int:
 def _picked_rows(tape: Tape, crossing: _Crossing) -> Tensor | None:
     """The rows that an index picks, one for each row of the part."""
     node, name = tape.nodes[crossing.node], tape.names[crossing.node]
-    word = (_TAKES if crossing.takes else _PUTS)[name]
+    word = PICKS[name].index
     saved = saved_tensor(node, f"_saved_{word}")
     indices = list(saved) if word == "indices" else [saved]
     shape = tape.shapes(_whole_node(tape, crossing))[0]
@@ -270,10 +264,10 @@ def _crossings(
     tape: Tape, stretch: Mapping[int, int], preparing: Container[int]
 ) -> Iterator[_Crossing]:
     for i, name in enumerate(tape.names):
-        takes = name in _TAKES
-        if i not in stretch or not (takes or name in _PUTS):
+        pick = PICKS.get(name)
+        if pick is None or i not in stretch:
             continue
-        number = 0 if takes else 1
+        number, takes = pick.moved, pick.takes
         edge = tape.children[i][number]
         if edge is None or not _is_data(tape, edge[0], preparing):
             continue

@@ -9,26 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 
+from ..graph.nodes import JOINING, PRODUCTS
 from ..graph.tape import Tape, signed
 from .decode import Measurement
 from .layout import RegularLayout
 
-__all__ = ["PRODUCTS", "is_data", "shared_dims", "shares_rows"]
-
-# Where a matrix from outside the graph may combine rows of any samples.
-PRODUCTS = {
-    "MmBackward0": (0, 1),
-    "BmmBackward0": (0, 1),
-    "MvBackward0": (0, 1),
-    "AddmmBackward0": (1, 2),
-    "BaddbmmBackward0": (1, 2),
-    "AddmvBackward0": (1, 2),
-    "AddbmmBackward0": (1, 2),
-    "SparseAddmmBackward0": (1, 2),
-    "SparseMmReduceImplBackward0": (0, 1),
-}
-_VECTORS = frozenset(["MvBackward0", "AddmvBackward0"])
-_JOINS = frozenset(["StackBackward0", "CatBackward0"])
+__all__ = ["is_data", "shared_dims", "shares_rows"]
 
 
 def is_data(
@@ -46,13 +32,14 @@ def shared_dims(tape: Tape, i: int, batch: int) -> list[tuple[tuple[int, int], i
     """
     name, edges = tape.names[i], tape.children[i]
     shape = tape.shapes(i)[0]
-    if name in PRODUCTS and name not in _VECTORS:
-        left, right = (edges[number] for number in PRODUCTS[name])
+    product = PRODUCTS.get(name)
+    if product is not None and product.factors and not product.is_of_vectors:
+        left, right = (edges[number] for number in product.factors)
         if left is None or right is not None or shape[-1] % batch:
             return []
         return [(left, len(shape) - 1)]
     inputs = [edge for edge in edges if edge is not None and not tape.is_leaf(edge[0])]
-    if name in _JOINS:
+    if name in JOINING:
         dim = signed(tape.nodes[i]._saved_dim) % len(shape)
         return [(edge, dim) for edge, uses in Counter(inputs).items() if uses > 1]
     return [

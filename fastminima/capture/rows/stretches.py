@@ -4,44 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..graph.nodes import ALONG, ELEMENTWISE, NORMALISING_LAST, PICKS, PRODUCTS, VIEWS
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape, signed
 
-__all__ = ["VIEWS", "keeps_rows", "number_of"]
-
-
-def _named(*words: str) -> frozenset[str]:
-    return frozenset(f"{word}Backward{i}" for word in words for i in (0, 1))
-
-
-# Element by element: inputs as long as the output have the same rows.
-_ELEMENTWISE = _named(
-    *("Add", "Sub", "Rsub", "Mul", "Div", "Where", "MaskedFill", "Pow", "Neg", "Abs"),
-    *("Exp", "Log", "Sqrt", "Rsqrt", "Reciprocal", "Sin", "Cos", "Square", "Clamp"),
-    *("ClampMin", "ClampMax", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish"),
-    *("Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Hardtanh", "Hardswish"),
-    *("Threshold", "NativeDropout", "ToCopy", "Clone", "Alias"),
-)
-# Row-major: the first dim is what it was if its size is.
-VIEWS = _named("View", "UnsafeView", "ReshapeAlias")
-# Along one dim or several, `_saved_dim`.
-_ALONG = _named(
-    *("Split", "SplitWithSizes", "UnsafeSplit", "Slice", "Select", "Unbind", "Cat"),
-    *("Stack", "Unsqueeze", "Squeeze", "Sum", "Mean", "Logsumexp", "Amax", "Cumsum"),
-    *("Softmax", "LogSoftmax", "Gather", "Topk", "Sort", "IndexSelect", "Scatter"),
-    *("ScatterAdd", "IndexAdd"),
-) | {"SqueezeBackward2"}
-# The inputs whose first dim is that of the output.
-_PRODUCTS = {
-    "MmBackward0": (0,),
-    "AddmmBackward0": (1,),
-    "GroupedMmBackward0": (0,),
-    "BmmBackward0": (0, 1),
-    "BaddbmmBackward0": (0, 1, 2),
-    "IndexAddBackward0": (0,),
-    "IndexPutBackward0": (0,),
-    "IndexPutImplBackward0": (0,),
-}
+__all__ = ["keeps_rows", "number_of"]
 
 
 def keeps_rows(tape: Tape, i: int, number: int) -> bool:
@@ -52,17 +19,24 @@ def keeps_rows(tape: Tape, i: int, number: int) -> bool:
     out, entering = tape.shapes(i)[0], tape.shapes(edge[0])[edge[1]]
     if not out or not entering or out[0] != entering[0]:
         return False
-    if name in _PRODUCTS and number in _PRODUCTS[name]:
+    if number in _row_inputs(name):
         return len(out) == len(entering)
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return len(out) == len(entering)
     if name in VIEWS:
         return True
-    if name in _ALONG:
+    if name in ALONG:
         return 0 not in _dims(tape, i, max(len(out), len(entering)))
-    if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
+    if name in NORMALISING_LAST:
         return len(tape.nodes[i]._saved_normalized_shape) < len(out)
     return name == "IndexBackward0" and _is_within_rows(tape, i)
+
+
+def _row_inputs(name: str) -> tuple[int, ...]:
+    """The inputs of a node whose first dim is that of its output."""
+    if name in PRODUCTS:
+        return PRODUCTS[name].rows
+    return (0,) if name in PICKS and not PICKS[name].takes else ()
 
 
 def number_of(tape: Tape, i: int, dim: int) -> int:

@@ -20,6 +20,7 @@ from ..contributions import (
     in_pieces,
     reshaped,
 )
+from ..graph.nodes import ADDMM, is_scaled
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
 from .base import Contributions, has_rows, numbers
@@ -43,7 +44,7 @@ def addmm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`bias + a @ weight`: a linear layer."""
-    if node._saved_alpha != 1 or node._saved_beta != 1:
+    if is_scaled(node, ADDMM):
         return {}
     found: Contributions = {}
     bias = None

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.autograd import graph
 
 from ..errors import CaptureError
+from ..graph.nodes import ACCUMULATE, EVEN
 from ..graph.passes import owner_of_pass
-from ..graph.tape import ACCUMULATE, Tape
+from ..graph.tape import Tape
 
 __all__ = ["Arrival", "Surroundings", "surroundings"]
 
 _ENGINE = graph._engine_run_backward.__code__
-# Full reductions of a vector that weigh all its elements alike.
-_EVEN = frozenset(["MeanBackward0", "SumBackward0"])
 
 
 @dataclass
@@ -134,7 +133,7 @@ class _Walk:
     def meet(self, node: Any, number: int, above: Any = None) -> None:
         """Come to a node by an edge from another one, or start with it."""
         if node == self._top and number == self._output:
-            is_even = above is not None and above.name() in _EVEN
+            is_even = above is not None and above.name() in EVEN
             self._is_even = is_even and (self._is_even or not self._is_used)
             self._is_used = True
             return
@@ -149,8 +148,8 @@ class _Walk:
         if i is None:
             self.waiting.append(node)
         elif tape.is_leaf(i):
-            leaf = (name for name, j in tape.leaves.items() if i == j)
-            self._found.leaves.update(leaf)
+            if i in tape.parameter_at:
+                self._found.leaves.add(tape.parameter_at[i])
         else:
             self._found.shared = tape.names[i]
 

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..graph.nodes import CONVOLUTION, PRODUCTS, ROUNDING, TRANSPOSING, is_scaled
 from ..graph.tape import Tape
-from ..reading.plan import TRANSPOSE, WEIGHT_AND_BIAS, Path, Use
+from ..reading.plan import Path, Use
 from ..reading.reader import Reading
 from ..rows.layout import RegularLayout
 
 __all__ = ["Fusion", "find_fusion"]
-
-_ADDMM, _CONVOLUTION = "AddmmBackward0", "ConvolutionBackward0"
-_ROUND = "ToCopyBackward0"
 
 
 class Fusion:
@@ -88,7 +86,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
             and parameters[name].layout == torch.strided
             and parameters[name].requires_grad
         }
-        if WEIGHT_AND_BIAS[use.name][0] in fused:
+        if PRODUCTS[use.name].weight in fused:
             names.update(fused.values())
             edges.append(GradientEdge(tape.nodes[use.node], 0))
     if not names:
@@ -107,22 +105,24 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
 
 def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
     """Whether a use is one that the kernels know, with several rows a sample."""
-    if use.name not in WEIGHT_AND_BIAS or not isinstance(layout, RegularLayout):
+    if use.name not in PRODUCTS or not isinstance(layout, RegularLayout):
+        return False
+    if PRODUCTS[use.name].weight is None:
         return False
     if layout.dim != 0 or layout.chosen is not None:
         return False
     node = tape.nodes[use.node]
-    if use.name == _ADDMM and (node._saved_alpha != 1 or node._saved_beta != 1):
+    if is_scaled(node, use.name):
         return False
     (shape,) = tape.shapes(use.node)
-    if use.name == _CONVOLUTION:
+    if use.name == CONVOLUTION:
         return layout.is_one_row and torch.Size(shape[2:]).numel() > 1
     return layout.outer * layout.inner > 1
 
 
 def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
     """The parameters that are a use's weight and bias, where they come as they are."""
-    weight, bias = WEIGHT_AND_BIAS[use.name]
+    weight, bias = PRODUCTS[use.name].weight, PRODUCTS[use.name].bias
     (shape,) = tape.shapes(use.node)
     whole: dict[int, str] = {}
     for slot in use.slots:
@@ -131,7 +131,7 @@ def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
         is_broadcast = (
             slot.number == bias and torch.Size(slot.shape).numel() != shape[1]
         )
-        may_turn = slot.number == weight and use.name != _CONVOLUTION
+        may_turn = slot.number == weight and use.name != CONVOLUTION
         if not is_broadcast and _is_plain(tape, slot.paths[0], may_turn=may_turn):
             whole[slot.number] = slot.paths[0].parameter
     return whole
@@ -146,8 +146,8 @@ def _is_plain(tape: Tape, path: Path, *, may_turn: bool) -> bool:
     if path.steps is None:
         return False
     moves = [tape.names[node] for node, _, _ in path.steps]
-    moves = [name for name in moves if name != _ROUND]
-    return not moves or (may_turn and len(moves) == 1 and moves[0] in TRANSPOSE)
+    moves = [name for name in moves if name != ROUNDING]
+    return not moves or (may_turn and len(moves) == 1 and moves[0] in TRANSPOSING)
 
 
 def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -26,13 +26,14 @@ from ..contributions import (
     joined,
 )
 from ..errors import CaptureError
+from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING, TRANSPOSING, is_scaled
 from ..graph.passes import nobodys, owner_of_pass
 from ..graph.saved import readable, saved_tensor
 from ..graph.tape import Tape, signed
 from ..graph.undisturbed import undisturbed
-from ..reading.plan import EMBEDDING, TRANSPOSE, Path, Plan, Slot, Use
+from ..reading.plan import Path, Plan, Slot, Use
 from ..reading.reader import Reading
-from ..reading.regions import Region, Watcher, is_reentrant, own_name, watch
+from ..reading.regions import Region, Watcher, is_reentrant, watch
 from ..rows.layout import RowLayout
 from ..rules import contributions_of
 from ..rules.universal import Universal
@@ -44,15 +45,6 @@ __all__ = ["Collected", "Session", "dense_values"]
 
 _NORMS = frozenset(["norms"])
 _BIASES = (DenseBias, ConvolutionBias)
-_SAME_ORDER = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias"),
-        *("ToCopy", "Clone"),
-    )
-)
-
-
 _Delivery = Callable[[Contribution], Contribution]
 
 
@@ -153,12 +145,12 @@ class Session:
         """Expect what comes from the graphs of regions too."""
         found = reading.found
         plans = [found.plan, *(r.plan for r in found.regions.values() if r)]
-        self._missing = _added(plan.sources for plan in plans)  # by own names
+        self._missing = _added(plan.sources for plan in plans)
         # A parameter whose gradient comes from several graphs gets it in parts.
         arrivals = [
             set(reading.tape.leaves),
             *(
-                set(region.plan.sources)
+                region.plan.own
                 for i, region in found.regions.items()
                 if region is not None and is_reentrant(reading.tape.nodes[i])
             ),
@@ -264,9 +256,7 @@ class Session:
         row: RowUse,
     ) -> None:
         node = tape.nodes[use.node]
-        if use.name == "AddmmBackward0" and (
-            node._saved_alpha != 1 or node._saved_beta != 1
-        ):
+        if is_scaled(node, use.name):
             self._hook_use(tape, use, layouts)
             return
 
@@ -309,9 +299,9 @@ class Session:
             if self._reads_gradients:
                 self._hook_gradients(tape)
             # All of them: a node that rules call gives nothing that nobody asked for.
-            return [
-                tape.nodes[tape.leaves[leaf]].variable for leaf in region.plan.sources
-            ]
+            paths = (p for u in region.plan.uses for s in u.slots for p in s.paths)
+            leaves = dict.fromkeys((path.parameter, path.is_copy) for path in paths)
+            return [tape.leaf(name, is_copy=is_copy) for name, is_copy in leaves]
 
         return watcher
 
@@ -363,19 +353,19 @@ class Session:
             found |= Universal(node, grads, layouts, self._batch).contributions(rest)
         if "totals" in self._measure:
             spent = self._clock(grads) - started
-            self.collected.spent([own_name(p) for p in use.parameters], spent)
+            self.collected.spent(use.parameters, spent)
         if len(deliver) > 1:
             # Weights first: they may compute their bias' norms in the same pass.
             deliver = sorted(deliver, key=lambda d: isinstance(found[d[0]], _BIASES))
         for number, path, delivered in deliver:
             part = found[number]
             part = part if delivered is None else delivered(part)
-            self._arrive(own_name(path.parameter), part, use.name)
+            self._arrive(path.parameter, part, use.name)
         if "totals" in self._measure:
             universal = {slot.number for slot in rest}
             for number, path, _ in deliver:
                 rule = "universal" if number in universal else use.name
-                name = own_name(path.parameter)
+                name = path.parameter
                 self.collected.rules.setdefault(name, []).append(rule)
 
     def _count(self, name: str, use: str) -> None:
@@ -489,7 +479,7 @@ class Session:
         """
         if path.steps == ():
             return None
-        parameter = self._parameters[own_name(path.parameter)]
+        parameter = tape.leaf(path.parameter, is_copy=path.is_copy)
         shape = tuple(parameter.shape)
         if path.steps is None:
             edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
@@ -498,10 +488,10 @@ class Session:
         nodes = [tape.nodes[node] for node, _, _ in path.steps]
         if names[-1] == EMBEDDING:
             return _table_delivery(nodes, names, slot, shape, parameter)
-        moves = [name for name in names if name != "ToCopyBackward0"]
+        moves = [name for name in names if name != ROUNDING]
         if not moves:  # contributions are in the accumulation dtype anyway
             return None
-        is_transpose = len(moves) == 1 and moves[0] in TRANSPOSE
+        is_transpose = len(moves) == 1 and moves[0] in TRANSPOSING
         steps = path.steps
         span = _span(nodes[-1], names[-1], steps[-1][1])
 
@@ -538,8 +528,7 @@ def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for part in counts:
-        for leaf, count in part.items():
-            name = own_name(leaf)
+        for name, count in part.items():
             total[name] = total.get(name, 0) + count
     return total
 
@@ -560,7 +549,7 @@ def _table_delivery(
 ) -> _Delivery:
     """A table looked up once for all samples: the ids are the same in each."""
     table = nodes[-1]
-    in_order = all(name in _SAME_ORDER for name in names[:-1])
+    in_order = all(name in KEEPING_ORDER for name in names[:-1])
     edge = GradientEdge(nodes[0], 0)
 
     def delivered(inner: Contribution) -> Contribution:
@@ -596,7 +585,7 @@ def _placer(
     chain = [
         (node, len(node._input_metadata), output, number)
         for node, name, (_, output, number) in zip(nodes, names, steps, strict=True)
-        if name != "ToCopyBackward0"
+        if name != ROUNDING
     ]
 
     def place(t: Tensor) -> Tensor:

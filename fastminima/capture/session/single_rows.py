@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from ...ops import dense
+from ..graph.nodes import PRODUCTS, REARRANGING
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
-from ..reading.plan import PLACEMENT, WEIGHT_AND_BIAS, Path, Use
+from ..reading.plan import Path, Use
 from ..rows.layout import RegularLayout
 
 if TYPE_CHECKING:
     from ..reading.memory import Found
 
 __all__ = ["RowUse", "find_row_uses"]
-
-# Where a node keeps the inputs of the layer.
-_INPUTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
 class RowUse(NamedTuple):
@@ -51,9 +49,12 @@ def find_row_uses(tape: Tape, found: Found) -> dict[int, RowUse]:
 
 
 def _row_use(tape: Tape, found: Found, use: Use, layouts: list) -> RowUse | None:
-    if use.name not in _INPUTS or not _is_row(layouts[0]):
+    product = PRODUCTS.get(use.name)
+    if product is None or not product.is_of_matrices or not _is_row(layouts[0]):
         return None
-    weight, bias = WEIGHT_AND_BIAS[use.name]
+    assert product.factors is not None
+    weight, bias = product.weight, product.bias
+    inputs = f"_saved_{product.operands[product.factors[0]]}"
     slots = {slot.number: slot for slot in use.slots}
     if weight not in slots or not slots.keys() <= {weight, bias}:
         return None
@@ -62,7 +63,7 @@ def _row_use(tape: Tape, found: Found, use: Use, layouts: list) -> RowUse | None
     names = {number: slot.paths[0].parameter for number, slot in slots.items()}
     if bias in slots and slots[bias].shape != slots[weight].shape[1:]:
         return None  # one that is broadcast
-    return RowUse(names[weight], names.get(bias), _INPUTS[use.name])
+    return RowUse(names[weight], None if bias is None else names.get(bias), inputs)
 
 
 def _is_row(layout: object) -> bool:
@@ -79,5 +80,5 @@ def _comes_alone(tape: Tape, found: Found, paths: tuple[Path, ...]) -> bool:
     if len(paths) != 1 or paths[0].steps is None:
         return False
     return found.plan.sources[paths[0].parameter] == 1 and all(
-        tape.names[node] in PLACEMENT for node, _, _ in paths[0].steps
+        tape.names[node] in REARRANGING for node, _, _ in paths[0].steps
     )
