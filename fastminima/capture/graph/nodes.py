@@ -60,44 +60,50 @@ ROUNDING = "ToCopyBackward0"  # to another dtype or device
 ADDMM = "AddmmBackward0"
 
 
-def _nodes(*words: str, versions: tuple[int, ...] = (0,)) -> frozenset[str]:
+def _nodes(words: str, versions: tuple[int, ...] = (0,)) -> frozenset[str]:
     """`<word>Backward<version>`: overloads of one function are numbered."""
-    return frozenset(f"{word}Backward{i}" for word in words for i in versions)
+    return frozenset(f"{word}Backward{i}" for word in words.split() for i in versions)
 
 
 # ---- Elements stay what they are ----
+# `t_`, `transpose_` and the like have nodes of their own.
+_TURNED_IN_PLACE = _nodes("T Transpose", versions=(1,))
+_SQUEEZES = _nodes("Squeeze", versions=(0, 1, 2, 3, 4, 5))
 # Every element of the gradient goes to one place. Missing: a parameter that is taken
 # through the node reaches its use by the universal rule.
-REARRANGING = _nodes(
-    *("T", "View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "ToCopy"),
-    *("Clone", "Slice", "Select", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind"),
-    *("Unsqueeze", "Squeeze", "Alias"),
-) | _nodes("Squeeze", versions=(1, 2))
+REARRANGING = (
+    _nodes(
+        "T View UnsafeView ReshapeAlias Transpose Permute ToCopy Clone "
+        "Slice Select Split SplitWithSizes UnsafeSplit Unbind Unsqueeze "
+        "Alias"
+    )
+    | _TURNED_IN_PLACE
+    | _SQUEEZES
+    | {"UnsqueezeBackward1"}
+)
 # ... and all of them, in the same order. [B, T, d] -> [B * T, d]
-KEEPING_ORDER = _nodes(
-    *("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias"),
-    *("ToCopy", "Clone"),
+KEEPING_ORDER = {"UnsqueezeBackward1"} | _nodes(
+    "View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias ToCopy Clone"
 )
 # ... in another shape: the first dim is what it was if its size is. Missing: rows that
 # two layouts fit are measured again in each step.
-VIEWS = _nodes("View", "UnsafeView", "ReshapeAlias", versions=(0, 1))
-TRANSPOSING = _nodes("T", "Transpose")
+VIEWS = _nodes("View UnsafeView ReshapeAlias", versions=(0, 1))
+TRANSPOSING = _nodes("T Transpose") | _TURNED_IN_PLACE
 # Dims are moved past each other; sizes say where rows go: [4, B, 6] is not [6, B, 4].
-REORDERING = _nodes("T", "Transpose", "Permute")
+REORDERING = TRANSPOSING | {"PermuteBackward0"}
 
 # ---- Each output is made of the inputs at its place ----
 # Missing: rows that experts route are measured in each step.
 ELEMENTWISE = _nodes(
-    *("Add", "Sub", "Rsub", "Mul", "Div", "Where", "MaskedFill", "Pow", "Neg", "Abs"),
-    *("Exp", "Log", "Sqrt", "Rsqrt", "Reciprocal", "Sin", "Cos", "Square", "Clamp"),
-    *("ClampMin", "ClampMax", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish"),
-    *("Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Hardtanh", "Hardswish"),
-    *("Threshold", "NativeDropout", "ToCopy", "Clone", "Alias"),
+    "Add Sub Rsub Mul Div Where MaskedFill Pow Neg Abs Exp Log Sqrt "
+    "Rsqrt Reciprocal Sin Cos Clamp ClampMin ClampMax Relu LeakyRelu "
+    "Elu Gelu Silu Mish Sigmoid LogSigmoid Tanh Softplus Hardtanh "
+    "Hardswish Threshold NativeDropout ToCopy Clone Alias",
     versions=(0, 1),
 )
 # An operand is spread along the dims where it has size one. Missing: relative positions
 # looked up with indices from outside are refused.
-BROADCASTING = _nodes("Add", "Sub", "Mul", "Div", "Where", "Expand", "Repeat")
+BROADCASTING = _nodes("Add Sub Mul Div Where Expand Repeat")
 # Products of two operands, element by element: which attribute keeps each.
 FACTORS: dict[str, tuple[str | None, ...]] = {
     "MulBackward0": ("self", "other"),
@@ -107,24 +113,24 @@ FACTORS: dict[str, tuple[str | None, ...]] = {
 # ---- Along some dims, `_saved_dim` ----
 # All other dims stay what they are. Missing: as of ELEMENTWISE.
 ALONG = _nodes(
-    *("Split", "SplitWithSizes", "UnsafeSplit", "Slice", "Select", "Unbind", "Cat"),
-    *("Stack", "Unsqueeze", "Squeeze", "Sum", "Mean", "Logsumexp", "Amax", "Cumsum"),
-    *("Softmax", "LogSoftmax", "Gather", "Topk", "Sort", "IndexSelect", "Scatter"),
-    *("ScatterAdd", "IndexAdd"),
+    "Split SplitWithSizes UnsafeSplit Slice Select Unbind Cat Stack "
+    "Unsqueeze Squeeze Sum Mean Logsumexp Amax Cumsum Softmax "
+    "LogSoftmax Gather Topk Sort IndexSelect Scatter ScatterAdd "
+    "IndexAdd",
     versions=(0, 1),
 ) | {"SqueezeBackward2"}
 # The dims are gone afterwards: what is left of a scalar loss' axis may be another one
 # of that size. Missing: a scalar loss may be read along a wrong axis until the rows of
 # the data say otherwise.
 REDUCING = (
-    _nodes("LinalgVectorNorm", "Logsumexp", "Amax", "Amin", "Max", "Min", "Var", "Std")
-    | _nodes("Sum", "Mean", "Prod", "Norm", versions=(1,))
+    _nodes("LinalgVectorNorm Logsumexp Amax Amin Max Min Var Std")
+    | _nodes("Sum Mean Prod Norm", versions=(1,))
     | {"NormBackward2"}
 )
-EVEN = _nodes("Mean", "Sum")  # over everything: all samples weigh the same
-JOINING = _nodes("Stack", "Cat")
+EVEN = _nodes("Mean Sum")  # over everything: all samples weigh the same
+JOINING = _nodes("Stack Cat")
 # Over the last dims, `_saved_normalized_shape`.
-NORMALISING_LAST = _nodes("NativeLayerNorm", "FusedRmsNorm")
+NORMALISING_LAST = _nodes("NativeLayerNorm FusedRmsNorm")
 
 
 # ---- Sums of products ----
@@ -203,21 +209,21 @@ PICKS = {
 }
 # By one index along `_saved_dim`: harmless unless that is the batch dim.
 BY_DIM = _nodes(
-    *("IndexSelect", "Gather", "IndexAdd", "IndexCopy", "IndexFill"),
-    *("Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk", "TakeAlongDim"),
+    "IndexSelect Gather IndexAdd IndexCopy IndexFill Scatter ScatterAdd "
+    "ScatterReduce Sort Topk",
     versions=(0, 1),
 )
-BY_INDICES = _nodes("Index", "IndexPut", "IndexPutImpl")
+BY_INDICES = _nodes("Index IndexPut IndexPutImpl")
 # By something that cannot be compared from step to step: layouts are not kept.
 MOVE_UNSEEN = _nodes(
-    *("MaskedSelect", "MaskedScatter", "Take", "Put", "PackPaddedSequence"),
-    *("SegmentReduce", "IndexReduce"),
+    "MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce IndexReduce"
 )
 
 # ---- Numbers that a program may change from step to step, and that move rows ----
 # They are compared before a layout is used again.
 PLACING: dict[str, tuple[str, ...]] = {
     "AsStridedBackward0": ("size", "stride", "storage_offset"),
+    "AsStridedBackward1": ("size", "stride", "storage_offset"),
     "DiagonalBackward0": ("offset", "dim1", "dim2"),
     "FlipBackward0": ("dims",),
     "PermuteBackward0": ("dims",),
@@ -228,17 +234,17 @@ PLACING: dict[str, tuple[str, ...]] = {
     "SplitBackward0": ("split_size", "dim"),
     "SplitWithSizesBackward0": ("split_sizes", "dim"),
     "TransposeBackward0": ("dim0", "dim1"),
+    "TransposeBackward1": ("dim0", "dim1"),
     "UnfoldBackward0": ("dimension", "size", "step"),
     "UnsafeSplitBackward0": ("split_size", "dim"),
     **dict.fromkeys(
         _nodes(
-            *("Amax", "Amin", "Cat", "Cumprod", "Cumsum", "Gather", "IndexAdd"),
-            *("IndexCopy", "IndexSelect", "Kthvalue", "LinalgVectorNorm"),
-            *("LogSoftmax", "Logcumsumexp", "Logsumexp", "Max", "Min", "Scatter"),
-            *("ScatterAdd", "ScatterReduce", "Softmax", "Sort", "Stack", "Std"),
-            *("Topk", "Unbind", "Var"),
+            "Amax Amin Cat Cumprod Cumsum Gather IndexAdd IndexCopy IndexSelect "
+            "Kthvalue LinalgVectorNorm LogSoftmax Logcumsumexp Logsumexp Max "
+            "Min Scatter ScatterAdd ScatterReduce Softmax Sort Stack Std Topk "
+            "Unbind Var"
         )
-        | _nodes("Mean", "Sum", versions=(1,)),
+        | _nodes("Mean Scatter Sort Sum", versions=(1,)),
         ("dim",),
     ),
 }
