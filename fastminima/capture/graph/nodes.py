@@ -125,7 +125,7 @@ ALONG = _nodes(
 REDUCING = (
     _nodes("LinalgVectorNorm Logsumexp Amax Amin Max Min Var Std")
     | _nodes("Sum Mean Prod Norm", versions=(1,))
-    | {"NormBackward2"}
+    | {"NormBackward3"}
 )
 EVEN = _nodes("Mean Sum")  # over everything: all samples weigh the same
 JOINING = _nodes("Stack Cat")
@@ -224,28 +224,47 @@ MOVE_UNSEEN = _nodes(
 PLACING: dict[str, tuple[str, ...]] = {
     "AsStridedBackward0": ("size", "stride", "storage_offset"),
     "AsStridedBackward1": ("size", "stride", "storage_offset"),
+    "AsStridedScatterBackward0": ("size", "stride", "storage_offset"),
+    "ChannelShuffleBackward0": ("groups",),
+    "ConstantPadNdBackward0": ("pad",),
+    "DiagEmbedBackward0": ("offset", "dim1", "dim2"),
     "DiagonalBackward0": ("offset", "dim1", "dim2"),
+    "DiagonalScatterBackward0": ("offset", "dim1", "dim2"),
     "FlipBackward0": ("dims",),
     "PermuteBackward0": ("dims",),
     "RollBackward0": ("shifts", "dims"),
     "Rot90Backward0": ("k", "dims"),
     "SelectBackward0": ("dim", "index"),
+    "SelectScatterBackward0": ("dim", "index"),
     "SliceBackward0": ("dim", "start", "end", "step"),
+    "SliceScatterBackward0": ("dim", "start", "end", "step"),
     "SplitBackward0": ("split_size", "dim"),
     "SplitWithSizesBackward0": ("split_sizes", "dim"),
     "TransposeBackward0": ("dim0", "dim1"),
     "TransposeBackward1": ("dim0", "dim1"),
     "UnfoldBackward0": ("dimension", "size", "step"),
     "UnsafeSplitBackward0": ("split_size", "dim"),
+    "UnsafeSplitWithSizesBackward0": ("split_sizes", "dim"),
     **dict.fromkeys(
         _nodes(
-            "Amax Amin Cat Cumprod Cumsum Gather IndexAdd IndexCopy IndexSelect "
-            "Kthvalue LinalgVectorNorm LogSoftmax Logcumsumexp Logsumexp Max "
-            "Min Scatter ScatterAdd ScatterReduce Softmax Sort Stack Std Topk "
-            "Unbind Var"
+            "Amax Amin Aminmax Cat Cummax Cummin Cumprod Cumsum Gather Glu IndexAdd "
+            "IndexCopy IndexFill IndexSelect Kthvalue LinalgVectorNorm LogSoftmax "
+            "Logcumsumexp Logsumexp MaskedSoftmax Max Min Mode Nansum Renorm "
+            "SafeSoftmax Scatter ScatterAdd ScatterReduce Softmax Sort Stack Std "
+            "StdMean Topk Unbind Var VarMean"
         )
-        | _nodes("Mean Scatter Sort Sum", versions=(1,)),
+        | _nodes(
+            "IndexFill Mean Median Nanmedian Norm Prod Scatter Sort Sum", versions=(1,)
+        )
+        | {"NormBackward3"},
         ("dim",),
+    ),
+    **dict.fromkeys(
+        _nodes(
+            "ReflectionPad1D ReflectionPad2D ReflectionPad3D "
+            "ReplicationPad1D ReplicationPad2D ReplicationPad3D"
+        ),
+        ("padding",),
     ),
 }
 
