@@ -73,6 +73,6 @@ sequence_gram = Op("sequence_gram", _sequence_gram)
 sequence_dots = Op("sequence_dots", _sequence_dots)
 sequence_multi_dots = Op("sequence_multi_dots", _sequence_multi_dots)
 
-sequence_gram.add_triton("pairs.sequence_gram", dtypes=TRITON)
+sequence_gram.add_triton("dense_pairs.sequence_gram", dtypes=TRITON)
 for _op in (sequence_dots, sequence_multi_dots):
-    _op.add_triton(f"dots.{_op.name}", dtypes=TRITON)
+    _op.add_triton(f"dense_dots.{_op.name}", dtypes=TRITON)

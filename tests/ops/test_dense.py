@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastminima.ops import dense, dense_cost
+from fastminima.ops import dense
+from fastminima.ops.cost import dense as dense_cost
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # batch, time, d_in, d_out

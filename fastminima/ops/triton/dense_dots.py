@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._arguments import contiguous_rows
 from .._pieces import in_pieces, step_of
-from ._time_tiles import PROGRAMS, power_of_two
+from ._launch import power_of_two, side
+from ._time_tiles import PROGRAMS
 
 __all__ = ["sequence_dots", "sequence_multi_dots"]
 
@@ -93,8 +94,7 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """The products with at most DIRECTIONS directions, `[batch, directions]`."""
     (batch, time, d_in), d_out, directions = a.shape, g.shape[2], len(v)
     kinds = power_of_two(directions)
-    sizes = zip(_SIDES[kinds], (d_out, d_in), strict=True)
-    outs, ins = (min(side, max(16, power_of_two(size))) for side, size in sizes)
+    outs, ins = map(side, (d_out, d_in), _SIDES[kinds])
     tiles = -(-d_out // outs) * -(-d_in // ins)
     if batch > step_of(4 * tiles * directions):
         return in_pieces(
