@@ -72,8 +72,9 @@ def test_sums_over_sequences(check, shape, dtype):
         check(dense.sequence_gram, a, g, **loose)
         check(dense.sequence_gradients, a, g, **loose)
         check(dense.sequence_dots, a, g, torch.randn(shape[3], shape[2]), **loose)
-        directions = torch.randn(2, shape[3], shape[2])
-        check(dense.sequence_multi_dots, a, g, directions, **loose)
+        for count in (0, 1, 3, 20):  # one at a time, and from gradients made once
+            directions = list(torch.randn(count, shape[3], shape[2]))
+            check(dense.sequence_multi_dots, a, g, directions, **loose)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,9 +119,10 @@ def test_references_against_single_samples():
     torch.testing.assert_close(
         dense.sequence_dots.reference(a, g, v), flat @ v.flatten()
     )
-    many = torch.stack((v, 2 * v.flip(0)))
+    many = [v, 2 * v.flip(0)]
     torch.testing.assert_close(
-        dense.sequence_multi_dots.reference(a, g, many), flat @ many.flatten(1).T
+        dense.sequence_multi_dots.reference(a, g, many),
+        flat @ torch.stack(many).flatten(1).T,
     )
     torch.testing.assert_close(weight, flat.square().sum(1))
     torch.testing.assert_close(bias, g.sum(1).square().sum(1))
