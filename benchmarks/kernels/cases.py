@@ -198,7 +198,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "sequence_multi_dots": {
         "16x512x768->3072, 4": lambda new: (
             *_dense(new, size=(16, 512, 768, 3072), then=()),
-            new.normal(4, 3072, 768),
+            list(new.normal(4, 3072, 768)),
         )
     },
     "sequence_gradients": _sequences(),

@@ -113,9 +113,11 @@ def _sequence_dots(a: Tensor, g: Tensor, v: Tensor) -> Work:
     return Work(_size(a, g, v) + len(g) * _wide(g), _sizes(a, g).direct)
 
 
-def _sequence_multi_dots(a: Tensor, g: Tensor, v: Tensor) -> Work:
-    written = len(g) * len(v) * _wide(g)
-    return Work(_size(a, g, v) + written, len(v) * _sizes(a, g).direct)
+def _sequence_multi_dots(a: Tensor, g: Tensor, v: list[Tensor]) -> Work:
+    batch, _, d_in, d_out = sizes = _sizes(a, g)
+    written = batch * len(v) * _wide(g)
+    by_gradients = sizes.direct + 2 * len(v) * batch * d_in * d_out
+    return Work(_size(a, g, v) + written, min(by_gradients, len(v) * sizes.direct))
 
 
 def _sequence_gradients(a: Tensor, g: Tensor) -> Work:

@@ -1,4 +1,4 @@
-"""How tensors become arguments of the native kernels."""
+"""How tensors become arguments of the native and the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .._dtypes import accumulation_dtype
 
 __all__ = [
     "FLOATS",
+    "NATIVE",
     "SUFFIX",
     "TRITON",
     "HostIntegers",
@@ -22,9 +23,15 @@ __all__ = [
     "contiguous_rows",
 ]
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SUFFIX = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+FLOATS = tuple(SUFFIX)
+NATIVE = (torch.float32, torch.float64)  # what native kernels take: no halves
 TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 class HostIntegers:
@@ -54,7 +61,7 @@ def addresses(tensors: Sequence[Tensor]) -> HostIntegers:
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the accumulation dtype of all of them."""
     first = tensors[0].dtype
-    if first in SUFFIX and all(x.dtype == first for x in tensors):
+    if first in NATIVE and all(x.dtype == first for x in tensors):
         return tensors
     dtype = _common(tensors)
     return tuple(x.to(dtype) for x in tensors)
@@ -63,7 +70,7 @@ def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
 def accumulated_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As `accumulated`, with contiguous rows: each is copied once at most."""
     first = tensors[0].dtype
-    if first in SUFFIX and all(x.dtype == first for x in tensors):
+    if first in NATIVE and all(x.dtype == first for x in tensors):
         return tuple(map(contiguous_rows, tensors))
     dtype = _common(tensors)
     return tuple(

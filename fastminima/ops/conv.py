@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import conv_native
 from ._arguments import FLOATS, TRITON
 from ._pieces import itemsize, limited, pieces, step_of
 from .broadcast import sum_over_space
 from .conv_geometry import ConvGeometry
 from .conv_pieces import Images
+from .native import conv as native
 from .table import Op
 
 __all__ = [
@@ -163,15 +163,15 @@ def _dots(
 
 conv_gradients = Op("conv_gradients", _gradients)
 conv_sq_norms = Op("conv_sq_norms", _sq_norms)
-conv_sq_norms.add_native(conv_native.fastest_sq_norms)
+conv_sq_norms.add_native(native.fastest_sq_norms)
 conv_sq_norms.add_triton("conv.conv_sq_norms", dtypes=TRITON)
 conv_second_moment = Op("conv_second_moment", _second_moment)
-conv_second_moment.add_native(conv_native.second_moment)
+conv_second_moment.add_native(native.second_moment)
 conv_second_moment.add_triton("conv.conv_second_moment", dtypes=TRITON)
 conv_fused = Op("conv_fused", _fused)
 conv_fused.add_native(
     limited(
-        *(conv_native.fused, _fused, (0, 3)),
+        *(native.fused, _fused, (0, 3)),
         elements=lambda x, g, geometry, *_: prod(geometry.weight_shape(x, g)),
     ),
     dtypes=FLOATS,

@@ -14,13 +14,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from . import dense_native
 from ._arguments import FLOATS, TRITON, accumulated
 from ._pieces import in_pieces, itemsize, limited, pieces, step_of
 from .broadcast import sum_over_time
-from .dense_cost import NARROW, choose, guard, is_fused_faster, is_torch_faster
+from .cost.dense import NARROW, choose, guard, is_fused_faster, is_torch_faster
 from .dense_pairs import sequence_dots, sequence_gram, sequence_multi_dots
 from .dense_pieces import Sequences
+from .native import dense as native
 from .table import Op
 
 __all__ = [
@@ -205,13 +205,13 @@ def _sequence_sq_norms_native(
 ) -> tuple[Tensor, Tensor | None]:
     if is_torch_faster(g.shape[1], a.shape[2], g.shape[2]):
         return _sequence_sq_norms_torch(a, g, with_bias)
-    return dense_native.sequence_sq_norms(kernels, a, g, with_bias)
+    return native.sequence_sq_norms(kernels, a, g, with_bias)
 
 
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     if g.shape[1] == 1 or a.shape[2] * g.shape[2] <= NARROW:
         return _sequence_second_moment(a, g)
-    return dense_native.sequence_second_moment(kernels, a, g)
+    return native.sequence_second_moment(kernels, a, g)
 
 
 def _sequence_fused_native(
@@ -219,7 +219,7 @@ def _sequence_fused_native(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     time, needs_gradients = g.shape[1], with_second_moment and g.shape[1] != 1
     if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
-        return dense_native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
+        return native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
     moment = _sequence_second_moment(a, g) if with_second_moment else None
     bias = sum_over_time(g).to(norms.dtype) if with_bias else None
@@ -235,22 +235,20 @@ sequence_fused = Op("sequence_fused", _sequence_fused)
 gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
 
-row_sq_norms.add_native(
-    limited(dense_native.row_sq_norms, _row_sq_norms), dtypes=FLOATS
-)
+row_sq_norms.add_native(limited(native.row_sq_norms, _row_sq_norms), dtypes=FLOATS)
 sequence_sq_norms.add(
     "torch", _sequence_sq_norms_torch, devices=("cpu", "cuda"), dtypes=FLOATS
 )
-for _op, _native, _sums in (
+for _op, _call, _sums in (
     (sequence_sq_norms, _sequence_sq_norms_native, ()),
-    (gram_sq_norms, dense_native.gram_sq_norms, ()),
-    (direct_sq_norms, dense_native.direct_sq_norms, ()),
+    (gram_sq_norms, native.gram_sq_norms, ()),
+    (direct_sq_norms, native.direct_sq_norms, ()),
     (sequence_second_moment, _sequence_second_moment_native, (0,)),
     (sequence_fused, _sequence_fused_native, (0, 3)),
 ):
     _op.add_native(
         limited(
-            *(_native, _op.reference, _sums),
+            *(_call, _op.reference, _sums),
             elements=lambda a, g, *_: a.shape[2] * g.shape[2],
         ),
         dtypes=FLOATS,

@@ -105,18 +105,19 @@ class Sequences:
         a, g = self.read(rows, steps, outs)
         total.baddbmm_(g.transpose(1, 2), a)
 
-    def gradient_pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def gradient_pieces(self, share: int = 2) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, rows of the gradient, and that part of these samples' gradients.
 
-        The last part should be let go of before the next one is asked for.
+        A part takes that share of the limit. The last one should be let go of before
+        the next one is asked for.
         """
-        if self.is_small:
+        if share == 2 and self.is_small:
             yield slice(0, self.batch), slice(0, self.d_out), self.all_gradients()
             return
         row_bytes = self.d_in * self.dtype.itemsize
         most = step_of(self.time * self.step_bytes, 8)
-        for outs in pieces(self.d_out, row_bytes, 8):
-            step = min(most, step_of((outs.stop - outs.start) * row_bytes))
+        for outs in pieces(self.d_out, row_bytes, max(8, share)):
+            step = min(most, step_of((outs.stop - outs.start) * row_bytes, share))
             for lo in range(0, self.batch, step):
                 rows = slice(lo, min(lo + step, self.batch))
                 yield rows, outs, self.gradients(rows, outs)

@@ -15,11 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _native
 from .._dtypes import accumulation_dtype
-from . import embedding_cuda
-from ._arguments import SUFFIX, accumulated_rows
 from ._pieces import in_pieces, itemsize, pieces, step_of, sums_over_time
+from .cuda import embedding as cuda
+from .native import embedding as native
 from .table import Op
 
 __all__ = [
@@ -221,14 +220,7 @@ def _embedding_sq_norms_native(
                 ),
                 *(len(g), each),
             )
-    (g,) = accumulated_rows(g)
-    ids = ids.contiguous()
-    norms = g.new_empty(len(g))
-    getattr(kernels, f"embedding_sq_norms_{SUFFIX[g.dtype]}")(
-        *(ids.data_ptr(), g.data_ptr(), g.stride(0), g.stride(1), padding_idx),
-        *(*g.shape, norms.data_ptr(), _native.threads()),
-    )
-    return norms
+    return native.embedding_sq_norms(kernels, ids, g, padding_idx)
 
 
 embedding_sq_norms = Op("embedding_sq_norms", _embedding_sq_norms)
@@ -238,8 +230,6 @@ embedding_dots = Op("embedding_dots", _embedding_dots)
 embedding_gradients = Op("embedding_gradients", _embedding_gradients)
 tied_cross = Op("tied_cross", _tied_cross)
 embedding_sq_norms.add_native(_embedding_sq_norms_native, dtypes=(torch.int64,))
-embedding_sq_norms.add_cuda(embedding_cuda.embedding_sq_norms, dtypes=(torch.int64,))
-embedding_second_moment.add_cuda(
-    embedding_cuda.embedding_second_moment, dtypes=(torch.int64,)
-)
-embedding_dots.add_cuda(embedding_cuda.embedding_dots, dtypes=(torch.int64,))
+embedding_sq_norms.add_cuda(cuda.embedding_sq_norms, dtypes=(torch.int64,))
+embedding_second_moment.add_cuda(cuda.embedding_second_moment, dtypes=(torch.int64,))
+embedding_dots.add_cuda(cuda.embedding_dots, dtypes=(torch.int64,))

@@ -12,10 +12,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from . import multi_cuda, multi_native
 from ._arguments import FLOATS
-from ._cuda import DTYPES
 from ._pieces import dense_parts
+from .cuda import multi as cuda
+from .native import multi as native
 from .table import Op
 
 __all__ = ["multi_axpy", "multi_dot", "multi_sq_norm"]
@@ -57,9 +57,9 @@ def _multi_axpy(
 
 
 multi_dot = Op("multi_dot", _multi_dot)
-multi_dot.add_cuda(multi_cuda.dot(_multi_dot), dtypes=DTYPES)
+multi_dot.add_cuda(cuda.dot(_multi_dot), dtypes=FLOATS)
 multi_sq_norm = Op("multi_sq_norm", _multi_sq_norm)
-multi_sq_norm.add_native(multi_native.sq_norm, dtypes=FLOATS)
-multi_sq_norm.add_cuda(multi_cuda.sq_norm(_multi_dot), dtypes=DTYPES)
+multi_sq_norm.add_native(native.sq_norm, dtypes=FLOATS)
+multi_sq_norm.add_cuda(cuda.sq_norm(_multi_dot), dtypes=FLOATS)
 multi_axpy = Op("multi_axpy", _multi_axpy)
-multi_axpy.add_cuda(multi_cuda.axpy(_multi_axpy), dtypes=DTYPES)
+multi_axpy.add_cuda(cuda.axpy(_multi_axpy), dtypes=FLOATS)

@@ -6,16 +6,14 @@ gradient of its outputs. Results leave in the accumulation dtype.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _native
 from .._dtypes import accumulation_dtype
-from ._arguments import FLOATS, SUFFIX, TRITON, accumulated, accumulated_rows
+from ._arguments import FLOATS, TRITON, accumulated
 from ._pieces import itemsize, limited, sums_over_time
+from .native import norm as native
 from .table import Op
 
 __all__ = [
@@ -129,44 +127,13 @@ def _norms_and_totals(
     return *norms, weight.sum(dim=0), bias.sum(dim=0)
 
 
-def _layer_norm_gradients_native(
-    kernels: Any, g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    g, x = accumulated_rows(g, x)
-    rstd = rstd.to(g.dtype).contiguous()
-    mean = None if mean is None else mean.to(g.dtype).contiguous()
-    weight, bias = g.new_empty(2, len(g), g.shape[2]).unbind()
-    getattr(kernels, f"layer_norm_gradients_{SUFFIX[g.dtype]}")(
-        *(g.data_ptr(), g.stride(0), g.stride(1)),
-        *(x.data_ptr(), x.stride(0), x.stride(1)),
-        *(0 if mean is None else mean.data_ptr(), rstd.data_ptr(), *g.shape),
-        *(weight.data_ptr(), bias.data_ptr(), _native.threads()),
-    )
-    return weight, bias
-
-
-def _channel_norm_gradients_native(
-    kernels: Any, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    g, x = accumulated_rows(g, x)
-    mean, rstd = mean.to(g.dtype).contiguous(), rstd.to(g.dtype).contiguous()
-    weight, bias = g.new_empty(2, *g.shape[:2]).unbind()
-    getattr(kernels, f"channel_norm_gradients_{SUFFIX[g.dtype]}")(
-        *(g.data_ptr(), g.stride(0), g.stride(1)),
-        *(x.data_ptr(), x.stride(0), x.stride(1)),
-        *(mean.data_ptr(), rstd.data_ptr(), *mean.shape, *g.shape),
-        *(weight.data_ptr(), bias.data_ptr(), _native.threads()),
-    )
-    return weight, bias
-
-
 layer_norm_gradients = Op("layer_norm_gradients", _layer_norm_gradients)
 channel_norm_gradients = Op("channel_norm_gradients", _channel_norm_gradients)
 layer_norm_gradients.add_native(
-    limited(_layer_norm_gradients_native, _layer_norm_gradients), dtypes=FLOATS
+    limited(native.layer_norm_gradients, _layer_norm_gradients), dtypes=FLOATS
 )
 channel_norm_gradients.add_native(
-    limited(_channel_norm_gradients_native, _channel_norm_gradients), dtypes=FLOATS
+    limited(native.channel_norm_gradients, _channel_norm_gradients), dtypes=FLOATS
 )
 layer_norm_fused = Op("layer_norm_fused", _layer_norm_fused)
 channel_norm_fused = Op("channel_norm_fused", _channel_norm_fused)

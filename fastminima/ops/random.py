@@ -20,9 +20,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from . import random_cuda
-from ._cuda import DTYPES
+from ._arguments import FLOATS
 from ._pieces import dense_parts, pieces
+from .cuda import random as cuda
 from .table import Op
 
 __all__ = ["gaussian_fill_", "langevin_step_", "philox", "rademacher_fill_"]
@@ -128,8 +128,8 @@ def _langevin_step_(
 
 
 gaussian_fill_ = Op("gaussian_fill_", _gaussian_fill_)
-gaussian_fill_.add_cuda(random_cuda.gaussian_fill_, dtypes=DTYPES)
+gaussian_fill_.add_cuda(cuda.gaussian_fill_, dtypes=FLOATS)
 rademacher_fill_ = Op("rademacher_fill_", _rademacher_fill_)
-rademacher_fill_.add_cuda(random_cuda.rademacher_fill_, dtypes=DTYPES)
+rademacher_fill_.add_cuda(cuda.rademacher_fill_, dtypes=FLOATS)
 langevin_step_ = Op("langevin_step_", _langevin_step_)
-langevin_step_.add_cuda(random_cuda.langevin_step_(_langevin_step_), dtypes=DTYPES)
+langevin_step_.add_cuda(cuda.langevin_step_(_langevin_step_), dtypes=FLOATS)

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from . import multi_native
 from ._arguments import FLOATS, TRITON
 from ._pieces import dense_parts
+from .native import multi as native
 from .table import Op
 
 __all__ = ["sq_norm"]
@@ -33,7 +33,7 @@ _SMALL = 4096  # PyTorch's two calls take 4 us here, a call of the kernel 5
 def _sq_norm_native(kernels: Any, x: Tensor) -> Tensor:
     if x.numel() < _SMALL:
         return _sq_norm(x)
-    total = multi_native.sq_norm(kernels, [x])
+    total = native.sq_norm(kernels, [x])
     return total.to(accumulation_dtype(x.dtype))
 
 

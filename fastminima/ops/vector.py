@@ -7,16 +7,15 @@ so that a solver looks at them on the host only when it wants to.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .. import _native
-from . import vector_cuda
-from ._arguments import addresses
+from ._arguments import NATIVE
 from ._pieces import dense_parts
+from .cuda import vector as cuda
+from .native import vector as native
 from .table import Op
 
 __all__ = [
@@ -26,8 +25,6 @@ __all__ = [
     "project_out",
     "same_values",
 ]
-
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def _lanczos_step(
@@ -132,79 +129,17 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _scratch(kernels: Any, n: int, sums: int, results: int) -> tuple[Tensor, Tensor]:
-    counts = kernels.vector_partials(n, sums), results
-    partials, result = (
-        torch.empty(count, dtype=torch.float64, device="cpu") for count in counts
-    )
-    return partials, result
-
-
-def _lanczos_step_native(
-    kernels: Any, w: Tensor, v: Tensor, previous: Tensor | None, beta: Tensor
-) -> Tensor:
-    partials, result = _scratch(kernels, len(w), 1, 2)
-    getattr(kernels, f"lanczos_step_{_SUFFIX[w.dtype]}")(
-        *(w.data_ptr(), v.data_ptr(), 0 if previous is None else previous.data_ptr()),
-        *(beta.data_ptr(), len(w), partials.data_ptr(), result.data_ptr()),
-        _native.threads(),
-    )
-    return result
-
-
-def _power_step_native(
-    kernels: Any, w: Tensor, v: Tensor, shift: float, out: Tensor
-) -> Tensor:
-    partials, result = _scratch(kernels, len(w), 2, 3)
-    getattr(kernels, f"power_step_{_SUFFIX[w.dtype]}")(
-        *(w.data_ptr(), v.data_ptr(), shift, len(w), out.data_ptr()),
-        *(partials.data_ptr(), result.data_ptr(), _native.threads()),
-    )
-    return result
-
-
-def _project_out_native(kernels: Any, w: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    partials, result = _scratch(kernels, len(w), len(basis), len(basis))
-    rows = addresses(basis)
-    getattr(kernels, f"project_out_{_SUFFIX[w.dtype]}")(
-        *(w.data_ptr(), rows.data_ptr(), len(basis), len(w)),
-        *(partials.data_ptr(), result.data_ptr(), _native.threads()),
-    )
-    return result
-
-
-def _linear_combinations_native(
-    kernels: Any, first: Tensor, rest: Sequence[Tensor], weights: Tensor
-) -> Tensor:
-    basis = (first, *rest)
-    rows = addresses(basis)
-    weights = weights.to(first).contiguous()
-    out = first.new_empty(weights.shape[1], len(first))
-    getattr(kernels, f"linear_combinations_{_SUFFIX[first.dtype]}")(
-        *(rows.data_ptr(), len(basis), weights.data_ptr(), weights.shape[1]),
-        *(len(first), out.data_ptr(), _native.threads()),
-    )
-    return out
-
-
-def _same_values_native(kernels: Any, a: Tensor, b: Tensor) -> bool:
-    if not (a.is_contiguous() and b.is_contiguous()):
-        return torch.equal(a, b)
-    size = a.numel() * a.element_size()
-    return kernels.same_bytes(a.data_ptr(), b.data_ptr(), size, _native.threads())
-
-
 lanczos_step = Op("lanczos_step", _lanczos_step)
-lanczos_step.add_native(_lanczos_step_native)
-lanczos_step.add_cuda(vector_cuda.lanczos_step, dtypes=_SUFFIX)
+lanczos_step.add_native(native.lanczos_step)
+lanczos_step.add_cuda(cuda.lanczos_step, dtypes=NATIVE)
 power_step = Op("power_step", _power_step)
-power_step.add_native(_power_step_native)
-power_step.add_cuda(vector_cuda.power_step, dtypes=_SUFFIX)
+power_step.add_native(native.power_step)
+power_step.add_cuda(cuda.power_step, dtypes=NATIVE)
 project_out = Op("project_out", _project_out)
-project_out.add_native(_project_out_native)
-project_out.add_cuda(vector_cuda.project_out, dtypes=_SUFFIX)
+project_out.add_native(native.project_out)
+project_out.add_cuda(cuda.project_out, dtypes=NATIVE)
 linear_combinations = Op("linear_combinations", _linear_combinations)
-linear_combinations.add_native(_linear_combinations_native)
-linear_combinations.add_cuda(vector_cuda.linear_combinations, dtypes=_SUFFIX)
+linear_combinations.add_native(native.linear_combinations)
+linear_combinations.add_cuda(cuda.linear_combinations, dtypes=NATIVE)
 same_values = Op("same_values", _same_values)
-same_values.add_native(_same_values_native)
+same_values.add_native(native.same_values)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tensors import ALL, FLOATS, same
 
-from fastminima.ops import embedding, embedding_cuda
+from fastminima.ops import embedding
+from fastminima.ops.cuda import embedding as embedding_cuda
 
 # batch, time, features, num_embeddings
 SHAPES = [(3, 5, 7, 4), (1, 1, 1, 1), (2, 40, 33, 1000), (0, 3, 4, 5), (3, 0, 4, 5)]

@@ -10,14 +10,10 @@ import pytest
 import torch
 from tensors import ALL, FLOATS, same, shifted
 
-from fastminima.ops import (
-    multi,
-    multi_cuda,
-    random,
-    random_cuda,
-    vector,
-    vector_cuda,
-)
+from fastminima.ops import multi, random, vector
+from fastminima.ops.cuda import multi as multi_cuda
+from fastminima.ops.cuda import random as random_cuda
+from fastminima.ops.cuda import vector as vector_cuda
 
 SIZES = [0, 1, 33, 4099, 20_011]
 # Sums of n products of unit scale: errors grow as sqrt(n), and n is at most 2e4.

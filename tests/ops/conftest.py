@@ -14,6 +14,8 @@ if importlib.util.find_spec("triton") is None:
 
 
 def _double(value):
+    if isinstance(value, list):
+        return [_double(part) for part in value]
     is_float = isinstance(value, Tensor) and value.is_floating_point()
     return value.double() if is_float else value
 

@@ -76,7 +76,7 @@ def _dense(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "sequence_sq_norms", (a, g, True)
     yield "sequence_fused", (a, g, True, True)
     yield "sequence_dots", (a, g, new.normal(d_out, d_in))
-    yield "sequence_multi_dots", (a, g, new.normal(9, d_out, d_in))
+    yield "sequence_multi_dots", (a, g, list(new.normal(9, d_out, d_in)))
     yield "sum_over_time", (g,)
     yield "product_over_time", (g, new.normal(*g.shape))
     for name in ("gram_sq_norms", "direct_sq_norms", "sequence_second_moment"):

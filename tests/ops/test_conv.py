@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastminima import _native
-from fastminima.ops import conv_native
 from fastminima.ops.conv import (
     ConvGeometry,
     conv_dots,
@@ -17,6 +16,7 @@ from fastminima.ops.conv import (
     conv_second_moment,
     conv_sq_norms,
 )
+from fastminima.ops.native import conv as conv_native
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastminima.ops import dense, dense_cost
+from fastminima.ops import dense
+from fastminima.ops.cost import dense as dense_cost
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # batch, time, d_in, d_out
@@ -71,8 +72,9 @@ def test_sums_over_sequences(check, shape, dtype):
         check(dense.sequence_gram, a, g, **loose)
         check(dense.sequence_gradients, a, g, **loose)
         check(dense.sequence_dots, a, g, torch.randn(shape[3], shape[2]), **loose)
-        directions = torch.randn(2, shape[3], shape[2])
-        check(dense.sequence_multi_dots, a, g, directions, **loose)
+        for count in (0, 1, 3, 20):  # one at a time, and from gradients made once
+            directions = list(torch.randn(count, shape[3], shape[2]))
+            check(dense.sequence_multi_dots, a, g, directions, **loose)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,9 +119,10 @@ def test_references_against_single_samples():
     torch.testing.assert_close(
         dense.sequence_dots.reference(a, g, v), flat @ v.flatten()
     )
-    many = torch.stack((v, 2 * v.flip(0)))
+    many = [v, 2 * v.flip(0)]
     torch.testing.assert_close(
-        dense.sequence_multi_dots.reference(a, g, many), flat @ many.flatten(1).T
+        dense.sequence_multi_dots.reference(a, g, many),
+        flat @ torch.stack(many).flatten(1).T,
     )
     torch.testing.assert_close(weight, flat.square().sum(1))
     torch.testing.assert_close(bias, g.sum(1).square().sum(1))

@@ -8,10 +8,11 @@ from test_conv import CASES, autograd_gradients, draw, geometry
 from test_dense import DTYPES, SHAPES, pairs
 
 from fastminima import _native
-from fastminima.ops import conv_native, dense_native
 from fastminima.ops.conv import conv_fused, conv_sq_norms
+from fastminima.ops.cost.dense import is_fused_faster
 from fastminima.ops.dense import sequence_fused
-from fastminima.ops.dense_cost import is_fused_faster
+from fastminima.ops.native import conv as conv_native
+from fastminima.ops.native import dense as dense_native
 
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 ALL_CONVOLUTIONS = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -165,7 +165,7 @@ def test_packed_by_channel(place, monkeypatch):
 
 @SOME
 def test_a_program_walks_samples(place, case, monkeypatch):
-    monkeypatch.setattr(conv_cost, "_PROGRAMS", 2)
+    monkeypatch.setattr(conv_cost, "PROGRAMS", 2)
     layer, x, g = case[0], *draw(case, batch=3)
     assert conv_cost.chunks(3, 1) == 2
     check_fused(place, layer, x, g)

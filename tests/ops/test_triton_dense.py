@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton_cases import DTYPES, cancelling, each_shape, sequences
 
-from fastminima.ops import dense, dense_cost
+from fastminima.ops import dense
+from fastminima.ops.cost import dense as dense_cost
 from fastminima.ops.triton import _launch, dense_direct, dense_gram
 from fastminima.ops.triton import dense as launchers
 

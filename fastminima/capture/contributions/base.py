@@ -96,6 +96,10 @@ class Contribution:
         flat = direction.flatten()
         return torch.cat([_along(chunk, flat) for chunk in self.chunks()])
 
+    def several_dots(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
+        """<g_n, v> for each of some directions v, `[batch]` each."""
+        return [self.dots(v) for v in directions]
+
     def settled(self) -> Contribution:
         """The same, usable after the backward pass has left this node."""
         return self

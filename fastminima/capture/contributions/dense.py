@@ -97,6 +97,12 @@ class Dense(Contribution):
     def dots(self, direction: Tensor) -> Tensor:
         return dense.sequence_dots(self.right, self.left, direction)
 
+    def several_dots(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(directions) < 2 or self._g.dim() == 2:
+            return super().several_dots(directions)
+        dots = dense.sequence_multi_dots(self.right, self.left, directions)
+        return dots.unbind(1)
+
 
 class DenseBias(Contribution):
     """Gradient of a bias beside a dense weight: sum over time of output gradients."""

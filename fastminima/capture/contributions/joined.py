@@ -34,6 +34,10 @@ class Joined(Contribution):
     def dots(self, direction: Tensor) -> Tensor:
         return summed(part.dots(direction) for part in self.parts)
 
+    def several_dots(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
+        found = [part.several_dots(directions) for part in self.parts]
+        return [summed(iter(dots)) for dots in zip(*found, strict=True)]
+
 
 class Apart(Joined):
     """Uses of different rows of one parameter, such as one expert each."""

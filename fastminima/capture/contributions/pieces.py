@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class InPieces(Contribution):
 
     def dots(self, direction: Tensor) -> Tensor:
         return torch.cat([part.dots(direction) for part in self._parts()])
+
+    def several_dots(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
+        parts = [part.several_dots(directions) for part in self._parts()]
+        return [torch.cat(dots) for dots in zip(*parts, strict=True)]
 
 
 def in_pieces(

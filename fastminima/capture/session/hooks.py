@@ -428,12 +428,14 @@ class Session:
         self._add_dots(name, whole)
 
     def _add_dots(self, name: str, whole: Contribution) -> None:
-        into = self.collected
-        for direction, parts_of in self._directions.items():
-            if name in parts_of:
-                dots = whole.dots(parts_of[name])
-                sofar = into.dots.get(direction)
-                into.dots[direction] = dots if sofar is None else sofar + dots
+        given = {k: v[name] for k, v in self._directions.items() if name in v}
+        if not given:
+            return
+        into = self.collected.dots
+        found = whole.several_dots(list(given.values()))
+        for direction, dots in zip(given, found, strict=True):
+            sofar = into.get(direction)
+            into[direction] = dots if sofar is None else sofar + dots
 
     def _clock(self, tensors: Sequence[Tensor | None] = ()) -> float:
         """Seconds, once the device has done what it was told; 0 where nobody asks."""

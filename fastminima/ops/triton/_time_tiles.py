@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._arguments import contiguous_rows
+from ._launch import power_of_two
 
-__all__ = ["PROGRAMS", "WARPS", "Tiles", "oriented", "power_of_two", "tiles"]
+__all__ = ["PROGRAMS", "WARPS", "Tiles", "oriented", "tiles"]
 
 # A program sums tiles of 2048 elements with 4 warps: two loads of 16 bytes a thread for
 # half inputs and four for float32 keep 8 to 16 KB a program on their way, and 3 TB/s
@@ -35,11 +36,6 @@ class Tiles(NamedTuple):
     span: int
     splits: int
     blocks: int  # of features
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size` and 1."""
-    return 1 << max(0, size - 1).bit_length()
 
 
 def tiles(batch: int, time: int, features: int, *, time_is_contiguous: bool) -> Tiles:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._pieces import in_pieces
 from ..conv_geometry import ConvGeometry
-from ..dense_cost import guard
+from ..cost.dense import guard
 from .conv_cost import GramTile, direct_tile, fastest_gram, is_depthwise
 from .conv_depthwise import depthwise_products
 from .conv_direct import products

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._launch import PROGRAMS, power_of_two, side
 from .conv_sizes import ConvSizes, Operands
 
 __all__ = [
@@ -22,12 +23,6 @@ __all__ = [
     "samples_at_once",
 ]
 
-_SMALLEST = 16  # side of the smallest product of tensor cores
-
-# Programs that keep a GPU of today busy: 108 to 148 multiprocessors, one to two blocks
-# each. One number for all of them, so that a result does not depend on the GPU.
-_PROGRAMS = 256
-
 # Bytes of the Gram matrices of images that are alive at a time: they are to stay in the
 # L2 cache, 40 MB on an A100 and 50 on an H100.
 _WORKSPACE = 32 << 20
@@ -37,11 +32,6 @@ _WORKSPACE = 32 << 20
 # as many cycles; an H100's multiprocessor can do 2048 multiply-adds of halves a cycle
 # on tensor cores, or 128 of float32. Counted in machine code, not timed.
 _GATHER_HALF, _GATHER_SINGLE = 320, 20
-
-
-def _power(size: int, most: int) -> int:
-    """The power of two that holds `size`, between the smallest tile and `most`."""
-    return max(_SMALLEST, min(most, 1 << (size - 1).bit_length()))
 
 
 def _blocks(size: int, block: int) -> int:
@@ -184,13 +174,13 @@ def _direct_tile(of: Operands, outputs: int) -> DirectTile:
     columns = sizes.channels * (1 if one_tap else sizes.taps)
     half = of.image.dtype != torch.float32
     is_wide = half and one_tap and min(sizes.height, columns) >= 128 and outputs < 2
-    side = 128 if is_wide else 64
+    largest = 128 if is_wide else 64
     positions = 16 if not half else 64 if not outputs and not is_wide else 32
     by_position = of.layout()["IMAGE_BY_POSITION"]
     return DirectTile(
-        rows=_power(sizes.height, side),
-        columns=_power(columns, side),
-        positions=_power(sizes.length, positions),
+        rows=side(sizes.height, largest),
+        columns=side(columns, largest),
+        positions=side(sizes.length, positions),
         # The addresses of pixels one by one take registers that channels do not.
         warps=8 if is_wide or (not half and (by_position or not one_tap)) else 4,
         stages=3,
@@ -208,7 +198,7 @@ def depthwise_tile(of: Operands) -> DepthwiseTile:
 
     As many lanes as a warp has go along what is contiguous in memory.
     """
-    taps = 1 << (min(of.sizes.taps, 64) - 1).bit_length()
+    taps = power_of_two(min(of.sizes.taps, 64))
     long, short = 32, max(1, 128 // taps)
     if of.layout()["IMAGE_BY_POSITION"]:
         return DepthwiseTile(rows=short, taps=taps, positions=long)
@@ -219,8 +209,8 @@ def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:
     """Tiles for the Gram kernels."""
     half = dtype != torch.float32
     return GramTile(
-        positions=_power(sizes.length, 64),
-        channels=_power(max(sizes.height, sizes.channels), 32 if half else 16),
+        positions=side(sizes.length, 64),
+        channels=side(max(sizes.height, sizes.channels), 32 if half else 16),
         warps=4,
         stages=3,
         shifts=shifts,
@@ -259,4 +249,4 @@ def samples_at_once(sizes: ConvSizes) -> int:
 
 def chunks(batch: int, tiles: int) -> int:
     """Parts of a batch whose programs together keep a GPU busy."""
-    return max(1, min(batch, _PROGRAMS // tiles))
+    return max(1, min(batch, PROGRAMS // tiles))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dense_cost import choose_on_gpu, guard_on_gpu
+from ..cost.dense import choose_on_gpu, guard_on_gpu
 from .dense_direct import direct_sums, replace_lost
 from .dense_fused import sequence_sums
 from .dense_gram import gram_sums

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import gradient_blocks, one_dtype, split
-from ._tiles import gradient_tile, swizzled
+from ._launch import one_dtype, split
+from .dense_blocks import gradient_blocks
+from .dense_tiles import gradient_tile, swizzled
 
 __all__ = ["Sums", "sequence_sums"]
 

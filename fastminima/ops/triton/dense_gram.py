@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import PROGRAMS, has_vectors, one_dtype, side
-from ._tiles import lower_triangle, row_products
+from .dense_tiles import lower_triangle, row_products
 
 __all__ = ["GramSums", "gram_sums"]
 
@@ -158,7 +158,7 @@ def gram_sums(
 ) -> GramSums:
     """Launch the Gram kernels on [batch, time, *], or on rows and their index.
 
-    `share` as from `fastminima.ops.dense_cost.guard_on_gpu`.
+    `share` as from `fastminima.ops.cost.dense.guard_on_gpu`.
     """
     a, g = one_dtype(a, g)
     batch, time = g.shape[:2] if index is None else index.shape

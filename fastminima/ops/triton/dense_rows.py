@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import one_dtype, split
-from ._tiles import swizzled
+from ._launch import one_dtype, power_of_two, split
+from .dense_tiles import swizzled
 
 __all__ = ["row_sq_norms", "row_sums"]
 
@@ -62,7 +62,7 @@ def row_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if len(g) == 0:
         return weight, bias
     width = max(1, a.shape[1], g.shape[1])
-    block = min(_LANES, max(64, triton.next_power_of_2(width)))
+    block = min(_LANES, max(64, power_of_two(width)))
     rows = _LANES // block
     _row_norms_kernel[triton.cdiv(len(g), rows),](
         *(a, g, weight, bias, len(g), a.shape[1], g.shape[1]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from .._arguments import contiguous_rows
 from .._pieces import in_pieces, step_of
-from ._time_tiles import PROGRAMS, power_of_two
+from ._launch import power_of_two, side
+from ._time_tiles import PROGRAMS
 
 __all__ = ["sequence_dots", "sequence_multi_dots"]
 
@@ -93,8 +96,7 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """The products with at most DIRECTIONS directions, `[batch, directions]`."""
     (batch, time, d_in), d_out, directions = a.shape, g.shape[2], len(v)
     kinds = power_of_two(directions)
-    sizes = zip(_SIDES[kinds], (d_out, d_in), strict=True)
-    outs, ins = (min(side, max(16, power_of_two(size))) for side, size in sizes)
+    outs, ins = map(side, (d_out, d_in), _SIDES[kinds])
     tiles = -(-d_out // outs) * -(-d_in // ins)
     if batch > step_of(4 * tiles * directions):
         return in_pieces(
@@ -116,17 +118,25 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     return out.sum(dim=0)
 
 
-def sequence_multi_dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
+def sequence_multi_dots(a: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:
     """Launch `_dots_kernel` for each 8 directions; see `dense.sequence_multi_dots`."""
     if a.dtype != g.dtype:
         a, g = a.to(torch.float32), g.to(torch.float32)
-    a, g, v = contiguous_rows(a), contiguous_rows(g), contiguous_rows(v)
+    a, g = contiguous_rows(a), contiguous_rows(g)
     if not a.numel() * g.numel() * len(v):
         return g.new_zeros(len(g), len(v), dtype=torch.float32)
-    parts = [_dots(a, g, some) for some in v.split(DIRECTIONS)]
+    parts = [
+        _dots(a, g, _together(v[first : first + DIRECTIONS]))
+        for first in range(0, len(v), DIRECTIONS)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _together(v: Sequence[Tensor]) -> Tensor:
+    """Directions in one tensor; a single one is not copied."""
+    return contiguous_rows(v[0]).unsqueeze(0) if len(v) == 1 else torch.stack(tuple(v))
 
 
 def sequence_dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """Launch `_dots_kernel` for one direction; see `dense.sequence_dots`."""
-    return sequence_multi_dots(a, g, v.unsqueeze(0)).squeeze(1)
+    return sequence_multi_dots(a, g, [v]).squeeze(1)

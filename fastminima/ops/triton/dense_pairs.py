@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import dense_pairs
 from .._pieces import lower_blocks, square_side, step_of
-from ._time_tiles import power_of_two
+from ._launch import power_of_two, side
+from .dense_tiles import lower_triangle
 
 __all__ = ["sequence_gram"]
 
@@ -59,18 +60,8 @@ class _Gradients(NamedTuple):
     def of(cls, d_in: int, d_out: int, dtype: torch.dtype) -> _Gradients:
         """Tiles of 128 x 128, or less if there is less."""
         time = 16 if dtype == torch.float32 else 64
-        outs, ins = (min(128, max(16, power_of_two(d))) for d in (d_out, d_in))
+        outs, ins = side(d_out, 128), side(d_in, 128)
         return cls(outs, ins, time, 8 if outs * ins > 8192 else 4, 3)
-
-
-@triton.jit
-def _lower_triangle(number):
-    """Row and column of an element of a lower triangle, counted row by row."""
-    row = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The float32 root can be one off at either side of an integer.
-    row = tl.where((row + 1) * (row + 2) // 2 <= number, row + 1, row)
-    row = tl.where(row * (row + 1) // 2 > number, row - 1, row)
-    return row, number - row * (row + 1) // 2
 
 
 @triton.jit
@@ -111,7 +102,7 @@ def _row_pairs_kernel(
     (1 + 1 / b) batch^2 time^2 (d_in + d_out) operations. Each tile reads its two blocks
     of rows again.
     """
-    row, column = _lower_triangle(tl.program_id(0))
+    row, column = lower_triangle(tl.program_id(0))
     r = tl.arange(0, SAMPLES * TIME)
     n, t = row // spans * SAMPLES + r // TIME, row % spans * TIME + r % TIME
     m, s = column // spans * SAMPLES + r // TIME, column % spans * TIME + r % TIME
@@ -187,7 +178,7 @@ def _flat_pairs_kernel(
     blocks of ROWS samples, (1 + 1 / b) batch^2 width operations. Each tile of several
     reads its two blocks again.
     """
-    row, column = _lower_triangle(tl.program_id(0) % pairs)
+    row, column = lower_triangle(tl.program_id(0) % pairs)
     split = tl.program_id(0) // pairs
     n = row * ROWS + tl.arange(0, ROWS)
     m = column * ROWS + tl.arange(0, ROWS)
@@ -293,7 +284,7 @@ def _by_gradients(a: Tensor, g: Tensor) -> Tensor:
     size = cut.outs * cut.ins
     most = max(1, min(tiles, SCRATCH_BYTES // (4 * size * batch)))
     scratch = g.new_empty(batch * most * size, dtype=torch.float32)
-    rows = min(SCRATCH_ROWS, max(16, power_of_two(batch)))
+    rows = side(batch, SCRATCH_ROWS)
     blocks = -(-batch // rows)
     pairs = blocks * (blocks + 1) // 2
     inner = 32

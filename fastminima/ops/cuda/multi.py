@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._arguments import addresses
-from ._cuda import SUFFIX, alike, scratch, sizes, stream
+from .._arguments import SUFFIX, addresses
+from ._launch import alike, scratch, sizes, stream
 
 __all__ = ["axpy", "dot", "sq_norm"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ._arguments import SUFFIX, accumulated, accumulated_rows
-from .dense_cost import choose, guard
+from ... import _native
+from .._arguments import SUFFIX, accumulated, accumulated_rows
+from ..cost.dense import choose, guard
 
 __all__ = [
     "direct_sq_norms",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ._arguments import accumulated
-from .conv_geometry import ConvGeometry
+from ... import _native
+from .._arguments import SUFFIX, accumulated
+from ..conv_geometry import ConvGeometry
+from ..cost.conv import is_apart_faster, prefers_gram
 
 __all__ = [
     "direct_sq_norms",
@@ -22,18 +22,6 @@ __all__ = [
     "second_moment",
     "tile_gradient",
 ]
-
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-
-# Gram matrices of more positions than this would not fit the L2 cache.
-_GRAM_POSITIONS = 576
-# Multiply-adds in whose time an element of a sample's gradient is squared and added to
-# the sum over the samples. Fitted to times of W3's and W4's layers, float32, one thread
-# (AMD EPYC 9004, AVX-512): 0.06 ns from 64 positions down to 4.
-_UPDATE = 5
-# Up to here, second moments take longer from the tiles of the gradient than apart: with
-# 4 positions (512 to 512 channels) 1.7 times as long, with 16 0.8 times.
-_FEW_POSITIONS = 8
 
 
 @lru_cache(maxsize=1024)
@@ -56,63 +44,6 @@ def _sizes(
     )
 
 
-def _half(n: int) -> int:
-    """Pairs that the lower half of a Gram matrix of n positions computes."""
-    blocks = -(-n // 16)
-    return blocks * (blocks + 1) * 128
-
-
-def _costs(
-    rows: tuple[int, ...], image: tuple[int, ...], geometry: ConvGeometry
-) -> tuple[float, float]:
-    """Multiply-adds of the Gram way, infinite if it is not open, and of the direct one.
-
-    Either does 85 a nanosecond (AVX-512, one core), in 8 by 16 tiles. A shifted sum of
-    the Gram way goes at 20 a nanosecond.
-    """
-    length, pixels = math.prod(rows[2:]), math.prod(image[2:])
-    unfolds = math.prod(geometry.stride) > 1
-    taps = geometry.kernel_numel
-    channels, height = (
-        image[1] // geometry.groups,
-        -(-rows[1] // geometry.groups // 8) * 8,
-    )
-    run = geometry.kernel_size[-1] * channels
-    direct = length * height * -(-run // 16) * 16 * (taps // geometry.kernel_size[-1])
-    if max(length, 0 if unfolds else pixels) > _GRAM_POSITIONS:
-        return math.inf, float(direct)
-    if unfolds:
-        gram = _half(length) * (rows[1] // geometry.groups + channels * taps + 4)
-    else:
-        gram = _half(length) * (rows[1] // geometry.groups + 4 * taps)
-        gram += _half(pixels) * channels
-    return float(gram), float(direct)
-
-
-@lru_cache(maxsize=1024)
-def _prefers_gram(
-    rows: tuple[int, ...], image: tuple[int, ...], geometry: ConvGeometry
-) -> bool:
-    """Whether the Gram way to norms is expected to be faster than the direct one."""
-    gram, direct = _costs(rows, image, geometry)
-    return gram < direct
-
-
-@lru_cache(maxsize=1024)
-def _is_apart_faster(
-    rows: tuple[int, ...],
-    image: tuple[int, ...],
-    geometry: ConvGeometry,
-    with_second_moment: bool,
-) -> bool:
-    """Whether per-sample results are cheaper apart from the weight gradient."""
-    gram, direct = _costs(rows, image, geometry)
-    length = math.prod(rows[2:])
-    if with_second_moment:
-        return length <= _FEW_POSITIONS and gram < direct
-    return gram < _UPDATE * direct / max(1, length)
-
-
 def _norms(way: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def run(
         kernels: Any, x: Tensor, g: Tensor, geometry: ConvGeometry, with_bias: bool
@@ -121,7 +52,7 @@ def _norms(way: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         weight = x.new_zeros(len(x))
         bias = x.new_zeros(len(x)) if with_bias else None
         if rows.numel():
-            getattr(kernels, f"conv_{way}_{_SUFFIX[x.dtype]}")(
+            getattr(kernels, f"conv_{way}_{SUFFIX[x.dtype]}")(
                 *(rows.data_ptr(), image.data_ptr()),
                 _sizes(rows.shape, image.shape, geometry),
                 *(weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
@@ -142,7 +73,7 @@ def fastest_sq_norms(
 ) -> tuple[Tensor, Tensor | None]:
     """The way that should be faster for these sizes."""
     rows, image = geometry.roles(x, g)
-    gram = _prefers_gram(rows.shape, image.shape, geometry)
+    gram = prefers_gram(rows.shape, image.shape, geometry)
     way = gram_sq_norms if gram else direct_sq_norms
     return way(kernels, x, g, geometry, with_bias)
 
@@ -152,7 +83,7 @@ def second_moment(kernels: Any, x: Tensor, g: Tensor, geometry: ConvGeometry) ->
     rows, image = geometry.roles(x.contiguous(), g.to(x.dtype).contiguous())
     total = x.new_zeros(geometry.weight_shape(x, g))
     if rows.numel():
-        getattr(kernels, f"conv_second_moment_{_SUFFIX[x.dtype]}")(
+        getattr(kernels, f"conv_second_moment_{SUFFIX[x.dtype]}")(
             *(rows.data_ptr(), image.data_ptr()),
             _sizes(rows.shape, image.shape, geometry),
             *(total.data_ptr(), _native.threads()),
@@ -189,7 +120,7 @@ def tile_gradient(
         for result in results:
             _ = result if result is None else result.zero_()
     else:
-        getattr(kernels, f"conv_fused_{_SUFFIX[x.dtype]}")(
+        getattr(kernels, f"conv_fused_{SUFFIX[x.dtype]}")(
             *(rows.data_ptr(), image.data_ptr()),
             _sizes(rows.shape, image.shape, geometry, rows_last, image_last),
             *(0 if r is None else r.data_ptr() for r in results),
@@ -214,7 +145,7 @@ def fused(
     """
     x, g = accumulated(x, g)
     rows, image = geometry.roles(x, g)
-    apart = _is_apart_faster(rows.shape, image.shape, geometry, with_second_moment)
+    apart = is_apart_faster(rows.shape, image.shape, geometry, with_second_moment)
     grad, norms, bias, moment = tile_gradient(
         *(kernels, x, g, geometry, with_bias),
         *(not apart, with_second_moment and not apart),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ._arguments import SUFFIX, accumulated
+from ... import _native
+from .._arguments import SUFFIX, accumulated
 
 __all__ = ["sq_norm"]
 

@@ -1,4 +1,4 @@
-"""Parts of kernels on tiles of matrices."""
+"""Parts of kernels of dense gradients, on tiles of matrices."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._arguments import addresses
-from ._cuda import SUFFIX, alike, sizes, stream
+from .._arguments import SUFFIX, addresses
+from ._launch import alike, sizes, stream
 
 __all__ = ["gaussian_fill_", "langevin_step_", "rademacher_fill_"]
 

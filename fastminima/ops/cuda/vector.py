@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import addresses
-from ._cuda import SUFFIX, scratch, stream
+from .._arguments import SUFFIX, addresses
+from ._launch import scratch, stream
 
 __all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out"]
 

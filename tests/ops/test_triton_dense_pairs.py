@@ -14,7 +14,8 @@ from ops.triton_cases import (
 )
 
 from fastminima.ops import dense
-from fastminima.ops.triton import dots, pairs
+from fastminima.ops.triton import dense_dots as dots
+from fastminima.ops.triton import dense_pairs as pairs
 
 # batch, time, d_in, d_out
 SHAPES = [

@@ -1,4 +1,4 @@
-"""How tensors become arguments of the CUDA kernels."""
+"""What calls of CUDA kernels share: the stream, scratch, lists of tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import HostIntegers
+from .._arguments import HostIntegers
 
-__all__ = ["DTYPES", "SUFFIX", "alike", "scratch", "sizes", "stream"]
-
-SUFFIX = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
-DTYPES = tuple(SUFFIX)
+__all__ = ["alike", "scratch", "sizes", "stream"]
 
 
 def stream(x: Tensor) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
-from ._arguments import contiguous_rows
-from ._cuda import SUFFIX, scratch, stream
+from ..._dtypes import accumulation_dtype
+from .._arguments import SUFFIX, contiguous_rows
+from ._launch import scratch, stream
 
 __all__ = ["embedding_dots", "embedding_second_moment", "embedding_sq_norms"]
 

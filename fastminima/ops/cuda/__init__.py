@@ -1,0 +1,1 @@
+"""Calls of the CUDA kernels: a file a family, each in the table of its op."""

@@ -1,0 +1,1 @@
+"""Calls of the native kernels on the CPU: a file a family."""
