@@ -5,16 +5,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.kernels.cases import Tensors, all_ops
-from benchmarks.kernels.work import Work, work_of
+from tools.kernels.cases import Tensors, all_ops
+from tools.kernels.work import Work, work_of
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernels.triton_check import interpreting
 
 from fastminima.ops.conv_geometry import ConvGeometry
+from tools.kernels.interpreter import interpreting
 
 SLACK = 1.05
 NEW = Tensors("cpu", torch.float32)

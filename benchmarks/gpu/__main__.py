@@ -194,7 +194,7 @@ def _read(part: Path) -> dict:
 
 def _child(stage: Stage, seconds: float, part: Path) -> int:
     module, function = stage.module.split(".")
-    run = getattr(importlib.import_module(f"benchmarks.on_gpu.{module}"), function)
+    run = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
     part.write_text(json.dumps(run(seconds), indent=1, default=str))
     return 0
 

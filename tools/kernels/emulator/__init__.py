@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-KERNELS = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
+KERNELS = sorted((HERE.parents[2] / "csrc" / "cuda").glob("*.cu"))
 BASE = ["-std=c++17", "-O1", "-g0", "-w", f"-I{HERE}", "-x", "c++"]
 ADDRESS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-O0", "-fsanitize=thread"]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from kernels.triton_memory import Extents, Shadow
 from torch import Tensor
+
+from tools.kernels.interpreter.memory import Extents, Shadow
 
 __all__ = ["Launch", "Report"]
 

@@ -13,11 +13,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from benchmarks import kernel_report
-from benchmarks.kernels.cases import Tensors
-from benchmarks.kernels.compile import Compiled
-from benchmarks.kernels.occupancy import MACHINES, occupancy
-from benchmarks.kernels.report import readable, regressions, table, triton_rows
+from tools.kernels import report as kernel_report
+from tools.kernels.cases import Tensors
+from tools.kernels.compile import Compiled
+from tools.kernels.occupancy import MACHINES, occupancy
+from tools.kernels.rows import readable, regressions, table, triton_rows
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def test_counts_of_the_same_code_are_taken_from_the_baseline(monkeypatch):
     def failing(*_):
         raise AssertionError("it was disassembled")
 
-    monkeypatch.setattr("benchmarks.kernels.report.disassemble", failing)
+    monkeypatch.setattr("tools.kernels.rows.disassemble", failing)
     (again,) = triton_rows([case], "sm_90a", _kept(row))
     assert again == row
 

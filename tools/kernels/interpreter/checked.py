@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
-from kernels.triton_memory import CheckError
-from kernels.triton_numbers import bf16_to_f32, f32_to_bf16, to_tf32
-from kernels.triton_report import Report
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
+
+from tools.kernels.interpreter.formats import bf16_to_f32, f32_to_bf16, to_tf32
+from tools.kernels.interpreter.memory import CheckError
+from tools.kernels.interpreter.report import Report
 
 __all__ = ["CheckedBuilder", "CheckedExecutor", "CheckedReduce", "CheckedScan"]
 

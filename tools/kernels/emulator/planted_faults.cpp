@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/portable.h"
+#include "../../../csrc/cuda/portable.h"
 
 namespace {
 

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import floors
-from benchmarks.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
-from benchmarks.kernels.tally import tally
-from benchmarks.kernels.work import FLOORS, Work, work_of
-from benchmarks.measured import measured_preferences
 from fastminima.ops._pieces import dense_parts
 from fastminima.ops.preferences import ON_GPU, is_preferred
+from tools.kernels import floors
+from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
+from tools.kernels.measured import measured_preferences
+from tools.kernels.tally import tally
+from tools.kernels.work import FLOORS, Work, work_of
 
 
 def test_every_op_has_a_floor_and_arguments():
@@ -114,7 +114,7 @@ def test_a_kernel_must_be_faster_at_every_size():
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 def test_preferences_are_what_was_measured():
-    """`python -m benchmarks.floors --preferences` prints the lines to put there."""
+    """`python -m tools.kernels.floors --preferences` prints the lines to put there."""
     told = floors.decide()
     assert told.keys() == ON_GPU.keys()
     for key, preference in told.items():

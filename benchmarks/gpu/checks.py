@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.kernels.cases import Case, Tensors, cases
 from benchmarks.records import HERE
+from tools.kernels.cases import Case, Tensors, cases
 
 __all__ = ["capture", "rounding", "sanitizer", "small", "streams", "tests"]
 
@@ -165,7 +165,7 @@ def sanitizer(seconds: float) -> dict:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"ok": True, "skipped": "compute-sanitizer was not found"}
-    run = "from benchmarks.on_gpu.checks import small; small()"
+    run = "from benchmarks.gpu.checks import small; small()"
     done = subprocess.run(
         [
             tool,

@@ -2,7 +2,7 @@
 
 A kernel is preferred where all sizes of the record together took it less time than the
 fastest of PyTorch's ways, by medians, and it was slower at none of them beyond the
-spread: its lower quartile above the other's upper one. `python -m benchmarks.floors
+spread: its lower quartile above the other's upper one. `python -m tools.kernels.floors
 --preferences` prints it.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.records import HERE
 from fastminima.ops.preferences import Preference
 
 __all__ = ["RECORD", "SOURCE", "measured_preferences"]
 
-RECORD = HERE / "records" / "2026-11-26-0058-d17c21fe-h100-kernels.json"
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "records"
+RECORD = RECORDS / "2026-11-26-0058-d17c21fe-h100-kernels.json"
 SOURCE = "measured on an H100"
 _KERNELS = ("triton", "cuda")
 _TORCH = ("reference", "torch")  # PyTorch's operations, one after the other

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.floors import H100
-from benchmarks.kernels.cases import Case, Tensors, cases
-from benchmarks.kernels.work import work_of
+from tools.kernels.cases import Case, Tensors, cases
+from tools.kernels.floors import H100
+from tools.kernels.work import work_of
 
 __all__ = ["kernels"]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from kernels.triton_check import Report, interpreting
 from torch import Tensor
 
-__all__ = ["PLACES", "Cuda", "Interpreter", "place_named"]
+from tools.kernels.interpreter import Report, interpreting
 
-PLACES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+__all__ = ["Cuda", "Interpreter"]
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -68,12 +66,3 @@ class Cuda:
         if isinstance(result, tuple):
             return tuple(_moved(part, "cpu") for part in result)
         return _moved(result, "cpu")
-
-
-def place_named(name: str) -> Interpreter | Cuda:
-    """The place of one of the parameters `PLACES`; skips where it does not exist."""
-    if name == "interpreter":
-        return Interpreter()
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return Cuda()

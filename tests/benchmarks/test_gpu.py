@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.kernels.cases import cases
-from benchmarks.on_gpu import checks, steps, suites, timing
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks, steps, suites, timing
 from benchmarks.workloads import build
+from tools.kernels.cases import cases
 
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a CUDA device"
@@ -41,7 +41,7 @@ def test_unknown_stages_are_refused(capsys):
 def test_every_stage_has_its_function():
     for stage in gpu.STAGES:
         module, function = stage.module.split(".")
-        found = importlib.import_module(f"benchmarks.on_gpu.{module}")
+        found = importlib.import_module(f"benchmarks.gpu.{module}")
         assert callable(getattr(found, function))
 
 

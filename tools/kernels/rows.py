@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.kernels.cases import Case, Tensors
-from benchmarks.kernels.compile import Compiled, compile_cuda, compiling
-from benchmarks.kernels.loops import hot_loop
-from benchmarks.kernels.occupancy import MACHINES, occupancy
-from benchmarks.kernels.sass import Function, count, disassemble
+from tools.kernels.cases import Case, Tensors
+from tools.kernels.compile import Compiled, compile_cuda, compiling
+from tools.kernels.loops import hot_loop
+from tools.kernels.occupancy import MACHINES, occupancy
+from tools.kernels.sass import Function, count, disassemble
 
 __all__ = ["Row", "cuda_rows", "readable", "regressions", "table", "triton_rows"]
 

@@ -1,10 +1,10 @@
 """What the machine code of every GPU kernel says, and whether it got worse.
 
-python -m benchmarks.kernel_report            the table
-python -m benchmarks.kernel_report --check    compare with kernel_baseline.json
-python -m benchmarks.kernel_report --update   write kernel_baseline.json anew
+python -m tools.kernels.report            the table
+python -m tools.kernels.report --check    compare with baseline.json
+python -m tools.kernels.report --update   write baseline.json anew
 
-Needs no GPU. Every launch at the sizes of `benchmarks/kernels/cases.py` is compiled
+Needs no GPU. Every launch at the sizes of `tools/kernels/cases.py` is compiled
 (half a second each), disassembled, and its registers, spills, shared memory,
 occupancy, tensor-core instructions and 16-byte loads are counted. The .cu files are
 compiled too where nvcc is. `--check` exits with 1 and a sentence for each
@@ -25,10 +25,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.kernels.cases import Case, cases
-from benchmarks.kernels.compile import find_nvcc
-from benchmarks.kernels.occupancy import MACHINES
-from benchmarks.kernels.report import Row, cuda_rows, regressions, table, triton_rows
+from tools.kernels.cases import Case, cases
+from tools.kernels.compile import find_nvcc
+from tools.kernels.occupancy import MACHINES
+from tools.kernels.rows import Row, cuda_rows, regressions, table, triton_rows
 
 __all__ = ["as_json", "check", "collect", "main"]
 
@@ -41,8 +41,8 @@ ELSEWHERE = (
     *("conv_fused", "gram_sq_norms", "layer_norm_gradients", "sequence_fused"),
     "channel_norm_fused 64x64x49",
 )
-BASELINE = HERE / "kernel_baseline.json"
-SOURCES = HERE.parent / "csrc" / "cuda"
+BASELINE = HERE / "baseline.json"
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
 
 
 def main(arguments: list[str] | None = None) -> int:

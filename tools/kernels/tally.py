@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.kernels.compile import stand_in_device
-from benchmarks.kernels.work import Work
+from tools.kernels.compile import stand_in_device
+from tools.kernels.work import Work
 
 __all__ = ["Tally", "tally"]
 

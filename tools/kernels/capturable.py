@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.kernels.compile import stand_in_device
 from fastminima import _native, ops
 from fastminima.ops.table import REGISTRY, Op
+from tools.kernels.compile import stand_in_device
 
 __all__ = ["CudaStandIn", "Launch", "NotCapturableError", "capturing", "cuda_ops"]
 

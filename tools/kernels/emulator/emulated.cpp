@@ -2,7 +2,7 @@
 #include <cstring>
 #include <string>
 
-#include "../../csrc/cuda/api.h"
+#include "../../../csrc/cuda/api.h"
 #include "cuda_on_cpu.h"
 
 namespace {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.kernels.sass import Instruction, count
+from tools.kernels.sass import Instruction, count
 
 __all__ = ["hot_loop", "loops"]
 

@@ -1,8 +1,8 @@
 """How fast each op could be on a GPU at best, and which implementation that favours.
 
-python -m benchmarks.floors                a table of bounds on an H100
-python -m benchmarks.floors --json FILE    the same as JSON
-python -m benchmarks.floors --preferences  lines for fastminima/ops/preferences.py
+python -m tools.kernels.floors                a table of bounds on an H100
+python -m tools.kernels.floors --json FILE    the same as JSON
+python -m tools.kernels.floors --preferences  lines for fastminima/ops/preferences.py
 
 These are bounds and not predictions: what memory and arithmetic allow when nothing else
 costs. Three columns: `floor`, the least that any implementation needs; `kernel`, the
@@ -23,16 +23,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.cases import Case, Tensors, cases
-from benchmarks.kernels.tally import tally
-from benchmarks.kernels.work import Work, work_of
-from benchmarks.measured import SOURCE, measured_preferences
 from fastminima.ops.preferences import Preference
+from tools.kernels.cases import Case, Tensors, cases
+from tools.kernels.measured import SOURCE, measured_preferences
+from tools.kernels.tally import tally
+from tools.kernels.work import Work, work_of
 
 __all__ = ["H100", "MARGIN", "Bound", "Rates", "bounds", "main", "prefer"]
 
-ROOT = Path(__file__).resolve().parents[1]
-BASELINE = ROOT / "benchmarks" / "kernel_baseline.json"
+BASELINE = Path(__file__).with_name("baseline.json")
 # Kernels are taken to reach two thirds of their bound.
 MARGIN = 2 / 3
 

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.kernels.occupancy import MACHINES
+from tools.kernels.occupancy import MACHINES
 
 __all__ = ["Compiled", "compile_cuda", "compiling", "find_nvcc", "stand_in_device"]
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/cuda/api.h"
-#include "../../csrc/cuda/portable.h"
+#include "../../../csrc/cuda/api.h"
+#include "../../../csrc/cuda/portable.h"
 
 using namespace fastminima::cuda;
 

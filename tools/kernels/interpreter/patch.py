@@ -1,21 +1,4 @@
-"""Run Triton kernels on CPU tensors in this process, and check what they do.
-
-    with interpreting() as report:
-        launcher(cpu_tensors)
-    report.unique_load_bytes, report.dot_flops, report.per_launch
-
-Triton chooses between compiler and interpreter by an environment variable, once for a
-process. Here kernels are interpreted inside the block only, and compile outside it.
-Beyond what the interpreter does:
-
-* every active lane of a load, store or atomic must fall on an element of a tensor
-  argument, and masked lanes of a load without `other=` hold NaN;
-* two programs must not touch a byte that one writes, nor two lanes of one store;
-* `tl.dot` is right for bfloat16 and cuts float32 to tf32 where it is told to; any other
-  bfloat16 arithmetic is refused, where the interpreter computes on raw bits;
-* bytes requested, distinct bytes and operations of `tl.dot` are counted;
-* programs run in either order, or only a sample of them.
-"""
+"""Kernels that are launched inside a block go to interpreted twins of them."""
 
 from __future__ import annotations
 
@@ -33,18 +16,18 @@ import numpy as np
 # triton.language whose functions are the interpreter's, and keep them.
 import triton.experimental.gluon  # noqa: F401
 import triton.language as tl
-from kernels.triton_interpreter import (
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from tools.kernels.interpreter.checked import (
     CheckedBuilder,
     CheckedExecutor,
     CheckedReduce,
     CheckedScan,
 )
-from kernels.triton_memory import CheckError
-from kernels.triton_report import Launch, Report
-from triton.runtime import interpreter
-from triton.runtime.jit import JITFunction
+from tools.kernels.interpreter.report import Report
 
-__all__ = ["CheckError", "Launch", "Report", "interpreting"]
+__all__ = ["interpreting"]
 
 
 class _Twin:
