@@ -11,10 +11,10 @@ import torch
 from benchmarks import gradients, markdown
 from benchmarks.curvature import EigenvalueResult
 from benchmarks.gradients import choose_option, compare_gradients
-from benchmarks.harness import compare, interleave, ratio
+from benchmarks.harness import Verdict, compare, interleave, ratio
 from benchmarks.memory import peak_growth
-from benchmarks.oracle import Verdict, judge, sample_truth
-from benchmarks.oracle_curvature import (
+from benchmarks.gradients_oracle import judge, sample_truth
+from benchmarks.curvature_oracle import (
     judge_eigenvalue,
     judge_product,
     product_truth,

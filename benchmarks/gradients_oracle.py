@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Verdict
 from benchmarks.workloads import Workload
 
-__all__ = ["Truth", "Verdict", "judge", "sample_truth"]
+__all__ = ["Truth", "judge", "sample_truth"]
 
 # A ReLU or a max pooling whose inputs lie within rounding of each other may decide
 # another way in float32 than in float64. That moves one sample: its squared norm by up
@@ -29,18 +30,6 @@ class Truth:
     norms: Tensor  # [batch], squared norms
     second_moments: dict[str, Tensor]  # mean over samples of the squared gradient
     gradient: dict[str, Tensor]  # mean over samples of the gradient
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a provider's answer is right, and by how much it is off at worst."""
-
-    ok: bool
-    worst: float
-    what: str
-
-    def __str__(self) -> str:
-        return "right" if self.ok else f"wrong: {self.what} off by {self.worst:.2g}"
 
 
 def sample_truth(workload: Workload) -> Truth:

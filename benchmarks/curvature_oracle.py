@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.oracle import Verdict
+from benchmarks.harness import Verdict
 from benchmarks.providers.base import flat, math_attention, split
 from benchmarks.workloads import Workload
 
 __all__ = ["judge_eigenvalue", "judge_product", "product_truth", "top_eigenvalue"]
 
-# Of the whole product, and of each parameter's part of it. Kinks again: see oracle.py.
+# Of the whole product, and of each parameter's part of it.
+# Kinks: see gradients_oracle.py.
 PRODUCT_WORST = 1e-2
 PART_WORST = 3e-2
 # An answer asked for at 1 % may have used it up.
