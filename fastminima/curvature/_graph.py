@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Parts", "Tape", "check_mean", "check_tape", "combine", "differentiate"]
+__all__ = ["Graph", "Parts", "check_graph", "check_mean", "combine", "differentiate"]
 
 Parts = Sequence[Tensor | None]
 
 
-class Tape(abc.ABC):
+class Graph(abc.ABC):
     """The recorded graph of one batch.
 
     Attributes:
@@ -47,7 +47,7 @@ def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
             f"{closure} must return a scalar tensor, the mean over the batch; got "
             f"{met}. Return losses.mean()."
         )
-    check_tape(loss, closure)
+    check_graph(loss, closure)
     if not torch.isfinite(loss).all():
         raise ValueError(
             f"{closure} returned {loss.item()}: a non-finite loss has no derivatives. "
@@ -56,7 +56,7 @@ def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
     return loss.reshape(())
 
 
-def check_tape(value: Tensor, closure: str) -> None:
+def check_graph(value: Tensor, closure: str) -> None:
     """ValueError unless `value` can be differentiated."""
     if not value.requires_grad:
         raise ValueError(
@@ -98,7 +98,11 @@ def differentiate(
     a checkpointed region would be computed again without `Rewrites`.
     """
     return torch.autograd.Variable._execution_engine.run_backward(
-        *(tuple(outputs), tuple(weights), True, create_graph, tuple(inputs)),
+        tuple(outputs),
+        tuple(weights),
+        True,  # keep the graph
+        create_graph,
+        tuple(inputs),
         allow_unreachable=True,
         accumulate_grad=False,
     )
