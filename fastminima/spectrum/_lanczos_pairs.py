@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._lanczos import LanczosRun, Ritz
-from ._pairs import Found, Wanted
+from ._lanczos_run import LanczosRun, Ritz
+from ._pairs import BestPairs, Goal
 from ._problem import Problem
 
 __all__ = ["lanczos_pairs", "miss_probability"]
@@ -20,20 +20,20 @@ _STRICTNESS = 0.7
 
 
 def lanczos_pairs(
-    problem: Problem, wanted: Wanted, start: Tensor, max_products: int
-) -> Found:
+    problem: Problem, goal: Goal, start: Tensor, max_products: int
+) -> BestPairs:
     """The wanted eigenpairs, by as many runs as multiplicities ask for."""
-    found = Found(wanted)
+    best = BestPairs(goal)
     is_sure = False
     while not is_sure and problem.asked < max_products:
-        run = LanczosRun(problem.multiply, start, deflate=found.vectors)
-        search = _Search(problem, wanted, found, run, max_products)
+        run = LanczosRun(problem.multiply, start, deflate=best.vectors)
+        search = _Search(problem, goal, best, run, max_products)
         is_sure = search.run_on()
-        if len(found.values) == problem.size or (wanted.k == 1 and found.values):
+        if len(best.values) == problem.size or (goal.k == 1 and best.values):
             is_sure = True
         start = problem.normal()
-    found.is_converged = is_sure and found.are_within()
-    return found
+    best.is_converged = is_sure and best.are_within()
+    return best
 
 
 def miss_probability(size: int, gap: float, steps: int) -> float:
@@ -57,22 +57,22 @@ class _Search:
     def __init__(
         self,
         problem: Problem,
-        wanted: Wanted,
-        found: Found,
+        goal: Goal,
+        best: BestPairs,
         run: LanczosRun,
         max_products: int,
     ) -> None:
-        self._problem, self._wanted, self._found = problem, wanted, found
+        self._problem, self._goal, self._best = problem, goal, best
         self._run = run
         # Combining pairs of several runs mixes their errors.
-        self._strictness = _STRICTNESS if found.vectors else 1.0
+        self._strictness = _STRICTNESS if best.vectors else 1.0
         self._left = max_products - problem.asked
-        self._missing = wanted.k - len(found.values)
+        self._missing = goal.k - len(best.values)
         vector_bytes = problem.size * run.basis[0].element_size()
-        self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * wanted.k + 16)
+        self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * goal.k + 16)
 
     def run_on(self) -> bool:
-        """Adds to `found` what it finds; True if nothing can be missing any more."""
+        """Adds to `best` what it finds; True if nothing can be missing any more."""
         while True:
             if self._run.products < self._left:
                 self._run.step()
@@ -80,8 +80,8 @@ class _Search:
             # a residual has become small, and what is found then is wrong.
             ritz = self._run.ritz()
             self._check(ritz)
-            self._found.scale = max(self._found.scale, float(np.abs(ritz.values).max()))
-            order = self._wanted.order(ritz.values)
+            self._best.scale = max(self._best.scale, float(np.abs(ritz.values).max()))
+            order = self._goal.order(ritz.values)
             newcomers = order[: self._missing] if self._missing else self._beyond(ritz)
             is_out = self._run.products >= self._left
             if self._run.is_exhausted or is_out or self._all_within(ritz, newcomers):
@@ -97,7 +97,7 @@ class _Search:
                 if is_out:
                     return False
             if self._run.size >= self._capacity:
-                half = max(self._wanted.k + 8, self._capacity // 2)
+                half = max(self._goal.k + 8, self._capacity // 2)
                 self._run.restart(ritz, order[: min(half, self._run.size - 1)])
 
     def _check(self, ritz: Ritz) -> None:
@@ -109,16 +109,16 @@ class _Search:
 
     def _beyond(self, ritz: Ritz) -> np.ndarray:
         """Ritz pairs that belong before the last one found, beyond its tolerance."""
-        last = self._found.values[-1]
-        slack = self._wanted.tolerance(last, self._found.scale)
-        ranks = self._wanted.rank(ritz.values)
-        order = self._wanted.order(ritz.values)
-        is_beyond = ranks[order] > self._wanted.rank([last])[0] + slack
-        return order[is_beyond][: self._wanted.k]
+        last = self._best.values[-1]
+        slack = self._goal.tolerance(last, self._best.scale)
+        ranks = self._goal.rank(ritz.values)
+        order = self._goal.order(ritz.values)
+        is_beyond = ranks[order] > self._goal.rank([last])[0] + slack
+        return order[is_beyond][: self._goal.k]
 
     def _is_within(self, ritz: Ritz, index: np.integer) -> bool:
         value = float(ritz.values[index])
-        allowed = self._wanted.tolerance(value, self._found.scale)
+        allowed = self._goal.tolerance(value, self._best.scale)
         return bool(ritz.residuals[index] <= self._strictness * allowed)
 
     def _all_within(self, ritz: Ritz, indices: np.ndarray) -> bool:
@@ -130,25 +130,25 @@ class _Search:
         if len(indices) == 0:
             return
         vectors = self._run.vectors(ritz.coordinates[:, indices])
-        if self._wanted.k == 1:
+        if self._goal.k == 1:
             (vector,), (index,) = vectors, indices
             norm = torch.linalg.vector_norm(vector)
             residual = float(ritz.residuals[index] / norm)
-            self._found.add_only(float(ritz.values[index]), vector / norm, residual)
+            self._best.add_only(float(ritz.values[index]), vector / norm, residual)
         else:
             images = self._run.images(ritz, indices)
-            self._found.add(list(vectors.unbind()), list(images.unbind()))
+            self._best.add(list(vectors.unbind()), list(images.unbind()))
 
     def _is_searched(self, ritz: Ritz, top: np.integer) -> bool:
         """Whether a copy or a better value would have shown by now."""
         if self._is_within(ritz, top):
             return True
-        last = self._wanted.rank(self._found.values)[-1]
+        last = self._goal.rank(self._best.values)[-1]
         low, high = float(ritz.values[0]), float(ritz.values[-1])
         gaps = []
-        if self._wanted.which != "smallest":
+        if self._goal.which != "smallest":
             gaps.append((last - high) / max(last - low, 1e-300))
-        if self._wanted.which != "largest":
+        if self._goal.which != "largest":
             gaps.append((last + low) / max(last + high, 1e-300))
         gap = max(min(gaps), 0.0)
         steps = self._run.products

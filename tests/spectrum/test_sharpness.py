@@ -15,7 +15,7 @@ def loss(model, batch):
 def make(device):
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+        nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
     )
     batch = torch.randn(256, 20), torch.randint(5, (256,))
     return model.to(device), tuple(t.to(device) for t in batch)
