@@ -46,9 +46,17 @@ def test_least_work_of_a_convolution_is_that_of_its_weight_gradient():
     x, g, geometry, _ = sizes["64x3@32->64 k3"](Tensors("meta", torch.float32))
     with FlopCounterMode(display=False) as counter:
         torch.ops.aten.convolution_backward(
-            *(g, x, x.new_empty(geometry.weight_shape(x, g)), None),
-            *(geometry.stride, geometry.padding, geometry.dilation, False, [0, 0]),
-            *(geometry.groups, [False, True, False]),
+            g,
+            x,
+            x.new_empty(geometry.weight_shape(x, g)),
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,
+            [0, 0],
+            geometry.groups,
+            [False, True, False],
         )
     work = work_of("conv_fused", (x, g, geometry, False, False))
     assert work.products == counter.get_total_flops()
@@ -99,8 +107,10 @@ def test_a_kernel_must_be_faster_at_every_size():
 
     told = floors.prefer(
         [
-            *(bound("good", 1.0, 4.0), bound("good", 1.0, 1.6)),
-            *(bound("mixed", 1.0, 9.0), bound("mixed", 1.0, 1.4)),
+            bound("good", 1.0, 4.0),
+            bound("good", 1.0, 1.6),
+            bound("mixed", 1.0, 9.0),
+            bound("mixed", 1.0, 1.4),
             bound("unknown", 1.0, None),
         ]
     )

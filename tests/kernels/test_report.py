@@ -115,7 +115,9 @@ def test_lost_tensor_cores_are_a_regression(architecture):
     constants = {"SIZE": 64, "num_warps": 4}
     rows = {
         precision: _row(
-            *(_gram, (64, 64), constants | {"PRECISION": precision}),
+            _gram,
+            (64, 64),
+            constants | {"PRECISION": precision},
             architecture=architecture,
         )
         for precision in ("tf32", "ieee")

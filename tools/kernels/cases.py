@@ -156,8 +156,10 @@ def _list(new: Tensors) -> list[Tensor]:
 
 def _layer_norm(new: Tensors, *, mean: bool) -> tuple[Any, ...]:
     return (
-        *(new.normal(16, 512, 768), new.normal(16, 512, 768)),
-        *(new.wide(16, 512) if mean else None, new.wide(16, 512)),
+        new.normal(16, 512, 768),
+        new.normal(16, 512, 768),
+        new.wide(16, 512) if mean else None,
+        new.wide(16, 512),
     )
 
 
@@ -165,8 +167,10 @@ def _channel_norm(
     new: Tensors, *, shared: int, groups: int, space: int
 ) -> tuple[Any, ...]:
     return (
-        *(new.normal(64, 64, space), new.normal(64, 64, space)),
-        *(new.wide(shared, groups), new.wide(shared, groups)),
+        new.normal(64, 64, space),
+        new.normal(64, 64, space),
+        new.wide(shared, groups),
+        new.wide(shared, groups),
     )
 
 
@@ -226,8 +230,11 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "embedding_gradients": {"16x512 of 50257x768": lambda new: _tokens(new, 50257)},
     "tied_cross": {
         "16x128 of 2048x256": lambda new: (
-            *(new.integers(2048, 16, 128), new.normal(16, 128, 256), -1),
-            *(new.normal(16, 128, 256), new.normal(16, 128, 2048)),
+            new.integers(2048, 16, 128),
+            new.normal(16, 128, 256),
+            -1,
+            new.normal(16, 128, 256),
+            new.normal(16, 128, 2048),
         )
     },
     "lanczos_step": {
