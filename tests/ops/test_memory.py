@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from held import bytes_of, held
+from bytes_held import bytes_of, held
 from layer_sizes import arguments, layers
 from torch.utils._pytree import tree_leaves
 

@@ -52,7 +52,7 @@ Batch = tuple[torch.Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Zoo:
+class Model:
     """A model, its batch, and the losses of single samples."""
 
     name: str
@@ -407,47 +407,47 @@ def of(model, config, *groups, **options):
 
 
 LISTED = [
-    Zoo("GPT-2", "`Conv1D`, tied head", gpt2, tokens, language),
-    Zoo(
+    Model("GPT-2", "`Conv1D`, tied head", gpt2, tokens, language),
+    Model(
         "Llama",
         "grouped queries, RMSNorm",
         of(hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED),
         left_padded,
         positioned,
     ),
-    Zoo(
+    Model(
         "BERT",
         "token types, pooler",
         of(hf.BertForSequenceClassification, hf.BertConfig, ENCODER),
         labelled(padded),
         sentence_pairs,
     ),
-    Zoo("T5", "relative positions, tied", t5, pairs, translation),
-    Zoo(
+    Model("T5", "relative positions, tied", t5, pairs, translation),
+    Model(
         "ViT",
         "class token",
         of(hf.ViTForImageClassification, hf.ViTConfig, IMAGE, NO_DROPOUT),
         images(12),
         classes,
     ),
-    Zoo("ConvNeXt", "depth-wise, layer scale", convnext, images(16), classes),
-    Zoo("Mixtral", "experts, `grouped_mm`", mixtral, tokens, language),
-    Zoo("Mamba", "selective scan", mamba, tokens, language),
-    Zoo("Whisper", "convolutions, cross attention", whisper, spoken, transcription),
-    Zoo("ResNet", "evaluation mode", resnet, images(16), classes),
+    Model("ConvNeXt", "depth-wise, layer scale", convnext, images(16), classes),
+    Model("Mixtral", "experts, `grouped_mm`", mixtral, tokens, language),
+    Model("Mamba", "selective scan", mamba, tokens, language),
+    Model("Whisper", "convolutions, cross attention", whisper, spoken, transcription),
+    Model("ResNet", "evaluation mode", resnet, images(16), classes),
 ]
 
 MORE = [
-    Zoo("T5 1.1", "gated, not tied", lambda: t5(False), pairs, translation),
-    Zoo("Mixtral", "experts, eager", lambda: mixtral("eager"), tokens, language),
-    Zoo(
+    Model("T5 1.1", "gated, not tied", lambda: t5(False), pairs, translation),
+    Model("Mixtral", "experts, eager", lambda: mixtral("eager"), tokens, language),
+    Model(
         "Mixtral",
         "experts, `batched_mm`",
         lambda: mixtral("batched_mm"),
         tokens,
         language,
     ),
-    Zoo(
+    Model(
         "GPT-OSS",
         "experts with biases, sinks",
         of(
@@ -462,7 +462,7 @@ MORE = [
         tokens,
         language,
     ),
-    Zoo(
+    Model(
         "DeepSeek-V3",
         "latent attention, shared experts",
         of(
@@ -485,14 +485,14 @@ MORE = [
         tokens,
         language,
     ),
-    Zoo(
+    Model(
         "Qwen3",
         "normalised queries and keys",
         of(hf.Qwen3ForCausalLM, hf.Qwen3Config, GROUPED, head_dim=8),
         left_padded,
         positioned,
     ),
-    Zoo(
+    Model(
         "Gemma 2",
         "1 + w, soft caps, windows",
         of(
@@ -505,7 +505,7 @@ MORE = [
         tokens,
         language,
     ),
-    Zoo(
+    Model(
         "Falcon",
         "one key for all queries, ALiBi",
         of(
@@ -524,7 +524,7 @@ MORE = [
         padded,
         language,
     ),
-    Zoo(
+    Model(
         "OPT",
         "positions from the mask",
         of(
@@ -542,21 +542,21 @@ MORE = [
         left_padded,
         language,
     ),
-    Zoo("Mamba 2", "grouped heads", mamba2, tokens, language),
-    Zoo("DeBERTa-v2", "disentangled attention", deberta, labelled(padded), classes),
-    Zoo("ModernBERT", "windows, no padding", modernbert, labelled(padded), classes),
-    Zoo("DistilBERT", "no token types", distilbert, labelled(padded), classes),
-    Zoo("BART", "learned positions", bart, pairs, translation),
-    Zoo("CLIP", "two towers", clip, captioned, matched),
-    Zoo("Swin", "shifted windows", swin, images(16), classes),
-    Zoo(
+    Model("Mamba 2", "grouped heads", mamba2, tokens, language),
+    Model("DeBERTa-v2", "disentangled attention", deberta, labelled(padded), classes),
+    Model("ModernBERT", "windows, no padding", modernbert, labelled(padded), classes),
+    Model("DistilBERT", "no token types", distilbert, labelled(padded), classes),
+    Model("BART", "learned positions", bart, pairs, translation),
+    Model("CLIP", "two towers", clip, captioned, matched),
+    Model("Swin", "shifted windows", swin, images(16), classes),
+    Model(
         "Swin v2",
         "positions by a network",
         lambda: swin(hf.Swinv2Config, hf.Swinv2ForImageClassification),
         images(16),
         classes,
     ),
-    Zoo(
+    Model(
         "BEiT",
         "a table of positions a layer",
         of(
@@ -570,21 +570,21 @@ MORE = [
         images(12),
         classes,
     ),
-    Zoo(
+    Model(
         "ConvNeXt v2",
         "global response",
         lambda: convnext(hf.ConvNextV2Config, hf.ConvNextV2ForImageClassification),
         images(16),
         classes,
     ),
-    Zoo(
+    Model(
         "wav2vec 2.0",
         "group norm, weight norm",
         lambda: hearing(hf.Wav2Vec2Config, hf.Wav2Vec2ForSequenceClassification),
         labelled(sounds),
         classes,
     ),
-    Zoo(
+    Model(
         "WavLM",
         "gated relative positions",
         lambda: hearing(

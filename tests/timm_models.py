@@ -11,7 +11,7 @@ import sys
 import types
 
 from torch import nn
-from zoo import CLASSES, Zoo, images, logit_classes
+from transformers_models import CLASSES, Model, images, logit_classes
 
 
 class _Anything(type):
@@ -71,7 +71,7 @@ def model(name, **options):
 
 SMALL = {"img_size": 32}
 TIMM = [
-    Zoo(
+    Model(
         f"timm {name}",
         what,
         model(name, pretrained=False, **options),
