@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastminima import GradientProbe
-from fastminima.capture.decode import Scheme
-from fastminima.capture.samples import Batch
-from fastminima.capture.tape import Tape
+from fastminima.capture.graph.tape import Tape
+from fastminima.capture.rows.decode import Scheme
+from fastminima.capture.rows.samples import Batch
 
 __all__ = ["Pieces", "digits_of", "pieces_of"]
 

@@ -1,6 +1,6 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
-from . import callbacks, monitor, optim
+from . import callbacks, monitor, optim, theory
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
 from .curvature import GaussNewton, GradientCovariance, Hessian
 from .quantities import ThreeFactors, noise_scale, three_factors
@@ -39,6 +39,7 @@ __all__ = [
     "noise_scale",
     "optim",
     "spectral_density",
+    "theory",
     "three_factors",
     "top_eigenpairs",
     "trace",

@@ -1,8 +1,9 @@
 """Closed forms for where SGD ends: bowls, stationary variances, edge of stability.
 
 Formulas, not measurements: they take a Hessian's eigenvalues and the three factors, and
-say what stochastic gradient descent does near a minimum if the model holds. Each is
-checked against simulation in tests/theory.
+say what stochastic gradient descent does near a minimum if the model holds: SGD without
+momentum, one quadratic bowl. Each is checked against simulation in tests/theory;
+docs/theory.md says when each holds.
 """
 
 from __future__ import annotations
@@ -99,13 +100,19 @@ def stability_ratio(
     squared loss the noise grows with the distance from it; 1 / (1 - K) is by how much
     this feedback raises the stationary variance, and at K = 1 there is none: SGD
     diverges. Infinite when eta lambda >= 2 for some mode, where plain gradient descent
-    diverges. For small learning rates K is (eta / S) tr H / 2.
+    diverges. For small learning rates K is (eta / S) tr H / 2. A pure number. NaN for
+    a spectrum that has one.
 
     Args:
-        eigenvalues: of the Hessian; those not positive are left out.
-        learning_rate: eta.
+        eigenvalues: of the Hessian; those not positive are left out. Of the largest
+            ones only, K is a lower bound.
+        learning_rate: eta, not negative.
         batch_size: S.
         dataset_size: N, where batches are drawn without replacement.
+
+    Raises:
+        ValueError: for a negative or infinite learning rate, or a batch larger than
+            the data set.
 
     Example:
         >>> import torch
@@ -118,6 +125,12 @@ def stability_ratio(
     from E[x x'Z x x'] = tr(HZ) H + 2 HZH with the last term, of relative order
     1 / modes, left out.
     """
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(
+            f"learning_rate must be finite and not negative, got {learning_rate}."
+        )
+    if bool(eigenvalues.isnan().any()):
+        return math.nan
     rates = learning_rate * eigenvalues[eigenvalues > 0].double()
     if bool((rates >= 2).any()):
         return math.inf
@@ -131,10 +144,12 @@ def critical_learning_rate(
 ) -> float:
     """Learning rate at which SGD on a squared loss starts to diverge, K = 1.
 
-    For small batches about 2 S / tr H; for the full batch 2 / lambda_max.
+    For small batches about 2 S / tr H; for the full batch 2 / lambda_max. Of the
+    largest eigenvalues only, it is an upper bound.
 
     Raises:
-        ValueError: if no eigenvalue is positive.
+        ValueError: if no eigenvalue is positive, or a batch is larger than the data
+            set.
 
     Example:
         >>> import torch
@@ -177,17 +192,34 @@ def stationary_variances(
         E z_i^2 = eta sigma^2 (1/S - 1/N) / ((2 - eta lambda_i) (1 - K)),
 
     eta sigma^2 / 2S for small learning rates, the same in every direction: the loss
-    above the minimum is then (eta sigma^2 / 4S) tr H. K is `stability_ratio`.
+    above the minimum is then (eta sigma^2 / 4S) tr H. K is `stability_ratio`. In units
+    of the parameters squared.
+
+    NaN where a direction has no stationary state, the others being what they are
+    without it: lambda_i = 0 has neither force nor noise and stays where it started,
+    lambda_i < 0 is left exponentially (and takes SGD away from this minimum, so the
+    others hold for a while only). It takes some 1 / (eta lambda_i) steps to get there:
+    directions with small positive lambda_i are not there yet.
+
+    Args:
+        eigenvalues: of the Hessian, all of them: K is a sum over them.
+        learning_rate: eta.
+        batch_size: S.
+        residual_variance: sigma^2, in units of the loss: of y - f under the loss
+            (y - f)^2 / 2. Not the variance of the gradient.
+        dataset_size: N, where batches are drawn without replacement.
 
     Raises:
-        ValueError: at or beyond the edge of stability, K >= 1, where there is no
-            stationary state.
+        ValueError: at or beyond the edge of stability, K >= 1 (which includes
+            eta lambda_i >= 2 for any i), where no direction has a stationary state.
 
     Example:
         >>> import torch
         >>> from fastminima.theory import stationary_variances
         >>> stationary_variances(torch.tensor([1.0, 0.1]), 0.1, 10)
         tensor([0.0053, 0.0051])
+        >>> stationary_variances(torch.tensor([1.0, 0.0, -0.5]), 0.1, 10)
+        tensor([0.0053,    nan,    nan])
 
     Source: Jastrzebski et al. (2018), ICANN, "Width of Minima Reached by SGD is
     Influenced by Learning Rate to Batch Size Ratio" (C = H, continuous time).
@@ -198,8 +230,14 @@ def stationary_variances(
             f"K = {ratio:.3g} at learning rate {learning_rate}: SGD diverges. Take one "
             "below critical_learning_rate(...)."
         )
+    if residual_variance < 0:
+        raise ValueError(
+            f"residual_variance must not be negative, got {residual_variance}."
+        )
+    rates = learning_rate * eigenvalues
     noise = learning_rate * residual_variance * _noise_factor(batch_size, dataset_size)
-    return noise / (2 - learning_rate * eigenvalues) / (1 - ratio)
+    variances = noise / (2 - rates) / (1 - ratio)
+    return variances.masked_fill(~(rates > 0), math.nan)
 
 
 def _noise_factor(batch_size: int, dataset_size: int | None) -> float:

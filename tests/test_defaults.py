@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import fastminima as fm
-from fastminima.capture import fused
+from fastminima.capture.session import fused
 
 BY_NAME = {case.name: case for case in CASES}
 DEFAULTS = {"device": {"device": "meta"}, "dtype": {"dtype": torch.float64}}

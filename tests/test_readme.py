@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def name(path):
@@ -52,3 +54,21 @@ def test_links_lead_somewhere(page):
         if not (page.parent / link).exists()
     ]
     assert not broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_anchors_lead_to_headings(page):
+    broken = [
+        f"{link}#{anchor}"
+        for link, anchor in ANCHOR.findall(page.read_text())
+        if anchor not in anchors((page.parent / link) if link else page)
+    ]
+    assert not broken
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    titles = (
+        re.sub(r"[^\w\- ]", "", t.lower()) for t in HEADING.findall(page.read_text())
+    )
+    return {title.strip().replace(" ", "-") for title in titles}

@@ -1,8 +1,8 @@
 """Reading per-sample gradient statistics off the autograd graph."""
 
 from .audit import Audit
-from .compiled import compile
 from .errors import CaptureError
+from .graph.compiled import compile
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
 

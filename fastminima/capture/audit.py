@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batchnorm as batch_norms
-from .passes import run_pass
-from .reading import Reading
-from .saved import frames_of
-from .session import Collected, Session
+from .graph.passes import run_pass
+from .graph.saved import frames_of
+from .reading import mixing as batch_norms
+from .reading.reader import Reading
+from .session.hooks import Collected, Session
 
 __all__ = ["Audit", "AuditRow", "audit_losses"]
 

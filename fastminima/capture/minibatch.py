@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
-from .sharded import total_of
+from .graph.sharding import total_of
 
 __all__ = ["MinibatchVariance"]
 

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
 from ..statistics import GradientStatistics
-from . import batchnorm as batch_norms
-from .arguments import (
+from .audit import Audit, audit_losses
+from .errors import CaptureError
+from .explain import explaining
+from .graph.passes import is_distributed, run_pass
+from .graph.saved import frames_of
+from .graph.sharding import find_sharding, reshard
+from .graph.tape import Tape
+from .options import (
     Asked,
     Target,
     check_dim,
@@ -22,21 +28,15 @@ from .arguments import (
     check_word,
     whole,
 )
-from .attached import Attached, wait_for
-from .audit import Audit, audit_losses
-from .errors import CaptureError
-from .explain import explaining
-from .fused import Fusion, find_fusion
-from .grouped import GroupedSession
-from .passes import is_distributed, run_pass
 from .ranks import Part, Ranks, find_group
-from .reading import Reader, Reading
-from .samples import Segments
-from .saved import frames_of
-from .session import Collected, Session
-from .sharded import find_sharding, reshard
-from .tape import Tape
-from .watch import Watch
+from .reading import mixing as batch_norms
+from .reading.jumps import Watch
+from .reading.reader import Reader, Reading
+from .rows.samples import Segments
+from .session.fused import Fusion, find_fusion
+from .session.grouped import GroupedSession
+from .session.hooks import Collected, Session
+from .session.states import Attached, wait_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

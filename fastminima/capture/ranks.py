@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..ops import multi, reduce
 from ..statistics import GradientStatistics
 from .errors import CaptureError
-from .session import dense_values
-from .sharded import Sharding, is_sharded, local_part
+from .graph.sharding import Sharding, is_sharded, local_part
+from .session.hooks import dense_values
 
 __all__ = ["Part", "Ranks", "find_group"]
 

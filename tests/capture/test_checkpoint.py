@@ -14,9 +14,9 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
-from fastminima.capture.samples import Batch
-from fastminima.capture.saved import frames_of
-from fastminima.capture.tape import Tape
+from fastminima.capture.graph.saved import frames_of
+from fastminima.capture.graph.tape import Tape
+from fastminima.capture.rows.samples import Batch
 
 KINDS = pytest.mark.parametrize("use_reentrant", [False, True])
 BY_NAME = {case.name: case for case in CASES}

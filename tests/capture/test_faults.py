@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture.session import Session
+from fastminima.capture.session.hooks import Session
 
 
 def setup():

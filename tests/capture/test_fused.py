@@ -13,7 +13,7 @@ from oracles import flat, single_sample_gradients
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture import fused
+from fastminima.capture.session import fused
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastminima.capture.layout import IrregularLayout, RegularLayout
-from fastminima.capture.plan import Slot
+from fastminima.capture.reading.plan import Slot
+from fastminima.capture.rows.layout import IrregularLayout, RegularLayout
 from fastminima.capture.rules import contributions_of
 
 NAME = "FusedRmsNormBackward0"

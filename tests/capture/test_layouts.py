@@ -7,9 +7,9 @@ from cases import CASES, Language
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture import reading
-from fastminima.capture.layout import IrregularLayout, RegularLayout, fit_layouts
-from fastminima.capture.samples import Batch
+from fastminima.capture.reading import reader as reading
+from fastminima.capture.rows.layout import IrregularLayout, RegularLayout, fit_layouts
+from fastminima.capture.rows.samples import Batch
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers_models import LISTED
 
 import fastminima as fm
-from fastminima.capture.arguments import Asked
+from fastminima.capture.options import Asked
 
 MODES = ("float32", "autocast", "bfloat16")
 

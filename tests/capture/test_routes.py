@@ -9,7 +9,7 @@ from oracles import flat, single_sample_gradients
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture import reading
+from fastminima.capture.reading import reader as reading
 
 BY_NAME = {case.name: case for case in CASES}
 

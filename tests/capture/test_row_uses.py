@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
-from fastminima.capture import known
+from fastminima.capture.reading import memory as known
 
 BY_NAME = {case.name: case for case in CASES}
 

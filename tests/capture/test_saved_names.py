@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastminima.capture.layout import RegularLayout
-from fastminima.capture.plan import Slot
-from fastminima.capture.rules import RULES
-from fastminima.capture.saved_names import (
+from fastminima.capture.graph.saved_names import (
     BATCH_NORMS,
     CALLED_ONLY,
     batch_statistics,
     is_training,
 )
+from fastminima.capture.reading.plan import Slot
+from fastminima.capture.rows.layout import RegularLayout
+from fastminima.capture.rules import RULES
 
 # Written from derivatives.yaml when PyTorch is built: the classes of all nodes.
 HEADER = Path(torch.__file__).parent / "include/torch/csrc/autograd/generated"

@@ -164,7 +164,7 @@ def test_each_document_is_a_sample(way, tied, time_first, recwarn):
 
 def test_layouts_are_kept_while_the_packing_changes(monkeypatch):
     """After the first steps nothing is measured again, whatever the documents."""
-    from fastminima.capture import reading
+    from fastminima.capture.reading import reader as reading
 
     measured = []
     run = reading.measure_samples

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture import reading
+from fastminima.capture.reading import reader as reading
 
 
 class Hidden(torch.autograd.Function):

@@ -29,7 +29,7 @@ from transformers_models import (
 )
 
 import fastminima as fm
-from fastminima.capture import reading
+from fastminima.capture.reading import reader as reading
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 BEGIN, END = "<!-- table:transformers -->", "<!-- /table -->"

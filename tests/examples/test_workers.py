@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Ctrl-C reaches every process of the group right after the start of a worker, and a thread
-# that does not block it, as tqdm's.
+# Ctrl-C reaches every process of the group right after the start of a worker, and a
+# thread that does not block it, as tqdm's.
 INTERRUPTED = """
 import os, signal, sys, threading, time
 from multiprocessing import util

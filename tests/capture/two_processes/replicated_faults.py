@@ -110,7 +110,7 @@ def ddp_an_error_in_the_middle_of_a_pass():
     model = DistributedDataParallel(build())
     x = share(data())
     probe = fm.GradientProbe(model, process_group="world")
-    session = fm.capture.session.Session
+    session = fm.capture.session.hooks.Session
     visit = session._visit
 
     def fails(self, use, *rest):

@@ -1,0 +1,237 @@
+"""Compiled modules that can be probed: what they compute can be run again uncompiled.
+
+A region compiled by `torch.compile` is one opaque node of the autograd graph. A backend
+is given the region as a graph of ordinary PyTorch operations before it compiles it, and
+the tensors it is called with; `compile` keeps both on the node. On a probed step the
+probe runs that graph on those tensors and takes its backward pass with the same output
+gradient; training itself uses the compiled code throughout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+
+__all__ = ["NODE", "Replay", "compile", "keeping_graphs", "replay_of"]
+
+NODE = "CompiledFunction"
+_KEY = "fastminima"
+_numbers = itertools.count(1)
+
+
+class Replay:
+    """One call of a compiled region: its graph and the tensors it was given."""
+
+    def __init__(
+        self,
+        graph: Callable[..., Any],
+        number: int,
+        inputs: Sequence[Any],
+        versions: list[int],
+        outputs: dict[int, int],
+    ) -> None:
+        self.number = number
+        self._graph = graph
+        self.inputs = tuple(inputs)
+        self._outputs = outputs  # output of the node -> output of the graph
+        self._versions = versions  # before the call, which may write into a buffer
+        self._autocast = [
+            (device, torch.get_autocast_dtype(device))
+            for device in {t.device.type for t in self.tensors}
+            if torch.is_autocast_enabled(device)
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the inputs."""
+        return [t for t in self.inputs if isinstance(t, Tensor)]
+
+    def run(self) -> tuple[list[Tensor], list[Any]]:
+        """Compute the region uncompiled: its tensors, and what it returns.
+
+        Raises:
+            CaptureError: when it draws random numbers, or a tensor that it was given
+                has changed since, so that the result would be another.
+        """
+        if _versions(self.inputs) != self._versions:
+            raise CaptureError(
+                "A tensor that a compiled region reads was changed in place, by the "
+                "region or after it (a buffer of the model?), so it cannot be run "
+                "again for the probe. Run the uncompiled module on the steps that you "
+                "probe."
+            )
+        inputs = [_separate(t) for t in self.inputs]
+        devices = {t.device for t in self.tensors if t.is_cuda}
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
+            before = _random_states(devices)
+            stack.enter_context(torch.enable_grad())
+            for device, dtype in self._autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype))
+            found = self._graph(*inputs)
+            after = _random_states(devices)
+        if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            raise CaptureError(
+                "A compiled region draws random numbers (dropout?), and run again for "
+                "the probe it would draw others. Run the uncompiled module on the "
+                "steps that you probe."
+            )
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        return tensors, list(found) if isinstance(found, list | tuple) else [found]
+
+    def backward(
+        self,
+        outputs: Sequence[Any],
+        grads: Sequence[Tensor | None],
+        leaves: Sequence[Tensor],
+    ) -> None:
+        """Take the pass through what `run` returned, as far as `leaves`."""
+        roots, seeds = [], []
+        for number, grad in enumerate(grads):
+            if grad is None:
+                continue
+            output = outputs[self._outputs[number]] if number in self._outputs else None
+            if output is None:
+                raise CaptureError(
+                    "A gradient came to a compiled region by a way that is not one of "
+                    "its outputs. Run the uncompiled module on the steps you probe."
+                )
+            if output.requires_grad:
+                roots.append(output)
+                seeds.append(grad)
+        if roots and leaves:
+            torch.autograd.grad(roots, list(leaves), seeds, allow_unused=True)
+
+
+def compile(
+    model: nn.Module | Callable[..., Any],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """`torch.compile` such that `GradientProbe` can read the model.
+
+    The compiled code is the same, and so is its speed on steps that are not probed. On
+    a probed step each compiled region runs once more, uncompiled, forward and
+    backward: combine it with `GradientProbe(every=k)`. The statistics are those of the
+    uncompiled operations, equal to compiled ones up to rounding.
+
+    Regions that draw random numbers (dropout) or change buffers end in a `CaptureError`
+    on probed steps: run the uncompiled module on those.
+
+    Args:
+        model: what to compile.
+        backend: the backend that really compiles, by name or as a function.
+        fullgraph: as for `torch.compile`.
+        dynamic: as for `torch.compile`.
+        options: passed to the backend; for "inductor" as its configuration.
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+        >>> fast = fm.compile(model, backend="aot_eager")
+        >>> stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4)).sum(1))
+        >>> stats.sq_norms.shape
+        torch.Size([5])
+    """
+    return torch.compile(
+        model,
+        backend=_Backend(backend, options),
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+    )
+
+
+def replay_of(node: Any) -> Replay | None:
+    """How to run the region behind a node of the graph, if that is known."""
+    return node.metadata.get(_KEY)
+
+
+def keeping_graphs() -> AbstractContextManager[Any]:
+    """What is compiled in it, and then run in it, may keep its graph.
+
+    A pass that measures rows does; buffers that compiled code reuses forbid it.
+    """
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)
+
+
+class _Backend:
+    """Compiles with another backend and notes each call on the node it leaves."""
+
+    def __init__(
+        self, backend: str | Callable[..., Any], options: dict[str, Any] | None
+    ) -> None:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        self._options: dict[str, Any] = {}
+        if options:
+            is_inductor = backend == "inductor"
+            self._options = {"config_patches" if is_inductor else "options": options}
+        self._compile = lookup_backend(backend) if isinstance(backend, str) else backend
+
+    def __call__(self, graph: Any, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        with keeping_graphs():
+            run = self._compile(graph, example_inputs, **self._options)
+        number = next(_numbers)
+
+        def noted(*inputs: Any) -> Any:
+            versions = _versions(inputs)
+            outputs = run(*inputs)
+            _note(outputs, graph, number, inputs, versions)
+            return outputs
+
+        return noted
+
+
+def _versions(inputs: Sequence[Any]) -> list[int]:
+    return [t._version for t in inputs if isinstance(t, Tensor)]
+
+
+def _note(
+    outputs: Any, graph: Any, number: int, inputs: Sequence[Any], versions: list[int]
+) -> None:
+    """Keep a call of a region on the node that it left in the graph."""
+    found = outputs if isinstance(outputs, list | tuple) else [outputs]
+    places: dict[int, int] = {}
+    node = None
+    for place, t in enumerate(found):
+        if not isinstance(t, Tensor) or t.grad_fn is None:
+            continue
+        if not t.grad_fn.name().startswith(NODE) or node not in (None, t.grad_fn):
+            return  # a view made afterwards, say: which output it is of is not known
+        node = t.grad_fn
+        places[t.output_nr] = place
+    if node is not None:
+        metadata: Any = node.metadata
+        metadata[_KEY] = Replay(graph, number, inputs, versions, places)
+
+
+def _separate(t: Any) -> Any:
+    """An input of a region such that its backward pass ends there.
+
+    Parameters stay themselves, frozen ones too; any other tensor that needs no gradient
+    is copied, in case the region writes into it.
+    """
+    if not isinstance(t, Tensor) or isinstance(t, nn.Parameter):
+        return t
+    if t.requires_grad and t.is_leaf:
+        return t
+    if t.requires_grad:
+        return t.detach().requires_grad_()
+    return t.clone()
+
+
+def _random_states(devices: Sequence[Any] | set) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device) for device in devices]

@@ -1,0 +1,194 @@
+"""The autograd graph of a loss as a list of numbered nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from torch.autograd.graph import Node
+
+from .nodes import ACCUMULATE, READ_UNSEEN
+
+__all__ = ["Tape", "signed"]
+
+
+def signed(number: int) -> int:
+    """A saved integer as it was: autograd shows negative ones as unsigned."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+class Tape:
+    """One walk over the graph below its roots: nodes in order of discovery, and edges.
+
+    The same program gives the same numbers, so what was found out about a graph can be
+    kept under `key` and applied to the nodes of the next step.
+
+    Args:
+        roots: nodes of outputs.
+        parameter_names: names of the tracked parameters by id.
+        copy_names: the same of copies of them that a region is given.
+
+    Attributes:
+        nodes: the graph's nodes; the roots come first.
+        names: their names.
+        children: for each node, for each of its inputs, (node, output number) or None.
+        leaves: the node of each tracked parameter; copies: of each copy of one.
+        key: hashable; equal for graphs of equal structure over the same parameters.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[Node],
+        parameter_names: Mapping[int, str],
+        copy_names: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        nodes = list(dict.fromkeys(roots))
+        index = {node: i for i, node in enumerate(nodes)}
+        children = []
+        names = []
+        leaves: dict[str, int] = {}
+        copies: dict[str, int] = {}
+        numbered = index.get
+        for node in nodes:
+            name = node.name()
+            below = node.next_functions
+            if not below and name == ACCUMULATE:
+                leaf = id(node.variable)  # type: ignore[attr-defined]
+                if leaf in parameter_names:
+                    leaves[parameter_names[leaf]] = len(names)
+                elif leaf in copy_names:
+                    copies[copy_names[leaf]] = len(names)
+            names.append(name)
+            edges = []
+            for child, number in below:
+                i = numbered(child)  # type: ignore[arg-type]  # None is not there
+                if i is None:
+                    if child is None:
+                        edges.append(None)
+                        continue
+                    i = index[child] = len(nodes)
+                    nodes.append(child)
+                edges.append((i, number))
+            children.append(tuple(edges))
+        self.nodes: list[Any] = nodes
+        self.names: list[str] = names
+        self.leaves, self.copies = leaves, copies
+        self.children: list[tuple[tuple[int, int] | None, ...]] = children
+        self.key = (
+            *(tuple(names), tuple(children)),
+            *(tuple(leaves.items()), tuple(copies.items())),
+        )
+
+    @cached_property
+    def parameter_at(self) -> dict[int, str]:
+        """The tracked parameter of each leaf that has one, or is a copy of one."""
+        return {i: name for of in (self.leaves, self.copies) for name, i in of.items()}
+
+    def leaf(self, parameter: str, *, is_copy: bool = False) -> Any:
+        """The leaf that a parameter is here, or that a copy of it is."""
+        leaves = self.copies if is_copy else self.leaves
+        return self.nodes[leaves[parameter]].variable
+
+    @cached_property
+    def parents(self) -> list[list[tuple[int, int, int]]]:
+        """For each node its consumers: (node, its input number, output number here)."""
+        parents: list[list[tuple[int, int, int]]] = [[] for _ in self.nodes]
+        for i, edges in enumerate(self.children):
+            for slot, edge in enumerate(edges):
+                if edge is not None:
+                    parents[edge[0]].append((i, slot, edge[1]))
+        return parents
+
+    def below(
+        self, *starts: int, enters: Callable[[int], bool] = lambda i: True
+    ) -> Iterator[int]:
+        """Some nodes and those below them, nearest first.
+
+        Nothing is looked for below a node that is not entered, nor is it given.
+        """
+        queue = list(dict.fromkeys(i for i in starts if enters(i)))
+        met = set(queue)
+        for i in queue:
+            yield i
+            for edge in self.children[i]:
+                if edge is not None and edge[0] not in met and enters(edge[0]):
+                    met.add(edge[0])
+                    queue.append(edge[0])
+
+    def above(
+        self, *starts: int, enters: Callable[[int], bool] = lambda i: True
+    ) -> Iterator[int]:
+        """Those above some nodes, nearest first, as `below`; without these."""
+        queue = list(starts)
+        met: set[int] = set()
+        for i in queue:
+            for parent, _, _ in self.parents[i]:
+                if parent not in met and enters(parent):
+                    met.add(parent)
+                    queue.append(parent)
+                    yield parent
+
+    @cached_property
+    def leaves_first(self) -> list[int]:
+        """Node numbers ordered so that every node comes after its children."""
+        order: list[int] = []
+        entered: set[int] = set()
+        for root in range(len(self.nodes)):  # all lie below the roots, which come first
+            if root in entered:
+                continue
+            entered.add(root)
+            stack = [(root, iter(self.children[root]))]
+            while stack:
+                i, edges = stack[-1]
+                for edge in edges:
+                    if edge is not None and edge[0] not in entered:
+                        entered.add(edge[0])
+                        stack.append((edge[0], iter(self.children[edge[0]])))
+                        break
+                else:
+                    stack.pop()
+                    order.append(i)
+        return order
+
+    def shapes(self, i: int) -> list[tuple[int, ...]]:
+        """Shapes of the outputs of node `i`."""
+        metadata = self.nodes[i]._input_metadata
+        if len(metadata) == 1:  # most have one, and are asked in every step
+            return [tuple(metadata[0].shape)]
+        return [tuple(meta.shape) for meta in metadata]
+
+    def is_leaf(self, i: int) -> bool:
+        """Whether node `i` accumulates the gradient of a leaf, tracked or not."""
+        return not self.children[i] and self.names[i] == ACCUMULATE
+
+    @cached_property
+    def is_parameter_side(self) -> list[bool]:
+        """Whether all that is known to flow into a node are leaves.
+
+        Inputs that need no gradient are not in the graph, so such a node may still
+        read data; `is_surely_parameter` has no such inputs.
+        """
+        side = [False] * len(self.nodes)
+        for i in self.leaves_first:
+            edges = [e for e in self.children[i] if e is not None]
+            side[i] = self.is_leaf(i) or (
+                bool(edges) and all(side[e[0]] for e in edges)
+            )
+        return side
+
+    @cached_property
+    def is_surely_parameter(self) -> list[bool]:
+        """Whether everything that flows into a node is a tracked parameter.
+
+        Tables and selections read indices or masks, which the graph does not show.
+        """
+        sure = [False] * len(self.nodes)
+        for i in self.leaves_first:
+            sure[i] = i in self.parameter_at or (
+                bool(self.children[i])
+                and not self.names[i].startswith(READ_UNSEEN)
+                and all(e is not None and sure[e[0]] for e in self.children[i])
+            )
+        return sure

@@ -1,0 +1,200 @@
+"""What users say of a loss and of directions, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CaptureError
+from .rows.samples import Batch, Segments
+
+__all__ = [
+    "Asked",
+    "Target",
+    "check_dim",
+    "check_direction",
+    "check_fused",
+    "check_word",
+    "whole",
+]
+
+
+class Asked(NamedTuple):
+    """A loss with what was said of it, not checked yet."""
+
+    loss: Tensor
+    batch_size: int | None
+    reduction: str
+    scale: float
+    batch_dim: int | None = None
+    segment_ids: Tensor | None = None
+
+    def checked(self, batch_dim: int) -> Target:
+        """The samples behind the loss; `batch_dim` where none was given.
+
+        Raises:
+            ValueError: when something does not make sense.
+        """
+        check_word("reduction", self.reduction, ("mean", "sum"))
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}.")
+        if self.segment_ids is not None:
+            samples = _segments(self.loss, self.batch_size, self.segment_ids)
+        else:
+            count = _count(self.loss, self.batch_size)
+            dim = batch_dim if self.batch_dim is None else check_dim(self.batch_dim)
+            samples = Batch(count, dim)
+        is_mean = bool(self.loss.dim()) or self.reduction == "mean"
+        return Target(self.loss, samples, is_mean, self.scale)
+
+    def mean(self) -> Tensor:
+        """What is backpropagated: a scalar as it is, a vector as its mean."""
+        if not self.loss.dim():
+            return self.loss
+        with torch.enable_grad():  # the graph is there, whatever the caller has set
+            return self.loss.mean()
+
+
+class Target(NamedTuple):
+    """A loss and the samples behind it."""
+
+    loss: Tensor
+    samples: Batch | Segments
+    is_mean: bool
+    scale: float
+
+    @property
+    def factor(self) -> float:
+        """What a sample's part of a pass is multiplied with to be its own gradient.
+
+        Of a pass that differentiates the loss itself, or the mean of a vector.
+        """
+        return (self.samples.count if self.is_mean else 1.0) / self.scale
+
+
+def check_word(what: str, word: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError for a word that is none of the choices."""
+    if word not in allowed:
+        words = ", ".join(repr(w) for w in allowed)
+        raise ValueError(f"Unknown {what} {word!r}; choose from {words}.")
+
+
+def check_fused(measure: Sequence[str], sample: object, group: object) -> None:
+    """Raise ValueError for what mode="fused" has no kernels for."""
+    asked = {
+        'measure="gram"': "gram" in measure,
+        "sample": sample is not None,
+        "process_group": group is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f'mode="fused" makes the weight gradients of whole batches in one '
+                f'process and does not go with {what}. Use mode="observe".'
+            )
+
+
+def whole(what: str, number: int) -> int:
+    """A positive integer.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(number, bool) or int(number) != number or number < 1:
+        raise ValueError(f"{what} must be a positive integer, got {number!r}.")
+    return int(number)
+
+
+def check_dim(batch_dim: int) -> int:
+    """Raise ValueError for a negative dimension."""
+    if batch_dim < 0:
+        raise ValueError(f"batch_dim must not be negative, got {batch_dim}.")
+    return batch_dim
+
+
+def _count(loss: Tensor, batch_size: int | None) -> int:
+    if loss.dim() > 1:
+        raise ValueError(
+            f"The loss must be a scalar or a vector of per-sample losses, got shape "
+            f"{tuple(loss.shape)}. Average each sample's losses first, as in "
+            "losses.flatten(1).mean(1)."
+        )
+    if loss.dim() == 1:
+        if len(loss) == 0:
+            raise CaptureError(
+                "The vector of per-sample losses is empty, so there is no sample to "
+                "take statistics of. Leave this step out."
+            )
+        if batch_size not in (None, len(loss)):
+            raise ValueError(
+                f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "
+                "out for a vector of losses."
+            )
+        batch_size = len(loss)
+    if batch_size is None:
+        raise ValueError(
+            "A scalar loss needs its number of samples: pass batch_size=len(x)."
+        )
+    return whole("batch_size", batch_size)
+
+
+def _segments(loss: Tensor, batch_size: int | None, ids: Tensor) -> Segments:
+    if ids.dim() == 1:
+        ids = ids.unsqueeze(0)
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"segment_ids must be integers of shape [rows, time] (or [time]), got "
+            f"{ids.dtype} of shape {tuple(ids.shape)}."
+        )
+    ids = ids.detach().to(device="cpu", dtype=torch.long)
+    lowest, count = (int(ids.min()), int(ids.max()) + 1) if ids.numel() else (0, 0)
+    if lowest < -1 or count < 1:
+        raise ValueError(
+            f"segment_ids number the segments from 0, and -1 marks tokens of none; got "
+            f"numbers from {lowest} to {count - 1}."
+        )
+    if loss.dim() == 0 and batch_size is None:
+        batch_size = count
+    said = _count(loss, batch_size)
+    if said < count:
+        raise ValueError(
+            f"There are {said} losses or samples, but segment_ids go up to "
+            f"{count - 1}. Pass one loss for each segment."
+        )
+    return Segments(ids, said)
+
+
+def check_direction(
+    name: str, v: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A direction by parameter.
+
+    Raises:
+        ValueError: for one that does not fit the parameters.
+    """
+    if isinstance(v, Tensor):
+        total = sum(p.numel() for p in parameters.values())
+        if v.shape != (total,):
+            raise ValueError(
+                f"Direction {name!r} has shape {tuple(v.shape)}; a flat direction "
+                f"needs ({total},), all tracked parameters in order."
+            )
+        pieces = v.split([p.numel() for p in parameters.values()])
+        return {
+            key: piece.view(p.shape)
+            for (key, p), piece in zip(parameters.items(), pieces, strict=True)
+        }
+    for key, part in v.items():
+        if key not in parameters:
+            raise ValueError(
+                f"Direction {name!r} names {key!r}, which is not a tracked parameter."
+            )
+        if part.shape != parameters[key].shape:
+            raise ValueError(
+                f"Direction {name!r} has shape {tuple(part.shape)} for {key!r}, which "
+                f"has {tuple(parameters[key].shape)}."
+            )
+    return dict(v)

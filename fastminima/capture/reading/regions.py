@@ -1,0 +1,283 @@
+"""Regions of a graph that show one node and hold a graph of their own.
+
+`checkpoint(..., use_reentrant=True)` leaves one node behind; when the backward pass
+gets there, the region's function runs again and a backward pass of its own follows. A
+region compiled through `fastminima.compile` is one node too; what it computes can be
+run again uncompiled (`compiled.py`). Either way the graph in between is shown to
+watchers just before the backward pass runs through it, and read like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+
+from ..errors import CaptureError
+from ..graph import compiled
+from ..graph.passes import belongs_to_another
+from ..graph.tape import Tape
+from ..rows.gates import Gates
+from ..rows.guards import places
+from ..rows.layout import RowLayout
+from ..rows.measure import Fingerprints, leaves_below
+from ..rows.samples import Segments
+from .plan import Plan, reads_data, watched_nodes
+
+__all__ = [
+    "Region",
+    "Survey",
+    "Watcher",
+    "block_leaves",
+    "identity",
+    "is_reentrant",
+    "named_inputs",
+    "region_nodes",
+    "region_shapes",
+    "watch",
+]
+
+# Called with the region's inputs and outputs, before its backward pass; returns the
+# leaves that the pass has to reach where it is up to us.
+Watcher = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+_NODE = "CheckpointFunctionBackward"
+_KINDS = frozenset([_NODE, f"{compiled.NODE}Backward"])
+_NODE_TYPE = checkpoint.CheckpointFunction._backward_cls
+
+
+@dataclass(frozen=True)
+class Region:
+    """What was found out about a region: how to read it.
+
+    `inputs` names the parameters among the region's inputs; `places` say where rows
+    go, None where they all belong to one sample.
+    """
+
+    key: tuple
+    plan: Plan
+    layouts: Sequence[Sequence[RowLayout | None]]
+    shapes: tuple
+    inputs: Mapping[int, str]
+    places: tuple | None
+
+    def resolved(self, segments: Segments) -> Region:
+        """The same with the samples of the rows in this step."""
+        layouts = [
+            [
+                None if layout is None else segments.resolve(layout, shape)
+                for layout, shape in zip(of_use, of_shapes, strict=True)
+            ]
+            for of_use, of_shapes in zip(self.layouts, self.shapes, strict=True)
+        ]
+        return replace(self, layouts=layouts)
+
+    def read(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        names: Mapping[int, str],
+    ) -> Tape:
+        """The graph of the region, when it is the one that was measured.
+
+        Raises:
+            CaptureError: when it is another.
+        """
+        tape = Tape(_roots(outputs), names, _copies(self.inputs, inputs))
+        is_same = tape.key == self.key and self.plan.signature(tape) == self.shapes
+        if is_same and self.places is not None:
+            is_same = places(tape, self.plan.preparing) == self.places
+        if not is_same:
+            raise CaptureError(
+                "A region that runs again in the backward pass (a reentrant "
+                "checkpoint, or a compiled region) computed something else now than "
+                "when its rows were measured. Use use_reentrant=False, or run the "
+                "uncompiled module."
+            )
+        return tape
+
+
+class Survey:
+    """What the measuring passes see of one region."""
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        inputs: Mapping[int, str],
+        own: set[int],
+        *,
+        batch: int,
+        gates: Gates,
+        accumulates: bool,
+    ) -> None:
+        self._names, self.inputs, self._own = names, inputs, own
+        self._batch, self.gates = batch, gates
+        self._accumulates = accumulates  # its pass would add to `.grad`
+        self.seen: dict[int, Fingerprints] = {}
+        self.reads: set[int] = set()  # preparations that read data
+        self.tape: Tape | None = None
+        self._handles: list[Any] = []
+        self._detached: list[Tensor] = []  # inputs, gone with the graph
+
+    def __call__(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Watch the region's graph in its next pass; let no gradient accumulate."""
+        copies = _copies(self.inputs, inputs)
+        tape = self.tape = Tape(_roots(outputs), self._names, copies)
+        if region_nodes(tape):
+            raise CaptureError(
+                "A region under checkpoint(use_reentrant=True), or a compiled one, "
+                "contains another such region; use use_reentrant=False."
+            )
+        watched = watched_nodes(tape)
+        self._handles += self.gates.hooks(tape)
+        for i in watched:
+            prints = self.seen.setdefault(i, Fingerprints(self._batch))
+            self._handles.append(tape.nodes[i].register_prehook(prints))
+            if tape.is_parameter_side[i] and reads_data(tape, i, self._own):
+                self.reads.add(i)
+        if self._accumulates:
+            self._handles += block_leaves(tape, inputs)
+            self._detached = list(inputs)
+        return leaves_below(tape, watched)
+
+    def free_inputs(self, *_: Any) -> None:
+        """Let go of the gradients of the region's inputs, once they were passed on."""
+        while self._detached:
+            self._detached.pop().grad = None
+
+    def remove(self) -> None:
+        """Unhook the graph of the last pass."""
+        self.free_inputs()
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class _Recomputed:
+    """Stands in for the function of a checkpointed region."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self.watchers: list[Callable[[Sequence[Any], Any], None]] = []
+
+    def __call__(self, *inputs: Any) -> Any:
+        outputs = self.original(*inputs)
+        for watcher in list(self.watchers):
+            watcher(inputs, outputs)
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Handle:
+    node: Any
+    watcher: Callable[[Sequence[Any], Any], None]
+
+    def remove(self) -> None:
+        """Put the region's own function back when nobody watches any more."""
+        stand_in = self.node.run_function
+        stand_in.watchers.remove(self.watcher)
+        if not stand_in.watchers:
+            self.node.run_function = stand_in.original
+
+
+def is_reentrant(node: Any) -> bool:
+    """Whether a node is that of a reentrant checkpoint."""
+    return isinstance(node, _NODE_TYPE)
+
+
+def region_nodes(tape: Tape) -> list[int]:
+    """Nodes that hold a graph of their own."""
+    if _KINDS.isdisjoint(tape.names):
+        return []
+    return [
+        i
+        for i, name in enumerate(tape.names)
+        if (name == _NODE and is_reentrant(tape.nodes[i]))
+        or (name in _KINDS and compiled.replay_of(tape.nodes[i]))
+    ]
+
+
+def identity(tape: Tape, i: int) -> int:
+    """A number for what a region computes, where the graph does not show it."""
+    replay = compiled.replay_of(tape.nodes[i])
+    return 0 if replay is None else replay.number
+
+
+def region_shapes(tape: Tape, i: int) -> tuple:
+    """Shapes of what goes into a region and comes out of it, and the integers it gets.
+
+    These may be sizes too, or say where rows go.
+    """
+    node = tape.nodes[i]
+    replay = compiled.replay_of(node)
+    if replay is None:
+        tensors, others = node.saved_tensors, node.inputs
+    else:
+        tensors, others = replay.tensors, replay.inputs
+    shapes = (tuple(t.shape) for t in tensors)
+    return *tape.shapes(i), *shapes, *(x for x in others if isinstance(x, int))
+
+
+def named_inputs(tape: Tape, i: int) -> dict[int, str]:
+    """Parameters that a region is given: place among its tensors -> name."""
+    if not is_reentrant(tape.nodes[i]):
+        return {}  # it runs again on the parameters themselves
+    return {
+        place: tape.parameter_at[edge[0]]
+        for place, edge in enumerate(tape.children[i])
+        if edge is not None and edge[0] in tape.parameter_at
+    }
+
+
+def watch(node: Any, watcher: Watcher, owner: object) -> Any:
+    """Show the region's graph whenever a pass of `owner`, or the user's, gets there."""
+    replay = compiled.replay_of(node)
+    if replay is not None:
+
+        def before(grads: tuple[Tensor | None, ...]) -> None:
+            if not belongs_to_another(owner):
+                inputs, outputs = replay.run()
+                replay.backward(outputs, grads, watcher(inputs, outputs))
+
+        return node.register_prehook(before)
+
+    def show(inputs: Sequence[Any], outputs: Any) -> None:
+        if not belongs_to_another(owner):
+            tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+            watcher([t for t in inputs if isinstance(t, Tensor)], tensors)
+
+    if not isinstance(node.run_function, _Recomputed):
+        node.run_function = _Recomputed(node.run_function)
+    node.run_function.watchers.append(show)
+    return _Handle(node, show)
+
+
+def block_leaves(tape: Tape, but: Sequence[Tensor] = ()) -> list[Any]:
+    """Let no gradient accumulate in the leaves of a graph; returns handles."""
+    spared = {id(t) for t in but}
+    return [
+        node.register_prehook(_blocked)
+        for i, node in enumerate(tape.nodes)
+        if tape.is_leaf(i) and id(node.variable) not in spared
+    ]
+
+
+def _blocked(grads: tuple[Tensor | None, ...]) -> tuple[None, ...]:
+    return (None,) * len(grads)
+
+
+def _copies(inputs: Mapping[int, str], tensors: Sequence[Tensor]) -> dict[int, str]:
+    """The copies of parameters that a region is given, by id.
+
+    It may use the parameters themselves too.
+    """
+    return {id(tensors[place]): name for place, name in inputs.items()}
+
+
+def _roots(outputs: Sequence[Any]) -> list[Any]:
+    tensors = [t for t in outputs if isinstance(t, torch.Tensor)]
+    return [t.grad_fn for t in tensors if t.grad_fn is not None]

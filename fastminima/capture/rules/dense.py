@@ -1,0 +1,161 @@
+"""Matrices: products of rows with them, forms of two inputs, and biases beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Size, Tensor
+
+from ..._dtypes import accumulation_dtype
+from ...ops import broadcast
+from ..contributions import (
+    Column,
+    Contribution,
+    Dense,
+    DenseBias,
+    Materialized,
+    Stacked,
+    in_pieces,
+    reshaped,
+)
+from ..graph.nodes import ADDMM, is_scaled
+from ..reading.plan import Slot
+from ..rows.layout import RegularLayout, RowLayout
+from .base import Contributions, has_rows, numbers
+from .pieces import from_rows, in_row_pieces, some_of
+
+__all__ = ["addmm", "bmm", "mm", "mv", "trilinear"]
+
+
+def mm(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contributions:
+    """`a @ weight`, or `weight @ b` where the samples are columns of b."""
+    found: Contributions = {}
+    for slot in slots:
+        factors = (node._saved_self, None) if slot.number else (None, node._saved_mat2)
+        part = _product(*factors, g, layout)
+        if part is not None:
+            found[slot.number] = part
+    return found
+
+
+def addmm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`bias + a @ weight`: a linear layer."""
+    if is_scaled(node, ADDMM):
+        return {}
+    found: Contributions = {}
+    bias = None
+    for slot in slots:
+        part = None
+        if slot.number == 2:
+            part = _product(node._saved_mat1, None, g, layout)
+        elif slot.number == 1:
+            part = _product(None, node._saved_mat2, g, layout)
+        elif slot.shape[-1:] == g.shape[1:] and Size(slot.shape).numel() == g.shape[1]:
+            bias = slot
+        if part is not None:
+            found[slot.number] = part
+    if bias is not None and has_rows(layout):
+        weight = found.get(2)
+        if isinstance(weight, Dense):
+            weight.with_bias = True
+            found[0] = DenseBias(weight, bias.shape)
+        else:
+            (summed,) = in_row_pieces(layout, partial(_bias_samples, g), g)
+            found[0] = Materialized(summed.reshape(len(summed), *bias.shape))
+    return found
+
+
+def mv(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contributions:
+    """`matrix @ weight` with a vector: a linear layer of one feature."""
+    if 1 not in numbers(slots) or not has_rows(layout):
+        return {}
+    matrix = Dense(
+        layout.rows(node._saved_self, 1), layout.rows(g[:, None], 1), out_first=False
+    )
+    return {1: Column(matrix)}
+
+
+def bmm(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """Only when samples are rows of each product, not products of the batch."""
+    if not isinstance(layout, RegularLayout) or layout.dim != 1:
+        return {}
+    rows = layout.along(0)
+    if 1 not in numbers(slots):
+        return {}
+    return {
+        1: Stacked(
+            [
+                Dense(rows.rows(a, 1), rows.rows(b, 1), out_first=False)
+                for a, b in zip(node._saved_self, g, strict=True)
+            ]
+        )
+    }
+
+
+# How `F.bilinear` calls the node: x1 [N, 1, d1, 1], weight [1, p, d1, d2],
+# x2 [N, 1, 1, d2], summed over the last two dims.
+_BILINEAR = ([1, 3], [0], [1, 2], [2, 3])
+
+
+def trilinear(
+    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """A bilinear form: a dense layer on the products of both inputs' features."""
+    dims = (node._saved_expand1, node._saved_expand2, node._saved_expand3)
+    if len(slots) > 1 or slots[0].number != 1:
+        return {}
+    if tuple(map(list, (*dims, node._saved_sumdim))) != _BILINEAR:
+        return {}
+    if isinstance(layout, RegularLayout) and layout.dim != 0:
+        return {}
+    dtype = accumulation_dtype(g.dtype)
+    tensors = (node._saved_i1, node._saved_i3, g)
+
+    def some(lo: int, hi: int) -> Dense:
+        rows = (some_of(layout, lo, hi).rows(t, 1).to(dtype) for t in tensors)
+        left, right, grads = rows
+        products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
+        return Dense(products, grads, out_first=True)
+
+    is_regular = isinstance(layout, RegularLayout)
+    steps = layout.outer * layout.inner if is_regular else layout.longest
+    bytes_each = steps * Size(slots[0].shape[1:]).numel() * dtype.itemsize
+    dense = in_pieces(layout.count, some, bytes_each)
+    return {1: reshaped(dense, slots[0].shape)}
+
+
+def _product(
+    first: Tensor | None, second: Tensor | None, g: Tensor, layout: RowLayout
+) -> Contribution | None:
+    """The right factor's gradient given the left, or the left's given the right."""
+    if first is not None:
+        if not has_rows(layout):
+            return None
+        if isinstance(layout, RegularLayout) and layout.is_one_row:
+            return Dense(layout.pick(first), layout.pick(g), out_first=False)
+        return from_rows(layout, partial(_dense, first, g), first, g)
+    columns = _swapped(layout)
+    if columns is None or second is None:
+        return None
+    return Dense(columns.rows(second.t(), 1), columns.rows(g.t(), 1), out_first=True)
+
+
+def _swapped(layout: RowLayout) -> RowLayout | None:
+    """The layout of the transpose of a matrix whose columns belong to samples."""
+    if isinstance(layout, RegularLayout) and layout.dim == 1:
+        return layout.along(0)
+    return None
+
+
+def _dense(a: Tensor, g: Tensor, layout: RowLayout) -> Dense:
+    return Dense(layout.rows(a, 1), layout.rows(g, 1), out_first=False)
+
+
+def _bias_samples(g: Tensor, layout: RowLayout) -> tuple[Tensor]:
+    return (broadcast.sum_over_time(layout.rows(g, 1)),)
