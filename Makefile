@@ -72,7 +72,7 @@ lint: $(VENV)/.linters  ## ruff, pyright, clang-format
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(BUILD_INPUTS)) \
-		$(wildcard tests/kernels/*.h tests/kernels/*.cpp)
+		$(wildcard tools/kernels/emulator/*.h tools/kernels/emulator/*.cpp)
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	@echo "lint: clean"
 

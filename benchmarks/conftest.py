@@ -27,18 +27,18 @@ def chosen_workloads(config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc):
-    """`column` and `provider` of a test: every combination that was asked for."""
-    measure = getattr(metafunc.module, "MEASURE", None)
-    if measure is None:
-        return
+    """`measure`, `column` and `provider` of a test: all that was asked for."""
     asked = chosen_workloads(metafunc.config)
     columns = getattr(metafunc.module, "COLUMNS", asked)
-    columns = [name for name in columns if name.split()[0] in asked]
-    if "column" in metafunc.fixturenames:
-        metafunc.parametrize("column", columns, scope="module")
-    if "provider" in metafunc.fixturenames:
-        names = [p.name for p in providers_of(measure)]
-        metafunc.parametrize("provider", names)
+    combinations = [
+        (measure, column, provider.name)
+        for measure in getattr(metafunc.module, "MEASURES", ())
+        for column in columns
+        for provider in providers_of(measure)
+        if column.split()[0] in asked
+    ]
+    if combinations:
+        metafunc.parametrize(("measure", "column", "provider"), combinations)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def _quiet():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def budget(request) -> float:
     return request.config.getoption("--budget")
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.harness import Result, compare
-from benchmarks.oracle import Verdict
-from benchmarks.oracle_curvature import (
+from benchmarks.curvature_oracle import (
     judge_eigenvalue,
     judge_product,
     product_truth,
     top_eigenvalue,
 )
+from benchmarks.harness import Result, Verdict, compare
 from benchmarks.providers import FAILURES, by_name, providers_of, reason_of
 from benchmarks.workloads import Workload, build, train
 

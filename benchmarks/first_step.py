@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import fastminima as fm
+from benchmarks.internals import digits_of
 from benchmarks.memory import MIB, ROOT, _peak, _reset_peak, _return_freed_memory
 from benchmarks.workloads import WORKLOADS, build
-from fastminima.capture.rows.decode import Scheme
 
 __all__ = ["NAMES", "first_step"]
 
@@ -51,7 +51,7 @@ def first_step(name: str, rounds: int) -> dict:
     ratios = sorted(b / a for a, b in seconds)
     peaks = [_peak_of(name, step) for step in ("plain", "first")]
     return {
-        "digits": Scheme.of(batch, has_half=False).digits,
+        "digits": digits_of(batch),
         "plain_seconds": statistics.median(a for a, _ in seconds),
         "ratio": statistics.median(ratios),
         "lowest": ratios[0],

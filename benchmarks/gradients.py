@@ -6,8 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 
+from benchmarks.gradients_oracle import judge, sample_truth
 from benchmarks.harness import Result, compare
-from benchmarks.oracle import judge, sample_truth
 from benchmarks.providers import (
     FAILURES,
     Provider,

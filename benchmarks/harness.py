@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.oracle import Verdict
 from benchmarks.providers.base import FAILURES, reason_of
 
-__all__ = ["Ratio", "Result", "compare", "interleave", "ratio"]
+__all__ = ["Ratio", "Result", "Verdict", "compare", "interleave", "ratio"]
 
 Step = Callable[[], object]
 Clock = Callable[[], float]
@@ -24,6 +23,18 @@ Clock = Callable[[], float]
 # not run once untimed before it is timed.
 SLOW = 5.0
 SLOW_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a provider's answer is right, and by how much it is off at worst."""
+
+    ok: bool
+    worst: float
+    what: str
+
+    def __str__(self) -> str:
+        return "right" if self.ok else f"wrong: {self.what} off by {self.worst:.2g}"
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,9 @@ from torch import nn
 import fastminima as fm
 from benchmarks.first_step import NAMES, first_step
 from benchmarks.harness import interleave, ratio
+from benchmarks.internals import pieces_of
 from benchmarks.records import describe_run, save
 from benchmarks.workloads import Workload, build, sample_losses
-from fastminima.capture.graph.tape import Tape
-from fastminima.capture.rows.samples import Batch
 
 LAYERS, BATCH, TIME = 12, 4, 8
 
@@ -93,22 +92,15 @@ def walk() -> dict:
     probe = fm.GradientProbe(model)
     for _ in range(3):
         probe.backward(losses())
-    loss, samples = losses(), Batch(BATCH)
-    reader = probe._reader
-    reading = reader.read(loss, samples)
-    nodes, uses = len(reading.tape.nodes), len(reading.found.plan.uses)
-    norms = frozenset(["norms"])
-
-    def hook(*, gradients: bool) -> None:
-        probe._session(reading, BATCH, norms, {}, gradients).close()
-
+    pieces = pieces_of(probe, losses())
+    nodes, uses = pieces.nodes, pieces.uses
     return {
         "nodes": nodes,
         "uses": uses,
-        "walk_us_a_node": _cpu_us(lambda: Tape([loss.grad_fn], reader.names)) / nodes,
-        "read_us_a_node": _cpu_us(lambda: reader.read(loss, samples)) / nodes,
-        "hook_us_a_use": _cpu_us(lambda: hook(gradients=False)) / uses,
-        "hook_us_a_use_with_gradients": _cpu_us(lambda: hook(gradients=True)) / uses,
+        "walk_us_a_node": _cpu_us(pieces.walk) / nodes,
+        "read_us_a_node": _cpu_us(pieces.read) / nodes,
+        "hook_us_a_use": _cpu_us(pieces.hook) / uses,
+        "hook_us_a_use_with_gradients": _cpu_us(pieces.hook_with_gradients) / uses,
     }
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._dtypes import accumulation_dtype
+from ._parameters import check_parameter
 
 __all__ = ["FlatLayout"]
 
@@ -135,16 +136,7 @@ def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
             "require grad. Call requires_grad_() on those to differentiate by."
         )
     for name, parameter in named:
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"Parameter {name!r} is not initialised yet. Run the model "
-                "once on a batch."
-            )
-        if parameter.is_complex():
-            raise ValueError(
-                f"Parameter {name!r} is {parameter.dtype}; curvature is defined here "
-                "for real parameters. Store it as view_as_real, or freeze it."
-            )
+        check_parameter(name, parameter, "curvature is")
     devices = sorted({str(parameter.device) for _, parameter in named})
     if len(devices) > 1:
         raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-__all__ = ["tracked_parameters"]
+__all__ = ["check_parameter", "tracked_parameters"]
 
 
 def tracked_parameters(
@@ -33,7 +33,8 @@ def tracked_parameters(
     seen: set[int] = set()
     for name, parameter in named.items():
         if parameter.requires_grad and id(parameter) not in seen:
-            _check(name, parameter)
+            check_parameter(name, parameter, "statistics are")
+            _check_leaf(name, parameter)
             seen.add(id(parameter))
             tracked[name] = parameter
     if not tracked:
@@ -44,16 +45,20 @@ def tracked_parameters(
     return tracked
 
 
-def _check(name: str, parameter: nn.Parameter) -> None:
+def check_parameter(name: str, parameter: nn.Parameter, what: str) -> None:
+    """ValueError for one not initialised, or complex; `what` as in "curvature is"."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"Parameter {name!r} is not initialised yet. Run the model once on a batch."
         )
     if parameter.is_complex():
         raise ValueError(
-            f"Parameter {name!r} is {parameter.dtype}; statistics are defined here for "
+            f"Parameter {name!r} is {parameter.dtype}; {what} defined here for "
             "real parameters. Store it as view_as_real, or freeze it."
         )
+
+
+def _check_leaf(name: str, parameter: nn.Parameter) -> None:
     if not parameter.is_leaf:
         raise ValueError(
             f"{name!r} is not a leaf: it was computed from other tensors. Pass the "

@@ -77,7 +77,7 @@ def test_why_others_do_not_run(op, monkeypatch):
     op.add("quicker", abs, devices=("cpu",), dtypes=(torch.float32,))
     op.add("wide", abs, devices=("cpu",), dtypes=(torch.float64,))
     op.add("triton", abs, devices=("cuda",), dtypes=(torch.float32,))
-    op.add(*("slow", abs), devices=("cpu",), dtypes=(torch.float32,), preferred=False)
+    op.add("slow", abs, devices=("cpu",), dtypes=(torch.float32,), preferred=False)
     text = others(op)
     assert "reference: slower than quicker" in text
     assert re.search(r"quick, slow: not preferred to quicker", text)

@@ -11,7 +11,15 @@ import fastminima
 
 ROOT = Path(fastminima.__file__).parent
 LAYERS = (
-    {"statistics", "_native", "_dtypes", "_flat", "_memory", "_parameters"},
+    {
+        "statistics",
+        "_native",
+        "_dtypes",
+        "_flat",
+        "_memory",
+        "_optional",
+        "_parameters",
+    },
     {"ops"},
     {"capture", "curvature"},
     {"quantities", "spectrum", "theory"},

@@ -1,6 +1,6 @@
 // One kernel source, two compilers: nvcc for the device, any C++ compiler for tests on the host.
 //
-// Where nvcc does not compile, cuda_on_cpu.h of the tests stands in for the device. Shared memory
+// Where nvcc does not compile, tools/kernels/emulator stands in for the device. Shared memory
 // and launches go through macros, because the two worlds write them differently.
 #pragma once
 

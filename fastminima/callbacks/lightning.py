@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._optional import INTEGRATIONS, require
 from ..monitor import Logger
-from ..monitor.loggers import require
 from ..statistics import GradientStatistics
 from .observer import BatchSize, Destination, Observer
 
@@ -144,7 +144,7 @@ def _callbacks() -> tuple[type, ...]:
     if not loaded:
         installed = (p for p in _PACKAGES if importlib.util.find_spec(p) is not None)
         package = next(installed, _PACKAGES[0])
-        require(package, "LightningProbe", "lightning")
+        require(package, "LightningProbe", INTEGRATIONS)
         loaded = [_MODULES[_PACKAGES.index(package)]]
     return tuple(importlib.import_module(name).Callback for name in loaded)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._graph import Parts
 from ._nodes import Survey, foreign_leaves, refuse_nodes, survey
 from ._random import drew_elsewhere
-from ._tape import Parts
 from ._trust import Noise, Suspicion, SymmetryWatch, difference
 
 __all__ = ["Checks"]

@@ -18,10 +18,10 @@ class MeanOperator(CurvatureOperator):
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
         split = [self._layout.split(column) for column in columns]
-        return self._mean(lambda tape: [tape.product(parts) for parts in split])
+        return self._mean(lambda graph: [graph.product(parts) for parts in split])
 
     def _gradient(self) -> Tensor:
-        return self._mean(lambda tape: [tape.gradient()])[0]
+        return self._mean(lambda graph: [graph.gradient()])[0]
 
     def _weigh(self, batch: Any, weight: int) -> None:
         if self._batches.is_counted or weight < 2 or not self._checks.needs_weights():
@@ -36,7 +36,10 @@ class MeanOperator(CurvatureOperator):
         state.restore()
         check_weights(
             lambda part: self._slope(self._evaluate(part)),
-            *(batch, whole, weight, tolerance),
+            batch,
+            whole,
+            weight,
+            tolerance,
         )
         state.restore()
         self._checks.weights_known = True
@@ -48,21 +51,21 @@ class MeanOperator(CurvatureOperator):
 
     def _mean(self, visit: Callable[[Any], list[Any]]) -> list[Tensor]:
         with self._recorded() as recordings:
-            tape, total = next(recordings)
-            sums = [self._layout.join(parts) for parts in self._visited(visit, tape)]
+            graph, total = next(recordings)
+            sums = [self._layout.join(parts) for parts in self._visited(visit, graph)]
             if self._batches.is_single:
                 return sums
             for s in sums:
                 s.mul_(total)
-            del tape
-            for tape, weight in recordings:
-                found = self._visited(visit, tape)
+            del graph
+            for graph, weight in recordings:
+                found = self._visited(visit, graph)
                 for s, parts in zip(sums, found, strict=True):
                     s.add_(self._layout.join(parts), alpha=weight)
                 total += weight
-                del tape, found
+                del graph, found
             return [s.div_(total) for s in sums]
 
-    def _visited(self, visit: Callable[[Any], list[Any]], tape: Any) -> list[Any]:
-        with self._explained(tape.roots):
-            return visit(tape)
+    def _visited(self, visit: Callable[[Any], list[Any]], graph: Any) -> list[Any]:
+        with self._explained(graph.roots):
+            return visit(graph)

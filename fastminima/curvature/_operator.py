@@ -95,7 +95,7 @@ class CurvatureOperator(Recorder):
         """
         generator = torch.Generator("cpu").manual_seed(1)
         drawn = torch.randn(
-            *(2, self.shape[0]), generator=generator, dtype=torch.float64, device="cpu"
+            (2, self.shape[0]), generator=generator, dtype=torch.float64, device="cpu"
         )
         columns = list(drawn.to(self.device, self.dtype))
         self._checks.products += 2

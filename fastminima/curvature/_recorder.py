@@ -14,12 +14,12 @@ from .._flat import FlatLayout
 from ._checks import Checks
 from ._data import Batches
 from ._functions import look_at_functions
+from ._graph import Graph
 from ._guard import differentiable, parameters_kept, unchanged
 from ._nodes import explained, survey
 from ._random import RandomState
 from ._rewrites import Rewrites
 from ._state import Snapshot
-from ._tape import Tape
 
 __all__ = ["Recorder"]
 
@@ -28,7 +28,7 @@ __all__ = ["Recorder"]
 class _Kept:
     """The graph of a single batch, and what it was recorded from."""
 
-    tape: Any
+    graph: Any
     weight: int
     snapshot: Snapshot
     uses: int = 0
@@ -55,7 +55,7 @@ class Recorder(abc.ABC):
         self._random = self._generators()
         self._checks = Checks(type(self).__name__, model)
         self._kept: _Kept | None = None
-        self._fresh: tuple[Tape, int] | None = None
+        self._fresh: tuple[Graph, int] | None = None
         self._rewrites = Rewrites()
 
     @abc.abstractmethod
@@ -63,7 +63,7 @@ class Recorder(abc.ABC):
         """What the closures return: the first by the model, the last the loss."""
 
     @abc.abstractmethod
-    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
+    def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         """The graph of what `_evaluate` returned, ready for products."""
 
     @contextlib.contextmanager
@@ -96,8 +96,8 @@ class Recorder(abc.ABC):
     def _recordings(self) -> Iterator[tuple[Any, int]]:
         self._checks.start_pass()
         if self._kept is not None:
-            self._checks.note(self._kept.weight, self._kept.tape.value)
-            yield self._kept.tape, self._kept.weight
+            self._checks.note(self._kept.weight, self._kept.graph.value)
+            yield self._kept.graph, self._kept.weight
             return
         self._random.restore()
         for batch, weight in self._batches:
@@ -108,17 +108,17 @@ class Recorder(abc.ABC):
                 self._weigh(batch, weight)
                 yield self._record(batch, weight), weight
 
-    def _record(self, batch: Any, weight: int) -> Tape:
+    def _record(self, batch: Any, weight: int) -> Graph:
         roots = self._evaluate(batch)
         self._checks.look_at_graph(roots)
         if self._checks.needs_functions():
             self._look_at_functions(batch)
         with self._explained(roots):
-            tape = self._make(roots)
-        self._checks.look_at_reach(tape.reached, roots, self._layout, self._closure)
+            graph = self._make(roots)
+        self._checks.look_at_reach(graph.reached, roots, self._layout, self._closure)
         # A vector of losses says itself how many samples it has.
-        self._checks.note(weight * roots[-1].numel(), tape.value)
-        return tape
+        self._checks.note(weight * roots[-1].numel(), graph.value)
+        return graph
 
     def _look_at_functions(self, batch: Any) -> None:
         state = self._generators()
@@ -132,7 +132,9 @@ class Recorder(abc.ABC):
         for part, is_second in ((slice(once), False), (slice(once, None), True)):
             if survey(self._evaluate(batch)[part]).functions:
                 look_at_functions(
-                    *(lambda p=part: evaluate()[p], parameters, names),
+                    lambda p=part: evaluate()[p],
+                    parameters,
+                    names,
                     is_second=is_second,
                 )
         state.restore()
@@ -196,4 +198,4 @@ class Recorder(abc.ABC):
             self._random.restore()
             batch, _ = next(iter(self._batches))
             loss = self._evaluate(batch)[-1].detach().mean()
-        return self._checks.is_same_loss(float(loss), float(self._kept.tape.value))
+        return self._checks.is_same_loss(float(loss), float(self._kept.graph.value))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._graph import Graph, Parts, check_graph, combine, differentiate
 from ._operator import CurvatureOperator
-from ._tape import Parts, Tape, check_tape, combine, differentiate
 
 __all__ = ["GradientCovariance"]
 
@@ -60,7 +60,7 @@ class GradientCovariance(CurvatureOperator):
                 "loss(model, batch) must return the vector [batch] of the samples' "
                 f"losses, got {met}. Use reduction='none', and the mean over time."
             )
-        check_tape(losses, "loss(model, batch)")
+        check_graph(losses, "loss(model, batch)")
         if not torch.isfinite(losses).all():
             bad = int((~torch.isfinite(losses)).sum())
             raise ValueError(
@@ -69,8 +69,8 @@ class GradientCovariance(CurvatureOperator):
             )
         return (losses,)
 
-    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
-        return _LossesTape(roots, self._layout.parameters)
+    def _make(self, roots: tuple[Tensor, ...]) -> Graph:
+        return _LossesGraph(roots, self._layout.parameters)
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
         split = [self._layout.split(column) for column in columns]
@@ -80,20 +80,20 @@ class GradientCovariance(CurvatureOperator):
         excess = [0.0] * len(columns)
         samples = 0
         with self._recorded() as recordings:
-            for tape, _ in recordings:
-                with self._explained(tape.roots):
-                    slopes = [tape.directional(parts) for parts in split]
+            for graph, _ in recordings:
+                with self._explained(graph.roots):
+                    slopes = [graph.directional(parts) for parts in split]
                 # Subtracting the first batch's mean at once avoids cancellation between
                 # sum_n <g_n, v> g_n and N times the mean gradient's part of it.
                 shifts = shifts or [slope.mean() for slope in slopes]
                 for i, slope in enumerate(slopes):
                     centred = slope - shifts[i]
-                    sums[i] += self._layout.join(tape.weighted(centred))
+                    sums[i] += self._layout.join(graph.weighted(centred))
                     excess[i] = excess[i] + centred.sum()
                 if not self._batches.is_single:
-                    gradient += self._layout.join(tape.weighted(None))
-                samples += tape.samples
-                del tape
+                    gradient += self._layout.join(graph.weighted(None))
+                samples += graph.samples
+                del graph
         if samples < 2:
             raise ValueError(
                 f"A covariance needs at least 2 samples, got {samples}. Pass a larger "
@@ -108,10 +108,10 @@ class GradientCovariance(CurvatureOperator):
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         samples = 0
         with self._recorded() as recordings:
-            for tape, _ in recordings:
-                total += self._layout.join(tape.weighted(None))
-                samples += tape.samples
-                del tape
+            for graph, _ in recordings:
+                total += self._layout.join(graph.weighted(None))
+                samples += graph.samples
+                del graph
         return total.div_(samples)
 
 
@@ -119,7 +119,7 @@ def _one(batch: Any) -> int:
     return 1
 
 
-class _LossesTape(Tape):
+class _LossesGraph(Graph):
     """The losses of a batch, and sum_n u_n g_n as a function of u."""
 
     def __init__(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._graph import Graph, Parts, check_graph, check_mean, combine, differentiate
 from ._mean import MeanOperator
-from ._tape import Parts, Tape, check_mean, check_tape, combine, differentiate
 
 __all__ = ["GaussNewton"]
 
@@ -70,16 +70,16 @@ class GaussNewton(MeanOperator):
                 "outputs(model, batch) must return one tensor of predictions, got "
                 f"{type(predictions).__name__}. Return e.g. its .logits."
             )
-        check_tape(predictions, "outputs(model, batch)")
+        check_graph(predictions, "outputs(model, batch)")
         leaf = predictions.detach().requires_grad_()
         loss = self._ask(self._loss, leaf, batch)
         return predictions, leaf, check_mean(loss, "loss(predictions, batch)")
 
-    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
-        return _OutputsTape(roots, self._layout.parameters)
+    def _make(self, roots: tuple[Tensor, ...]) -> Graph:
+        return _OutputsGraph(roots, self._layout.parameters)
 
 
-class _OutputsTape(Tape):
+class _OutputsGraph(Graph):
     """Predictions, the loss's gradient by them, and J^T u as a function of u."""
 
     def __init__(

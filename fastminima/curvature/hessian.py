@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._graph import Graph, Parts, check_mean, combine, differentiate
 from ._mean import MeanOperator
-from ._tape import Parts, Tape, check_mean, combine, differentiate
 
 __all__ = ["Hessian"]
 
@@ -71,11 +71,11 @@ class Hessian(MeanOperator):
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
         return (check_mean(self._ask(self._loss, self._model, batch)),)
 
-    def _make(self, roots: tuple[Tensor, ...]) -> Tape:
-        return _GradientTape(roots, self._layout.parameters)
+    def _make(self, roots: tuple[Tensor, ...]) -> Graph:
+        return _GradientGraph(roots, self._layout.parameters)
 
 
-class _GradientTape(Tape):
+class _GradientGraph(Graph):
     """A gradient that can be differentiated again, any number of times."""
 
     def __init__(

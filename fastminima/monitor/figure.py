@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from .._optional import require
 
 __all__ = ["plot", "read"]
 
@@ -115,7 +116,9 @@ def plot(
             f"Nothing to draw in {len(found)} rows; their names: {sorted(names)}."
         )
     height = (len(panels) + 1) // 2
-    figure = _figure()(figsize=(10, 2.5 * height), layout="constrained")
+    otherwise = "`pip install 'fastminima[examples]'`"
+    matplotlib = require("matplotlib.figure", "fm.monitor.plot", otherwise)
+    figure = matplotlib.Figure(figsize=(10, 2.5 * height), layout="constrained")
     axes = list(figure.subplots(height, 2, sharex=True, squeeze=False).flat)
     for ax, panel in zip(axes, panels, strict=False):
         _fill(ax, panel, [line for line in panel.lines if line.name in names], found)
@@ -198,13 +201,3 @@ def _averages(values: Sequence[float]) -> list[float]:
             total = weight = 0.0
         found.append(total / weight if weight else math.nan)
     return found
-
-
-def _figure() -> Any:
-    try:
-        return importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise ImportError(
-            "fm.monitor.plot needs matplotlib, which is not installed. Run `pip "
-            "install matplotlib`, or `pip install 'fastminima[examples]'`."
-        ) from error

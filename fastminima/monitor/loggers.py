@@ -7,7 +7,6 @@ loggers and only one writes.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JsonLines", "Logger", "TensorBoard", "WandB", "require"]
+from .._optional import INTEGRATIONS, require
+
+__all__ = ["JsonLines", "Logger", "TensorBoard", "WandB"]
 
 
 class Logger:
@@ -78,7 +79,7 @@ class TensorBoard(Logger):
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        require("tensorboard", "TensorBoard logging", "tensorboard")
+        require("tensorboard", "TensorBoard logging", INTEGRATIONS)
         self.folder = Path(folder)
         self._writer: Any = None
 
@@ -119,7 +120,7 @@ class WandB(Logger):
     def __init__(
         self, project: str | None = None, *, run: Any = None, **options: Any
     ) -> None:
-        self._wandb = require("wandb", "Logging to Weights & Biases", "wandb")
+        self._wandb = require("wandb", "Logging to Weights & Biases", INTEGRATIONS)
         if run is not None and (options or project is not None):
             given = sorted(options) + ([] if project is None else ["project"])
             raise ValueError(
@@ -150,19 +151,3 @@ class WandB(Logger):
             self._run.finish()
             self._run = None
             self._has_axis = False
-
-
-def require(package: str, what: str, install: str) -> Any:
-    """The module of an optional package.
-
-    Raises:
-        ImportError: it is not installed; says how to install it.
-    """
-    # A package that is there but broken speaks for itself.
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"{what} needs {package}, which is not installed. Run `pip install "
-            f"{install}`, or `pip install 'fastminima[integrations]'` for all of them.",
-            name=package,
-        )
-    return importlib.import_module(package)

@@ -3,7 +3,7 @@
 What was measured on an H100 decides, `2026-11-26-0058-d17c21fe-h100-kernels.json` in
 benchmarks/records: a kernel is preferred where all sizes together took it less time
 than PyTorch's operations, and none of them more beyond the spread of the times. The
-lines are those of `python -m benchmarks.floors --preferences`, which falls back on a
+lines are those of `python -m tools.kernels.floors --preferences`, which falls back on a
 model of lower bounds where nothing was measured; a test holds both together.
 """
 

@@ -2,8 +2,8 @@
 
 from .density import spectral_density
 from .eigenpairs import ConvergenceWarning, top_eigenpairs
-from .probe import SharpnessProbe
 from .results import Density, Eigenpairs, Estimate
+from .sharpness import SharpnessProbe
 from .trace import frobenius_norm, trace
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Which eigenpairs are wanted, and those found so far."""
+"""Which eigenpairs are asked for, and the best found so far."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..ops.vector import linear_combinations
 
-__all__ = ["Found", "Wanted"]
+__all__ = ["BestPairs", "Goal"]
 
 
-class Wanted(NamedTuple):
+class Goal(NamedTuple):
     """k eigenvalues at one end of the spectrum, to a tolerance."""
 
     k: int
@@ -36,11 +36,11 @@ class Wanted(NamedTuple):
         return self.rtol * max(abs(value), 1e-3 * scale)
 
 
-class Found:
-    """Eigenpairs found so far, the most wanted first."""
+class BestPairs:
+    """The k best eigenpairs found so far, the most wanted first."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
+    def __init__(self, goal: Goal) -> None:
+        self._goal = goal
         self.values: list[float] = []
         self.vectors: list[Tensor] = []
         self.residuals: list[float] = []
@@ -64,7 +64,7 @@ class Found:
         values, weights = _rayleigh_ritz(
             _products(basis, basis), _products(basis, images)
         )
-        order = self._wanted.order(values)[: self._wanted.k]
+        order = self._goal.order(values)[: self._goal.k]
         chosen = torch.from_numpy(np.ascontiguousarray(weights[:, order]))
         rows = linear_combinations(basis[0], basis[1:], chosen)
         moved = linear_combinations(images[0], images[1:], chosen)
@@ -76,8 +76,8 @@ class Found:
 
     def are_within(self) -> bool:
         """Whether there are k, each to its tolerance."""
-        return len(self.values) == self._wanted.k and all(
-            residual <= self._wanted.tolerance(value, self.scale)
+        return len(self.values) == self._goal.k and all(
+            residual <= self._goal.tolerance(value, self.scale)
             for value, residual in zip(self.values, self.residuals, strict=True)
         )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.vector import linear_combinations, power_step, project_out
-from ._pairs import Found, Wanted
+from ._pairs import BestPairs, Goal
 from ._problem import Problem
 
 __all__ = ["power_pairs"]
@@ -15,30 +15,30 @@ _PATIENCE = 20  # steps in which the residual must have fallen, or the matrix is
 
 
 def power_pairs(
-    problem: Problem, wanted: Wanted, start: Tensor, max_products: int
-) -> Found:
+    problem: Problem, goal: Goal, start: Tensor, max_products: int
+) -> BestPairs:
     """The wanted eigenpairs, each with the earlier ones projected out."""
-    found = Found(wanted)
+    best = BestPairs(goal)
     is_within = True
-    while len(found.values) < wanted.k and problem.asked < max_products:
-        is_within &= _one_pair(problem, wanted, found, start, max_products)
+    while len(best.values) < goal.k and problem.asked < max_products:
+        is_within &= _one_pair(problem, goal, best, start, max_products)
         start = problem.normal()
-    found.is_converged = is_within and found.are_within()
-    return found
+    best.is_converged = is_within and best.are_within()
+    return best
 
 
 def _one_pair(
-    problem: Problem, wanted: Wanted, found: Found, start: Tensor, max_products: int
+    problem: Problem, goal: Goal, best: BestPairs, start: Tensor, max_products: int
 ) -> bool:
     v = start.clone()
     for _ in range(2):
-        project_out(v, found.vectors)
+        project_out(v, best.vectors)
     v /= torch.linalg.vector_norm(v)
     shift, stalled = 0.0, _Stalled()
-    strictness = 0.7 if wanted.k > 1 else 1.0  # combining pairs mixes their errors
+    strictness = 0.7 if goal.k > 1 else 1.0  # combining pairs mixes their errors
     while True:
         w = problem.multiply(v)
-        leak = project_out(w, found.vectors)
+        leak = project_out(w, best.vectors)
         following = torch.empty_like(v)
         value, residual, norm = power_step(w, v, shift, following).tolist()
         if not norm < float("inf"):
@@ -46,9 +46,9 @@ def _one_pair(
                 f"Product {problem.products} with the matrix is not finite. Check the "
                 "parameters and the batch."
             )
-        found.scale = max(found.scale, abs(value) + residual, norm - abs(shift))
-        is_within = residual <= strictness * wanted.tolerance(value, found.scale)
-        is_wrong = _is_wrong_end(value - shift, wanted.which) and value != 0.0
+        best.scale = max(best.scale, abs(value) + residual, norm - abs(shift))
+        is_within = residual <= strictness * goal.tolerance(value, best.scale)
+        is_wrong = _is_wrong_end(value - shift, goal.which) and value != 0.0
         if is_within and not is_wrong:
             break
         if problem.asked >= max_products:
@@ -57,14 +57,14 @@ def _one_pair(
         is_settled = is_wrong and residual <= 0.1 * abs(value)
         if is_settled or (shift == 0.0 and stalled.after(residual)):
             # The dominant eigenvalue has the other sign, or both signs dominate alike.
-            shift = found.scale if wanted.which == "smallest" else -found.scale
+            shift = best.scale if goal.which == "smallest" else -best.scale
             following = problem.normal() if is_settled else following
-        project_out(following, found.vectors)
+        project_out(following, best.vectors)
         v = following / torch.linalg.vector_norm(following)
     image = linear_combinations(
-        w, found.vectors, torch.cat([leak.new_ones(1), leak])[:, None]
+        w, best.vectors, torch.cat([leak.new_ones(1), leak])[:, None]
     )
-    found.add([v], list(image.unbind()))
+    best.add([v], list(image.unbind()))
     return is_within
 
 

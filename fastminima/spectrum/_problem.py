@@ -72,7 +72,7 @@ class Problem:
             return
         generator = torch.Generator("cpu").manual_seed(1)
         mixtures = torch.randn(
-            *(2, self.size), generator=generator, dtype=torch.float64, device="cpu"
+            (2, self.size), generator=generator, dtype=torch.float64, device="cpu"
         )
         u, v = mixtures.to(images)
         self._refuse(self._watch.between((u, u @ images), (v, v @ images), self._noise))

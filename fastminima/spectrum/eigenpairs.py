@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._krylov import lanczos_pairs
-from ._pairs import Found, Wanted
+from ._lanczos_pairs import lanczos_pairs
+from ._pairs import BestPairs, Goal
 from ._power import power_pairs
 from ._problem import Problem
 from .results import Eigenpairs
@@ -76,18 +76,18 @@ def top_eigenpairs(
     """
     problem = Problem(H, seed)
     _check(problem.size, k, which, method, rtol, max_products)
-    wanted = Wanted(k, which, rtol)
+    goal = Goal(k, which, rtol)
     first = _start(problem, start)
     solve = {"lanczos": lanczos_pairs, "power": power_pairs}[method]
-    found = solve(problem, wanted, first, max_products)
-    if not found.is_converged:
-        _warn(found, wanted, problem.products)
+    best = solve(problem, goal, first, max_products)
+    if not best.is_converged:
+        _warn(best, goal, problem.products)
     return Eigenpairs(
-        values=torch.tensor(found.values, dtype=problem.dtype, device="cpu"),
-        vectors=torch.stack(found.vectors),
-        residuals=torch.tensor(found.residuals, dtype=problem.dtype, device="cpu"),
+        values=torch.tensor(best.values, dtype=problem.dtype, device="cpu"),
+        vectors=torch.stack(best.vectors),
+        residuals=torch.tensor(best.residuals, dtype=problem.dtype, device="cpu"),
         products=problem.products,
-        converged=found.is_converged,
+        converged=best.is_converged,
     )
 
 
@@ -131,16 +131,16 @@ def _start(problem: Problem, start: Tensor | None) -> Tensor:
     return (rows / norms).sum(dim=0).add_(random, alpha=_RANDOM_PART)
 
 
-def _warn(found: Found, wanted: Wanted, products: int) -> None:
+def _warn(best: BestPairs, goal: Goal, products: int) -> None:
     worst = max(
         residual / max(abs(value), 1e-300)
-        for value, residual in zip(found.values, found.residuals, strict=True)
+        for value, residual in zip(best.values, best.residuals, strict=True)
     )
-    lacking = wanted.k - len(found.values)
+    lacking = goal.k - len(best.values)
     missing = f"; {lacking} missing" if lacking else ""
     warnings.warn(
         f"top_eigenpairs stopped after {products} products: the largest residual is "
-        f"{worst:.2g} of its value, rtol={wanted.rtol:g}{missing}. Raise "
+        f"{worst:.2g} of its value, rtol={goal.rtol:g}{missing}. Raise "
         "max_products, or rtol.",
         ConvergenceWarning,
         stacklevel=3,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+
+from .._optional import require
 
 __all__ = ["Density", "Eigenpairs", "Estimate"]
 
@@ -81,20 +82,12 @@ class Density:
             ImportError: matplotlib is not installed.
         """
         if ax is None:
-            ax = _pyplot().subplots()[1]
+            otherwise = "draw .grid and .density yourself"
+            pyplot = require("matplotlib.pyplot", "Density.plot()", otherwise)
+            ax = pyplot.subplots()[1]
         grid, density = self.grid.numpy(), self.density.numpy()
         ax.semilogy(grid, density)
         ax.set_ylim(max(density.max() * 1e-8, 1e-300), density.max() * 3)
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")
         return ax
-
-
-def _pyplot() -> Any:
-    try:
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ImportError(
-            "Density.plot() needs matplotlib, which is not installed. Run "
-            "`pip install matplotlib`, or draw .grid and .density yourself."
-        ) from error

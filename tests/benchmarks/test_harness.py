@@ -10,16 +10,16 @@ import torch
 
 from benchmarks import gradients, markdown
 from benchmarks.curvature import EigenvalueResult
-from benchmarks.gradients import choose_option, compare_gradients
-from benchmarks.harness import compare, interleave, ratio
-from benchmarks.memory import peak_growth
-from benchmarks.oracle import Verdict, judge, sample_truth
-from benchmarks.oracle_curvature import (
+from benchmarks.curvature_oracle import (
     judge_eigenvalue,
     judge_product,
     product_truth,
     top_eigenvalue,
 )
+from benchmarks.gradients import choose_option, compare_gradients
+from benchmarks.gradients_oracle import judge, sample_truth
+from benchmarks.harness import Verdict, compare, interleave, ratio
+from benchmarks.memory import peak_growth
 from benchmarks.providers import Provider, by_name, providers_of
 from benchmarks.providers.base import flat, split
 from benchmarks.records import describe_run, save, summary

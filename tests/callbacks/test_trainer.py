@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from logs import history, scalars
+from read_logs import history, scalars
 from torch.nn.functional import cross_entropy
 from training import Rows, accumulators, check, fail_in_backward
 

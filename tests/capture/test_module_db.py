@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from module_examples import NAMES, Example, examples
+from module_db_examples import NAMES, Example, examples
 
 import fastminima as fm
 

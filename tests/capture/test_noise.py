@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 from cases import CASES
-from noisy import noisy
+from noisy_backward import noisy
 from torch import nn
 from torch.nn.functional import cross_entropy
-from zoo import LISTED
+from transformers_models import LISTED
 
 import fastminima as fm
 from fastminima.capture.options import Asked

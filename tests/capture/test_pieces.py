@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
+from bytes_held import held
 from cases import CASES
-from held import held
 from torch import nn
 
 import fastminima as fm

@@ -16,8 +16,17 @@ import pytest
 import torch
 import transformers as hf
 from oracles import flat, single_sample_gradients
-from timm_zoo import TIMM
-from zoo import ENCODER, LISTED, MORE, NO_DROPOUT, hearing, language, t5, twin
+from timm_models import TIMM
+from transformers_models import (
+    ENCODER,
+    LISTED,
+    MORE,
+    NO_DROPOUT,
+    hearing,
+    language,
+    t5,
+    twin,
+)
 
 import fastminima as fm
 from fastminima.capture.reading import reader as reading

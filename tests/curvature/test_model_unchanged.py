@@ -230,6 +230,6 @@ def test_memory_is_freed_with_the_operator(device):
     model, batch = make("mlp", device=device)
     H = fm.Hessian(model, loss, batch)
     H @ torch.ones(H.shape[0], dtype=torch.float64, device=device)
-    tape = weakref.ref(H._kept.tape)
+    graph = weakref.ref(H._kept.graph)
     del H
-    assert tape() is None
+    assert graph() is None

@@ -2,11 +2,11 @@
 
 import importlib.util
 
-import emulation
 import pytest
 import torch
 
 from fastminima import _native
+from tools.kernels import emulator
 
 collect_ignore_glob = []
 if importlib.util.find_spec("triton") is None:
@@ -49,11 +49,11 @@ class Device:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
-    if reason := emulation.missing([], folder):
+    if reason := emulator.missing([], folder):
         pytest.skip(reason)
-    sources = [*emulation.KERNELS, emulation.HERE / "emulated.cpp"]
+    sources = [*emulator.KERNELS, emulator.HERE / "emulated.cpp"]
     flags = ["-shared", "-fPIC"]
-    return emulation.Emulated(emulation.build(folder / "emulated.so", sources, flags))
+    return emulator.Emulated(emulator.build(folder / "emulated.so", sources, flags))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -5,22 +5,22 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
+from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import triton
 import triton.language as tl
-from kernels.capturable import (
+from torch.utils._pytree import tree_leaves
+
+from fastminima.ops.table import Op
+from tools.kernels.capturable import (
     CudaStandIn,
     NotCapturableError,
     capturing,
     cuda_ops,
 )
-from torch.utils._pytree import tree_leaves
-
-from fastminima.ops.table import Op
 
 CASES = {case.label: case for case in cases("triton")}
 
@@ -98,7 +98,7 @@ def _is_on_gpu(op):
 
 
 def test_every_op_with_a_kernel_has_arguments():
-    """An op that is missing in benchmarks/kernels/cases.py is neither checked here,
+    """An op that is missing in tools/kernels/cases.py is neither checked here,
     nor compiled by the report on kernels.
     """
     found = all_ops() | cuda_ops(CudaStandIn())

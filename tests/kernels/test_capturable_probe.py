@@ -16,7 +16,12 @@ from fastminima.ops.table import Op
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from kernels.capturable import CudaStandIn, NotCapturableError, capturing, cuda_ops
+from tools.kernels.capturable import (
+    CudaStandIn,
+    NotCapturableError,
+    capturing,
+    cuda_ops,
+)
 
 N, T = 4, 7
 

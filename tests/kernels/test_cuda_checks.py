@@ -2,32 +2,33 @@
 
 import subprocess
 
-import emulation
 import pytest
+
+from tools.kernels import emulator
 
 
 def build_under(flags, name, sources, folder):
-    if reason := emulation.missing(flags, folder):
+    if reason := emulator.missing(flags, folder):
         pytest.skip(reason)
-    return emulation.build(folder / name, sources, flags)
+    return emulator.build(folder / name, sources, flags)
 
 
 @pytest.fixture(scope="module")
 def address_faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("address")
-    source = emulation.HERE / "planted_faults.cpp"
-    return build_under(emulation.ADDRESS, "faults", [source], folder)
+    source = emulator.HERE / "planted_faults.cpp"
+    return build_under(emulator.ADDRESS, "faults", [source], folder)
 
 
 @pytest.fixture(scope="module")
 def thread_faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("thread")
-    source = emulation.HERE / "planted_faults.cpp"
-    return build_under(emulation.THREAD, "faults", [source], folder)
+    source = emulator.HERE / "planted_faults.cpp"
+    return build_under(emulator.THREAD, "faults", [source], folder)
 
 
 def outcome(program, name):
-    done = emulation.run(program, name, check=False)
+    done = emulator.run(program, name, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -64,15 +65,15 @@ def test_nothing_is_noticed_where_nothing_is_wrong(address_faults, thread_faults
 @pytest.mark.parametrize(
     ("flags", "cases"),
     [
-        pytest.param(emulation.ADDRESS, "all", id="address"),
-        pytest.param([*emulation.THREAD, "-DFM_THREADS=64"], "few", id="thread"),
+        pytest.param(emulator.ADDRESS, "all", id="address"),
+        pytest.param([*emulator.THREAD, "-DFM_THREADS=64"], "few", id="thread"),
     ],
 )
 def test_the_kernels_pass(flags, cases, tmp_path):
-    sources = [*emulation.KERNELS, emulation.HERE / "sanitized.cpp"]
+    sources = [*emulator.KERNELS, emulator.HERE / "sanitized.cpp"]
     program = build_under(flags, "sanitized", sources, tmp_path)
     try:
-        done = emulation.run(program, cases)
+        done = emulator.run(program, cases)
     except subprocess.CalledProcessError as error:
         pytest.fail((error.stdout + error.stderr)[:3000])
     assert done.stdout == "done\n"

@@ -5,7 +5,7 @@ As in test_cuda_kernels.py: an emulated and a real device, several thread orders
 
 import pytest
 import torch
-from tensors import ALL, FLOATS, same
+from cuda_tensors import ALL, FLOATS, same
 
 from fastminima.ops import embedding
 from fastminima.ops.cuda import embedding as embedding_cuda

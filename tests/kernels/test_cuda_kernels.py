@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from tensors import ALL, FLOATS, same, shifted
+from cuda_tensors import ALL, FLOATS, same, shifted
 
 from fastminima.ops import multi, random, vector
 from fastminima.ops.cuda import multi as multi_cuda

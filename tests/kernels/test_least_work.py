@@ -5,16 +5,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.kernels.cases import Tensors, all_ops
-from benchmarks.kernels.work import Work, work_of
+from tools.kernels.cases import Tensors, all_ops
+from tools.kernels.work import Work, work_of
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernels.triton_check import interpreting
 
 from fastminima.ops.conv_geometry import ConvGeometry
+from tools.kernels.interpreter import interpreting
 
 SLACK = 1.05
 NEW = Tensors("cpu", torch.float32)
@@ -69,20 +69,28 @@ STREAMING = {
     "sum_over_space": (NEW.normal(2, 33, 520),),
     "product_over_time": (NEW.normal(2, 256, 130), NEW.normal(2, 256, 130)),
     "layer_norm_gradients": (
-        *(NEW.normal(2, 100, 256), NEW.normal(2, 100, 256)),
-        *(NEW.wide(2, 100), NEW.wide(2, 100)),
+        NEW.normal(2, 100, 256),
+        NEW.normal(2, 100, 256),
+        NEW.wide(2, 100),
+        NEW.wide(2, 100),
     ),
     "layer_norm_fused": (
-        *(NEW.normal(3, 100, 256), NEW.normal(3, 100, 256)),
-        *(NEW.wide(3, 100), NEW.wide(3, 100)),
+        NEW.normal(3, 100, 256),
+        NEW.normal(3, 100, 256),
+        NEW.wide(3, 100),
+        NEW.wide(3, 100),
     ),
     "channel_norm_gradients": (
-        *(NEW.normal(2, 8, 700), NEW.normal(2, 8, 700)),
-        *(NEW.wide(2, 4), NEW.wide(2, 4)),
+        NEW.normal(2, 8, 700),
+        NEW.normal(2, 8, 700),
+        NEW.wide(2, 4),
+        NEW.wide(2, 4),
     ),
     "channel_norm_fused": (
-        *(NEW.normal(2, 8, 700), NEW.normal(2, 8, 700)),
-        *(NEW.wide(1, 8), NEW.wide(1, 8)),
+        NEW.normal(2, 8, 700),
+        NEW.normal(2, 8, 700),
+        NEW.wide(1, 8),
+        NEW.wide(1, 8),
     ),
     "row_sq_norms": (NEW.normal(5, 300), NEW.normal(5, 700)),
     "sq_norm": (NEW.normal(50, 1000),),

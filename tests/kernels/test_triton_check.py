@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernels.triton_check import CheckError, Report, interpreting
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tools.kernels.interpreter import CheckError, Report, interpreting
 
 BLOCK = 64
 

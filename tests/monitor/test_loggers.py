@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from logs import history, scalars
+from read_logs import history, scalars
 
 import fastminima as fm
 

@@ -55,9 +55,13 @@ def check():
 
 
 if importlib.util.find_spec("triton") is not None:
-    from kernels.place import PLACES, Cuda, Interpreter, place_named
+    from tools.kernels.place import Cuda, Interpreter
 
-    @pytest.fixture(params=PLACES)
+    @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
     def place(request) -> Interpreter | Cuda:
         """Where a launcher of Triton kernels runs: `place(launcher, *args)`."""
-        return place_named(request.param)
+        if request.param == "interpreter":
+            return Interpreter()
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return Cuda()

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kernels.cases import Tensors
 from benchmarks.workloads import WORKLOADS
 from fastminima.ops.conv_geometry import ConvGeometry
+from tools.kernels.cases import Tensors
 
 __all__ = ["Layer", "arguments", "layers"]
 

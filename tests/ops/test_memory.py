@@ -9,14 +9,14 @@ from itertools import chain
 
 import pytest
 import torch
-from held import bytes_of, held
-from kernels.capturable import CudaStandIn, cuda_ops
+from bytes_held import bytes_of, held
 from layer_sizes import arguments, layers
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.kernels.cases import Tensors, all_ops
 from benchmarks.workloads import WORKLOADS
 from fastminima.ops import _pieces
+from tools.kernels.capturable import CudaStandIn, cuda_ops
+from tools.kernels.cases import Tensors, all_ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 OPS = all_ops()
@@ -145,7 +145,7 @@ def test_every_op_is_looked_at():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("workload", LAYERED)
 def test_launchers(workload, dtype):
-    from kernels.capturable import capturing
+    from tools.kernels.capturable import capturing
 
     for op, args in calls(workload, dtype):
         key = tensors(args)[0].dtype

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernels.triton_check import Report, interpreting
 
 from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.triton import conv, conv_cost
 from fastminima.ops.triton.conv_sizes import operands
+from tools.kernels.interpreter import Report, interpreting
 
 BATCH, CHANNELS, HEIGHT, SIDE, TAPS = 2, 32, 16, 8, 9
 LENGTH = SIDE * SIDE

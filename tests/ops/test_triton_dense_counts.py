@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernels.triton_check import Report, interpreting
 from triton_cases import DTYPES, cancelling, far_apart, sequences
 
 from fastminima.ops import dense
 from fastminima.ops.cost import dense as dense_cost
 from fastminima.ops.triton import _launch, dense_gram
 from fastminima.ops.triton import dense as launchers
+from tools.kernels.interpreter import Report, interpreting
 
 
 def counts(launcher, *args, **options):

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from kernels.place import Interpreter
-from kernels.triton_check import Report, interpreting
 from ops.triton_cases import (
     LAYOUTS,
     assert_within,
@@ -16,6 +14,8 @@ from ops.triton_cases import (
 from fastminima.ops import dense
 from fastminima.ops.triton import dense_dots as dots
 from fastminima.ops.triton import dense_pairs as pairs
+from tools.kernels.interpreter import Report, interpreting
+from tools.kernels.place import Interpreter
 
 # batch, time, d_in, d_out
 SHAPES = [

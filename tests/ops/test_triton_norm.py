@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from kernels.place import Interpreter
-from kernels.triton_check import Report, interpreting
 from ops.triton_cases import (
     DTYPES,
     LAYOUTS,
@@ -16,6 +14,8 @@ from ops.triton_cases import (
 
 from fastminima.ops import norm
 from fastminima.ops.triton import norm as kernels
+from tools.kernels.interpreter import Report, interpreting
+from tools.kernels.place import Interpreter
 
 SHAPES = [
     *[(3, 5, 7), (1, 1, 1), (2, 33, 70), (4, 1, 300), (2, 17, 256)],

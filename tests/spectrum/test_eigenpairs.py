@@ -7,7 +7,7 @@ import torch
 
 import fastminima as fm
 from fastminima.spectrum import ConvergenceWarning
-from fastminima.spectrum._krylov import miss_probability
+from fastminima.spectrum._lanczos_pairs import miss_probability
 
 from .matrices import SPECTRA, Counted, bulk, rotated, wanted
 
@@ -131,7 +131,7 @@ def test_restarts_keep_what_was_found(monkeypatch, k, device):
     """A basis that may hold few vectors is restarted, and the answer is the same."""
     eigenvalues = [1.05, 1.04, 1.03, 1.02, *torch.linspace(-1, 1, 300).tolist()]
     matrix = rotated(eigenvalues, device=device)
-    monkeypatch.setattr("fastminima.spectrum._krylov._BASIS_BYTES", 0)
+    monkeypatch.setattr("fastminima.spectrum._lanczos_pairs._BASIS_BYTES", 0)
     pairs = fm.top_eigenpairs(matrix, k, rtol=1e-3, max_products=2000)
     check(matrix, eigenvalues, pairs, "largest", k, 1e-3)
 
@@ -192,7 +192,7 @@ def test_half_precision_matrix(device):
 
 def test_probability_bound_holds():
     """The Kuczynski-Wozniakowski bound against how often Lanczos really falls short."""
-    from fastminima.spectrum._lanczos import LanczosRun
+    from fastminima.spectrum._lanczos_run import LanczosRun
 
     size, steps, gap = 200, 5, 0.3
     matrix = torch.diag(torch.linspace(0, 0.69, size).double())

@@ -1,0 +1,1 @@
+"""Everything a GPU has to tell: the stages, and `python -m benchmarks.gpu`."""

@@ -1,1 +1,0 @@
-"""What a GPU kernel's machine code says about it, found out without a GPU."""

@@ -1,0 +1,108 @@
+"""The recorded graph of one batch, and what its derivatives are made with."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Graph", "Parts", "check_graph", "check_mean", "combine", "differentiate"]
+
+Parts = Sequence[Tensor | None]
+
+
+class Graph(abc.ABC):
+    """The recorded graph of one batch.
+
+    Attributes:
+        roots: What the closures returned, first by the model, last the loss.
+        reached: The first derivative by each parameter; None for those not reached.
+    """
+
+    def __init__(self, roots: tuple[Tensor, ...], reached: Parts) -> None:
+        self.roots, self.reached = roots, reached
+
+    @property
+    def value(self) -> Tensor:
+        """The mean loss."""
+        return self.roots[-1].detach().mean()
+
+    @abc.abstractmethod
+    def gradient(self) -> Parts:
+        """The gradient of the loss."""
+
+
+def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
+    """The scalar that a closure returned; ValueError unless it is one and usable."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        met = (
+            f"shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else type(loss).__name__
+        )
+        raise ValueError(
+            f"{closure} must return a scalar tensor, the mean over the batch; got "
+            f"{met}. Return losses.mean()."
+        )
+    check_graph(loss, closure)
+    if not torch.isfinite(loss).all():
+        raise ValueError(
+            f"{closure} returned {loss.item()}: a non-finite loss has no derivatives. "
+            "Check the batch and the parameters."
+        )
+    return loss.reshape(())
+
+
+def check_graph(value: Tensor, closure: str) -> None:
+    """ValueError unless `value` can be differentiated."""
+    if not value.requires_grad:
+        raise ValueError(
+            f"{closure} returned a tensor without a graph: no trainable parameter was "
+            "reached. Compute it with the model's own parameters, without detach() or "
+            "no_grad()."
+        )
+
+
+def combine(
+    outputs: Parts, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradient of sum_i <outputs_i, weights_i> by the inputs, keeping the graph.
+
+    Outputs that are None or constant contribute nothing; an input not reached gets
+    None.
+    """
+    used = [
+        (o, w)
+        for o, w in zip(outputs, weights, strict=True)
+        if o is not None and o.requires_grad
+    ]
+    if not used:
+        return [None] * len(inputs)
+    outputs, weights = zip(*used, strict=True)
+    return list(differentiate(outputs, inputs, weights, create_graph=False))
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    create_graph: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of sum_i <outputs_i, weights_i>, keeping the graph.
+
+    That function is itself one that function modes intercept, and are switched off in:
+    a checkpointed region would be computed again without `Rewrites`.
+    """
+    return torch.autograd.Variable._execution_engine.run_backward(
+        tuple(outputs),
+        tuple(weights),
+        True,  # keep the graph
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
