@@ -33,12 +33,15 @@ def pieces_of(probe: GradientProbe, losses: Tensor) -> Pieces:
     reading = reader.read(losses, samples)
 
     def hook(*, gradients: bool) -> None:
-        norms = frozenset(["norms"])
-        probe._session(reading, samples.count, norms, {}, gradients).close()
+        collector = probe._collector()
+        session = probe._session(
+            reading, samples.count, collector, hook_gradients=gradients
+        )
+        session.close()
 
     return Pieces(
         nodes=len(reading.tape.nodes),
-        uses=len(reading.found.plan.uses),
+        uses=len(reading.recipe.plan.uses),
         walk=lambda: Tape([losses.grad_fn], reader.names),
         read=lambda: reader.read(losses, samples),
         hook=lambda: hook(gradients=False),

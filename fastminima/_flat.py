@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._dtypes import accumulation_dtype
 from ._parameters import check_parameter
 
-__all__ = ["FlatLayout"]
+__all__ = ["FlatLayout", "dense_values"]
 
 
 class FlatLayout:
@@ -143,3 +143,10 @@ def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
             f"Trainable parameters lie on {len(devices)} devices, {devices}; a flat "
             "vector needs one. Move the model to one device, or freeze the rest."
         )
+
+
+def dense_values(grad: Tensor) -> Tensor:
+    """A dense tensor with the elements of a gradient that may be sparse."""
+    if grad.layout == torch.strided:
+        return grad
+    return grad.coalesce().values() if grad.is_sparse else grad.to_dense()

@@ -15,7 +15,7 @@ from .graph.passes import run_pass
 from .graph.saved import frames_of
 from .reading import mixing as batch_norms
 from .reading.reader import Reading
-from .session.hooks import Collected, Session
+from .session.timed import TimedCollector, TimedSession
 
 __all__ = ["Audit", "AuditRow", "audit_losses"]
 
@@ -102,9 +102,10 @@ class Audit:
 
 
 def audit_losses(
-    new_session: Callable[[], Session],
+    new_session: Callable[[], TimedSession],
     losses: Tensor,
     parameters: Mapping[str, Tensor],
+    *,
     samples: int,
     seed: int,
     reading: Reading,
@@ -120,11 +121,11 @@ def audit_losses(
         handles = batch_norms.freeze(reading.tape, reading.mixing)
     try:
         grads, plain = _plain_pass(losses, tensors, frames)
-        collected = _observed_pass(losses, tensors, new_session(), frames)
+        seen = _observed_pass(losses, tensors, new_session(), frames)
         for _ in range(_TIMED - 1):
             again = _observed_pass(losses, tensors, new_session(), frames).seconds
             for name, seconds in again.items():
-                collected.seconds[name] = min(seconds, collected.seconds[name])
+                seen.seconds[name] = min(seconds, seen.seconds[name])
         whole = _norm(grads)
         generator = torch.Generator("cpu").manual_seed(seed)
         order = torch.randperm(count, generator=generator, device="cpu")
@@ -133,23 +134,23 @@ def audit_losses(
         if not (reading.mixing and batchnorm == "rows"):
             for n in chosen.tolist():
                 singles = run_pass(losses[n], tensors, None, frames=frames)
-                _compare_sample(collected, n, count, names, singles, norm_errors)
+                _compare_sample(seen, n, count, names, singles, norm_errors)
     finally:
         for handle in handles:
             handle.remove()
     rows = []
     tolerance = _tolerance(reading)
     for name, grad in zip(names, grads, strict=True):
-        if grad is None and name not in collected.totals:
+        if grad is None and name not in seen.totals:
             continue
         rows.append(
             AuditRow(
                 name,
-                tuple(collected.rules.get(name, ())),
-                _sum_error(collected, name, grad, whole),
+                tuple(seen.rules.get(name, ())),
+                _sum_error(seen, name, grad, whole),
                 norm_errors[name],
                 tolerance,
-                collected.seconds.get(name, 0.0) / plain,
+                seen.seconds.get(name, 0.0) / plain,
             )
         )
     unreached = tuple(name for name in parameters if name not in reading.tape.leaves)
@@ -172,11 +173,12 @@ def _plain_pass(
 
 
 def _observed_pass(
-    losses: Tensor, tensors: list[Tensor], session: Session, frames: list[Any]
-) -> Collected:
+    losses: Tensor, tensors: list[Tensor], session: TimedSession, frames: list[Any]
+) -> TimedCollector:
     try:
         run_pass(losses.mean(), tensors, session, frames=frames)
-        return session.finish()
+        session.finish()
+        return session.collector
     finally:
         session.close()
 
@@ -191,9 +193,9 @@ def _tolerance(reading: Reading) -> float:
 
 
 def _sum_error(
-    collected: Collected, name: str, grad: Tensor | None, whole: float
+    seen: TimedCollector, name: str, grad: Tensor | None, whole: float
 ) -> float:
-    total = collected.totals.get(name)
+    total = seen.totals.get(name)
     if total is None or grad is None:
         return math.inf
     grad = grad.to_dense() if grad.is_sparse else grad
@@ -208,7 +210,7 @@ def _norm(grads: Iterable[Tensor | None]) -> float:
 
 
 def _compare_sample(
-    collected: Collected,
+    seen: TimedCollector,
     n: int,
     count: int,
     names: list[str],
@@ -217,9 +219,9 @@ def _compare_sample(
 ) -> None:
     whole = _norm(grads)
     for name, grad in zip(names, grads, strict=True):
-        if name not in collected.sq_norms:
+        if name not in seen.collected.sq_norms:
             continue
-        norms = collected.sq_norms[name].double() * count**2
+        norms = seen.collected.sq_norms[name].double() * count**2
         want = 0.0
         if grad is not None:
             grad = grad.to_dense() if grad.is_sparse else grad

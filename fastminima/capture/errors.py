@@ -1,7 +1,56 @@
-"""What is raised when a graph cannot be read."""
+"""What is raised when a graph cannot be read, and what the engine's errors mean."""
 
-__all__ = ["CaptureError"]
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["CaptureError", "explaining"]
 
 
 class CaptureError(RuntimeError):
     """The autograd graph of a loss cannot be read exactly; the message says why."""
+
+
+# What PyTorch says when ...
+_SPENT_GRAPH = "backward through the graph a second time"
+_REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible"
+
+
+@contextmanager
+def explaining(
+    earlier: Callable[[], Exception | None] = lambda: None,
+) -> Iterator[None]:
+    """Say of the engine's errors what they mean for a probe.
+
+    What was found wrong `earlier` is why a pass could not run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = earlier() or _explained(error)
+        if known is not None:
+            raise known from error
+        raise
+
+
+def _explained(error: RuntimeError) -> CaptureError | None:
+    """What an error of the engine means for a probe."""
+    if _SPENT_GRAPH in str(error):
+        return CaptureError(
+            "The backward pass of this loss has already run and its graph is gone. "
+            "Compute the loss again, or keep the graph with retain_graph=True."
+        )
+    if _REENTRANT in str(error):
+        return CaptureError(
+            "An audit and a pass with frozen statistics differentiate through "
+            "torch.autograd.grad, which checkpoint(use_reentrant=True) does not allow. "
+            "Use use_reentrant=False for it."
+        )
+    if "linear_cross_entropy chunked backward called twice" in str(error):
+        return CaptureError(
+            "The loss was computed by linear_cross_entropy in chunks, which lets its "
+            "backward pass run only once. Pass "
+            "LinearCrossEntropyOptions(allow_retain_graph=True), or options=None."
+        )
+    return None

@@ -1,28 +1,94 @@
-"""What users say of a loss and of directions, checked."""
+"""What users say of a probe, of a loss and of directions, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import CaptureError
-from .rows.samples import Batch, Segments
+from .rows.samples import Batch, Samples, Segments
 
 __all__ = [
-    "Asked",
+    "Options",
+    "Request",
     "Target",
     "check_dim",
     "check_direction",
-    "check_fused",
     "check_word",
-    "whole",
+    "positive",
 ]
 
+_MEASURES = ("norms", "second_moments", "gram")
 
-class Asked(NamedTuple):
+
+@dataclass(frozen=True)
+class Options:
+    """What a probe was told when it was made.
+
+    Attributes are the arguments of `GradientProbe`.
+
+    Raises:
+        ValueError: for what does not make sense.
+    """
+
+    measure: frozenset[str]
+    per_parameter: bool
+    keep_mean: bool
+    mode: str
+    batchnorm: str
+    batch_dim: int
+    every: int
+    sample: int | None
+    check_every: int
+
+    @classmethod
+    def of(cls, measure: str | Iterable[str], **others: Any) -> Options:
+        """The options, with one measure or several."""
+        words = (measure,) if isinstance(measure, str) else tuple(measure)
+        for word in words:
+            check_word("measure", word, _MEASURES)
+        for what in ("every", "sample", "check_every"):
+            if others[what] is not None:
+                others[what] = positive(what, others[what])
+        check_word("batchnorm", others["batchnorm"], ("error", "rows", "frozen"))
+        check_word("mode", others["mode"], ("observe", "fused"))
+        check_dim(others["batch_dim"])
+        return cls(frozenset(words), **others)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the probe makes weight gradients itself."""
+        return self.mode == "fused"
+
+    def check_group(self, group: object) -> None:
+        """Raise ValueError for what does not go with a process group, or with none."""
+        if self.is_fused:
+            self._check_fused(group)
+        if group is not None and self.batchnorm == "frozen" and not self.keep_mean:
+            raise ValueError(
+                'batchnorm="frozen" takes another gradient than the one in .grad, so '
+                "with process_group it needs keep_mean=True."
+            )
+
+    def _check_fused(self, group: object) -> None:
+        asked = {
+            'measure="gram"': "gram" in self.measure,
+            "sample": self.sample is not None,
+            "process_group": group is not None,
+        }
+        for what, is_asked in asked.items():
+            if is_asked:
+                raise ValueError(
+                    f'mode="fused" makes the weight gradients of whole batches in one '
+                    f'process and does not go with {what}. Use mode="observe".'
+                )
+
+
+class Request(NamedTuple):
     """A loss with what was said of it, not checked yet."""
 
     loss: Tensor
@@ -62,7 +128,7 @@ class Target(NamedTuple):
     """A loss and the samples behind it."""
 
     loss: Tensor
-    samples: Batch | Segments
+    samples: Samples
     is_mean: bool
     scale: float
 
@@ -82,22 +148,7 @@ def check_word(what: str, word: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"Unknown {what} {word!r}; choose from {words}.")
 
 
-def check_fused(measure: Sequence[str], sample: object, group: object) -> None:
-    """Raise ValueError for what mode="fused" has no kernels for."""
-    asked = {
-        'measure="gram"': "gram" in measure,
-        "sample": sample is not None,
-        "process_group": group is not None,
-    }
-    for what, is_asked in asked.items():
-        if is_asked:
-            raise ValueError(
-                f'mode="fused" makes the weight gradients of whole batches in one '
-                f'process and does not go with {what}. Use mode="observe".'
-            )
-
-
-def whole(what: str, number: int) -> int:
+def positive(what: str, number: int) -> int:
     """A positive integer.
 
     Raises:
@@ -138,7 +189,7 @@ def _count(loss: Tensor, batch_size: int | None) -> int:
         raise ValueError(
             "A scalar loss needs its number of samples: pass batch_size=len(x)."
         )
-    return whole("batch_size", batch_size)
+    return positive("batch_size", batch_size)
 
 
 def _segments(loss: Tensor, batch_size: int | None, ids: Tensor) -> Segments:

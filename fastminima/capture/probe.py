@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .._dtypes import accumulation_dtype
 from .._parameters import tracked_parameters
 from ..statistics import GradientStatistics
 from .audit import Audit, audit_losses
-from .errors import CaptureError
-from .explain import explaining
+from .errors import CaptureError, explaining
 from .graph.passes import is_distributed, run_pass
 from .graph.saved import frames_of
 from .graph.sharding import find_sharding, reshard
 from .graph.tape import Tape
-from .options import (
-    Asked,
-    Target,
-    check_dim,
-    check_direction,
-    check_fused,
-    check_word,
-    whole,
-)
-from .ranks import Part, Ranks, find_group
-from .reading import mixing as batch_norms
-from .reading.jumps import Watch
+from .options import Options, Request, Target, check_direction
+from .ranks import Alone, Found, Ranks, find_group
+from .reading import mixing
+from .reading.jumps import Jumps
 from .reading.reader import Reader, Reading
+from .reading.tracked import TrackedModel
 from .rows.samples import Segments
+from .session.arrival import Arrival
+from .session.collector import Collected, Collector, FusedCollector
 from .session.fused import Fusion, find_fusion
 from .session.grouped import GroupedSession
-from .session.hooks import Collected, Session
-from .session.states import Attached, wait_for
+from .session.hooks import Observer, Session
+from .session.states import Failed, Frozen, Nothing, Observed, Pass, Resting
+from .session.timed import TimedCollector, TimedSession
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["GradientProbe"]
-
-_MEASURES = ("norms", "second_moments", "gram")
 
 
 class GradientProbe:
@@ -129,64 +122,44 @@ class GradientProbe:
         self._owned = tracked_parameters(model)  # they have .grad after a pass
         sharding = find_sharding(sharded_modules, model, self._owned)
         self._parameters = self._owned if sharding is None else sharding.whole
-        words = (measure,) if isinstance(measure, str) else tuple(measure)
-        for word in words:
-            check_word("measure", word, _MEASURES)
-        check_word("batchnorm", batchnorm, ("error", "rows", "frozen"))
-        check_word("mode", mode, ("observe", "fused"))
-        self._is_fused = mode == "fused"
-        if self._is_fused:
-            check_fused(words, sample, process_group)
-        self._every = whole("every", every)
-        self._sample = None if sample is None else whole("sample", sample)
-        self._generator = torch.Generator(device="cpu").manual_seed(
-            0
-        )  # never the user's
+        self._options = options = Options.of(
+            measure,
+            per_parameter=per_parameter,
+            keep_mean=keep_mean,
+            mode=mode,
+            batchnorm=batchnorm,
+            batch_dim=batch_dim,
+            every=every,
+            sample=sample,
+            check_every=check_every,
+        )
+        options.check_group(process_group)
+        # Never the user's.
+        self._generator = torch.Generator(device="cpu").manual_seed(0)
         self._steps = 0  # backward passes announced so far, probed or not
-        self._is_resting = False
-        self._batch_dim = check_dim(batch_dim)
-        self._measure = frozenset(words)
-        self._given_directions = dict(directions or {})
-        self._directions = {
-            name: check_direction(name, v, self._parameters)
-            for name, v in self._given_directions.items()
-        }
-        self._per_parameter = per_parameter
-        self._keep_mean = keep_mean
-        self._batchnorm = batchnorm
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
+        self._given_directions = dict(directions or {})
+        self._directions = self._checked_directions()
         self._model = model
         module = model if isinstance(model, nn.Module) else None
-        self._reader = Reader(
-            self._parameters,
-            batchnorm,
-            module,
-            sharding,
-            check_every=whole("check_every", check_every),
-            retrack=self._retrack,
-        )
-        self._watch = Watch()
+        tracked = TrackedModel(self._parameters, module, sharding, self._retrack)
+        self._reader = Reader(tracked, batchnorm, options.check_every)
+        self._jumps = Jumps()
+        self._ranks: Ranks | Alone = Alone()
         group = find_group(process_group)
-        if group is not None and batchnorm == "frozen" and not keep_mean:
-            raise ValueError(
-                'batchnorm="frozen" takes another gradient than the one in .grad, so '
-                "with process_group it needs keep_mean=True."
-            )
-        self._ranks = None
         if group is not None:
             self._ranks = Ranks(
                 group,
                 self._parameters,
                 list(self._directions),
                 per_parameter=per_parameter,
-                second_moments="second_moments" in self._measure,
+                second_moments="second_moments" in options.measure,
                 keep_mean=keep_mean,
                 sharding=sharding,
             )
             self._ranks.check_model(model)
-        self._trouble: CaptureError | ValueError | None = None
         self._announced: set[str] = set()
-        self._attached: Attached | None = None
+        self._pass: Pass = Nothing()
 
     def backward(
         self,
@@ -229,15 +202,15 @@ class GradientProbe:
                 with `process_group`, when `.grad` is not the mean over all samples;
                 with mode="fused", under `torch.distributed`.
         """
-        if self._is_fused and is_distributed():
+        if self._options.is_fused and is_distributed():
             raise ValueError(
                 'mode="fused" gives parameters their gradients after the pass, when '
                 'torch.distributed\'s wrappers no longer look. Use mode="observe".'
             )
-        asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
+        request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
-            asked.checked(self._batch_dim)
-            asked.mean().backward(retain_graph=retain_graph)
+            request.checked(self._options.batch_dim)
+            request.mean().backward(retain_graph=retain_graph)
             return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
@@ -245,30 +218,17 @@ class GradientProbe:
             p.grad is None and not p._post_accumulate_grad_hooks
             for p in self._parameters.values()
         )
-        if self._ranks is not None:
-            self._attach_joint(asked, waits=False)
-        else:
-            self._attach(asked, hook_gradients=not is_fresh, waits=False)
+        self._attach(request, is_fresh=is_fresh, waits=False)
         try:
-            fusion = self._attached and self._attached.fusion
-            with explaining(self._before):
-                asked.mean().backward(
-                    retain_graph=retain_graph,
-                    inputs=None if fusion is None else fusion.inputs,
+            with explaining(lambda: self._pass.error):
+                request.mean().backward(
+                    retain_graph=retain_graph, inputs=self._pass.inputs
                 )
-            if fusion is not None:
-                fusion.deliver()
-            if self._ranks is not None:
-                return self._collected_joint(self._ranks)
-            assert self._attached is not None
-            session = self._attached.session
-            if is_fresh and self._attached.result is None and session is not None:
-                session.take_gradients(
-                    {
-                        name: p.grad
-                        for name, p in self._parameters.items()
-                        if p.grad is not None
-                    }
+            self._pass.deliver()
+            if is_fresh:
+                grads = {n: p.grad for n, p in self._parameters.items()}
+                self._pass.take_gradients(
+                    {n: g for n, g in grads.items() if g is not None}
                 )
             return self._collected()
         finally:
@@ -298,60 +258,19 @@ class GradientProbe:
             CaptureError, ValueError: as `backward`; with `process_group`, `collect`
                 raises them.
         """
-        if self._is_fused:
+        if self._options.is_fused:
             raise ValueError(
                 'mode="fused" runs the backward pass itself: call '
                 'probe.backward(loss), or use mode="observe" where the loop calls '
                 "loss.backward()."
             )
-        asked = Asked(loss, batch_size, reduction, scale, batch_dim, segment_ids)
-        self._is_resting = self._rests()
-        if self._is_resting:
+        request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
+        if self._rests():
             self._detach()
-            asked.checked(self._batch_dim)
-        elif self._ranks is not None:
-            self._attach_joint(asked, waits=True)
+            request.checked(self._options.batch_dim)
+            self._pass = Resting()
         else:
-            self._attach(asked, hook_gradients=True, waits=True)
-
-    def _attach_joint(self, asked: Asked, *, waits: bool) -> None:
-        """Attach on this rank, leaving an error to `_collected_joint`.
-
-        The other ranks wait for this one's gradients and message, so the pass runs in
-        any case, and then all of them raise.
-        """
-        assert self._ranks is not None
-        self._trouble = self._ranks.found_earlier(self._owned)
-        keep_mean = self._keep_mean
-        try:
-            self._attach(asked, hook_gradients=keep_mean, waits=waits)
-        except (CaptureError, ValueError) as error:
-            self._trouble = self._trouble or error
-        if self._trouble is not None:
-            self._detach()
-
-    def _collected_joint(self, ranks: Ranks) -> GradientStatistics:
-        """The statistics of all ranks; every rank gets here, in trouble or not."""
-        trouble, self._trouble = self._trouble, None
-        part = None
-        if trouble is None:
-            try:
-                collected, attached = self._finished()
-                reached = frozenset(collected.sq_norms)
-                part = Part(
-                    self._statistics(collected, attached),
-                    reached,
-                    float(attached.factor),
-                    ranks.grad_sq_norms(self._owned, reached),
-                )
-            except (CaptureError, ValueError) as error:
-                trouble = error
-        return ranks.join(part, trouble)
-
-    def _before(self) -> CaptureError | ValueError | None:
-        """What was wrong before a joint pass, once."""
-        trouble, self._trouble = self._trouble, None
-        return trouble
+            self._attach(request, is_fresh=False, waits=True)
 
     def _retrack(self) -> Mapping[str, Tensor]:
         """Track the parameters that the model has now.
@@ -359,98 +278,125 @@ class GradientProbe:
         Raises:
             CaptureError: where a probe cannot follow.
         """
-        if not isinstance(self._model, nn.Module) or self._ranks is not None:
+        if not isinstance(self._model, nn.Module) or self._ranks.waits_for_others:
             raise CaptureError(
                 "Parameters were added, replaced, frozen or unfrozen since this probe "
                 "was made with a process_group. Make a new probe, on every rank."
             )
         tracked = tracked_parameters(self._model)
-        self._directions = {
-            name: check_direction(name, v, tracked)
-            for name, v in self._given_directions.items()
-        }
         self._parameters.clear()
         self._parameters.update(tracked)
         self._parameter_count = sum(p.numel() for p in tracked.values())
+        self._directions = self._checked_directions()
         return self._parameters
+
+    def _checked_directions(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: check_direction(name, v, self._parameters)
+            for name, v in self._given_directions.items()
+        }
 
     def _rests(self) -> bool:
         """Whether `every` leaves this step out; counts the step."""
         step, self._steps = self._steps, self._steps + 1
-        return step % self._every != 0
+        return step % self._options.every != 0
 
-    def _attach(self, asked: Asked, *, hook_gradients: bool, waits: bool) -> None:
-        """Hook the graph of a loss; `waits` where the pass is the user's own."""
+    def _attach(self, request: Request, *, is_fresh: bool, waits: bool) -> None:
+        """Hook the graph of a loss.
+
+        Where other ranks wait for this one's gradients and message, the pass runs in
+        any case, and then all of them raise.
+
+        Args:
+            request: the loss.
+            is_fresh: whether `.grad` will be that of this pass alone.
+            waits: whether the pass is the user's own.
+        """
         self._detach()
-        loss = asked.loss
+        earlier = self._ranks.found_earlier(self._owned)
         try:
-            target = asked.checked(self._batch_dim)
+            self._pass = self._attached(request, is_fresh=is_fresh, waits=waits)
+        except (CaptureError, ValueError) as error:
+            if not self._ranks.waits_for_others:
+                raise
+            self._pass = Failed(earlier or error)
+        if earlier is not None:
+            self._detach()
+            self._pass = Failed(earlier)
+
+    def _attached(self, request: Request, *, is_fresh: bool, waits: bool) -> Pass:
+        loss = request.loss
+        try:
+            target = request.checked(self._options.batch_dim)
         except ValueError:
             self._reader.accompany(loss)
             raise
         with explaining():
-            self._reader.is_suspicious = self._watch.is_suspicious(loss)
+            self._reader.is_suspicious = self._jumps.is_suspicious(loss)
             reading = self._reader.read(loss, target.samples)
             chosen = self._chosen(target.samples.count)
             if chosen is not None:
                 reading = reading.choosing(chosen)
-            if reading.mixing and self._batchnorm == "frozen":
-                frozen = self._frozen_pass(reading, target)
-                self._attached = Attached(
-                    target, None, frozen, factor=target.factor, chosen=chosen
-                )
-                return
-        self._attached = attached = Attached(
-            target,
-            None,
-            factor=target.factor,
-            chosen=chosen,
-            reads_grad=not hook_gradients,
-        )
-        if waits:
-            names = self._reader.names
-            attached.arrival = wait_for(attached, names, self._weighted_pass)
+            if reading.mixing and self._options.batchnorm == "frozen":
+                return Frozen(self._frozen_pass(reading, target), target, chosen)
+        # Ranks that join without the mean find it in .grad, when all have reduced it.
+        hooks = not is_fresh
+        if self._ranks.waits_for_others:
+            hooks = self._options.keep_mean
+        observed = Observed(target, chosen, reads_grad=not hooks)
+        try:
+            if waits:
+                observed.wait(self._reader.names, self._even_pass)
+            self._observe(observed, reading, target, chosen, hook_gradients=hooks)
+        except BaseException:
+            observed.close()
+            raise
+        return observed
+
+    def _observe(
+        self,
+        observed: Observed,
+        reading: Reading,
+        target: Target,
+        chosen: Tensor | None,
+        *,
+        hook_gradients: bool,
+    ) -> None:
+        """Put hooks on a graph that is understood."""
         count = target.samples.count if chosen is None else len(chosen)
         groups = None
-        if isinstance(target.samples, Segments) and "gram" not in self._measure:
+        if isinstance(target.samples, Segments) and "gram" not in self._options.measure:
             groups = target.samples.groups(chosen)
         if groups is not None:
-            attached.session = self._grouped(reading, groups, count, hook_gradients)
-            return
-        if self._is_fused:
-            attached.fusion = find_fusion(reading, self._parameters)
-        attached.session = self._session(
-            *(reading, count, self._measure, self._directions, hook_gradients),
-            attached.fusion,
-        )
-
-    def _grouped(
-        self, reading: Reading, groups: list[Tensor], count: int, hook_gradients: bool
-    ) -> GroupedSession:
-        sessions: list[Session] = []
-        try:
-            for group in groups:
-                session = self._session(
+            session = partial(self._session, arrival=observed.arrival, owner=groups)
+            observed.observer = GroupedSession.of(
+                groups,
+                count,
+                lambda group, is_first: session(
                     reading.choosing(group),
                     len(group),
-                    self._measure,
-                    self._directions,
-                    hook_gradients and not sessions,
-                    owner=groups,
-                )
-                sessions.append(session)
-        except BaseException:
-            for session in sessions:
-                session.close()
-            raise
-        return GroupedSession(sessions, groups, count)
+                    self._collector(),
+                    hook_gradients=hook_gradients and is_first,
+                ),
+            )
+            return
+        if self._options.is_fused:
+            observed.fusion = find_fusion(reading, self._parameters)
+        observed.observer = self._session(
+            reading,
+            count,
+            self._collector(observed.fusion),
+            hook_gradients=hook_gradients,
+            arrival=observed.arrival,
+        )
 
     def _chosen(self, count: int) -> Tensor | None:
         """Numbers of the samples to look at; None for all of them."""
-        if self._sample is None or self._sample >= count:
+        sample = self._options.sample
+        if sample is None or sample >= count:
             return None
         order = torch.randperm(count, generator=self._generator, device="cpu")
-        return order[: self._sample].sort().values
+        return order[:sample].sort().values
 
     def collect(self) -> GradientStatistics | None:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
@@ -461,30 +407,29 @@ class GradientProbe:
             CaptureError: when nothing was attached, or no backward pass reached it.
             ValueError: with `process_group`, as `backward`.
         """
-        if self._is_resting:
-            self._is_resting = False
+        if isinstance(self._pass, Resting):
+            self._detach()
             return None
-        if self._ranks is not None:
-            return self._collected_joint(self._ranks)
         return self._collected()
 
     def detach(self) -> None:
         """Take back an `attach` whose backward pass did not come: removes its hooks."""
-        self._is_resting = False
         self._detach()
 
     def _collected(self) -> GradientStatistics:
-        collected, attached = self._finished()
-        return self._statistics(collected, attached)
+        return self._ranks.collect(self._finished, self._owned)
 
-    def _finished(self) -> tuple[Collected, Attached]:
-        if self._attached is None:
-            raise CaptureError(
-                "Nothing is attached to this probe; call probe.attach(loss, ...) "
-                "before the backward pass and probe.collect() once after it."
-            )
-        attached, self._attached = self._attached, None
-        return attached.finish(), attached
+    def _finished(self) -> Found:
+        waiting, self._pass = self._pass, Nothing()
+        outcome = waiting.finish()
+        stats = outcome.statistics(
+            self._options,
+            self._parameters,
+            self._parameter_count,
+            list(self._directions),
+        )
+        self._jumps.note(outcome.target.loss, stats)
+        return Found(stats, outcome.collected.sq_norms.keys(), outcome.factor)
 
     def audit(
         self,
@@ -516,144 +461,101 @@ class GradientProbe:
                 f"An audit needs the vector of per-sample losses, got shape "
                 f"{tuple(losses.shape)}. Use reduction='none' in the loss."
             )
-        target = Asked(losses, None, "mean", 1.0, 0, segment_ids).checked(0)
+        target = Request(losses, None, "mean", 1.0, 0, segment_ids).checked(0)
         count = target.samples.count
+
+        def new_session() -> TimedSession:
+            return TimedSession(
+                reading,
+                self._parameters,
+                count,
+                TimedCollector(),
+                hook_gradients=False,
+                announce=self._announce,
+            )
+
         with explaining():
             reading = self._reader.read(losses, target.samples)
-            measure = frozenset(["norms", "totals"])
             with self._reader.extra_passes(reading.tape):
                 return audit_losses(
-                    lambda: self._session(reading, count, measure, {}),
-                    *(losses, self._parameters, samples, seed, reading),
-                    self._batchnorm,
+                    new_session,
+                    losses,
+                    self._parameters,
+                    samples=samples,
+                    seed=seed,
+                    reading=reading,
+                    batchnorm=self._options.batchnorm,
                 )
+
+    def _collector(self, fusion: Fusion | None = None) -> Collector:
+        measure, keep_grads = self._options.measure, self._options.keep_mean
+        if fusion is None:
+            return Collector(measure, self._directions, keep_grads=keep_grads)
+        return FusedCollector(measure, self._directions, fusion, keep_grads=keep_grads)
 
     def _session(
         self,
         reading: Reading,
         count: int,
-        measure: frozenset[str],
-        directions: Mapping[str, Mapping[str, Tensor]],
+        collector: Collector,
+        *,
         hook_gradients: bool = False,
-        fusion: Fusion | None = None,
+        arrival: Arrival | None = None,
         owner: object = None,
     ) -> Session:
-        waiting = self._attached
         return Session(
             reading,
             self._parameters,
             count,
-            measure=measure,
-            directions=directions,
-            keep_grads=self._keep_mean,
+            collector,
             hook_gradients=hook_gradients,
-            defer_errors=self._ranks is not None,
-            fusion=fusion,
-            arrival=None if waiting is None else waiting.arrival,
-            owner=owner,
             announce=self._announce,
+            defer_errors=self._ranks.waits_for_others,
+            arrival=arrival,
+            owner=owner,
         )
 
     def _frozen_pass(self, reading: Reading, target: Target) -> Collected:
         """A pass of its own in which batch normalisation keeps its statistics."""
         count = target.samples.count
-        if self._sample is not None:
-            count = min(count, self._sample)
-        session = self._session(reading, count, self._measure, self._directions)
-        handles = batch_norms.freeze(reading.tape, reading.mixing)
+        if self._options.sample is not None:
+            count = min(count, self._options.sample)
+        session = self._session(reading, count, self._collector())
+        handles = mixing.freeze(reading.tape, reading.mixing)
         try:
-            return self._own_pass(session, session.owner, target, reading.tape)
+            return self._own_pass(session, target, reading.tape)
         finally:
             session.close()
             for handle in handles:
                 handle.remove()
 
-    def _weighted_pass(self, attached: Attached) -> Collected:
+    def _even_pass(self, observer: Observer, target: Target) -> Collected:
         """A pass of its own in which all samples weigh the same.
 
         It runs inside the user's, whose gradients are those of weighted samples.
         """
-        session = attached.session
-        assert session is not None
-        loss = attached.target.loss
-        assert loss.grad_fn is not None
-        tape = Tape([loss.grad_fn], self._reader.names)
+        assert target.loss.grad_fn is not None
         try:
-            return self._own_pass(session, session.owner, attached.target, tape)
+            tape = Tape([target.loss.grad_fn], self._reader.names)
+            return self._own_pass(observer, target, tape)
         finally:
-            session.close()
+            observer.close()
 
-    def _own_pass(
-        self,
-        session: Session | GroupedSession,
-        owner: object,
-        target: Target,
-        tape: Tape,
-    ) -> Collected:
-        """What a session sees in an extra pass over the loss, or its mean."""
+    def _own_pass(self, observer: Observer, target: Target, tape: Tape) -> Collected:
+        """What is seen in an extra pass over the loss, or its mean."""
         loss = target.loss
         names = list(tape.leaves)
         with self._reader.extra_passes(tape):
             grads = run_pass(
                 loss,
                 [self._parameters[name] for name in names],
-                owner,
+                observer.owner,
                 torch.full_like(loss, 1 / len(loss)) if loss.dim() else None,
                 frames_of(tape.nodes),
             )
         found = zip(names, grads, strict=True)
-        session.take_gradients({name: g for name, g in found if g is not None})
-        return session.finish()
-
-    def _statistics(
-        self, collected: Collected, attached: Attached
-    ) -> GradientStatistics:
-        """From sums over one backward pass to statistics of g_n = factor * its part."""
-        factor, chosen = attached.factor, attached.chosen
-        batch = attached.target.samples.count
-        count = batch if chosen is None else len(chosen)
-        sq_norms = self._in_order(collected.sq_norms)
-        norms = list(sq_norms.values())
-        to_mean = factor / batch
-        # Where ranks join without the mean nothing was read: it is in .grad by then.
-        parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
-        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-        statistics = GradientStatistics(
-            count=count,
-            parameter_count=self._parameter_count,
-            sq_norms=torch.stack(norms).sum(0) * factor**2,
-            mean_grad_sq_norm=total * to_mean**2,
-            sq_norms_by_parameter={n: t * factor**2 for n, t in sq_norms.items()}
-            if self._per_parameter
-            else None,
-            second_moments={
-                name: t.mul_(factor**2 / count)  # made for this pass alone
-                for name, t in self._in_order(collected.second_moments).items()
-            }
-            if "second_moments" in self._measure
-            else None,
-            gram=None if collected.gram is None else collected.gram * factor**2,
-            dots={
-                name: collected.dots[name] * factor
-                if name in collected.dots
-                else norms[0].new_zeros(count)  # it names only what was not reached
-                for name in self._directions
-            },
-            mean_grad={
-                name: t.to(accumulation_dtype(t.dtype)) * to_mean
-                for name, t in self._in_order(collected.grads).items()
-            }
-            if self._keep_mean
-            else None,
-            mean_count=None if chosen is None else batch,
-            samples=chosen,
-        )
-        self._watch.note(attached.target.loss, statistics)
-        return statistics
-
-    def _in_order(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By parameter in the order of the model, whatever the order of arrival."""
-        return {name: found[name] for name in self._parameters if name in found}
+        observer.take_gradients({name: g for name, g in found if g is not None})
+        return observer.finish()
 
     def _announce(self, node: str, parameters: Sequence[str]) -> None:
         """Say once for each kind of node that it is read by the universal rule."""
@@ -667,6 +569,5 @@ class GradientProbe:
             )
 
     def _detach(self) -> None:
-        if self._attached is not None:
-            self._attached.close()
-            self._attached = None
+        self._pass.close()
+        self._pass = Nothing()

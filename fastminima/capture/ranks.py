@@ -8,20 +8,21 @@ training has left the mean over ranks in `.grad`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._flat import dense_values
 from ..ops import multi, reduce
 from ..statistics import GradientStatistics
 from .errors import CaptureError
 from .graph.sharding import Sharding, is_sharded, local_part
-from .session.hooks import dense_values
 
-__all__ = ["Part", "Ranks", "find_group"]
+__all__ = ["Alone", "Found", "Part", "Ranks", "find_group"]
 
 # Numbers at the head of a message.
 _TROUBLE, _COUNT, _BATCH, _FACTOR, _REPLICATED, _SHARDED, _FIRST_NAME = range(7)
@@ -29,6 +30,17 @@ _TROUBLE, _COUNT, _BATCH, _FACTOR, _REPLICATED, _SHARDED, _FIRST_NAME = range(7)
 # to reductions that end differently on each rank.
 _TOLERANCE = 1e-5
 _BUCKET = 2**23  # elements of one all-reduce of vectors: 32 MiB in float32
+
+
+class Found(NamedTuple):
+    """What a pass of one rank brought, whose norms of `.grad` are not asked for yet.
+
+    Attributes as of `Part`; on a GPU the factor may be there.
+    """
+
+    stats: GradientStatistics
+    reached: Collection[str]
+    factor: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,22 @@ class Part:
     reached: Collection[str]
     factor: float
     grad_sq_norms: tuple[Tensor, Tensor] | None
+
+
+class Alone:
+    """One rank, with nobody to wait for: what is wrong is raised where it is found."""
+
+    waits_for_others = False
+
+    def found_earlier(self, owned: Mapping[str, Tensor]) -> ValueError | None:
+        """Nothing: a pass is told from earlier ones."""
+        return None
+
+    def collect(
+        self, finish: Callable[[], Found], owned: Mapping[str, Tensor]
+    ) -> GradientStatistics:
+        """The statistics of the samples."""
+        return finish().stats
 
 
 class Ranks:
@@ -87,6 +115,8 @@ class Ranks:
         self._rows, self._head = rows, _FIRST_NAME + len(parameters)
         self._check_alike()
 
+    waits_for_others = True
+
     def check_model(self, model: object) -> None:
         """See that the ranks that average gradients are those of the group.
 
@@ -122,6 +152,28 @@ class Ranks:
                 "keep_mean=True, which reduces the mean of each pass by itself."
             )
         return None
+
+    def collect(
+        self, finish: Callable[[], Found], owned: Mapping[str, Tensor]
+    ) -> GradientStatistics:
+        """The statistics of all ranks; every rank gets here, in trouble or not.
+
+        Args:
+            finish: ends the pass of this rank.
+            owned: the parameters, which have the mean over ranks in `.grad`.
+
+        Raises:
+            CaptureError, ValueError: as `join`.
+        """
+        part = trouble = None
+        try:
+            found = finish()
+            reached = frozenset(found.reached)
+            grads = self.grad_sq_norms(owned, reached)
+            part = Part(found.stats, reached, float(found.factor), grads)
+        except (CaptureError, ValueError) as error:
+            trouble = error
+        return self.join(part, trouble)
 
     def grad_sq_norms(
         self, owned: Mapping[str, Tensor], reached: Collection[str]

@@ -26,6 +26,7 @@ from training import (
 )
 
 import fastminima as fm
+from fastminima.capture.session.states import Nothing
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def test_nothing_stays_behind_after_an_exception():
     with pytest.raises(KeyboardInterrupt):
         accelerator.backward(losses(model, (x, y)).mean())
     failing.remove()
-    assert rows.watch._observer._probe._attached is None
+    assert isinstance(rows.watch._observer._probe._pass, Nothing)
     for _ in range(2):  # a hook left would take the second one for an error
         losses(model, (x, y)).mean().backward()
     del kept

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from training import Rows, accumulators, check, fail_in_backward
 
 import fastminima as fm
+from fastminima.capture.session.states import Nothing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -248,7 +249,7 @@ def test_nothing_stays_behind_after_an_exception(tmp_path):
         one.train()
     failing.remove()
     assert "backward" not in vars(one.accelerator)
-    assert rows.watch._observer._probe._attached is None
+    assert isinstance(rows.watch._observer._probe._pass, Nothing)
     batch = sequences()[0]["input_ids"][None]
     for _ in range(2):  # a hook left would take the second one for an error
         one.model(input_ids=batch, labels=batch).loss.backward()

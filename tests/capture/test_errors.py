@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastminima as fm
+from fastminima.capture.session.states import Nothing
 
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -355,7 +356,7 @@ def test_exception_in_backward_leaves_nothing(error, attach):
     del losses
     model.zero_grad()
     model(X).square().sum(1).mean().backward()
-    assert probe._attached is None
+    assert isinstance(probe._pass, Nothing)
     for p, was in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, was)
     assert probe.audit(model(X).square().sum(1)).ok

@@ -14,6 +14,7 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.session import fused
+from fastminima.capture.session.states import Nothing
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -341,7 +342,7 @@ def test_the_graph_dies_with_the_step():
         assert len(outputs) == 3 and all(output() is None for output in outputs)
     finally:
         gc.enable()
-    assert probe._attached is None
+    assert isinstance(probe._pass, Nothing)
     assert all(not p._backward_hooks for p in model.parameters())
 
 

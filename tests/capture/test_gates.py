@@ -80,7 +80,7 @@ def test_mixing_behind_a_gate_is_refused_when_it_opens(way):
         # A gate that is ajar lets 1e-9 of the other samples in.
         want = single_norms(model, losses)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
-    assert not probe._reader._known  # each step is measured
+    assert not probe._reader._structures  # each step is measured
     model.open()
     with pytest.raises(fm.CaptureError, match="do not each belong"):
         probe.backward(cross_entropy(model(x), y, reduction="none"))
@@ -99,8 +99,8 @@ def test_what_does_not_mix_is_measured_once(way):
         got = probe.backward(losses, retain_graph=True).sq_norms
         torch.testing.assert_close(got, single_norms(model, losses))
         if step == 1:
-            (known,) = probe._reader._known.values()
-    assert list(probe._reader._known.values()) == [known]
+            (known,) = probe._reader._structures.values()
+    assert list(probe._reader._structures.values()) == [known]
     assert known.recalls == 3
 
 

@@ -7,7 +7,7 @@ from cases import CASES, Language
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture.reading import reader as reading
+from fastminima.capture.reading import attempt, fit
 from fastminima.capture.rows.layout import IrregularLayout, RegularLayout, fit_layouts
 from fastminima.capture.rows.samples import Batch
 
@@ -18,13 +18,14 @@ def read(case_name):
     model, batch = BY_NAME[case_name].make()
     probe = fm.GradientProbe(model)
     losses = BY_NAME[case_name].losses(model, batch)
-    return probe._reader.read(losses, Batch(len(losses))).found
+    return probe._reader.read(losses, Batch(len(losses))).recipe
 
 
 def layouts(found):
     return {
         name: of_use[0]
-        for use, of_use in zip(found.plan.uses, found.layouts, strict=True)
+        for use in found.plan.uses
+        for of_use in [found.layouts[use.node]]
         for name in use.parameters
     }
 
@@ -102,21 +103,21 @@ def test_a_wrong_row_map_fails_the_audit(name, monkeypatch):
 
     def swapped(*args):
         found, settled = honest(*args)
-        wrong = [
-            [
+        wrong = {
+            node: tuple(
                 RegularLayout(x.dim, x.inner, x.batch, x.outer)
                 if isinstance(x, RegularLayout) and x.outer * x.inner > 1
                 else x
                 for x in of_use
-            ]
-            for of_use in found
-        ]
+            )
+            for node, of_use in found.items()
+        }
         assert wrong != found
         return wrong, settled
 
-    honest = reading.layouts_of
+    honest = fit._layouts
     assert fm.GradientProbe(model).audit(BY_NAME[name].losses(model, batch)).ok
-    monkeypatch.setattr(reading, "layouts_of", swapped)
+    monkeypatch.setattr(fit, "_layouts", swapped)
     audit = fm.GradientProbe(model).audit(BY_NAME[name].losses(model, batch))
     assert not audit.ok
     wrong = [row for row in audit.rows if not row.ok]
@@ -144,15 +145,15 @@ def test_a_batch_one_table_read_as_batched_fails_the_audit(monkeypatch):
     losses = model(ids).square().mean((1, 2))
     assert fm.GradientProbe(model).audit(losses).ok
 
-    def by_size(where, tape, plan, *args):
-        found, settled = honest(where, tape, plan, *args)
-        for use, of_use in zip(plan.uses, found, strict=True):
-            if "positions.weight" in use.parameters:
-                of_use[0] = RegularLayout(1, 1, 5, 1)  # time taken for the batch
+    def by_size(where, plan, *args):
+        found, settled = honest(where, plan, *args)
+        for use in plan.uses:
+            if "positions.weight" in use.parameters:  # time taken for the batch
+                found[use.node] = (RegularLayout(1, 1, 5, 1),)
         return found, settled
 
-    honest = reading.layouts_of
-    monkeypatch.setattr(reading, "layouts_of", by_size)
+    honest = fit._layouts
+    monkeypatch.setattr(fit, "_layouts", by_size)
     assert not fm.GradientProbe(model).audit(losses).ok
 
 
@@ -207,14 +208,14 @@ def test_half_precision_rows_are_found(autocast):
 
 def test_one_extra_measurement_a_structure(monkeypatch):
     count = 0
-    honest = reading.measure_samples
+    honest = attempt.measure_samples
 
     def counted(*args, **kwargs):
         nonlocal count
         count += 1
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(reading, "measure_samples", counted)
+    monkeypatch.setattr(attempt, "measure_samples", counted)
     model, x = nn.Linear(4, 3), torch.randn(6, 4)
     probe = fm.GradientProbe(model)
     for _ in range(5):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers_models import LISTED
 
 import fastminima as fm
-from fastminima.capture.options import Asked
+from fastminima.capture.options import Request
 
 MODES = ("float32", "autocast", "bfloat16")
 
@@ -33,10 +33,12 @@ def reading_of(case, mode, factor, seed):
         losses = case.losses(model, batch)
     losses = losses.float()
     noisy(losses, factor, seed=seed)
-    samples = Asked(losses, None, "mean", 1.0).checked(0).samples
-    found = probe._reader.read(losses, samples).found
-    uses = zip(found.plan.uses, found.layouts, strict=True)
-    layouts = [(use.name, [str(layout) for layout in of_use]) for use, of_use in uses]
+    samples = Request(losses, None, "mean", 1.0).checked(0).samples
+    found = probe._reader.read(losses, samples).recipe
+    layouts = [
+        (use.name, [str(layout) for layout in found.layouts[use.node]])
+        for use in found.plan.uses
+    ]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         stats = probe.backward(losses)
@@ -134,7 +136,7 @@ def test_a_sample_with_a_tiny_loss_is_seen_through_noise():
         grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         want = sum(g.double().square().sum() for g in grads)
         torch.testing.assert_close(got[n].double(), want, rtol=1e-3, atol=0)
-    assert probe._reader._known  # every sample was seen, so this is remembered
+    assert probe._reader._structures  # every sample was seen, so this is remembered
 
 
 def zoo_reading(zoo, mode, factor):
@@ -152,10 +154,12 @@ def zoo_reading(zoo, mode, factor):
         return found
 
     noise = losses()
-    samples = Asked(noise, None, "mean", 1.0).checked(0).samples
-    found = probe._reader.read(noise, samples).found
-    uses = zip(found.plan.uses, found.layouts, strict=True)
-    layouts = [(use.name, [str(layout) for layout in of_use]) for use, of_use in uses]
+    samples = Request(noise, None, "mean", 1.0).checked(0).samples
+    found = probe._reader.read(noise, samples).recipe
+    layouts = [
+        (use.name, [str(layout) for layout in found.layouts[use.node]])
+        for use in found.plan.uses
+    ]
     said = []
     probe._announce = lambda node, parameters: said.append(node)
     assert probe.backward(losses()).is_finite

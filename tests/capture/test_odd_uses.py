@@ -206,7 +206,7 @@ def test_rows_that_are_spread_within_the_samples_are_remembered():
         rows = rows / rows.square().mean(2, keepdim=True).sqrt() * named["p1"]
         rows = rows + rows.mean(1, keepdim=True)
         agrees(probe, named, squares(rows))
-    (known,) = probe._reader._known.values()
+    (known,) = probe._reader._structures.values()
     assert len(known._measured) == 1
 
 

@@ -117,5 +117,5 @@ def test_an_activation_is_measured_once():
     for _ in range(3):
         x = torch.randn(6, 5)
         probe.backward(model[1](Rectified.apply(model[0](x))).square().sum(1))
-    (known,) = probe._reader._known.values()
+    (known,) = probe._reader._structures.values()
     assert known.recalls == 2

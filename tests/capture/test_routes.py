@@ -9,7 +9,7 @@ from oracles import flat, single_sample_gradients
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture.reading import reader as reading
+from fastminima.capture.reading import attempt
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -18,13 +18,13 @@ BY_NAME = {case.name: case for case in CASES}
 def measured(monkeypatch):
     """Counts the measurements."""
     calls = []
-    measure = reading.measure_samples
+    measure = attempt.measure_samples
 
     def counting(*args, **options):
         calls.append(args)
         return measure(*args, **options)
 
-    monkeypatch.setattr(reading, "measure_samples", counting)
+    monkeypatch.setattr(attempt, "measure_samples", counting)
     return calls
 
 

@@ -164,16 +164,16 @@ def test_each_document_is_a_sample(way, tied, time_first, recwarn):
 
 def test_layouts_are_kept_while_the_packing_changes(monkeypatch):
     """After the first steps nothing is measured again, whatever the documents."""
-    from fastminima.capture.reading import reader as reading
+    from fastminima.capture.reading import attempt
 
     measured = []
-    run = reading.measure_samples
+    run = attempt.measure_samples
 
     def counting(*args, **kwargs):
         measured.append(None)
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(reading, "measure_samples", counting)
+    monkeypatch.setattr(attempt, "measure_samples", counting)
     model = Decoder()
     probe = fm.GradientProbe(model)
     for seed, lengths in enumerate([[[3, 4], [5, 2]], [[2, 5], [3, 4]], [[7], [4, 3]]]):
@@ -279,7 +279,7 @@ def test_documents_of_very_different_lengths(way):
     losses = document_losses(token_losses(model, *batch), documents)
     if way == "attach":
         probe.attach(losses, segment_ids=documents)
-        assert type(probe._attached.session).__name__ == "GroupedSession"
+        assert type(probe._pass.observer).__name__ == "GroupedSession"
         losses.mean().backward()
         stats = probe.collect()
     else:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastminima as fm
-from fastminima.capture.reading import reader as reading
+from fastminima.capture.reading import attempt
 
 
 class Hidden(torch.autograd.Function):
@@ -33,13 +33,13 @@ class Secretive(nn.Sequential):
 @pytest.fixture
 def measured(monkeypatch):
     """Counts the measurements."""
-    honest, calls = reading.measure_samples, []
+    honest, calls = attempt.measure_samples, []
 
     def counting(*args, **options):
         calls.append(1)
         return honest(*args, **options)
 
-    monkeypatch.setattr(reading, "measure_samples", counting)
+    monkeypatch.setattr(attempt, "measure_samples", counting)
     monkeypatch.setattr(Hidden, "amount", 0.0)
     return calls
 

@@ -29,7 +29,7 @@ from transformers_models import (
 )
 
 import fastminima as fm
-from fastminima.capture.reading import reader as reading
+from fastminima.capture.reading import attempt
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 BEGIN, END = "<!-- table:transformers -->", "<!-- /table -->"
@@ -182,13 +182,13 @@ def agrees_with_autograd(probe, model, losses):
 def test_experts_are_measured_once(label, monkeypatch):
     """Tokens go to other experts in each step."""
     calls = []
-    measure = reading.measure_samples
+    measure = attempt.measure_samples
 
     def counting(*args, **options):
         calls.append(args)
         return measure(*args, **options)
 
-    monkeypatch.setattr(reading, "measure_samples", counting)
+    monkeypatch.setattr(attempt, "measure_samples", counting)
     model, _ = MODELS[label].make()
     probe = fm.GradientProbe(model, per_parameter=True)
     for seed in range(4):

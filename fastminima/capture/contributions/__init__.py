@@ -6,8 +6,8 @@ delivers them; who collects them scales them.
 """
 
 from .base import Contribution, Materialized
-from .conv import Convolution, ConvolutionBias, Frames
-from .dense import Column, Dense, DenseBias, Stacked
+from .conv import Convolution, ConvolutionBias, Frames, Patches
+from .dense import Column, Dense, DenseBias, Products, Stacked
 from .embedding import Embedding
 from .joined import Apart, Joined, joined
 from .moved import Placed, Pushed, reshaped
@@ -26,7 +26,9 @@ __all__ = [
     "InPieces",
     "Joined",
     "Materialized",
+    "Patches",
     "Placed",
+    "Products",
     "Pushed",
     "Stacked",
     "in_pieces",

@@ -10,68 +10,101 @@ from ...ops import broadcast, conv
 from ...ops.conv_geometry import ConvGeometry
 from .base import Contribution, Fused, sq_norms_of
 
-__all__ = ["Convolution", "ConvolutionBias", "Frames"]
+__all__ = ["Convolution", "ConvolutionBias", "Frames", "Patches"]
+
+
+class Patches:
+    """What a convolution multiplies, for the gradients of its weight and of its bias.
+
+    Args:
+        x: `[batch, c_in, *space]` inputs, g: `[batch, c_out, *space_out]` output
+            gradients.
+        with_bias: whether a bias beside the weight reads its norms off the same pass.
+    """
+
+    def __init__(
+        self, x: Tensor, g: Tensor, geometry: ConvGeometry, *, with_bias: bool = False
+    ) -> None:
+        self.x, self.g, self.geometry = x, g, geometry
+        self.with_bias = with_bias
+        self._bias_samples: Tensor | None = None  # from a fused pass
+
+    @cached_property
+    def norms(self) -> tuple[Tensor, Tensor | None]:
+        """Squared norms of the weight's gradients, and of the bias' if wanted.
+
+        Whoever asks first computes both.
+        """
+        return conv.conv_sq_norms(self.x, self.g, self.geometry, self.with_bias)
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        """The weight's gradient, norms and second moment; keeps the bias' gradients."""
+        total, norms, self._bias_samples, moment = conv.conv_fused(
+            self.x, self.g, self.geometry, self.with_bias, with_second_moment
+        )
+        return Fused(total, norms, moment)
+
+    @cached_property
+    def bias_samples(self) -> Tensor:
+        """Gradients of a bias, `[batch, c_out]`."""
+        if self._bias_samples is not None:
+            return self._bias_samples
+        return broadcast.sum_over_space(self.g.flatten(2))
 
 
 class Convolution(Contribution):
     """Gradient of a convolution's weight, from its input and output gradient."""
 
-    def __init__(
-        self, x: Tensor, g: Tensor, geometry: ConvGeometry, *, with_bias: bool
-    ) -> None:
-        self.x, self.g, self.geometry = x, g, geometry
-        self.with_bias = with_bias
-        self.bias_samples: Tensor | None = None  # its gradients, from a fused pass
-        self.batch = len(g)
-        self.shape = geometry.weight_shape(x, g)
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
+        self.batch = len(patches.g)
+        self.shape = patches.geometry.weight_shape(patches.x, patches.g)
+
+    @property
+    def _operands(self) -> tuple[Tensor, Tensor, ConvGeometry]:
+        return self.patches.x, self.patches.g, self.patches.geometry
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
-        return conv.conv_gradients(self.x[lo:hi], self.g[lo:hi], self.geometry)
-
-    @cached_property
-    def pair(self) -> tuple[Tensor, Tensor | None]:
-        return conv.conv_sq_norms(self.x, self.g, self.geometry, self.with_bias)
+        x, g, geometry = self._operands
+        return conv.conv_gradients(x[lo:hi], g[lo:hi], geometry)
 
     def sq_norms(self) -> Tensor:
-        return self.pair[0]
+        return self.patches.norms[0]
 
     def second_moment(self) -> Tensor:
-        return conv.conv_second_moment(self.x, self.g, self.geometry)
+        return conv.conv_second_moment(*self._operands)
 
     def fused(self, *, with_second_moment: bool) -> Fused:
-        total, norms, self.bias_samples, moment = conv.conv_fused(
-            self.x, self.g, self.geometry, self.with_bias, with_second_moment
-        )
-        return Fused(total, norms, moment)
+        return self.patches.fused(with_second_moment=with_second_moment)
 
     def gram(self) -> Tensor:
-        return conv.conv_gram(self.x, self.g, self.geometry)
+        return conv.conv_gram(*self._operands)
 
     def dots(self, direction: Tensor) -> Tensor:
-        return conv.conv_dots(self.x, self.g, self.geometry, direction)
+        return conv.conv_dots(*self._operands, direction)
 
 
 class ConvolutionBias(Contribution):
-    """Gradient of a convolution's bias: sum over space of output gradients."""
+    """Gradient of a convolution's bias: sum over space of output gradients.
 
-    def __init__(self, weight: Convolution) -> None:
-        self.weight = weight
-        self.batch = weight.batch
-        self.shape = (weight.g.shape[1],)
+    In a fused pass the weight has to come first, whose pass has these gradients too.
+    """
 
-    @cached_property
-    def _samples(self) -> Tensor:
-        if self.weight.bias_samples is not None:
-            return self.weight.bias_samples
-        return broadcast.sum_over_space(self.weight.g.flatten(2))
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
+        self.batch = len(patches.g)
+        self.shape = (patches.g.shape[1],)
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
-        return self._samples[lo:hi]
+        return self.patches.bias_samples[lo:hi]
 
     def sq_norms(self) -> Tensor:
-        if "pair" in self.weight.__dict__ and self.weight.pair[1] is not None:
-            return self.weight.pair[1]
-        return sq_norms_of(self._samples)
+        norms = self.patches.norms[1] if self.patches.with_bias else None
+        return sq_norms_of(self.patches.bias_samples) if norms is None else norms
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        moment = self.second_moment() if with_second_moment else None
+        return Fused(self.total(), sq_norms_of(self.patches.bias_samples), moment)
 
 
 class Frames(Contribution):

@@ -13,68 +13,102 @@ from ...ops import broadcast, dense
 from ...ops.dense_pieces import Sequences
 from .base import Contribution, Fused, sq_norms_of, summed
 
-__all__ = ["Column", "Dense", "DenseBias", "Stacked"]
+__all__ = ["Column", "Dense", "DenseBias", "Products", "Stacked"]
+
+
+class Products:
+    """What a dense layer multiplies, for the gradients of its weight and of its bias.
+
+    Args:
+        a: `[batch, time, d_in]` inputs, g: `[batch, time, d_out]` output gradients; or
+            both without the time axis, one row a sample.
+        with_bias: whether a bias beside the weight reads its norms off the same pass.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor, *, with_bias: bool = False) -> None:
+        self.rows, self.row_grads = a, g
+        self.with_bias = with_bias
+        self._bias_samples: Tensor | None = None  # from a fused pass
+
+    @property
+    def a(self) -> Tensor:
+        """`[batch, time, d_in]`."""
+        return self.rows if self.rows.dim() == 3 else self.rows.unsqueeze(1)
+
+    @property
+    def g(self) -> Tensor:
+        """`[batch, time, d_out]`."""
+        if self.row_grads.dim() == 3:
+            return self.row_grads
+        return self.row_grads.unsqueeze(1)
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether each sample has one row."""
+        return self.row_grads.dim() == 2
+
+    @cached_property
+    def norms(self) -> tuple[Tensor, Tensor | None]:
+        """Squared norms of the weight's gradients, and of the bias' if wanted.
+
+        Whoever asks first computes both.
+        """
+        if self.has_one_row:
+            return dense.row_sq_norms(self.rows, self.row_grads)
+        return dense.sequence_sq_norms(self.rows, self.row_grads, self.with_bias)
+
+    def fused(self, *, out_first: bool, with_second_moment: bool) -> Fused:
+        """The weight's gradient, norms and second moment; keeps the bias' gradients."""
+        right, left = (self.a, self.g) if out_first else (self.g, self.a)
+        total, norms, self._bias_samples, moment = dense.sequence_fused(
+            right, left, self.with_bias and out_first, with_second_moment
+        )
+        return Fused(total, norms, moment)
+
+    @cached_property
+    def bias_samples(self) -> Tensor:
+        """Gradients of a bias, `[batch, d_out]`."""
+        if self._bias_samples is not None:
+            return self._bias_samples
+        if self.g.shape[1] == 1:
+            g = self.g[:, 0]
+            return g.to(accumulation_dtype(g.dtype))
+        return broadcast.sum_over_time(self.g)
 
 
 class Dense(Contribution):
     """Gradient of a matrix: sum over time of inputs and output gradients.
 
     Args:
-        a: `[batch, time, d_in]` inputs, g: `[batch, time, d_out]` output gradients; or
-            both without the time axis, one row a sample.
+        products: what the layer multiplies.
         out_first: whether the matrix is `[d_out, d_in]`, else `[d_in, d_out]`.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, *, out_first: bool) -> None:
-        self._a, self._g = a, g
-        self.out_first = out_first
-        self.with_bias = False  # compute the bias' norms in the same pass
-        self.bias_samples: Tensor | None = None  # its gradients, from a fused pass
-        self.batch = len(g)
-        d_in, d_out = a.shape[-1], g.shape[-1]
+    def __init__(self, products: Products, *, out_first: bool) -> None:
+        self.products, self.out_first = products, out_first
+        self.batch = len(products.rows)
+        d_in, d_out = products.rows.shape[-1], products.row_grads.shape[-1]
         self.shape = (d_out, d_in) if out_first else (d_in, d_out)
 
-    def transpose_(self) -> Dense:
-        """The same gradients as those of the transposed matrix, in place.
-
-        In place, because the bias beside it reads its norms off this very object.
-        """
-        self.out_first = not self.out_first
-        self.shape = self.shape[::-1]
-        return self
-
-    @property
-    def a(self) -> Tensor:
-        """`[batch, time, d_in]`."""
-        return self._a if self._a.dim() == 3 else self._a.unsqueeze(1)
-
-    @property
-    def g(self) -> Tensor:
-        """`[batch, time, d_out]`."""
-        return self._g if self._g.dim() == 3 else self._g.unsqueeze(1)
+    def transposed(self) -> Dense:
+        """The same gradients as those of the transposed matrix."""
+        return Dense(self.products, out_first=not self.out_first)
 
     @property
     def left(self) -> Tensor:
         """What gives the matrix its rows, `[batch, time, shape[0]]`."""
-        return self.g if self.out_first else self.a
+        return self.products.g if self.out_first else self.products.a
 
     @property
     def right(self) -> Tensor:
         """What gives the matrix its columns, `[batch, time, shape[1]]`."""
-        return self.a if self.out_first else self.g
+        return self.products.a if self.out_first else self.products.g
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
         return dense.sequence_gradients(self.right[lo:hi], self.left[lo:hi])
 
-    @cached_property
-    def pair(self) -> tuple[Tensor, Tensor | None]:
-        """Squared norms of the weight's gradients, and of the bias' if wanted."""
-        if self._g.dim() == 2:
-            return dense.row_sq_norms(self._a, self._g)
-        return dense.sequence_sq_norms(self._a, self._g, self.with_bias)
-
     def sq_norms(self) -> Tensor:
-        return self.pair[0]
+        return self.products.norms[0]
 
     def second_moment(self) -> Tensor:
         return dense.sequence_second_moment(self.right, self.left)
@@ -83,51 +117,44 @@ class Dense(Contribution):
         return Sequences(self.right, self.left).total()
 
     def fused(self, *, with_second_moment: bool) -> Fused:
-        total, norms, self.bias_samples, moment = dense.sequence_fused(
-            self.right,
-            self.left,
-            self.with_bias and self.out_first,
-            with_second_moment,
+        return self.products.fused(
+            out_first=self.out_first, with_second_moment=with_second_moment
         )
-        return Fused(total, norms, moment)
 
     def gram(self) -> Tensor:
-        return dense.sequence_gram(self.a, self.g)
+        return dense.sequence_gram(self.products.a, self.products.g)
 
     def dots(self, direction: Tensor) -> Tensor:
         return dense.sequence_dots(self.right, self.left, direction)
 
     def several_dots(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
-        if len(directions) < 2 or self._g.dim() == 2:
+        if len(directions) < 2 or self.products.has_one_row:
             return super().several_dots(directions)
         dots = dense.sequence_multi_dots(self.right, self.left, directions)
         return dots.unbind(1)
 
 
 class DenseBias(Contribution):
-    """Gradient of a bias beside a dense weight: sum over time of output gradients."""
+    """Gradient of a bias beside a dense weight: sum over time of output gradients.
 
-    def __init__(self, weight: Dense, shape: tuple[int, ...]) -> None:
-        self.weight = weight
-        self.batch = weight.batch
-        self.shape = shape
+    In a fused pass the weight has to come first, whose pass has these gradients too.
+    """
 
-    @cached_property
-    def _samples(self) -> Tensor:
-        if self.weight.bias_samples is not None:
-            return self.weight.bias_samples
-        if self.weight.g.shape[1] == 1:
-            g = self.weight.g[:, 0]
-            return g.to(accumulation_dtype(g.dtype))
-        return broadcast.sum_over_time(self.weight.g)
+    def __init__(self, products: Products, shape: tuple[int, ...]) -> None:
+        self.products, self.shape = products, shape
+        self.batch = len(products.rows)
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
-        return self._samples[lo:hi].reshape(hi - lo, *self.shape)
+        samples = self.products.bias_samples[lo:hi]
+        return samples.reshape(hi - lo, *self.shape)
 
     def sq_norms(self) -> Tensor:
-        if "pair" in self.weight.__dict__ and self.weight.pair[1] is not None:
-            return self.weight.pair[1]
-        return sq_norms_of(self._samples)
+        norms = self.products.norms[1] if self.products.with_bias else None
+        return sq_norms_of(self.products.bias_samples) if norms is None else norms
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        moment = self.second_moment() if with_second_moment else None
+        return Fused(self.total(), sq_norms_of(self.products.bias_samples), moment)
 
 
 class Column(Contribution):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops import embedding
 from .base import Contribution, sq_norms_of, summed
-from .dense import Dense
+from .dense import Dense, Products
 from .embedding import Embedding
 from .moved import Placed
 
@@ -116,7 +116,7 @@ def _concatenated(parts: list[Dense]) -> Dense:
         return parts[0]
     left = torch.cat([part.left for part in parts], 1)
     right = torch.cat([part.right for part in parts], 1)
-    return Dense(right, left, out_first=True)
+    return Dense(Products(right, left), out_first=True)
 
 
 def _concatenated_tables(parts: list[Embedding]) -> list[Embedding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -162,6 +162,15 @@ class Tape:
     def is_leaf(self, i: int) -> bool:
         """Whether node `i` accumulates the gradient of a leaf, tracked or not."""
         return not self.children[i] and self.names[i] == ACCUMULATE
+
+    def is_data(self, edge: tuple[int, int] | None, preparing: Container[int]) -> bool:
+        """Whether rows of samples come along an edge, and not a parameter.
+
+        `preparing` are the nodes between parameters and their uses.
+        """
+        if edge is None or edge[0] in preparing:
+            return False
+        return not self.is_leaf(edge[0])
 
     @cached_property
     def is_parameter_side(self) -> list[bool]:

@@ -14,9 +14,8 @@ from enum import Enum, auto
 from ..graph.nodes import PRODUCTS
 from ..graph.tape import Tape
 from ..rows.layout import IrregularLayout, RegularLayout
-from ..rows.samples import Batch, SegmentLayout, Segments
-from ..rows.shared import is_data
-from .plan import Plan, Use
+from ..rows.samples import Samples, SegmentLayout, Segments
+from .plan import Layouts, Plan, Use
 
 __all__ = ["Shown", "what_is_shown"]
 
@@ -33,8 +32,8 @@ class Shown(Enum):
 def what_is_shown(
     tape: Tape,
     plan: Plan,
-    layouts: Sequence[Sequence[object]],
-    samples: Batch | Segments,
+    layouts: Layouts,
+    samples: Samples,
 ) -> Shown:
     """Whether the rows of the data are the samples, in order, and no other axis.
 
@@ -44,9 +43,9 @@ def what_is_shown(
     """
     words: list[Shown] = []
     calls: dict[tuple, list[tuple[int, int]]] = {}
-    for use, of_use in zip(plan.uses, layouts, strict=True):
-        edges = tape.children[use.node]
-        if not of_use or any(is_data(tape, edge, plan.preparing) for edge in edges):
+    for use in plan.uses:
+        edges, of_use = tape.children[use.node], layouts[use.node]
+        if not of_use or any(tape.is_data(edge, plan.preparing) for edge in edges):
             continue
         layout = of_use[0]
         if layout is None:
@@ -91,7 +90,7 @@ def _data_dims(use: Use, rank: int) -> Sequence[int]:
     return (1,) if left in {slot.number for slot in use.slots} else (0,)
 
 
-def _says(tape: Tape, use: Use, layout: object, samples: Batch | Segments) -> Shown:
+def _says(tape: Tape, use: Use, layout: object, samples: Samples) -> Shown:
     """What the rows of one use say."""
     if isinstance(samples, Segments):
         is_shown = isinstance(layout, SegmentLayout)

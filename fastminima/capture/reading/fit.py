@@ -1,9 +1,10 @@
-"""From what was measured to the layouts of a graph, and how long they hold."""
+"""From what was seen of a graph to how it is read, and how long that holds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +13,38 @@ from ..errors import CaptureError
 from ..graph.nodes import VIEWS
 from ..graph.tape import Tape
 from ..rows.decode import Measurement
-from ..rows.guards import Guard, find_guards, gather_nodes, own_guards, watched_sources
+from ..rows.evidence import Evidence, Measurements
+from ..rows.guards import (
+    Guard,
+    find_guards,
+    gather_nodes,
+    own_guards,
+    watched_sources,
+)
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
-from ..rows.measure import Measurements
 from ..rows.own_functions import OwnGuard
-from ..rows.samples import Batch, Segments
-from .memory import Found, Layouts
-from .plan import Plan, watched_nodes
-from .whereabouts import Whereabouts
+from ..rows.routes import Routes, find_routes
+from ..rows.samples import Batch
+from .plan import Layouts, Plan, find_plan, watched_nodes
+from .recipe import Recipe
+from .refusals import Whereabouts, refuse_hidden
 
-__all__ = [
-    "disagreement",
-    "guards_of",
-    "is_sure",
-    "layouts_of",
-    "layouts_of_one",
-    "nodes_to_watch",
-]
+__all__ = ["Fit", "disagreement", "fit", "fit_one", "guards_of", "nodes_to_watch"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The uses of a graph and the layouts that fit what was seen at them.
+
+    Attributes:
+        is_settled: whether one layout alone fits at each use and all samples were seen,
+            so that it will fit again.
+    """
+
+    plan: Plan
+    layouts: Layouts
+    routes: Routes | None
+    is_settled: bool
 
 
 def nodes_to_watch(tape: Tape, batch: int, regions: Container[int] = ()) -> list[int]:
@@ -38,47 +54,77 @@ def nodes_to_watch(tape: Tape, batch: int, regions: Container[int] = ()) -> list
     return sorted({*near, *views, *watched_sources(tape, batch)})
 
 
-def layouts_of(
+def fit(
+    evidence: Evidence,
     where: Whereabouts,
-    tape: Tape,
-    plan: Plan,
-    measured: Mapping[int, list[Measurement | None]],
-    samples: Batch | Segments,
-    routed: Container[int] = (),
-) -> tuple[Layouts, bool]:
-    """Layouts of all uses but the routed ones, and whether they may be kept.
+    regions: Container[int] = (),
+    *,
+    is_inner: bool = False,
+) -> tuple[Fit, Evidence]:
+    """Where parameters meet data, and whose the rows are there.
+
+    Returns the evidence too, which knows then what prepares parameters. Rows that data
+    route are followed, but in a graph that is there in the backward pass only.
 
     Raises:
         CaptureError: for rows that do not each belong to one sample.
     """
-    batch = samples.count
-    layouts: Layouts = []
+    plan = find_plan(evidence.tape, evidence, regions)
+    refuse_hidden(plan)
+    evidence = evidence.given(plan.preparing)
+    routes = None
+    if isinstance(evidence.samples, Batch) and not is_inner:
+        routes = find_routes(evidence)
+    layouts, is_settled = _layouts(
+        where, plan, evidence, routes.nodes if routes else ()
+    )
+    return Fit(plan, layouts, routes, is_settled), evidence
+
+
+def fit_one(tape: Tape, regions: Container[int] = ()) -> Fit:
+    """The same for a batch of one: all rows belong to the sample."""
+    plan = find_plan(tape, None, regions)
+    refuse_hidden(plan)
+    scalar = IrregularLayout(torch.zeros((), dtype=torch.long, device="cpu"), 1)
+    layouts: Layouts = {
+        use.node: tuple(
+            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
+            for shape in tape.shapes(use.node)
+        )
+        for use in plan.uses
+    }
+    return Fit(plan, layouts, None, True)
+
+
+def _layouts(
+    where: Whereabouts, plan: Plan, evidence: Evidence, routed: Container[int]
+) -> tuple[Layouts, bool]:
+    """Layouts of all uses but the routed ones, and whether they may be kept."""
+    samples = evidence.samples
+    layouts: Layouts = {}
     is_settled = True
     for use in plan.uses:
         of_use: list[Any] = []
-        for measurement in () if use.node in routed else measured[use.node]:
+        for measurement in () if use.node in routed else evidence.seen[use.node]:
             if measurement is None:
                 of_use.append(None)
                 continue
             found: list[Any] = samples.layouts(measurement)
             if len(found) > 1 and isinstance(samples, Batch):
-                found = _like_views(found, tape, use.node, measured, batch)
+                found = _like_views(found, evidence, use.node)
             if not found:
-                raise CaptureError(where.mixed_message(tape, use.node, samples))
+                message = where.mixed_message(evidence.tape, use.node, samples)
+                raise CaptureError(message)
             is_settled &= len(found) == 1
             is_settled &= not isinstance(found[0], IrregularLayout)
             is_settled &= samples.are_shown(measurement)
             of_use.append(found[0])
-        layouts.append(of_use)
+        layouts[use.node] = tuple(of_use)
     return layouts, is_settled
 
 
 def guards_of(
-    tape: Tape,
-    measured: Measurements,
-    samples: Batch | Segments,
-    plan: Plan,
-    covered: Container[int],
+    evidence: Evidence, routes: Routes | None
 ) -> Sequence[Guard | OwnGuard] | None:
     """What must stay the same for layouts to hold, or None if that is not known.
 
@@ -86,28 +132,30 @@ def guards_of(
     measured; where rows are picked by an index, they are measured each time. (Not where
     losses are, of which there is one a token.)
     """
+    tape, samples = evidence.tape, evidence.samples
     if isinstance(samples, Batch):
-        return find_guards(tape, measured, samples.count, plan.preparing, covered)
+        return find_guards(evidence, routes.covered if routes else ())
     tokens = samples.ids.numel()
     for i in gather_nodes(tape):
         edges = (edge for edge in tape.children[i] if edge is not None)
         shapes = [*tape.shapes(i), *(tape.shapes(j)[output] for j, output in edges)]
-        if i not in plan.preparing and any(math.prod(s) > tokens for s in shapes):
+        if i not in evidence.preparing and any(math.prod(s) > tokens for s in shapes):
             return None
-    own = own_guards(tape, plan.preparing)
+    own = own_guards(tape, evidence.preparing)
     if own is None or any(guard.indices for guard in own):
         return None
     return own
 
 
-def disagreement(known: Found, measured: Measurements) -> int | None:
+def disagreement(recipe: Recipe, seen: Measurements) -> int | None:
     """The first use whose rows a new measurement gives to other samples.
 
     Rows that were not seen contradict nothing.
     """
-    for use, of_use in zip(known.plan.uses, known.layouts, strict=True):
-        for layout, seen in zip(of_use, measured.get(use.node, ()), strict=False):
-            if layout is not None and seen is not None and not _agree(layout, seen):
+    for use in recipe.plan.uses:
+        of_use = recipe.layouts[use.node]
+        for layout, now in zip(of_use, seen.get(use.node, ()), strict=False):
+            if layout is not None and now is not None and not _agree(layout, now):
                 return use.node
     return None
 
@@ -128,14 +176,6 @@ def _agree(layout: RowLayout, seen: Measurement) -> bool:
     return seen.agrees(expected.reshape(sizes))
 
 
-def is_sure(measured: list[Measurement | None], batch: int) -> bool:
-    """Whether one layout alone fits what was measured, and all samples were seen."""
-    return all(
-        m is None or (len(m.layouts(batch)) == 1 and m.shows_all(batch))
-        for m in measured
-    )
-
-
 def _views_of(tape: Tape, i: int) -> list[int]:
     """Nodes that view the one output of node `i` in another shape."""
     if len(tape.shapes(i)) > 1:
@@ -143,24 +183,19 @@ def _views_of(tape: Tape, i: int) -> list[int]:
     return [parent for parent, _, _ in tape.parents[i] if tape.names[parent] in VIEWS]
 
 
-def _like_views(
-    found: list[RowLayout],
-    tape: Tape,
-    i: int,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-) -> list[RowLayout]:
+def _like_views(found: list[RowLayout], evidence: Evidence, i: int) -> list[RowLayout]:
     """Those of several layouts that also fit where the output is viewed otherwise.
 
     Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
     two layouts if T is one more than a multiple of B; rows [B, T] fit one.
     """
+    tape = evidence.tape
     shape = tape.shapes(i)[0]
     for view in _views_of(tape, i):
-        seen = measured[view][0] if view in measured else None
+        seen = evidence.first(view)
         if seen is None:
             continue
-        fitting = [x for x in seen.layouts(batch) if isinstance(x, RegularLayout)]
+        fitting = [x for x in evidence.layouts(view) if isinstance(x, RegularLayout)]
         strides = {x.stride(seen.shape) for x in fitting}
         common: list[RowLayout] = [
             x
@@ -169,15 +204,3 @@ def _like_views(
         ]
         found = common or found
     return found
-
-
-def layouts_of_one(tape: Tape, plan: Plan) -> Layouts:
-    """Layouts of a batch of one: all rows belong to the sample."""
-    scalar = IrregularLayout(torch.zeros((), dtype=torch.long, device="cpu"), 1)
-    return [
-        [
-            RegularLayout(0, 1, 1, shape[0]) if shape else scalar
-            for shape in tape.shapes(use.node)
-        ]
-        for use in plan.uses
-    ]

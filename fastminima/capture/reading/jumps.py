@@ -10,7 +10,7 @@ from torch import Tensor
 from ...statistics import GradientStatistics
 from ..graph.passes import is_capturing
 
-__all__ = ["Watch"]
+__all__ = ["Jumps"]
 
 _FACTOR = 4.0  # of a usual value, up or down for norms, up for losses
 _MEMORY = 0.9  # of the running means of logarithms
@@ -18,7 +18,7 @@ _FIRST = 5  # values before which nothing is usual
 _REST = 20  # steps in which a second jump says no more than the first
 
 
-class Watch:
+class Jumps:
     """Says when something jumped since the last steps.
 
     What is on a device is copied without waiting for it, and read a step or two later.

@@ -1,30 +1,23 @@
-"""What was found out about a graph structure, for the steps that repeat it."""
+"""What a graph structure taught, for the steps that repeat it in any sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
-
-from torch import Tensor
 
 from ..graph.tape import Tape
 from ..rows.batch_axis import batch_edges
 from ..rows.guards import Guard, placing_numbers, read_numbers, reordering_nodes
 from ..rows.layout import IrregularLayout, RegularLayout
 from ..rows.own_functions import OwnGuard
-from ..rows.routes import Routes
-from ..rows.samples import Batch, Segments
-from ..session.single_rows import RowUse, find_row_uses
+from ..rows.samples import Samples
 from . import mixing as batchnorm
-from .plan import Plan
-from .regions import Region, region_shapes
+from .plan import Layouts
+from .recipe import Recipe
+from .regions import region_shapes
 
-__all__ = ["Found", "Known", "Layouts"]
+__all__ = ["Structure"]
 
-# Of each use, of each of its outputs: a RowLayout, None where no gradient comes, or a
-# SegmentLayout, which becomes a RowLayout in each step.
-Layouts = list[list[Any]]
 # Sizes of a graph are measured this often before a layout is carried over to new ones.
 _MEASURED_SIZES = 3
 _MOST_SIZES = 256
@@ -32,83 +25,13 @@ _MOST_SIZES = 256
 _EARLY = 10
 
 
-@dataclass(frozen=True)
-class Found:
-    """How to read a graph: the uses, whose rows are whose, and what runs again.
-
-    `regions` has for the node of a reentrant checkpoint how to read what it runs, or
-    None where no gradient came when its rows were measured. `routes` say whose rows are
-    whose at the uses that have no layouts, in each graph anew.
-    """
-
-    plan: Plan
-    layouts: Layouts
-    regions: dict[int, Region | None] = field(default_factory=dict)
-    routes: Routes | None = None
-
-    def row_uses(self, tape: Tape) -> dict[int, RowUse]:
-        """The uses whose norms are those of single rows; the same in every step."""
-        cached = self.__dict__.get("_row_uses")
-        if cached is None:
-            cached = self.__dict__["_row_uses"] = find_row_uses(tape, self)
-        return cached
-
-    def followed(self, tape: Tape, samples: Batch | Segments) -> Found | None:
-        """The same with the layouts of all uses; None where the routes do not agree."""
-        if isinstance(samples, Segments):
-            return self._resolved(tape, samples)
-        if self.routes is None:
-            return self
-        labels = self.routes.labels(tape)
-        if labels is None:
-            return None
-        layouts = [
-            self.routes.layouts(tape, labels, use.node, samples.count)
-            if use.node in self.routes.nodes
-            else of_use
-            for use, of_use in zip(self.plan.uses, self.layouts, strict=True)
-        ]
-        return replace(self, layouts=layouts)
-
-    def _resolved(self, tape: Tape, segments: Segments) -> Found:
-        layouts: Layouts = []
-        for use, of_use in zip(self.plan.uses, self.layouts, strict=True):
-            shapes = tape.shapes(use.node)
-            layouts.append(
-                [
-                    None if layout is None else segments.resolve(layout, shape)
-                    for layout, shape in zip(of_use, shapes, strict=True)
-                ]
-            )
-        regions = {
-            i: None if region is None else region.resolved(segments)
-            for i, region in self.regions.items()
-        }
-        return replace(self, layouts=layouts, regions=regions)
-
-    def choosing(self, samples: Tensor) -> Found:
-        """The same, looking at some samples only."""
-        regions = {
-            i: None if r is None else replace(r, layouts=_choosing(r.layouts, samples))
-            for i, r in self.regions.items()
-        }
-        return replace(self, layouts=_choosing(self.layouts, samples), regions=regions)
-
-
-def _choosing(layouts: Sequence[Sequence[Any]], samples: Tensor) -> Layouts:
-    return [
-        [None if layout is None else layout.choose(samples) for layout in of_use]
-        for of_use in layouts
-    ]
-
-
-class Known:
+class Structure:
     """One graph structure in all the sizes it was met in."""
 
     def __init__(
         self,
         tape: Tape,
-        found: Found,
+        recipe: Recipe,
         guards: Sequence[Guard | OwnGuard],
         *,
         moves_rows: bool = True,
@@ -118,15 +41,15 @@ class Known:
         self.norms = batchnorm.norm_nodes(tape)
         self._is_open = is_open  # a scalar loss: its samples are found on the way
         self._rejected = rejected  # what only looks like their axis
-        self._uses = found.plan.uses
+        self._uses = recipe.plan.uses
         self._guards = tuple(guards)
-        self._plan = found.plan
-        self._regions = tuple(found.regions)
-        self._routed = _routed(found)
-        preparing = found.plan.preparing
+        self._plan = recipe.plan
+        self._regions = tuple(recipe.regions)
+        self._routed = _routed(recipe)
+        preparing = recipe.plan.preparing
         self._placing = placing_numbers(tape, preparing) if moves_rows else []
         self._reordering = reordering_nodes(tape, preparing) if moves_rows else []
-        self._found: dict[tuple, Found] = {}
+        self._recipes: dict[tuple, Recipe] = {}
         self._measured: list[tuple] = []
         self.recalls = 0  # steps since it was measured
         self._follows = True  # measured layouts were those carried over from the first
@@ -139,15 +62,15 @@ class Known:
         self.recalls += 1
         return self.recalls % every == 0 or self.recalls == min(_EARLY, every)
 
-    def fits(self, found: Found, guards: Sequence[Guard | OwnGuard]) -> bool:
+    def fits(self, recipe: Recipe, guards: Sequence[Guard | OwnGuard]) -> bool:
         """Whether a new measurement speaks of the same uses under the same guards."""
         return (
-            self._uses == found.plan.uses
+            self._uses == recipe.plan.uses
             and self._guards == tuple(guards)
-            and self._routed == _routed(found)
+            and self._routed == _routed(recipe)
         )
 
-    def recall(self, tape: Tape, samples: Batch | Segments) -> Found | None:
+    def recall(self, tape: Tape, samples: Samples) -> Recipe | None:
         """What holds for this graph, or None when it has to be measured.
 
         Raises:
@@ -156,43 +79,41 @@ class Known:
         if not all(guard.holds(tape) for guard in self._guards):
             return None
         signature = self._signature(tape, samples)
-        found = self._found.get(signature)
-        if found is not None:
-            return found.followed(tape, samples)
+        recipe = self._recipes.get(signature)
+        if recipe is not None:
+            return recipe.followed(tape, samples)
         if len(self._measured) < _MEASURED_SIZES or not self._follows:
             return None
         layouts = self._carried_over(signature)
         if layouts is None:
             return None
         if self._is_open:
-            batch_edges(
-                tape, samples, self._rejected
-            )  # raises where there is no such axis
-        routes = self._found[self._measured[0]].routes
+            batch_edges(tape, samples, self._rejected)  # raises where there is none
+        routes = self._recipes[self._measured[0]].routes
         if routes is not None:
             routes = routes.resized(tape, samples.count)
             if routes is None:
                 return None
-        found = Found(self._plan.sized(tape), layouts, routes=routes)
-        self._keep(signature, found)
-        return found.followed(tape, samples)
+        recipe = Recipe(self._plan.sized(tape), layouts, routes=routes)
+        self._keep(signature, recipe)
+        return recipe.followed(tape, samples)
 
-    def remember(self, tape: Tape, samples: Batch | Segments, found: Found) -> None:
+    def remember(self, tape: Tape, samples: Samples, recipe: Recipe) -> None:
         """Keep what was measured on a graph."""
         signature = self._signature(tape, samples)
         if self._measured:
-            self._follows &= self._carried_over(signature) == found.layouts
-        self._follows &= not found.regions  # they may compute anything in other sizes
-        if signature not in self._found:
+            self._follows &= self._carried_over(signature) == recipe.layouts
+        self._follows &= not recipe.regions  # they may compute anything in other sizes
+        if signature not in self._recipes:
             self._measured.append(signature)
-        self._keep(signature, found)
+        self._keep(signature, recipe)
 
-    def _keep(self, signature: tuple, found: Found) -> None:
-        if len(self._found) >= _MOST_SIZES:
-            self._found = {s: self._found[s] for s in self._measured}
-        self._found[signature] = found
+    def _keep(self, signature: tuple, recipe: Recipe) -> None:
+        if len(self._recipes) >= _MOST_SIZES:
+            self._recipes = {s: self._recipes[s] for s in self._measured}
+        self._recipes[signature] = recipe
 
-    def _signature(self, tape: Tape, samples: Batch | Segments) -> tuple:
+    def _signature(self, tape: Tape, samples: Samples) -> tuple:
         """All by which two graphs of one structure can differ in their layouts."""
         shapes = zip(self._plan.uses, self._plan.signature(tape), strict=True)
         return (
@@ -210,11 +131,12 @@ class Known:
         sizes, new_shapes, entrances, numbers, reordered, _ = signature
         if numbers != old_numbers or _ones(entrances) != _ones(old_entrances):
             return None
-        first = self._found[self._measured[0]]
+        first = self._recipes[self._measured[0]]
         if _is_between(first) and not _scales(before, reordered, old_sizes, sizes):
             return None
-        layouts: Layouts = []
-        for of_use, old, new in zip(first.layouts, old_shapes, new_shapes, strict=True):
+        layouts: Layouts = {}
+        shapes = zip(first.layouts.items(), old_shapes, new_shapes, strict=True)
+        for (node, of_use), old, new in shapes:
             moved: list[Any] = []
             for layout, was, now in zip(of_use, old, new, strict=True):
                 if layout is None:
@@ -225,17 +147,17 @@ class Known:
                 if carried is None:
                     return None
                 moved.append(carried)
-            layouts.append(moved)
+            layouts[node] = tuple(moved)
         return layouts
 
 
-def _is_between(found: Found) -> bool:
+def _is_between(recipe: Recipe) -> bool:
     """Whether the batch is somewhere in the middle of a dim.
 
     Then the dim's size does not say what is on either side of it.
     """
-    regular = found.routes.regular.values() if found.routes is not None else ()
-    layouts = [x for of_use in found.layouts for x in of_use]
+    regular = recipe.routes.regular.values() if recipe.routes is not None else ()
+    layouts = [x for of_use in recipe.layouts.values() for x in of_use]
     layouts += [stretch.layout for stretch in regular]
     return any(
         isinstance(x, RegularLayout) and x.outer > 1 and x.inner > 1 for x in layouts
@@ -256,9 +178,9 @@ def _scales(
     )
 
 
-def _routed(found: Found) -> frozenset[int]:
+def _routed(recipe: Recipe) -> frozenset[int]:
     """Nodes whose layouts the routes give."""
-    return frozenset(found.routes.nodes if found.routes is not None else ())
+    return frozenset(recipe.routes.nodes if recipe.routes is not None else ())
 
 
 def _ones(shapes: Sequence[Sequence[int]]) -> list[list[bool]]:

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph.nodes import BAG, EMBEDDING, NORMALISING_LAST
+from ..errors import CaptureError
+from ..graph.nodes import BAG, EMBEDDING, MAY_MIX, NORMALISING_LAST
 from ..graph.saved import saved_tensor
 from ..graph.saved_names import BATCH_NORMS, is_training
 from ..graph.tape import Tape
 from ..rows.layout import RegularLayout, RowLayout
+from .plan import Layouts, Plan
+from .refusals import Whereabouts
 
 __all__ = [
     "BATCH_NORMS",
@@ -20,7 +23,11 @@ __all__ = [
     "mixing_nodes",
     "norm_nodes",
     "normalises_over",
+    "refuse_mixing_uses",
 ]
+
+
+_MAY_MIX = MAY_MIX | BATCH_NORMS.keys()
 
 
 def norm_nodes(tape: Tape) -> list[int]:
@@ -96,3 +103,44 @@ def _frozen(node: Any) -> Callable[[Any, Any], Any]:
         return (frozen, *grad_inputs[1:])
 
     return hook
+
+
+def refuse_mixing_uses(
+    tape: Tape,
+    plan: Plan,
+    layouts: Layouts,
+    *,
+    batchnorm: str,
+    where: Whereabouts,
+    is_sure: Callable[[int], bool] = lambda i: True,
+) -> None:
+    """Raise for a use that mixes samples by itself.
+
+    For a normalisation that depends on its layout, which may not be sure yet where it
+    was measured in this very step.
+    """
+    for use in plan.uses:
+        if use.name not in _MAY_MIX:
+            continue
+        layout = layouts[use.node][0]
+        if layout is None or layout.batch == 1:
+            continue
+        if counts_in_batch(tape, use.node):
+            does = (
+                "divides gradients by how often an index is in the batch "
+                "(scale_grad_by_freq=True)"
+            )
+        elif (
+            # Any other choice than "error" says what is meant.
+            not (use.name in BATCH_NORMS and batchnorm != "error")
+            and normalises_over(tape, use.node, layout)
+            and is_sure(use.node)
+        ):
+            does = "takes its statistics over several samples"
+        else:
+            continue
+        raise CaptureError(
+            f"{use.name} at {where.module_at(tape, use.node)} {does}, so the gradient "
+            "of one sample depends on the others. Change the layer, or use "
+            "MinibatchVariance."
+        )

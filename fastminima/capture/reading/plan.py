@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Size, Tensor
 
 from ..graph.nodes import BROADCASTING, EMBEDDING, FACTORS, PRODUCTS, REARRANGING
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
-from ..rows.decode import Measurement
-from ..rows.layout import RegularLayout, RowLayout
+from ..rows.evidence import Evidence
+from ..rows.layout import RegularLayout
 
 __all__ = [
+    "Layouts",
     "Path",
     "Plan",
     "Slot",
@@ -24,6 +27,9 @@ __all__ = [
     "watched_nodes",
 ]
 
+# Of each use, of each of its outputs: a RowLayout, None where no gradient comes, or a
+# SegmentLayout, which becomes a RowLayout in each step.
+Layouts = dict[int, tuple[Any, ...]]
 Step = tuple[int, int, int]  # node, output its gradient enters by, input it leaves by
 
 
@@ -48,6 +54,12 @@ class Slot:
     child: tuple[int, int]  # the input is this node's output number ...
     shape: tuple[int, ...] = field(compare=False)  # may differ from step to step
     paths: tuple[Path, ...]
+    is_alone: bool = False  # no parameter enters anywhere else
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters that enter here."""
+        return [path.parameter for path in self.paths]
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Use:
     @property
     def parameters(self) -> list[str]:
         """Names of the parameters that enter here."""
-        return [path.parameter for slot in self.slots for path in slot.paths]
+        return [name for slot in self.slots for name in slot.parameters]
 
 
 class Plan:
@@ -140,17 +152,15 @@ def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:
 
 
 def find_plan(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]] | None,
-    regions: Container[int] = (),
+    tape: Tape, evidence: Evidence | None, regions: Container[int] = ()
 ) -> Plan:
     """Find the first node above each parameter that meets data.
 
     A node fed by leaves alone is a preparation (weight norm, `1 + w`, a table looked up
     once for all samples) when its output gradient mixes samples, and a use when each of
-    its rows belongs to one sample. `measured` is None for a batch of one, where every
-    row belongs to the one sample and any such node may count as a use. A parameter that
-    is prepared for one of the `regions` is `hidden`.
+    its rows belongs to one sample. There is no `evidence` for a batch of one, where
+    every row belongs to the one sample and any such node may count as a use. A
+    parameter that is prepared for one of the `regions` is `hidden`.
     """
     arrivals: dict[tuple[int, int], tuple[tuple[int, int], dict]] = {}
     preparing: set[int] = set()
@@ -167,7 +177,7 @@ def find_plan(
                         hidden.add(parameter)
                     continue
                 steps = below if leaves_by is None else ((i, output, leaves_by), *below)
-                if _is_preparation(tape, parent, measured):
+                if _is_preparation(tape, parent, evidence):
                     preparing.add(parent)
                     if parent in met:  # several ways: none of them is a simple chain
                         several.add(leaf)
@@ -178,6 +188,7 @@ def find_plan(
                 _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
                 chains.setdefault(leaf, []).append(steps)
     copies = set(tape.copies.values())
+    entered = Counter(leaf for _, chains in arrivals.values() for leaf in chains)
     slots: dict[int, list[Slot]] = {}
     for (node, number), (child, chains) in sorted(arrivals.items()):
         paths = tuple(
@@ -191,7 +202,8 @@ def find_plan(
             for leaf, found in chains.items()
         )
         shape = tape.shapes(child[0])[child[1]]
-        slots.setdefault(node, []).append(Slot(number, child, shape, paths))
+        alone = all(entered[leaf] == 1 for leaf in chains)
+        slots.setdefault(node, []).append(Slot(number, child, shape, paths, alone))
     uses = (Use(node, tape.names[node], tuple(s)) for node, s in slots.items())
     return Plan(tuple(uses), frozenset(preparing), frozenset(hidden))
 
@@ -225,9 +237,7 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     return False
 
 
-def is_spread(
-    tape: Tape, plan: Plan, layouts: Sequence[Sequence[RowLayout | None]], i: int
-) -> bool:
+def is_spread(tape: Tape, plan: Plan, layouts: Layouts, i: int) -> bool:
     """Whether node `i` looks up rows that meet all samples as one and the same thing.
 
     So do relative positions, whatever numbers they were looked up with: nothing but
@@ -238,7 +248,8 @@ def is_spread(
         return False
     spread = {
         (use.node, slot.number)
-        for use, (layout, *_) in zip(plan.uses, layouts, strict=True)
+        for use in plan.uses
+        for layout in layouts[use.node][:1]
         for slot in use.slots
         if use.name in BROADCASTING
         and isinstance(layout, RegularLayout)
@@ -265,16 +276,12 @@ def _is_larger(tape: Tape, i: int) -> bool:
     return Size(tape.shapes(i)[0]).numel() > max(sizes)
 
 
-def _is_preparation(
-    tape: Tape, i: int, measured: Mapping[int, list[Measurement | None]] | None
-) -> bool:
+def _is_preparation(tape: Tape, i: int, evidence: Evidence | None) -> bool:
     if not tape.is_parameter_side[i] or not tape.parents[i]:
         return False
     if tape.names[i] in REARRANGING:
         return True
-    if measured is None:
-        return False
-    return any(m is not None and m.is_mixed for m in measured[i])
+    return evidence is not None and evidence.is_mixed(i)
 
 
 def _simple(

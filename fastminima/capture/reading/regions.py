@@ -10,7 +10,7 @@ watchers just before the backward pass runs through it, and read like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +21,12 @@ from ..errors import CaptureError
 from ..graph import compiled
 from ..graph.passes import belongs_to_another
 from ..graph.tape import Tape
+from ..rows.fingerprints import Fingerprints
 from ..rows.gates import Gates
-from ..rows.guards import places
-from ..rows.layout import RowLayout
-from ..rows.measure import Fingerprints, leaves_below
-from ..rows.samples import Segments
-from .plan import Plan, reads_data, watched_nodes
+from ..rows.measure import leaves_below
+from .plan import reads_data, watched_nodes
 
 __all__ = [
-    "Region",
     "Survey",
     "Watcher",
     "block_leaves",
@@ -38,6 +35,7 @@ __all__ = [
     "named_inputs",
     "region_nodes",
     "region_shapes",
+    "tape_of",
     "watch",
 ]
 
@@ -47,57 +45,6 @@ Watcher = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 _NODE = "CheckpointFunctionBackward"
 _KINDS = frozenset([_NODE, f"{compiled.NODE}Backward"])
 _NODE_TYPE = checkpoint.CheckpointFunction._backward_cls
-
-
-@dataclass(frozen=True)
-class Region:
-    """What was found out about a region: how to read it.
-
-    `inputs` names the parameters among the region's inputs; `places` say where rows
-    go, None where they all belong to one sample.
-    """
-
-    key: tuple
-    plan: Plan
-    layouts: Sequence[Sequence[RowLayout | None]]
-    shapes: tuple
-    inputs: Mapping[int, str]
-    places: tuple | None
-
-    def resolved(self, segments: Segments) -> Region:
-        """The same with the samples of the rows in this step."""
-        layouts = [
-            [
-                None if layout is None else segments.resolve(layout, shape)
-                for layout, shape in zip(of_use, of_shapes, strict=True)
-            ]
-            for of_use, of_shapes in zip(self.layouts, self.shapes, strict=True)
-        ]
-        return replace(self, layouts=layouts)
-
-    def read(
-        self,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        names: Mapping[int, str],
-    ) -> Tape:
-        """The graph of the region, when it is the one that was measured.
-
-        Raises:
-            CaptureError: when it is another.
-        """
-        tape = Tape(_roots(outputs), names, _copies(self.inputs, inputs))
-        is_same = tape.key == self.key and self.plan.signature(tape) == self.shapes
-        if is_same and self.places is not None:
-            is_same = places(tape, self.plan.preparing) == self.places
-        if not is_same:
-            raise CaptureError(
-                "A region that runs again in the backward pass (a reentrant "
-                "checkpoint, or a compiled region) computed something else now than "
-                "when its rows were measured. Use use_reentrant=False, or run the "
-                "uncompiled module."
-            )
-        return tape
 
 
 class Survey:
@@ -126,8 +73,7 @@ class Survey:
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> list[Tensor]:
         """Watch the region's graph in its next pass; let no gradient accumulate."""
-        copies = _copies(self.inputs, inputs)
-        tape = self.tape = Tape(_roots(outputs), self._names, copies)
+        tape = self.tape = tape_of(inputs, outputs, self._names, self.inputs)
         if region_nodes(tape):
             raise CaptureError(
                 "A region under checkpoint(use_reentrant=True), or a compiled one, "
@@ -270,14 +216,19 @@ def _blocked(grads: tuple[Tensor | None, ...]) -> tuple[None, ...]:
     return (None,) * len(grads)
 
 
-def _copies(inputs: Mapping[int, str], tensors: Sequence[Tensor]) -> dict[int, str]:
-    """The copies of parameters that a region is given, by id.
+def tape_of(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Any],
+    names: Mapping[int, str],
+    given: Mapping[int, str],
+) -> Tape:
+    """The graph between what goes into a region and what comes out of it.
 
-    It may use the parameters themselves too.
+    `given` names the parameters of which the region gets copies, by place among its
+    inputs. It may use the parameters themselves too.
     """
-    return {id(tensors[place]): name for place, name in inputs.items()}
-
-
-def _roots(outputs: Sequence[Any]) -> list[Any]:
     tensors = [t for t in outputs if isinstance(t, torch.Tensor)]
-    return [t.grad_fn for t in tensors if t.grad_fn is not None]
+    roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    return Tape(
+        roots, names, {id(inputs[place]): name for place, name in given.items()}
+    )

@@ -10,16 +10,14 @@ from torch import Tensor
 from ..errors import CaptureError
 from ..graph.nodes import JOINING, REDUCING
 from ..graph.tape import Tape, signed
-from .samples import Batch, Segments
+from .samples import Samples
 
 __all__ = ["batch_edges", "nodes_above", "unshown_message", "weigh_edges"]
 
 Edges = dict[int, list[int]]  # node without the axis -> its inputs that have it
 
 
-def batch_edges(
-    tape: Tape, samples: Batch | Segments, rejected: Container[int] = ()
-) -> Edges:
+def batch_edges(tape: Tape, samples: Samples, rejected: Container[int] = ()) -> Edges:
     """Edges of the graph from tensors without the samples' dims to tensors with them.
 
     Outputs of `rejected` nodes are passed by: they were shown to have another axis of
@@ -65,7 +63,7 @@ def nodes_above(tape: Tape, edges: Edges) -> set[int]:
     return entered
 
 
-def _starts(tape: Tape, i: int, samples: Batch | Segments) -> bool:
+def _starts(tape: Tape, i: int, samples: Samples) -> bool:
     """Whether the batch axis of the samples is in the output of node i.
 
     The size alone does not say so: where the tensor, or one of its shape that it was
@@ -87,7 +85,7 @@ def _starts(tape: Tape, i: int, samples: Batch | Segments) -> bool:
     return True
 
 
-def _refuse_joined(tape: Tape, i: int, samples: Batch | Segments) -> None:
+def _refuse_joined(tape: Tape, i: int, samples: Samples) -> None:
     """Raise where the dim was made by joining as many tensors as there are samples."""
     shape = tape.shapes(i)[0]
     dim = signed(tape.nodes[i]._saved_dim) % len(shape)
@@ -118,7 +116,7 @@ def weigh_edges(
     tape: Tape,
     edges: Mapping[int, Sequence[int]],
     weights: Tensor,
-    samples: Batch | Segments,
+    samples: Samples,
 ) -> list[Any]:
     """Weight the samples in the gradients that pass those edges; returns handles."""
     return [
@@ -132,7 +130,7 @@ def _weigher(
     i: int,
     numbers: Sequence[int],
     weights: Tensor,
-    samples: Batch | Segments,
+    samples: Samples,
 ) -> Callable[[Any, Any], Any]:
     shapes = {}
     for number in numbers:
@@ -157,9 +155,7 @@ def _weigher(
     return hook
 
 
-def _message(
-    parameter: str, samples: Batch | Segments, met: Sequence[tuple[int, ...]]
-) -> str:
+def _message(parameter: str, samples: Samples, met: Sequence[tuple[int, ...]]) -> str:
     shapes = ", ".join(str(s) for s in list(dict.fromkeys(met))[:6]) or "scalars only"
     return (
         f"No {samples.described} on the way from the loss to {parameter!r}; tensors "
@@ -169,7 +165,7 @@ def _message(
     )
 
 
-def unshown_message(samples: Batch | Segments) -> str:
+def unshown_message(samples: Samples) -> str:
     """Of a scalar loss whose samples cannot be found."""
     return (
         f"A scalar loss of {samples.count} samples, and no tensor below it whose "

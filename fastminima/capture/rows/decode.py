@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .layout import IrregularLayout, RowLayout, fit_layouts
 
-__all__ = ["Evidence", "Measurement", "Scheme", "graph_noise", "weigh"]
+__all__ = ["Measurement", "Scheme", "Votes", "graph_noise", "weigh"]
 
 _LEVELS = 16  # of a weight in one pass, 2^-8 ... 2^7: gradients of 1e-20 stay normal
 _UNDERFLOW = 1e-30  # below this a product with 2^-8 may be zero
@@ -181,7 +181,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Votes:
     """What the norms of some rows say, before the noise of the pass is known.
 
     Attributes:
@@ -270,7 +270,7 @@ class Evidence:
         return _numpy(torch.where(self.known & ~is_off, self.label, -1))
 
 
-def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
+def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Votes | None:
     """What the norms of rows in each pass say; None where samples cancelled.
 
     A plain pass, one for each digit, and, where there is one, a second plain pass.
@@ -294,10 +294,10 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
         is_there = known & torch.isfinite(again) & (again > 0)
         change = torch.where(is_there, again / safe, 1).log2_().abs_()
     deviation = torch.where(known, deviation, 0)
-    return Evidence(scheme, safe, known, label, deviation, change, gaps > 0)
+    return Votes(scheme, safe, known, label, deviation, change, gaps > 0)
 
 
-def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
+def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Votes | None:
     """The same where every row grew by a power of two to the last bit: the usual way.
 
     None where one did not.
@@ -319,7 +319,7 @@ def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Evidence | None:
     if not bool(is_told.all()):
         return None
     nothing = torch.zeros((), dtype=plain.dtype, device=plain.device)
-    return Evidence(scheme, plain, known, label, nothing, None)
+    return Votes(scheme, plain, known, label, nothing, None)
 
 
 def _gaps(plain: Tensor, weighted: Tensor, scheme: Scheme) -> float:
@@ -362,6 +362,6 @@ def _numpy(t: Tensor) -> np.ndarray:
     return t.cpu().numpy()
 
 
-def graph_noise(evidence: Iterable[Evidence]) -> float:
+def graph_noise(votes: Iterable[Votes]) -> float:
     """The largest noise of the outputs that are not the same twice."""
-    return max((e.noise for e in evidence if e.change is not None), default=0.0)
+    return max((v.noise for v in votes if v.change is not None), default=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,9 @@ from ..graph.nodes import (
 )
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape, signed
-from .decode import Measurement
-from .layout import RegularLayout
+from .evidence import Evidence
 from .own_functions import OwnGuard, is_own, own_guard
-from .shared import is_data, shared_dims, shares_rows
+from .shared import shared_dims, shares_rows
 
 __all__ = [
     "Guard",
@@ -111,12 +110,12 @@ def _moves_unseen(tape: Tape, i: int, preparing: Container[int]) -> bool:
     if name in MOVE_UNSEEN:
         return True
     if name == BAG:
-        return is_data(tape, edges[0], preparing)
+        return tape.is_data(edges[0], preparing)
     factors = PRODUCTS[name].factors if name in PRODUCTS else None
     if factors is None:
         return False
     left, right = (edges[number] for number in factors)
-    return left is None and is_data(tape, right, preparing)
+    return left is None and tape.is_data(right, preparing)
 
 
 def gather_nodes(tape: Tape) -> list[int]:
@@ -141,17 +140,14 @@ def watched_sources(tape: Tape, batch: int) -> list[int]:
 
 
 def find_guards(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-    preparing: Container[int],
-    routed: Container[int] = (),
+    evidence: Evidence, routed: Container[int] = ()
 ) -> list[Guard | OwnGuard] | None:
     """What must stay the same for a measured layout to hold, or None if unknowable.
 
     Nodes that prepare a parameter pick no rows of samples, nor do those that look up a
     table; `routed` ones are followed in each step.
     """
+    tape, preparing = evidence.tape, evidence.preparing
     own = own_guards(tape, preparing)
     if own is None:
         return None
@@ -161,16 +157,15 @@ def find_guards(
             continue
         if _moves_unseen(tape, i, preparing):
             return None
-        if shares_rows(tape, measured, batch, preparing, i):
+        if shares_rows(evidence, i):
             return None
-        if name == ASSIGNMENT and not _fills_rows(tape, measured, i, batch, preparing):
+        if name == ASSIGNMENT and not _fills_rows(evidence, i):
             return None
-        if name == EMBEDDING and is_data(tape, tape.children[i][0], preparing):
+        if name == EMBEDDING and evidence.is_data(tape.children[i][0]):
             index = saved_tensor(tape.nodes[i], "_saved_indices")
             guards.append(Guard(i, "_saved_indices", None, index.clone()))
-        if name == BAG and is_data(
-            tape, tape.children[i][1], preparing
-        ):  # weights of the rows in a bag, computed for each sample
+        if name == BAG and evidence.is_data(tape.children[i][1]):
+            # Weights of the rows in a bag, computed for each sample.
             offsets = saved_tensor(tape.nodes[i], "_saved_offsets")
             guards.append(Guard(i, "_saved_offsets", None, offsets.clone()))
     for i in gather_nodes(tape):
@@ -179,10 +174,10 @@ def find_guards(
             continue
         pick = PICKS.get(name)
         # Where what an index moves is a parameter, no sample's row is moved.
-        if pick and not is_data(tape, tape.children[i][pick.moved], preparing):
+        if pick and not evidence.is_data(tape.children[i][pick.moved]):
             continue
         picked_from = i if name.startswith("IndexPut") else _source(tape, i)
-        dim = _batch_dim(measured, picked_from, batch)
+        dim = evidence.batch_dim(picked_from)
         if name in BY_INDICES:
             indices = enumerate(saved_tensor(node, "_saved_indices"))
             guards += [
@@ -191,7 +186,7 @@ def find_guards(
                 if index is not None and _may_cover(number, index, dim)
             ]
             continue
-        own = _batch_dim(measured, i, batch)
+        own = evidence.batch_dim(i)
         rank = len(tape.shapes(i)[0])
         if own is not None and own == dim and own != signed(node._saved_dim) % rank:
             continue
@@ -208,7 +203,7 @@ def own_guards(tape: Tape, preparing: Container[int]) -> list[OwnGuard] | None:
     for i in range(len(tape.names)):
         if i in preparing or not is_own(tape, i):
             continue
-        if any(is_data(tape, edge, preparing) for edge in tape.children[i]):
+        if any(tape.is_data(edge, preparing) for edge in tape.children[i]):
             guard = own_guard(tape, i)
             if guard is None:
                 return None
@@ -216,23 +211,18 @@ def own_guards(tape: Tape, preparing: Container[int]) -> list[OwnGuard] | None:
     return guards
 
 
-def _fills_rows(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]],
-    i: int,
-    batch: int,
-    preparing: Container[int],
-) -> bool:
+def _fills_rows(evidence: Evidence, i: int) -> bool:
     """Whether an assignment into a slice leaves the samples where they are.
 
     The slice itself is not shown. It takes in all of the batch dim if what is assigned
     is as long there, and no other dim of that length can be meant.
     """
+    tape = evidence.tape
     _, *assigned = tape.children[i]
-    moved = [e for e in assigned if e is not None and is_data(tape, e, preparing)]
+    moved = [e for e in assigned if e is not None and evidence.is_data(e)]
     if not moved:  # an activation in place, a constant, a parameter
         return True
-    dim = _batch_dim(measured, i, batch)
+    dim = evidence.batch_dim(i)
     whole = tape.shapes(i)[0]
     if dim is None or whole.count(whole[dim]) > 1:
         return False
@@ -240,7 +230,7 @@ def _fills_rows(
         part = tape.shapes(child)[output]
         if len(part) != len(whole) or part[dim] != whole[dim]:
             return False
-        if _batch_dim(measured, child, batch) != dim:
+        if evidence.batch_dim(child) != dim:
             return False
     return True
 
@@ -251,19 +241,6 @@ _INDEX_NAMES = ("_saved_index", "_saved_indices", "_saved_result1")
 def _source(tape: Tape, i: int) -> int | None:
     edge = tape.children[i][0]
     return None if edge is None else edge[0]
-
-
-def _batch_dim(
-    measured: Mapping[int, list[Measurement | None]], i: int | None, batch: int
-) -> int | None:
-    """The one dim that runs over the batch at node i, if there is one for sure."""
-    found = measured.get(i) if i is not None else None
-    if not found or found[0] is None:
-        return None
-    layouts = found[0].layouts(batch)
-    if len(layouts) == 1 and isinstance(layouts[0], RegularLayout):
-        return layouts[0].dim
-    return None
 
 
 def _may_cover(number: int, index: Tensor, dim: int | None) -> bool:

@@ -14,7 +14,7 @@ graph is measured again.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..graph.nodes import PICKS
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 from .decode import Measurement
+from .evidence import Evidence
 from .layout import IrregularLayout, RegularLayout, RowLayout
 from .stretches import keeps_rows, number_of
 
@@ -184,23 +185,18 @@ def _leading(indices: list[Tensor | None]) -> list[Tensor]:
     return found
 
 
-def find_routes(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-    preparing: Container[int],
-) -> Routes | None:
+def find_routes(evidence: Evidence) -> Routes | None:
     """Routes that reproduce what was measured; None where rows are not routed by data.
 
     Crossings that are not understood are left out, for guards to hold.
     """
-    stretch = _stretches(tape, preparing)
-    crossings = list(_crossings(tape, stretch, preparing))
+    stretch = _stretches(evidence)
+    crossings = list(_crossings(evidence, stretch))
     if not crossings:
         return None
-    regular = _regular_stretches(tape, stretch, measured, batch)
+    regular = _regular_stretches(evidence, stretch)
     met = {s for c in crossings for s in (c.whole, c.part)}
-    routed = met - _leaking(tape, stretch, crossings, preparing)
+    routed = met - _leaking(evidence, stretch, crossings)
     while True:
         known = _labelled(routed | (met & set(regular)), met - routed, crossings)
         lost = {
@@ -217,7 +213,7 @@ def find_routes(
         tuple(c for c in crossings if {c.whole, c.part} <= known),
         {s: regular[s] for s in known - routed},
     )
-    return routes if _reproduces(routes, tape, measured) else None
+    return routes if _reproduces(routes, evidence) else None
 
 
 def _labelled(
@@ -234,12 +230,9 @@ def _labelled(
     return known
 
 
-def _is_data(tape: Tape, child: int, preparing: Container[int]) -> bool:
-    return child not in preparing and not tape.is_leaf(child)
-
-
-def _stretches(tape: Tape, preparing: Container[int]) -> dict[int, int]:
+def _stretches(evidence: Evidence) -> dict[int, int]:
     """For each node that rows of samples pass, the number of its stretch."""
+    tape = evidence.tape
     top = {i: i for i in range(len(tape.nodes))}
 
     def find(i: int) -> int:
@@ -250,26 +243,26 @@ def _stretches(tape: Tape, preparing: Container[int]) -> dict[int, int]:
 
     for i, edges in enumerate(tape.children):
         for number, edge in enumerate(edges):
-            is_data = edge is not None and _is_data(tape, edge[0], preparing)
-            if edge is not None and is_data and keeps_rows(tape, i, number):
+            if edge is None or not evidence.is_data(edge):
+                continue
+            if keeps_rows(tape, i, number):
                 top[find(edge[0])] = find(i)
     return {
         i: find(i)
         for i in range(len(tape.nodes))
-        if i not in preparing and not tape.is_leaf(i)
+        if i not in evidence.preparing and not tape.is_leaf(i)
     }
 
 
-def _crossings(
-    tape: Tape, stretch: Mapping[int, int], preparing: Container[int]
-) -> Iterator[_Crossing]:
+def _crossings(evidence: Evidence, stretch: Mapping[int, int]) -> Iterator[_Crossing]:
+    tape = evidence.tape
     for i, name in enumerate(tape.names):
         pick = PICKS.get(name)
         if pick is None or i not in stretch:
             continue
         number, takes = pick.moved, pick.takes
         edge = tape.children[i][number]
-        if edge is None or not _is_data(tape, edge[0], preparing):
+        if edge is None or not evidence.is_data(edge):
             continue
         if keeps_rows(tape, i, number) or not _picks_first(tape, i):
             continue
@@ -288,19 +281,18 @@ def _picks_first(tape: Tape, i: int) -> bool:
 
 
 def _regular_stretches(
-    tape: Tape,
-    stretch: Mapping[int, int],
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
+    evidence: Evidence, stretch: Mapping[int, int]
 ) -> dict[int, _Regular]:
     """Stretches that were seen to have the samples in one regular order."""
     found: dict[int, _Regular] = {}
     irregular: set[int] = set()
-    for i, outputs in measured.items():
-        seen = outputs[0]
-        if i not in stretch or seen is None or not seen.shows_all(batch):
+    for i in evidence.seen:
+        seen = evidence.first(i)
+        if i not in stretch or seen is None:
             continue
-        layouts = seen.layouts(batch)
+        if not seen.shows_all(evidence.samples.count):
+            continue
+        layouts = evidence.layouts(i)
         (layout,) = layouts if len(layouts) == 1 else (None,)
         if isinstance(layout, RegularLayout) and layout.dim == 0:
             found.setdefault(stretch[i], _Regular(i, seen.shape, layout))
@@ -310,17 +302,15 @@ def _regular_stretches(
 
 
 def _leaking(
-    tape: Tape,
-    stretch: Mapping[int, int],
-    crossings: list[_Crossing],
-    preparing: Container[int],
+    evidence: Evidence, stretch: Mapping[int, int], crossings: list[_Crossing]
 ) -> set[int]:
     """Stretches that rows leave, or enter, by other ways than a crossing."""
+    tape = evidence.tape
     crossed = {(c.node, 0 if c.takes else 1) for c in crossings}
     leaking = {stretch[0]} if 0 in stretch else set()
     for i, edges in enumerate(tape.children):
         for number, edge in enumerate(edges):
-            if edge is None or not _is_data(tape, edge[0], preparing):
+            if edge is None or not evidence.is_data(edge):
                 continue
             if i in stretch and (i, number) not in crossed:
                 ends = {stretch[i], stretch[edge[0]]}
@@ -329,14 +319,12 @@ def _leaking(
     return leaking
 
 
-def _reproduces(
-    routes: Routes, tape: Tape, measured: Mapping[int, list[Measurement | None]]
-) -> bool:
+def _reproduces(routes: Routes, evidence: Evidence) -> bool:
     """Whether the derived labels are those that were measured."""
-    labels = routes.labels(tape)
+    labels = routes.labels(evidence.tape)
     if labels is None:
         return False
-    for i, outputs in measured.items():
+    for i, outputs in evidence.seen.items():
         if i not in routes.nodes:
             continue
         own = labels[routes.nodes[i]].numpy()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .decode import Measurement
 from .layout import IrregularLayout, RowLayout
 
-__all__ = ["Batch", "SegmentLayout", "Segments"]
+__all__ = ["Batch", "Samples", "SegmentLayout", "Segments"]
 
 
 @dataclass(frozen=True)
@@ -208,3 +208,8 @@ class Segments:
         labels = layout.labels(self.ids, shape[:-1])
         assert labels is not None  # shapes are part of what a layout is kept under
         return IrregularLayout(labels, self.count)
+
+
+# What a sample is. Both say how many there are, in which dims they show, and which
+# layouts fit what was measured; `sizes` is what their layouts scale with.
+Samples = Batch | Segments

@@ -1,27 +1,24 @@
-"""Rows of data that all samples share, until zeros give each of them to one.
+"""Rows of data that all samples share until zeros give each of them to one sample.
 
-So does a mask that picks the nodes of each graph, or a matrix that adds them up. Where
-the zeros come from outside the graph, the next step's may be others.
+    mask[B, N, 1] * nodes[1, N, d] -> [B, N, d]      row (n, m) is sample n's ...
+    pick[B, N] @ nodes[N, d]       -> [B, d]         ... where the mask is not zero
+
+The nodes of several graphs in one matrix are such rows. The mask comes from outside the
+autograd graph, so the next step's may be another one without a sign of it: nothing that
+was measured below such a node is kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 
 from ..graph.nodes import JOINING, PRODUCTS
 from ..graph.tape import Tape, signed
-from .decode import Measurement
+from .evidence import Evidence
 from .layout import RegularLayout
 
-__all__ = ["is_data", "shared_dims", "shares_rows"]
-
-
-def is_data(
-    tape: Tape, edge: tuple[int, int] | None, preparing: Container[int]
-) -> bool:
-    """Whether rows of samples come along an edge, and not a parameter."""
-    return edge is not None and edge[0] not in preparing and not tape.is_leaf(edge[0])
+__all__ = ["shared_dims", "shares_rows"]
 
 
 def shared_dims(tape: Tape, i: int, batch: int) -> list[tuple[tuple[int, int], int]]:
@@ -67,23 +64,13 @@ def _spread_dims(
     return dims if fits else ()
 
 
-def shares_rows(
-    tape: Tape,
-    measured: Mapping[int, list[Measurement | None]],
-    batch: int,
-    preparing: Container[int],
-    i: int,
-) -> bool:
+def shares_rows(evidence: Evidence, i: int) -> bool:
     """Whether rows of data may be given to samples by something that is not watched."""
-    found = None if i in preparing else measured.get(i, [None])[0]
-    if found is None:
+    if i in evidence.preparing or evidence.first(i) is None:
         return False
-    dims = {
-        dim
-        for edge, dim in shared_dims(tape, i, batch)
-        if is_data(tape, edge, preparing)
-    }
+    shared = shared_dims(evidence.tape, i, evidence.samples.count)
+    dims = {dim for edge, dim in shared if evidence.is_data(edge)}
     return bool(dims) and any(
         isinstance(layout, RegularLayout) and layout.dim in dims
-        for layout in found.layouts(batch)
+        for layout in evidence.layouts(i)
     )

@@ -14,6 +14,7 @@ from ..contributions import (
     ConvolutionBias,
     Frames,
     Materialized,
+    Patches,
 )
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
@@ -43,13 +44,15 @@ def convolution(
     if 1 in numbers(slots):
         if frames == 1:
             x, g = layout.pick(x), layout.pick(g)
-            found[1] = Convolution(x, g, geometry, with_bias=2 in numbers(slots))
+            alone = all(slot.is_alone for slot in slots)
+            patches = Patches(x, g, geometry, with_bias=2 in numbers(slots) and alone)
+            found[1] = Convolution(patches)
         elif g.dim() < 5:
             found[1] = _frames(x, g, geometry, layout)
     if 2 in numbers(slots):
-        weight_part = found.get(1)
-        if isinstance(weight_part, Convolution):
-            found[2] = ConvolutionBias(weight_part)
+        weight = found.get(1)
+        if isinstance(weight, Convolution):
+            found[2] = ConvolutionBias(weight.patches)
         else:
             summed = broadcast.sum_over_space(g.flatten(2))
             found[2] = Materialized(layout.rows(summed, 1).sum(1))
@@ -70,4 +73,4 @@ def _frames(
         output_padding=(0, *geometry.output_padding),
     )
     inputs, grads = (layout.isolate(t).movedim(1, 2) for t in (x, g))
-    return Frames(Convolution(inputs, grads, deeper, with_bias=False))
+    return Frames(Convolution(Patches(inputs, grads, deeper)))

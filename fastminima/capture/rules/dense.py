@@ -16,6 +16,7 @@ from ..contributions import (
     Dense,
     DenseBias,
     Materialized,
+    Products,
     Stacked,
     in_pieces,
     reshaped,
@@ -47,22 +48,24 @@ def addmm(
     if is_scaled(node, ADDMM):
         return {}
     found: Contributions = {}
-    bias = None
+    bias = next((slot for slot in slots if slot.number == 0), None)
+    if bias is not None and bias.shape[-1:] != g.shape[1:]:
+        bias = None  # one number for all features, or one for each row
+    if bias is not None and Size(bias.shape).numel() != g.shape[1]:
+        bias = None
+    alone = bias is not None and all(slot.is_alone for slot in slots)
     for slot in slots:
         part = None
         if slot.number == 2:
-            part = _product(node._saved_mat1, None, g, layout)
+            part = _product(node._saved_mat1, None, g, layout, with_bias=alone)
         elif slot.number == 1:
             part = _product(None, node._saved_mat2, g, layout)
-        elif slot.shape[-1:] == g.shape[1:] and Size(slot.shape).numel() == g.shape[1]:
-            bias = slot
         if part is not None:
             found[slot.number] = part
     if bias is not None and has_rows(layout):
         weight = found.get(2)
         if isinstance(weight, Dense):
-            weight.with_bias = True
-            found[0] = DenseBias(weight, bias.shape)
+            found[0] = DenseBias(weight.products, bias.shape)
         else:
             (summed,) = in_row_pieces(layout, partial(_bias_samples, g), g)
             found[0] = Materialized(summed.reshape(len(summed), *bias.shape))
@@ -73,10 +76,8 @@ def mv(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contri
     """`matrix @ weight` with a vector: a linear layer of one feature."""
     if 1 not in numbers(slots) or not has_rows(layout):
         return {}
-    matrix = Dense(
-        layout.rows(node._saved_self, 1), layout.rows(g[:, None], 1), out_first=False
-    )
-    return {1: Column(matrix)}
+    products = Products(layout.rows(node._saved_self, 1), layout.rows(g[:, None], 1))
+    return {1: Column(Dense(products, out_first=False))}
 
 
 def bmm(
@@ -91,7 +92,7 @@ def bmm(
     return {
         1: Stacked(
             [
-                Dense(rows.rows(a, 1), rows.rows(b, 1), out_first=False)
+                Dense(Products(rows.rows(a, 1), rows.rows(b, 1)), out_first=False)
                 for a, b in zip(node._saved_self, g, strict=True)
             ]
         )
@@ -121,7 +122,7 @@ def trilinear(
         rows = (some_of(layout, lo, hi).rows(t, 1).to(dtype) for t in tensors)
         left, right, grads = rows
         products = (left.unsqueeze(3) * right.unsqueeze(2)).flatten(2)
-        return Dense(products, grads, out_first=True)
+        return Dense(Products(products, grads), out_first=True)
 
     is_regular = isinstance(layout, RegularLayout)
     steps = layout.outer * layout.inner if is_regular else layout.longest
@@ -131,19 +132,27 @@ def trilinear(
 
 
 def _product(
-    first: Tensor | None, second: Tensor | None, g: Tensor, layout: RowLayout
+    first: Tensor | None,
+    second: Tensor | None,
+    g: Tensor,
+    layout: RowLayout,
+    *,
+    with_bias: bool = False,
 ) -> Contribution | None:
     """The right factor's gradient given the left, or the left's given the right."""
     if first is not None:
         if not has_rows(layout):
             return None
         if isinstance(layout, RegularLayout) and layout.is_one_row:
-            return Dense(layout.pick(first), layout.pick(g), out_first=False)
-        return from_rows(layout, partial(_dense, first, g), first, g)
+            one_row = Products(layout.pick(first), layout.pick(g), with_bias=with_bias)
+            return Dense(one_row, out_first=False)
+        dense = partial(_dense, first, g, with_bias=with_bias)
+        return from_rows(layout, dense, first, g)
     columns = _swapped(layout)
     if columns is None or second is None:
         return None
-    return Dense(columns.rows(second.t(), 1), columns.rows(g.t(), 1), out_first=True)
+    products = Products(columns.rows(second.t(), 1), columns.rows(g.t(), 1))
+    return Dense(products, out_first=True)
 
 
 def _swapped(layout: RowLayout) -> RowLayout | None:
@@ -153,8 +162,11 @@ def _swapped(layout: RowLayout) -> RowLayout | None:
     return None
 
 
-def _dense(a: Tensor, g: Tensor, layout: RowLayout) -> Dense:
-    return Dense(layout.rows(a, 1), layout.rows(g, 1), out_first=False)
+def _dense(
+    a: Tensor, g: Tensor, layout: RowLayout, *, with_bias: bool = False
+) -> Dense:
+    products = Products(layout.rows(a, 1), layout.rows(g, 1), with_bias=with_bias)
+    return Dense(products, out_first=False)
 
 
 def _bias_samples(g: Tensor, layout: RowLayout) -> tuple[Tensor]:

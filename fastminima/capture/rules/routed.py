@@ -13,6 +13,7 @@ from ..contributions import (
     Contribution,
     Dense,
     Materialized,
+    Products,
     Stacked,
 )
 from ..reading.plan import Slot
@@ -52,7 +53,7 @@ def _expert(
     """One matrix' gradient, from the rows of its own run."""
 
     def dense(some: RowLayout) -> Dense:
-        return Dense(some.rows(rows, 1), some.rows(g, 1), out_first=False)
+        return Dense(Products(some.rows(rows, 1), some.rows(g, 1)), out_first=False)
 
     layout = IrregularLayout(listed.labels[own], listed.batch)
     return from_rows(layout, dense, rows, g, shared_by=experts)

@@ -70,19 +70,20 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
     Those of dense layers over several rows a sample and of convolutions, used once.
     With one row a sample there is nothing to share: norms are products of row norms.
     """
-    tape, found = reading.tape, reading.found
-    if found.regions:  # they run by a backward pass of their own
+    tape, recipe = reading.tape, reading.recipe
+    if recipe.regions:  # they run by a backward pass of their own
         return None
     names: set[str] = set()
     edges: list[GradientEdge] = []
-    for use, layouts in zip(found.plan.uses, found.layouts, strict=True):
+    for use in recipe.plan.uses:
+        layouts = recipe.layouts[use.node]
         if not _has_rows(tape, use, layouts[0] if layouts else None):
             continue
         slots = _whole_slots(tape, use)
         fused = {
             number: name
             for number, name in slots.items()
-            if found.plan.sources[name] == 1
+            if recipe.plan.sources[name] == 1
             and parameters[name].layout == torch.strided
             and parameters[name].requires_grad
         }

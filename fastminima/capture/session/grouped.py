@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from ..graph.tape import Tape
-from .hooks import Collected, Session
+from .collector import Collected
+from .hooks import Session
 
 __all__ = ["GroupedSession"]
 
@@ -28,6 +29,24 @@ class GroupedSession:
         self, sessions: Sequence[Session], groups: Sequence[Tensor], count: int
     ) -> None:
         self._sessions, self._groups, self._count = sessions, groups, count
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Tensor],
+        count: int,
+        make: Callable[[Tensor, bool], Session],
+    ) -> GroupedSession:
+        """With `make(group, is_first)` for each group; all of them, or none."""
+        sessions: list[Session] = []
+        try:
+            for group in groups:
+                sessions.append(make(group, not sessions))
+        except BaseException:
+            for session in sessions:
+                session.close()
+            raise
+        return cls(sessions, groups, count)
 
     def close(self) -> None:
         """Remove every hook and let go of what waits."""
@@ -54,10 +73,8 @@ class GroupedSession:
             sq_norms=self._scattered([part.sq_norms for part in parts]),
             second_moments=_added([part.second_moments for part in parts]),
             dots=self._scattered([part.dots for part in parts]),
-            totals=_added([part.totals for part in parts]),
             grad_sq_norms=parts[0].grad_sq_norms,
             grads=parts[0].grads,
-            rules=parts[0].rules,
         )
 
     def _scattered(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Dense layers with one row a sample, and only norms to measure: the short way."""
+"""Programs: uses whose steps are decided once give what the generic way gives."""
 
 import warnings
 
@@ -10,24 +10,30 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
-from fastminima.capture.reading import memory as known
+from fastminima.capture.rows.samples import Batch
+from fastminima.capture.session import hooks, program
 
 BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.fixture
 def found(monkeypatch):
-    """The parameters that went the short way, of each graph."""
+    """The parameters that have a step, of each program that is made."""
     seen = []
 
-    def spying(tape, of):
-        rows = known_find(tape, of)
-        seen.append({n for r in rows.values() for n in (r.weight, r.bias) if n})
-        return rows
+    def spying(reading):
+        made = honest(reading)
+        steps = made.steps.values()
+        seen.append({n for step in steps for n in (step.weight, step.bias) if n})
+        return made
 
-    known_find = known.find_row_uses
-    monkeypatch.setattr(known, "find_row_uses", spying)
+    honest = program._make
+    monkeypatch.setattr(program, "_make", spying)
     return seen
+
+
+def without_programs(monkeypatch):
+    monkeypatch.setattr(hooks, "program_of", lambda *_, **__: program.Program())
 
 
 def assert_norms(stats, gradients, rtol=1e-5):
@@ -56,6 +62,48 @@ def test_norms_alone_in_every_case(name):
     torch.testing.assert_close(
         stats.sq_norms.double() / scale, exact / scale, rtol=2e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_a_program_and_the_generic_way_give_the_same_bits(name, monkeypatch):
+    case = BY_NAME[name]
+    model, batch = case.make()
+    with_program = probed(model, case.losses(model, batch))
+    model.zero_grad()
+    without_programs(monkeypatch)
+    generic = probed(model, case.losses(model, batch))
+    assert torch.equal(with_program.sq_norms, generic.sq_norms)
+    for parameter, norms in generic.sq_norms_by_parameter.items():
+        assert torch.equal(with_program.sq_norms_by_parameter[parameter], norms)
+    assert torch.equal(with_program.mean_grad_sq_norm, generic.mean_grad_sq_norm)
+
+
+def test_programs_are_compared_with_something():
+    steps = 0
+    for case in CASES:
+        model, batch = case.make()
+        probe = fm.GradientProbe(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = case.losses(model, batch)
+            reading = probe._reader.read(losses, Batch(len(losses)))
+        made = program.program_of(reading, wants_norms_only=True)
+        steps += len(made.steps)
+    assert steps >= 15
+
+
+def test_a_step_that_does_not_fit_any_more(found):
+    """A number that is not part of the graph's structure says another thing later."""
+    torch.manual_seed(0)
+    w, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))
+    x = torch.randn(4, 3)
+    probe = fm.GradientProbe({"w": w, "b": b}, per_parameter=True)
+    for alpha in (1.0, 2.0, 1.0):
+        y = torch.addmm(b, x, w, alpha=alpha)
+        g = 2 * y.detach().double()
+        want = {"w": alpha * torch.einsum("ni,no->nio", x.double(), g), "b": g}
+        assert_norms(probe.backward(y.square().sum(1)), want)
+    assert found == [{"w", "b"}]  # one program, that the second step does not follow
 
 
 class Net(nn.Module):
@@ -90,7 +138,8 @@ def test_which_uses_go_the_short_way(found):
     probe = fm.GradientProbe(model, per_parameter=True)
     for _ in range(2):
         assert_norms(probe.backward(losses_of(model, x)), want)
-    assert found == [{"plain.weight", "plain.bias", "bare.weight", "columns"}]
+    once = {"plain.weight", "plain.bias", "bare.weight", "columns"}
+    assert found == [once | {"sequence.weight", "sequence.bias"}]
 
 
 @pytest.mark.parametrize(

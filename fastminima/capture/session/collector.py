@@ -1,0 +1,117 @@
+"""From the sample gradients of whole parameters to the statistics of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..._dtypes import accumulation_dtype
+from ..._flat import dense_values
+from ...ops import multi
+from ..contributions import Contribution
+from .fused import Fusion
+
+__all__ = ["Collected", "Collector", "FusedCollector"]
+
+
+@dataclass
+class Collected:
+    """What the hooks of one pass gathered, still in units of that pass' gradient."""
+
+    sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    second_moments: dict[str, Tensor] = field(default_factory=dict)
+    gram: Tensor | None = None
+    dots: dict[str, Tensor] = field(default_factory=dict)
+    grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Collector:
+    """Takes each parameter's sample gradients, once they are there.
+
+    Args:
+        measure: any of "norms", "second_moments", "gram".
+        directions: `{name: {parameter: tensor}}`.
+        keep_grads: keep the pass' gradient itself.
+    """
+
+    def __init__(
+        self,
+        measure: frozenset[str],
+        directions: Mapping[str, Mapping[str, Tensor]],
+        *,
+        keep_grads: bool,
+    ) -> None:
+        self._measure, self._directions = measure, directions
+        self._keep_grads = keep_grads
+        self.collected = Collected()
+
+    @property
+    def wants_norms_only(self) -> bool:
+        """Whether squared norms are all that it takes."""
+        return self._measure <= {"norms"} and not self._directions
+
+    def take(self, parameter: str, whole: Contribution) -> None:
+        """The statistics of one parameter."""
+        into = self.collected
+        if "gram" in self._measure:
+            gram = whole.gram()
+            into.sq_norms[parameter] = gram.diagonal().clone()
+            into.gram = gram if into.gram is None else into.gram + gram
+        else:
+            into.sq_norms[parameter] = whole.sq_norms()
+        if "second_moments" in self._measure:
+            into.second_moments[parameter] = whole.second_moment()
+        self._add_dots(parameter, whole)
+
+    def _add_dots(self, parameter: str, whole: Contribution) -> None:
+        given = {k: v[parameter] for k, v in self._directions.items() if parameter in v}
+        if not given:
+            return
+        into = self.collected.dots
+        found = whole.several_dots(list(given.values()))
+        for direction, dots in zip(given, found, strict=True):
+            sofar = into.get(direction)
+            into[direction] = dots if sofar is None else sofar + dots
+
+    def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
+        """Note the gradients of some parameters in this pass."""
+        values = []
+        for name, grad in grads.items():
+            values.append(dense_values(grad))
+            if self._keep_grads:
+                kept = grad.to_dense() if grad.is_sparse else grad.clone()
+                self.collected.grads[name] = kept
+        if values:
+            dtype = accumulation_dtype(values[0].dtype)
+            self.collected.grad_sq_norms.append(multi.multi_sq_norm(values).to(dtype))
+
+
+class FusedCollector(Collector):
+    """Makes the gradients that the pass leaves out, together with their statistics."""
+
+    def __init__(
+        self,
+        measure: frozenset[str],
+        directions: Mapping[str, Mapping[str, Tensor]],
+        fusion: Fusion,
+        *,
+        keep_grads: bool,
+    ) -> None:
+        super().__init__(measure, directions, keep_grads=keep_grads)
+        self._fusion = fusion
+
+    def take(self, parameter: str, whole: Contribution) -> None:
+        """The statistics of one parameter, and its gradient if the pass has none."""
+        if parameter not in self._fusion.names:
+            super().take(parameter, whole)
+            return
+        into = self.collected
+        found = whole.fused(with_second_moment="second_moments" in self._measure)
+        into.sq_norms[parameter] = found.sq_norms
+        if found.second_moment is not None:
+            into.second_moments[parameter] = found.second_moment
+        self._fusion.add(parameter, found.total)
+        self._add_dots(parameter, whole)

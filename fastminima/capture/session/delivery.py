@@ -1,0 +1,137 @@
+"""From the slot that a contribution is for to the parameter behind it.
+
+    weight [10, 20] -> t() -> slot [20, 10]          transposed
+    table [9, 4] -> [2:5] -> slot [3, 4]             placed: each element has its place
+    g, v -> v * g / |v| -> slot                      pushed: by autograd
+
+Nothing here is about one pass: what a path decides is decided once for each graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..contributions import Contribution, Dense, Embedding, Placed, Pushed
+from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING, TRANSPOSING
+from ..graph.passes import nobodys
+from ..graph.saved import saved_tensor
+from ..graph.tape import Tape, signed
+from ..reading.plan import Path, Slot
+
+__all__ = ["Delivery", "delivery_of"]
+
+Delivery = Callable[[Contribution], Contribution]
+
+
+def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
+    """How a contribution to a slot becomes one to the parameter behind it.
+
+    None where it is one already. What is returned holds the nodes between the
+    parameter and its use, and not the use itself.
+    """
+    if path.steps == ():
+        return None
+    parameter = tape.leaf(path.parameter, is_copy=path.is_copy)
+    shape = tuple(parameter.shape)
+    if path.steps is None:
+        edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
+        return lambda inner: Pushed(inner, shape, _pusher(edge, parameter))
+    names = [tape.names[node] for node, _, _ in path.steps]
+    nodes = [tape.nodes[node] for node, _, _ in path.steps]
+    if names[-1] == EMBEDDING:
+        return _from_table(nodes, names, shape, parameter)
+    moves = [name for name in names if name != ROUNDING]
+    if not moves:  # contributions are in the accumulation dtype anyway
+        return None
+    is_transpose = len(moves) == 1 and moves[0] in TRANSPOSING
+    steps = path.steps
+    span = _span(nodes[-1], names[-1], steps[-1][1])
+
+    def placed(inner: Contribution) -> Contribution:
+        if is_transpose and isinstance(inner, Dense):
+            return inner.transposed()
+        return Placed(inner, shape, _placer(nodes, names, steps), span)
+
+    return placed
+
+
+def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
+    """Which rows of the parameter itself a node takes, where it takes some."""
+    dim = getattr(node, "_saved_dim", None)
+    if not isinstance(dim, int) or signed(dim) != 0:
+        return None
+    if name == "SelectBackward0":
+        index = signed(node._saved_index)
+        return (index, index + 1) if index >= 0 else None
+    if name == "UnbindBackward0":
+        return output, output + 1
+    if name == "SplitBackward0":
+        size = node._saved_split_size
+        return output * size, (output + 1) * size
+    if name == "SplitWithSizesBackward0":
+        sizes = node._saved_split_sizes
+        return sum(sizes[:output]), sum(sizes[: output + 1])
+    if name == "SliceBackward0" and node._saved_step == 1:
+        start, end = signed(node._saved_start), signed(node._saved_end)
+        return (start, end) if 0 <= start <= end else None
+    return None
+
+
+def _from_table(
+    nodes: list[Any], names: list[str], shape: tuple[int, ...], parameter: Tensor
+) -> Delivery:
+    """A table looked up once for all samples: the ids are the same in each."""
+    table = nodes[-1]
+    in_order = all(name in KEEPING_ORDER for name in names[:-1])
+    edge = GradientEdge(nodes[0], 0)
+
+    def delivered(inner: Contribution) -> Contribution:
+        if not in_order or table._saved_scale_grad_by_freq:
+            return Pushed(inner, shape, _pusher(edge, parameter))
+        ids = saved_tensor(table, "_saved_indices").flatten()
+        rows = inner.per_sample(0, inner.batch)
+        rows = rows.reshape(inner.batch, len(ids), shape[1])
+        ids = ids.expand(inner.batch, -1)
+        return Embedding(ids, rows, signed(table._saved_padding_idx), shape[0])
+
+    return delivered
+
+
+def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """A gradient of the slot to that of the parameter, by autograd."""
+    dtype = edge.node._input_metadata[edge.output_nr].dtype
+
+    def push(grad: Tensor) -> Tensor:
+        with nobodys(edge.node):
+            (pushed,) = torch.autograd.grad(
+                edge, parameter, grad.to(dtype), retain_graph=True
+            )
+        return pushed
+
+    return push
+
+
+def _placer(
+    nodes: list[Any], names: list[str], steps: Sequence[tuple[int, int, int]]
+) -> Callable[[Tensor], Tensor]:
+    """The same by calling the nodes in between, each of which only moves elements."""
+    chain = [
+        (node, len(node._input_metadata), output, number)
+        for node, name, (_, output, number) in zip(nodes, names, steps, strict=True)
+        if name != ROUNDING
+    ]
+
+    def place(t: Tensor) -> Tensor:
+        for node, outputs, output, number in chain:
+            grads: list[Tensor | None] = [None] * outputs
+            grads[output] = t
+            moved = node(*grads)
+            t = moved[number] if isinstance(moved, tuple) else moved
+        return t
+
+    return place
