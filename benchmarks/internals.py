@@ -33,8 +33,8 @@ def pieces_of(probe: GradientProbe, losses: Tensor) -> Pieces:
     reading = reader.read(losses, samples)
 
     def hook(*, gradients: bool) -> None:
-        collector = probe._collector()
-        session = probe._session(
+        collector = probe._attacher.collector()
+        session = probe._attacher.session(
             reading, samples.count, collector, hook_gradients=gradients
         )
         session.close()

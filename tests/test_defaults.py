@@ -168,7 +168,9 @@ def test_a_planted_default_is_found(kind, call, monkeypatch):
         f"def planted(*args):\n    assert {call}.sum() >= 0\n    return honest(*args)"
     )
     exec(compile(source, fused.__file__, "exec"), scope)
-    monkeypatch.setattr("fastminima.capture.probe.find_fusion", scope["planted"])
+    monkeypatch.setattr(
+        "fastminima.capture.session.attach.find_fusion", scope["planted"]
+    )
     probed(BY_NAME["mixed"], "backward", mode="fused")
     error = NotImplementedError if kind == "device" else AssertionError
     with placing.defaults(**DEFAULTS[kind]), pytest.raises((error, RuntimeError)):

@@ -176,7 +176,7 @@ def _observed_pass(
     losses: Tensor, tensors: list[Tensor], session: TimedSession, frames: list[Any]
 ) -> TimedCollector:
     try:
-        run_pass(losses.mean(), tensors, session, frames=frames)
+        run_pass(losses.mean(), tensors, session.owner, frames=frames)
         session.finish()
         return session.collector
     finally:

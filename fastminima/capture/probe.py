@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .._parameters import tracked_parameters
 from ..statistics import GradientStatistics
 from .audit import Audit, audit_losses
 from .errors import CaptureError, explaining
-from .graph.passes import is_distributed, run_pass
-from .graph.saved import frames_of
+from .graph.passes import is_distributed
 from .graph.sharding import find_sharding, reshard
-from .graph.tape import Tape
-from .options import Options, Request, Target, check_direction
+from .options import Options, Request, check_direction
 from .ranks import Alone, Found, Ranks, find_group
-from .reading import mixing
-from .reading.jumps import Jumps
-from .reading.reader import Reader, Reading
+from .reading.reader import Reader
 from .reading.tracked import TrackedModel
-from .rows.samples import Segments
-from .session.arrival import Arrival
-from .session.collector import Collected, Collector, FusedCollector
-from .session.fused import Fusion, find_fusion
-from .session.grouped import GroupedSession
-from .session.hooks import Observer, Session
-from .session.states import Failed, Frozen, Nothing, Observed, Pass, Resting
-from .session.timed import TimedCollector, TimedSession
+from .session.attach import Attacher
+from .session.states import Failed, Nothing, Pass, Resting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,17 +121,14 @@ class GradientProbe:
             check_every=check_every,
         )
         options.check_group(process_group)
-        # Never the user's.
-        self._generator = torch.Generator(device="cpu").manual_seed(0)
         self._steps = 0  # backward passes announced so far, probed or not
         self._parameter_count = sum(p.numel() for p in self._parameters.values())
         self._given_directions = dict(directions or {})
-        self._directions = self._checked_directions()
+        self._directions = self._checked_directions(self._parameters)
         self._model = model
         module = model if isinstance(model, nn.Module) else None
         tracked = TrackedModel(self._parameters, module, sharding, self._retrack)
         self._reader = Reader(tracked, batchnorm, options.check_every)
-        self._jumps = Jumps()
         self._ranks: Ranks | Alone = Alone()
         group = find_group(process_group)
         if group is not None:
@@ -158,7 +142,13 @@ class GradientProbe:
                 sharding=sharding,
             )
             self._ranks.check_model(model)
-        self._announced: set[str] = set()
+        self._attacher = Attacher(
+            options,
+            self._parameters,
+            self._directions,
+            self._reader,
+            defer_errors=self._ranks.waits_for_others,
+        )
         self._pass: Pass = Nothing()
 
     def backward(
@@ -284,15 +274,19 @@ class GradientProbe:
                 "was made with a process_group. Make a new probe, on every rank."
             )
         tracked = tracked_parameters(self._model)
+        directions = self._checked_directions(tracked)
         self._parameters.clear()
         self._parameters.update(tracked)
         self._parameter_count = sum(p.numel() for p in tracked.values())
-        self._directions = self._checked_directions()
+        self._directions.clear()
+        self._directions.update(directions)
         return self._parameters
 
-    def _checked_directions(self) -> dict[str, dict[str, Tensor]]:
+    def _checked_directions(
+        self, parameters: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
         return {
-            name: check_direction(name, v, self._parameters)
+            name: check_direction(name, v, parameters)
             for name, v in self._given_directions.items()
         }
 
@@ -315,7 +309,7 @@ class GradientProbe:
         self._detach()
         earlier = self._ranks.found_earlier(self._owned)
         try:
-            self._pass = self._attached(request, is_fresh=is_fresh, waits=waits)
+            self._pass = self._attacher.attach(request, is_fresh=is_fresh, waits=waits)
         except (CaptureError, ValueError) as error:
             if not self._ranks.waits_for_others:
                 raise
@@ -323,80 +317,6 @@ class GradientProbe:
         if earlier is not None:
             self._detach()
             self._pass = Failed(earlier)
-
-    def _attached(self, request: Request, *, is_fresh: bool, waits: bool) -> Pass:
-        loss = request.loss
-        try:
-            target = request.checked(self._options.batch_dim)
-        except ValueError:
-            self._reader.accompany(loss)
-            raise
-        with explaining():
-            self._reader.is_suspicious = self._jumps.is_suspicious(loss)
-            reading = self._reader.read(loss, target.samples)
-            chosen = self._chosen(target.samples.count)
-            if chosen is not None:
-                reading = reading.choosing(chosen)
-            if reading.mixing and self._options.batchnorm == "frozen":
-                return Frozen(self._frozen_pass(reading, target), target, chosen)
-        # Ranks that join without the mean find it in .grad, when all have reduced it.
-        hooks = not is_fresh
-        if self._ranks.waits_for_others:
-            hooks = self._options.keep_mean
-        observed = Observed(target, chosen, reads_grad=not hooks)
-        try:
-            if waits:
-                observed.wait(self._reader.names, self._even_pass)
-            self._observe(observed, reading, target, chosen, hook_gradients=hooks)
-        except BaseException:
-            observed.close()
-            raise
-        return observed
-
-    def _observe(
-        self,
-        observed: Observed,
-        reading: Reading,
-        target: Target,
-        chosen: Tensor | None,
-        *,
-        hook_gradients: bool,
-    ) -> None:
-        """Put hooks on a graph that is understood."""
-        count = target.samples.count if chosen is None else len(chosen)
-        groups = None
-        if isinstance(target.samples, Segments) and "gram" not in self._options.measure:
-            groups = target.samples.groups(chosen)
-        if groups is not None:
-            session = partial(self._session, arrival=observed.arrival, owner=groups)
-            observed.observer = GroupedSession.of(
-                groups,
-                count,
-                lambda group, is_first: session(
-                    reading.choosing(group),
-                    len(group),
-                    self._collector(),
-                    hook_gradients=hook_gradients and is_first,
-                ),
-            )
-            return
-        if self._options.is_fused:
-            observed.fusion = find_fusion(reading, self._parameters)
-        observed.observer = self._session(
-            reading,
-            count,
-            self._collector(observed.fusion),
-            hook_gradients=hook_gradients,
-            arrival=observed.arrival,
-        )
-
-    def _chosen(self, count: int) -> Tensor | None:
-        """Numbers of the samples to look at; None for all of them."""
-        sample = self._options.sample
-        if sample is None or sample >= count:
-            return None
-        order = torch.randperm(count, generator=self._generator, device="cpu")
-        return order[:sample].sort().values
 
     def collect(self) -> GradientStatistics | None:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
@@ -428,7 +348,7 @@ class GradientProbe:
             self._parameter_count,
             list(self._directions),
         )
-        self._jumps.note(outcome.target.loss, stats)
+        self._attacher.note(outcome.target.loss, stats)
         return Found(stats, outcome.collected.sq_norms.keys(), outcome.factor)
 
     def audit(
@@ -464,21 +384,11 @@ class GradientProbe:
         target = Request(losses, None, "mean", 1.0, 0, segment_ids).checked(0)
         count = target.samples.count
 
-        def new_session() -> TimedSession:
-            return TimedSession(
-                reading,
-                self._parameters,
-                count,
-                TimedCollector(),
-                hook_gradients=False,
-                announce=self._announce,
-            )
-
         with explaining():
             reading = self._reader.read(losses, target.samples)
             with self._reader.extra_passes(reading.tape):
                 return audit_losses(
-                    new_session,
+                    lambda: self._attacher.timed_session(reading, count),
                     losses,
                     self._parameters,
                     samples=samples,
@@ -486,87 +396,6 @@ class GradientProbe:
                     reading=reading,
                     batchnorm=self._options.batchnorm,
                 )
-
-    def _collector(self, fusion: Fusion | None = None) -> Collector:
-        measure, keep_grads = self._options.measure, self._options.keep_mean
-        if fusion is None:
-            return Collector(measure, self._directions, keep_grads=keep_grads)
-        return FusedCollector(measure, self._directions, fusion, keep_grads=keep_grads)
-
-    def _session(
-        self,
-        reading: Reading,
-        count: int,
-        collector: Collector,
-        *,
-        hook_gradients: bool = False,
-        arrival: Arrival | None = None,
-        owner: object = None,
-    ) -> Session:
-        return Session(
-            reading,
-            self._parameters,
-            count,
-            collector,
-            hook_gradients=hook_gradients,
-            announce=self._announce,
-            defer_errors=self._ranks.waits_for_others,
-            arrival=arrival,
-            owner=owner,
-        )
-
-    def _frozen_pass(self, reading: Reading, target: Target) -> Collected:
-        """A pass of its own in which batch normalisation keeps its statistics."""
-        count = target.samples.count
-        if self._options.sample is not None:
-            count = min(count, self._options.sample)
-        session = self._session(reading, count, self._collector())
-        handles = mixing.freeze(reading.tape, reading.mixing)
-        try:
-            return self._own_pass(session, target, reading.tape)
-        finally:
-            session.close()
-            for handle in handles:
-                handle.remove()
-
-    def _even_pass(self, observer: Observer, target: Target) -> Collected:
-        """A pass of its own in which all samples weigh the same.
-
-        It runs inside the user's, whose gradients are those of weighted samples.
-        """
-        assert target.loss.grad_fn is not None
-        try:
-            tape = Tape([target.loss.grad_fn], self._reader.names)
-            return self._own_pass(observer, target, tape)
-        finally:
-            observer.close()
-
-    def _own_pass(self, observer: Observer, target: Target, tape: Tape) -> Collected:
-        """What is seen in an extra pass over the loss, or its mean."""
-        loss = target.loss
-        names = list(tape.leaves)
-        with self._reader.extra_passes(tape):
-            grads = run_pass(
-                loss,
-                [self._parameters[name] for name in names],
-                observer.owner,
-                torch.full_like(loss, 1 / len(loss)) if loss.dim() else None,
-                frames_of(tape.nodes),
-            )
-        found = zip(names, grads, strict=True)
-        observer.take_gradients({name: g for name, g in found if g is not None})
-        return observer.finish()
-
-    def _announce(self, node: str, parameters: Sequence[str]) -> None:
-        """Say once for each kind of node that it is read by the universal rule."""
-        if node not in self._announced:
-            self._announced.add(node)
-            shown = ", ".join(repr(p) for p in parameters[:4])
-            warnings.warn(
-                f"No rule for {node} (parameters {shown}): its backward runs once per "
-                "sample. The statistics are exact; this layer costs more.",
-                stacklevel=2,
-            )
 
     def _detach(self) -> None:
         self._pass.close()

@@ -34,7 +34,7 @@ def fusions(monkeypatch):
         seen.append(set() if fusion is None else set(fusion.names))
         return fusion
 
-    monkeypatch.setattr("fastminima.capture.probe.find_fusion", spying)
+    monkeypatch.setattr("fastminima.capture.session.attach.find_fusion", spying)
     return seen
 
 

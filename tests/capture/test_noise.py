@@ -161,7 +161,7 @@ def zoo_reading(zoo, mode, factor):
         for use in found.plan.uses
     ]
     said = []
-    probe._announce = lambda node, parameters: said.append(node)
+    probe._attacher.announce = lambda node, parameters: said.append(node)
     assert probe.backward(losses()).is_finite
     return layouts, sorted(set(said))
 

@@ -199,7 +199,8 @@ class Attempt:
             self._refuse_met(evidence, found, survey.reads & found.plan.preparing)
             if isinstance(samples, Batch):
                 self._refuse_mixing(evidence, found)
-            holds &= found.is_settled and find_guards(evidence) == []
+            # Its saved tensors are gone, and only nodes that gather are asked for them.
+            holds = holds and found.is_settled and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
         shapes = plan.signature(tape)

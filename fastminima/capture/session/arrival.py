@@ -23,7 +23,7 @@ from ..graph.nodes import ACCUMULATE, EVEN
 from ..graph.passes import owner_of_pass
 from ..graph.tape import Tape
 
-__all__ = ["Arrival", "Surroundings", "surroundings"]
+__all__ = ["Arrival", "PassFilter", "Surroundings", "surroundings"]
 
 _ENGINE = graph._engine_run_backward.__code__
 
@@ -95,6 +95,40 @@ class Arrival:
         self.task = torch._C._current_graph_task_id()
         node = torch._C._current_autograd_node()
         self._on_arrival(g.detach(), surroundings(node, self._output, self._names))
+
+
+class PassFilter:
+    """Tells the pass that is observed from all others that come by the same nodes.
+
+    Args:
+        owner: of the passes that are run for it; an object of its own if None.
+        arrival: of the loss, where the pass is not run by the probe itself.
+        has_inner_passes: whether passes inside that one belong to it.
+    """
+
+    def __init__(
+        self, owner: object, arrival: Arrival | None, *, has_inner_passes: bool
+    ) -> None:
+        # Not the session: what it holds would hold it.
+        self.owner = object() if owner is None else owner
+        self._arrival = arrival
+        self._by_task = not has_inner_passes
+
+    def is_anothers(self) -> bool:
+        """Whether the pass that calls this is not the one that is observed."""
+        owner = owner_of_pass()
+        if owner is not None:
+            return owner is not self.owner
+        arrival = self._arrival
+        return arrival is not None and not arrival.is_on(by_task=self._by_task)
+
+    def is_over(self) -> bool:
+        """Whether what comes now comes after the pass, which left it out.
+
+        As of a probe in fused mode that runs the pass.
+        """
+        is_over = self._arrival is not None and self._arrival.is_on(by_task=False)
+        return is_over and owner_of_pass() is None
 
 
 def surroundings(node: Any, output: int, names: Mapping[int, str]) -> Surroundings:

@@ -48,6 +48,9 @@ class Collector:
         self._keep_grads = keep_grads
         self.collected = Collected()
 
+    # Parameters whose gradients it makes itself, from their contributions.
+    makes: frozenset[str] = frozenset()
+
     @property
     def wants_norms_only(self) -> bool:
         """Whether squared norms are all that it takes."""
@@ -102,10 +105,11 @@ class FusedCollector(Collector):
     ) -> None:
         super().__init__(measure, directions, keep_grads=keep_grads)
         self._fusion = fusion
+        self.makes = fusion.names
 
     def take(self, parameter: str, whole: Contribution) -> None:
         """The statistics of one parameter, and its gradient if the pass has none."""
-        if parameter not in self._fusion.names:
+        if parameter not in self.makes:
             super().take(parameter, whole)
             return
         into = self.collected

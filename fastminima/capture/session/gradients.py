@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.passes import owner_of_pass
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
-from .arrival import Arrival
+from .arrival import PassFilter
 from .collector import Collector
 
 __all__ = ["Gradients"]
@@ -24,8 +23,7 @@ class Gradients:
         collector: takes what comes.
         parameters: by name.
         split: parameters whose gradient comes in parts, from several graphs.
-        is_anothers: whether the pass that runs is not the one that is observed.
-        arrival: of the loss, where the pass is not run by the probe itself.
+        of_pass: tells the pass that is observed from others.
     """
 
     def __init__(
@@ -33,11 +31,10 @@ class Gradients:
         collector: Collector,
         parameters: Mapping[str, Tensor],
         split: Container[str],
-        is_anothers: Callable[[], bool],
-        arrival: Arrival | None,
+        of_pass: PassFilter,
     ) -> None:
         self._collector, self._parameters, self._split = collector, parameters, split
-        self._is_anothers, self._arrival = is_anothers, arrival
+        self._filter = of_pass
         self._accumulators: dict[str, Any] = {}
         self._separated: set[str] = set()
         self._taken: set[str] = set()
@@ -86,7 +83,7 @@ class Gradients:
     ) -> Callable[[Any, Any], None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
             grad = grad_inputs[number]
-            if grad is None or self._is_anothers():
+            if grad is None or self._filter.is_anothers():
                 return
             with undisturbed():
                 self._add(
@@ -100,7 +97,9 @@ class Gradients:
             grad = grads[0]
             if grad is None or name in self._separated:
                 return
-            if self._is_anothers() and not self._is_late(name):
+            if self._filter.is_anothers() and not (
+                name not in self._taken and self._filter.is_over()
+            ):
                 return
             self._taken.add(name)
             with undisturbed():
@@ -110,11 +109,3 @@ class Gradients:
                     self._collector.take_gradients({name: grad})
 
         return hook
-
-    def _is_late(self, name: str) -> bool:
-        """Whether a gradient comes after the pass, which left it out.
-
-        As of a probe in fused mode that runs the pass.
-        """
-        is_over = self._arrival is not None and self._arrival.is_on(by_task=False)
-        return is_over and owner_of_pass() is None and name not in self._taken

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..contributions import Contribution
 from ..errors import CaptureError
-from ..graph.passes import owner_of_pass
 from ..graph.saved import readable
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
@@ -22,7 +21,7 @@ from ..reading.regions import Watcher, is_reentrant, watch
 from ..rows.layout import RowLayout
 from ..rules import contributions_of
 from ..rules.universal import Universal
-from .arrival import Arrival
+from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
 from .gradients import Gradients
@@ -73,7 +72,7 @@ class Session:
             other ranks wait for this one's gradients.
         arrival: of the loss, where the pass is not run by the probe itself: only what
             comes by it counts.
-        owner: of the passes that are run for it, where that is not the session itself.
+        owner: of the passes that are run for it, where several sessions share them.
         announce: called with a message the first time a node has no rule.
     """
 
@@ -93,8 +92,7 @@ class Session:
         recipe = reading.recipe
         self._names = {id(p): name for name, p in parameters.items()}
         self._batch, self._collector, self._announce = batch, collector, announce
-        self._arrival, self._owner = arrival, owner
-        self._has_inner_passes = bool(recipe.regions)
+        self._filter = PassFilter(owner, arrival, has_inner_passes=bool(recipe.regions))
         self._defer_errors = defer_errors
         self._error: CaptureError | None = None
         self._reads_gradients = hook_gradients
@@ -102,9 +100,7 @@ class Session:
         if recipe.regions:
             missing, split = _of_several_graphs(reading)
         self._parts = Parts(missing, is_own_pass=arrival is None)
-        self._gradients = Gradients(
-            collector, parameters, split, self._is_anothers, arrival
-        )
+        self._gradients = Gradients(collector, parameters, split, self._filter)
         self._handles: list[Any] = []
         try:
             wants_norms_only = collector.wants_norms_only and not defer_errors
@@ -112,7 +108,9 @@ class Session:
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, program)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
-                self._handles.append(watch(node, self._region_watcher(region), self))
+                self._handles.append(
+                    watch(node, self._region_watcher(region), self.owner)
+                )
             if hook_gradients:
                 self._handles += self._gradients.hook(reading.tape, self._parts)
         except BaseException:
@@ -122,7 +120,7 @@ class Session:
     @property
     def owner(self) -> object:
         """Whom the passes belong to that are run for this session."""
-        return self if self._owner is None else self._owner
+        return self._filter.owner
 
     def close(self) -> None:
         """Remove every hook and let go of what waits."""
@@ -152,34 +150,27 @@ class Session:
         """Note the gradients of some parameters in this pass."""
         self._collector.take_gradients(grads)
 
-    def _is_anothers(self) -> bool:
-        """Whether the pass that calls this is not the one that is observed."""
-        owner = owner_of_pass()
-        if owner is not None:
-            return owner is not self.owner
-        arrival = self._arrival
-        return arrival is not None and not arrival.is_on(
-            by_task=not self._has_inner_passes
-        )
-
     def _hook_graph(
         self, tape: Tape, plan: Plan, layouts: Layouts, program: Program
     ) -> None:
         for use in plan.uses:
             node = tape.nodes[use.node]
             step = program.steps.get(use.node)
-            if step is not None and step.fits(node):
+            if step is not None and self._may_take(step, node):
                 hook = self._step_hook(use.name, step)
             else:
                 hook = self._use_hook(tape, use, layouts[use.node])
             self._handles.append(node.register_prehook(hook))
+
+    def _may_take(self, step: Step, node: Any) -> bool:
+        return step.fits(node) and self._collector.makes.isdisjoint(step.parameters)
 
     def _step_hook(
         self, use: str, step: Step
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             g = grads[0]
-            if g is None or self._is_anothers():
+            if g is None or self._filter.is_anothers():
                 return
             with undisturbed():
                 norms = step.norms(torch._C._current_autograd_node(), g)
@@ -201,7 +192,7 @@ class Session:
         ]
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if all(g is None for g in grads) or self._is_anothers():
+            if all(g is None for g in grads) or self._filter.is_anothers():
                 return
             node = readable(torch._C._current_autograd_node())
             try:

@@ -15,7 +15,7 @@ what makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,11 @@ class Step(Protocol):
 
     It holds names and numbers, and no node: it outlives the graph.
     """
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """Those whose norms it gives."""
+        ...
 
     def fits(self, node: Any) -> bool:
         """Whether the use of this graph is what the step was made for.
@@ -101,6 +106,11 @@ class _Layer:
     weight: str
     bias: str | None
     inputs: str
+
+    @property
+    def parameters(self) -> Collection[str]:
+        """Those of the layer."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def fits(self, node: Any) -> bool:
         """Whether nothing is multiplied with a number."""
