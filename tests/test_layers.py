@@ -26,6 +26,18 @@ LAYERS = (
     {"monitor", "optim", "callbacks"},
 )
 LAYER = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+# The rooms of `capture`, from the ground up; its docstring is the map.
+FLOORS = (
+    {"errors"},
+    {"contributions", "graph"},
+    {"rows"},
+    {"options", "reading"},
+    {"rules"},
+    {"session"},
+    {"audit", "minibatch", "ranks"},
+    {"probe"},
+)
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # The public names, and the report on everything: above the layers.
 TOP = {"__init__", "__main__"}
 
@@ -40,7 +52,7 @@ def modules():
 
 
 def imports(name, path, known):
-    """Modules of the package that a module imports when it is imported."""
+    """Modules of the package that a module imports, for its types too."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [] if name == "__init__" else package
     for node in at_import(ast.parse(path.read_text())):
@@ -49,15 +61,13 @@ def imports(name, path, known):
 
 
 def at_import(tree):
-    """Import statements outside functions and TYPE_CHECKING blocks."""
+    """Import statements outside functions; those under TYPE_CHECKING count."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            waiting += node.orelse
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             waiting += ast.iter_child_nodes(node)
 
 
@@ -113,6 +123,37 @@ def test_imports_point_down(graph):
     assert not wrong
 
 
+def room(name):
+    return name.split(".")[1]
+
+
+def rooms_that_import_up(graph):
+    inside = {n: ts for n, ts in graph.items() if n.startswith("capture.")}
+    return [
+        f"{name} (floor {FLOOR[room(name)]}) imports {target}"
+        for name, found in inside.items()
+        for target in found
+        if target.startswith("capture")
+        and (target == "capture" or room(target) != room(name))
+        and (target == "capture" or FLOOR[room(target)] >= FLOOR[room(name)])
+    ]
+
+
+def test_rooms_of_capture_import_from_the_floors_below(graph):
+    names = {room(name) for name in graph if name.startswith("capture.")}
+    assert names == FLOOR.keys()
+    assert not rooms_that_import_up(graph)
+
+
+def test_folders_of_capture_are_used_from_where_the_map_says(graph):
+    """The map in the docstring has every room, and each on a line of its own."""
+    text = ast.get_docstring(ast.parse((ROOT / "capture/__init__.py").read_text()))
+    assert text
+    for name in FLOOR:
+        folder = (ROOT / "capture" / name).is_dir()
+        assert f"{name}/ " in text if folder else f"{name}.py" in text, name
+
+
 def test_no_cycles(graph):
     cycles = [path for path in map(list, walk_cycles(graph)) if path]
     assert not cycles
@@ -143,6 +184,10 @@ def test_the_checks_can_fail():
     assert resolve(target, known) == ["capture.reading.plan"]
     assert LAYER["capture"] > LAYER["ops"]
     assert list(walk_cycles({"a": {"b"}, "b": {"a"}})) == [["a", "b", "a"]]
+    upward = {"capture.rows.layout": {"capture.reading.plan"}}
+    assert len(rooms_that_import_up(upward)) == 1
+    hidden = "if TYPE_CHECKING:\n    from .b import c"
+    assert len(list(at_import(ast.parse(hidden)))) == 1
 
 
 def test_graph_is_not_empty(graph):
