@@ -9,7 +9,7 @@ Each room imports only those on the floors below it (`tests/test_layers.py`):
     minibatch.py     the variance of whole batches, which needs no graph
     session/         hooks on the uses of one graph, while a pass runs through it
     rules/           what each kind of node says of the gradients of its parameters
-    reading/         one graph understood: its uses, whose rows are there; remembered
+    reading/         one graph understood: its uses, whose rows are there; kept
     options.py       what users say of a probe and of a loss, checked once
     rows/            whose row is whose: measured, fitted to a layout, guarded, followed
     graph/           autograd's graph as data: tape, names of nodes, saved tensors

@@ -101,7 +101,7 @@ class Contribution:
         return [self.dots(v) for v in directions]
 
     def settled(self) -> Contribution:
-        """The same, usable after the backward pass has left this node."""
+        """This contribution, usable after the backward pass has left its node."""
         return self
 
 

@@ -91,7 +91,7 @@ class Dense(Contribution):
         self.shape = (d_out, d_in) if out_first else (d_in, d_out)
 
     def transposed(self) -> Dense:
-        """The same gradients as those of the transposed matrix."""
+        """These gradients as those of the transposed matrix."""
         return Dense(self.products, out_first=not self.out_first)
 
     @property

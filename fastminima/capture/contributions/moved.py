@@ -95,5 +95,5 @@ def _each(
 
 
 def reshaped(inner: Contribution, shape: tuple[int, ...]) -> Placed:
-    """The same elements in the same order, in another shape."""
+    """A contribution with its elements, in their order, in another shape."""
     return Placed(inner, shape, lambda t: t.reshape(shape))

@@ -56,7 +56,7 @@ def run_whole_pass(
     weights: Tensor | None = None,
     frames: Sequence[Any] = (),
 ) -> None:
-    """The same by `backward`, for graphs that allow nothing else.
+    """A pass by `backward` instead, for graphs that allow nothing else.
 
     Gradients accumulate in every leaf that the caller has not blocked.
     """

@@ -82,7 +82,7 @@ def fit(
 
 
 def fit_one(tape: Tape, regions: Container[int] = ()) -> Fit:
-    """The same for a batch of one: all rows belong to the sample."""
+    """The uses of a graph of one sample, to which all rows belong."""
     plan = find_plan(tape, None, regions)
     refuse_hidden(plan)
     scalar = IrregularLayout(torch.zeros((), dtype=torch.long, device="cpu"), 1)
@@ -184,7 +184,7 @@ def _views_of(tape: Tape, i: int) -> list[int]:
 
 
 def _like_views(found: list[RowLayout], evidence: Evidence, i: int) -> list[RowLayout]:
-    """Those of several layouts that also fit where the output is viewed otherwise.
+    """The layouts, of several, that also fit where the output is viewed otherwise.
 
     Where only the first of T tokens is seen, as before a classifier, rows [B * T] fit
     two layouts if T is one more than a multiple of B; rows [B, T] fit one.

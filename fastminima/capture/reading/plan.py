@@ -114,7 +114,7 @@ class Plan:
         return tuple([tuple(tape.shapes(use.node)) for use in self.uses])
 
     def sized(self, tape: Tape) -> Plan:
-        """The same plan with the shapes that parameters have in this graph."""
+        """This plan with the shapes that parameters have in a graph."""
         uses = []
         for use in self.uses:
             shapes = [tape.shapes(s.child[0])[s.child[1]] for s in use.slots]

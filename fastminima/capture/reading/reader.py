@@ -42,7 +42,7 @@ class Reading:
     mixing: list[int]
 
     def choosing(self, samples: Tensor) -> Reading:
-        """The same, looking at some samples only."""
+        """This reading, looking at some samples only."""
         return replace(self, recipe=self.recipe.choosing(samples))
 
 

@@ -37,7 +37,7 @@ class Region:
     places: tuple | None
 
     def resolved(self, segments: Segments) -> Region:
-        """The same with the samples of the rows in this step."""
+        """This region with the samples that rows have in this step."""
         shapes = {
             use.node: of_use
             for use, of_use in zip(self.plan.uses, self.shapes, strict=True)
@@ -90,7 +90,7 @@ class Recipe:
     programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def followed(self, tape: Tape, samples: Samples) -> Recipe | None:
-        """The same with the layouts of all uses; None where the routes do not agree."""
+        """This recipe with layouts of all uses; None where its routes do not agree."""
         if isinstance(samples, Segments):
             shapes = {use.node: tape.shapes(use.node) for use in self.plan.uses}
             regions = {
@@ -112,7 +112,7 @@ class Recipe:
         return replace(self, layouts={**self.layouts, **routed}, programs={})
 
     def choosing(self, samples: Tensor) -> Recipe:
-        """The same, looking at some samples only."""
+        """This recipe, looking at some samples only."""
         regions = {
             i: None if r is None else replace(r, layouts=_choosing(r.layouts, samples))
             for i, r in self.regions.items()

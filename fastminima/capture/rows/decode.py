@@ -82,7 +82,7 @@ class Measurement:
         return self.rows is None and self.trailing is None
 
     def mixed(self) -> Measurement:
-        """The same output, with rows that do not belong to one sample each."""
+        """This output, with rows that do not belong to one sample each."""
         return Measurement(self.shape, None)
 
     def shows_all(self, batch: int) -> bool:
@@ -298,7 +298,7 @@ def weigh(norms: Sequence[Tensor], scheme: Scheme) -> Votes | None:
 
 
 def _exact(norms: Sequence[Tensor], scheme: Scheme) -> Votes | None:
-    """The same where every row grew by a power of two to the last bit: the usual way.
+    """What norms say where every row grew by a power of two exactly: the usual way.
 
     None where one did not.
     """

@@ -34,7 +34,7 @@ class Evidence:
     preparing: frozenset[int] = frozenset()
 
     def given(self, preparing: frozenset[int]) -> Evidence:
-        """The same, knowing which nodes prepare parameters."""
+        """This evidence, knowing which nodes prepare parameters."""
         return replace(self, preparing=preparing)
 
     def first(self, i: int | None) -> Measurement | None:

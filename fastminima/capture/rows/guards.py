@@ -1,4 +1,12 @@
-"""Nodes that pick rows by data: what was measured holds while they pick the same."""
+"""Nodes that pick rows by data: what was measured holds while they pick the same.
+
+    x[order]            [B, d] by an index over the batch: a guard keeps `order`
+    x[:, :, keep]       by an index over features: harmless, the batch dim is dim 0
+    x.roll(1, 1)        by numbers of the node (PLACING): they are part of the signature
+    x.masked_select(m)  by something that cannot be compared: nothing is remembered
+
+A guard that does not hold makes the graph a new one, which is measured.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,13 @@ __all__ = ["IrregularLayout", "RegularLayout", "RowLayout", "fit_layouts"]
 class RegularLayout:
     """Dimension `dim` runs over (outer, batch, inner) and the middle is the sample.
 
-    Batch-major rows are (1, B, T), time-major rows (T, B, 1). Where `chosen` is given,
-    only those samples are read, in that order.
+        tensor          outer, batch, inner   sample of row r along `dim`
+        [B, d]          1, B, 1               r
+        [B * T, d]      1, B, T               r // T        as in a transformer
+        [T * B, d]      T, B, 1               r % B         time first, as in an RNN
+        [H * B * T, d]  H, B, T               r // T % B    heads first
+
+    Where `chosen` is given, only those samples are read, in that order.
     """
 
     dim: int
@@ -58,11 +63,11 @@ class RegularLayout:
         return listed if self.chosen is None else listed.choose(self.chosen)
 
     def choose(self, samples: Tensor) -> RegularLayout:
-        """The same layout, reading some samples only."""
+        """This layout, reading some samples only."""
         return replace(self, chosen=samples)
 
     def along(self, dim: int) -> RegularLayout:
-        """The same layout along another dimension, as in a transposed tensor."""
+        """This layout along another dimension, as in a transposed tensor."""
         return replace(self, dim=dim)
 
     def pick(self, t: Tensor) -> Tensor:
@@ -104,7 +109,10 @@ class RegularLayout:
     def transfer(
         self, old: tuple[int, ...], new: tuple[int, ...], batch: int
     ) -> RegularLayout | None:
-        """The same layout on a tensor of another shape, if only one can be meant."""
+        """What this layout is on a tensor of another shape, if only one can be meant.
+
+        [4 * 6, d] with B = 4, T = 6 -> [3 * 6, d] with B = 3: (1, 3, 6).
+        """
         if len(old) != len(new) or new[self.dim] % batch:
             return None
         rest = new[self.dim] // batch
@@ -137,7 +145,7 @@ class IrregularLayout:
         return self
 
     def choose(self, samples: Tensor) -> IrregularLayout:
-        """The same layout, reading some samples only."""
+        """This layout, reading some samples only."""
         # The last place is nobody's.
         place = torch.full((self.batch + 1,), -1, dtype=torch.int64, device="cpu")
         place[samples.cpu()] = self._numbers(len(samples))

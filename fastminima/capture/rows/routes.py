@@ -7,6 +7,11 @@ stays what it is make a *stretch*, and stretches meet at *crossings*, nodes that
 rows out by an index, or put them in. Once a measurement has shown which stretches have
 the samples in a regular order, the labels of all others follow from the indices.
 
+    h [N, d]               stretch 0: regular, row n is sample n // T   (measured)
+    h[idx] [M, d]          crossing: row m of stretch 1 is row idx[m] of stretch 0
+    expert(h[idx]) [M, d]  stretch 1 still: sample of row m is idx[m] // T
+    out.index_add(0, idx, ...)  crossing: back into a stretch of N rows
+
 They are right wherever every crossing agrees: a row that the losses reach over several
 crossings then has the same sample over each of them. Where one does not agree, the
 graph is measured again.
@@ -102,7 +107,7 @@ class Routes:
         return layouts
 
     def resized(self, tape: Tape, batch: int) -> Routes | None:
-        """The same routes in a graph of other sizes, if only one can be meant."""
+        """These routes in a graph of other sizes, if only one can be meant."""
         regular = {}
         for stretch, known in self.regular.items():
             shape = tape.shapes(known.node)[0]
@@ -219,7 +224,7 @@ def find_routes(evidence: Evidence) -> Routes | None:
 def _labelled(
     candidates: set[int], fixed: set[int], crossings: list[_Crossing]
 ) -> set[int]:
-    """Those stretches whose labels follow from the fixed ones among them."""
+    """The stretches whose labels follow from the fixed ones among them."""
     known = candidates & fixed
     size = -1
     while len(known) > size:

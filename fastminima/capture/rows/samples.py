@@ -62,7 +62,7 @@ _AXES = ("rows", "time", "repeats")
 
 
 def _orders(*, several_rows: bool, repeats: bool) -> list[tuple[str, str, str]]:
-    """Those that differ from each other."""
+    """The orders that can be told apart."""
     orders = [("rows", "time", "repeats")]
     if several_rows:
         orders.append(("time", "rows", "repeats"))
@@ -74,6 +74,10 @@ def _orders(*, several_rows: bool, repeats: bool) -> list[tuple[str, str, str]]:
 @dataclass(frozen=True)
 class SegmentLayout:
     """Rows are the tokens of packed rows, in one of the orders that models use.
+
+    ids [[0, 0, 1], [2, 2, -1]] and a tensor [6, d] in the order rows, time: its rows
+    are those of samples 0, 0, 1, 2, 2 and of none. Targets shifted by one drop the last
+    token of each row: [4, d], samples 0, 0, 2, 2.
 
     Args:
         order: what the rows of the tensor run over, slowest first; "repeats" are
@@ -99,7 +103,7 @@ class SegmentLayout:
     def transfer(
         self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
     ) -> SegmentLayout | None:
-        """The same layout on a tensor of another shape, where it fits."""
+        """This layout on a tensor of another shape, where it fits."""
         tokens = sizes[0] * (sizes[1] - self.start - self.drop)
         fits = len(old) == len(new) and tokens * self.repeats == math.prod(new[:-1])
         return self if fits else None
@@ -140,7 +144,8 @@ class Segments:
 
     def column(self, weights: Tensor, shape: Sequence[int]) -> Tensor:
         """The samples' weights as a factor for a tensor that holds the packed rows."""
-        # The last one is that of -1, nobody's: no sample has it, unless all have one.
+        # Tokens of no sample (-1) take the last of these, which is no sample's weight:
+        # what they touch is then seen to be mixed. (In a plain pass all weigh one.)
         padded = torch.cat([weights, weights[:1].square()])
         of_tokens = padded[self.ids.to(weights.device)]
         return of_tokens.reshape(*self.sizes, *[1] * (len(shape) - 2))

@@ -39,7 +39,7 @@ def rms_norm(
 def group_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    """The same with statistics over groups of an image's channels."""
+    """`(x - mean) * rstd * weight + bias`, by groups of an image's channels."""
     mean, rstd = node._saved_result1, node._saved_result2
     return _channels(g, node._saved_input, mean, rstd, layout, slots)
 
@@ -47,7 +47,7 @@ def group_norm(
 def batch_norm(
     node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    """The same with statistics of a channel over a batch, or remembered."""
+    """`(x - mean) * rstd * weight + bias`, by channels over a batch, or remembered."""
     mean, rstd = batch_statistics(node)
     return _channels(g, node._saved_input, mean[None], rstd[None], layout, slots)
 

@@ -119,7 +119,7 @@ def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]
 def _placer(
     nodes: list[Any], names: list[str], steps: Sequence[tuple[int, int, int]]
 ) -> Callable[[Tensor], Tensor]:
-    """The same by calling the nodes in between, each of which only moves elements."""
+    """A gradient of the slot to that of the parameter, by nodes that only move it."""
     chain = [
         (node, len(node._input_metadata), output, number)
         for node, name, (_, output, number) in zip(nodes, names, steps, strict=True)

@@ -59,7 +59,7 @@ class GroupedSession:
         return self._sessions[0].owner
 
     def separate(self, tape: Tape, names: Iterable[str]) -> None:
-        """As `Session.separate`."""
+        """Read some parameters' gradients where they leave this graph, from now on."""
         self._sessions[0].separate(tape, names)
 
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ class Step(Protocol):
 
     @property
     def parameters(self) -> Collection[str]:
-        """Those whose norms it gives."""
+        """The parameters whose norms it gives."""
         ...
 
     def fits(self, node: Any) -> bool:
@@ -109,7 +109,7 @@ class _Layer:
 
     @property
     def parameters(self) -> Collection[str]:
-        """Those of the layer."""
+        """The parameters of the layer."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def fits(self, node: Any) -> bool:
