@@ -30,7 +30,9 @@ namespace FM_ISA {
     second_moment(rows, image, sizes, total, threads);                                           \
   }                                                                                              \
   void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
-                           const ConvResults<scalar_t>& results, int threads) {                  \
+                           scalar_t* grad, scalar_t* norms, scalar_t* bias, scalar_t* moment,    \
+                           int threads) {                                                        \
+    const ConvResults<scalar_t> results = {grad, norms, bias, moment};                           \
     fused(rows, image, sizes, results, threads);                                                 \
   }
 
@@ -42,10 +44,6 @@ FM_DEFINE(double, f64)
 }  // namespace fastminima
 
 #ifdef FM_BASELINE
-#include <pybind11/stl.h>
-
-#include <array>
-
 #include "bind.h"
 
 namespace fastminima {
@@ -60,15 +58,6 @@ struct Argument<const ConvSizes&> {
     int64_t* field = reinterpret_cast<int64_t*>(&s);
     for (size_t i = 0; i < sizeof(s) / sizeof(int64_t); i++) field[i] = sizes[i].cast<int64_t>();
     return s;
-  }
-};
-
-template <typename scalar_t>
-struct Argument<const ConvResults<scalar_t>&> {
-  using type = const std::array<uintptr_t, 4>&;
-  static ConvResults<scalar_t> made(type x) {
-    return {pointer<scalar_t>(x[0]), pointer<scalar_t>(x[1]), pointer<scalar_t>(x[2]),
-            pointer<scalar_t>(x[3])};
   }
 };
 

@@ -35,7 +35,8 @@ struct ConvResults {
   void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                  \
                                    const ConvSizes& sizes, scalar_t* total, int threads);        \
   void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
-                           const ConvResults<scalar_t>& results, int threads);
+                           scalar_t* grad, scalar_t* norms, scalar_t* bias, scalar_t* moment,    \
+                           int threads);
 
 FM_DECLARE_KERNELS(FM_KERNELS)
 #undef FM_KERNELS

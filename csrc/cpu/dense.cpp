@@ -355,15 +355,6 @@ struct Argument<const Sequences<scalar_t>&> {
   }
 };
 
-template <typename scalar_t>
-struct Argument<const FusedResults<scalar_t>&> {
-  using type = const std::array<uintptr_t, 4>&;
-  static FusedResults<scalar_t> made(type x) {
-    return {pointer<scalar_t>(x[0]), pointer<scalar_t>(x[1]), pointer<scalar_t>(x[2]),
-            pointer<scalar_t>(x[3])};
-  }
-};
-
 void bind_dense(py::module_& m) {
   FM_BIND(m, row_sq_norms);
   FM_BIND(m, sequence_sq_norms);

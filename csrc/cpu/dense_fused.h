@@ -14,9 +14,9 @@ struct FusedResults {
 
 }  // namespace fastminima
 
-#define FM_KERNELS(scalar_t, suffix)                                                      \
-  void sequence_fused_##suffix(const Sequences<scalar_t>&, const FusedResults<scalar_t>&, \
-                               int threads);
+#define FM_KERNELS(scalar_t, suffix)                                                          \
+  void sequence_fused_##suffix(const Sequences<scalar_t>& x, scalar_t* grad, scalar_t* norms, \
+                               scalar_t* bias, scalar_t* moment, int threads);
 
 FM_DECLARE_KERNELS(FM_KERNELS)
 #undef FM_KERNELS

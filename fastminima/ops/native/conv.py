@@ -123,7 +123,7 @@ def tile_gradient(
         getattr(kernels, f"conv_fused_{SUFFIX[x.dtype]}")(
             *(rows.data_ptr(), image.data_ptr()),
             _sizes(rows.shape, image.shape, geometry, rows_last, image_last),
-            tuple(0 if r is None else r.data_ptr() for r in results),
+            *(0 if r is None else r.data_ptr() for r in results),
             _native.threads(),
         )
     return results

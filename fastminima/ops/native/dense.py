@@ -100,8 +100,8 @@ def sequence_fused(
     bias = g.new_empty(len(g), g.shape[2]) if with_bias else None
     moment = torch.empty_like(grad) if with_second_moment else None
     getattr(kernels, f"sequence_fused_{SUFFIX[g.dtype]}")(
-        numbers,
-        tuple(0 if x is None else x.data_ptr() for x in (grad, norms, bias, moment)),
-        _native.threads(),
+        *(numbers, grad.data_ptr(), norms.data_ptr()),
+        *(0 if bias is None else bias.data_ptr(),),
+        *(0 if moment is None else moment.data_ptr(), _native.threads()),
     )
     return grad, norms, bias, moment
