@@ -65,39 +65,10 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-template <typename scalar_t, typename kernel_t>
-static auto bound_sum(kernel_t kernel) {
-  return [kernel](uintptr_t g, int64_t g_batch, int64_t g_row, int64_t batch, int64_t rows,
-                  int64_t columns, uintptr_t out, int threads) {
-    kernel(pointer<scalar_t>(g), g_batch, g_row, batch, rows, columns, pointer<scalar_t>(out),
-           threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_product(kernel_t kernel) {
-  return [kernel](uintptr_t g, int64_t g_batch, int64_t g_time, uintptr_t x, int64_t x_batch,
-                  int64_t x_time, int64_t batch, int64_t time, int64_t width, uintptr_t out,
-                  int threads) {
-    kernel(pointer<scalar_t>(g), g_batch, g_time, pointer<scalar_t>(x), x_batch, x_time, batch,
-           time, width, pointer<scalar_t>(out), threads);
-  };
-}
-
 void bind_broadcast(py::module_& m) {
-#define FM_BIND_OF(ISA, scalar_t, suffix)                                                 \
-  sub.def("sum_over_time_" #suffix, bound_sum<scalar_t>(&ISA::sum_over_time_##suffix));   \
-  sub.def("sum_over_space_" #suffix, bound_sum<scalar_t>(&ISA::sum_over_space_##suffix)); \
-  sub.def("product_over_time_" #suffix, bound_product<scalar_t>(&ISA::product_over_time_##suffix));
-#define FM_BIND(ISA, handle)                                       \
-  {                                                                \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \
-    FM_BIND_OF(ISA, float, f32)                                    \
-    FM_BIND_OF(ISA, double, f64)                                   \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
-#undef FM_BIND_OF
+  FM_BIND(m, sum_over_time);
+  FM_BIND(m, sum_over_space);
+  FM_BIND(m, product_over_time);
 }
 
 }  // namespace fastminima

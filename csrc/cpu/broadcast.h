@@ -2,8 +2,10 @@
 
 #include <cstdint>
 
-// Declared once per instruction set. Rows contiguous, other strides in elements.
-#define FM_DECLARE_BROADCAST_OF(scalar_t, suffix)                                                \
+#include "registry.h"
+
+// Rows contiguous, other strides in elements.
+#define FM_KERNELS(scalar_t, suffix)                                                             \
   void sum_over_time_##suffix(const scalar_t* g, int64_t g_batch, int64_t g_time, int64_t batch, \
                               int64_t time, int64_t width, scalar_t* out, int threads);          \
   void product_over_time_##suffix(                                                               \
@@ -13,16 +15,5 @@
                                int64_t batch, int64_t channels, int64_t space, scalar_t* out,    \
                                int threads);
 
-#define FM_DECLARE_BROADCAST(ISA)      \
-  namespace fastminima {               \
-  namespace ISA {                      \
-  FM_DECLARE_BROADCAST_OF(float, f32)  \
-  FM_DECLARE_BROADCAST_OF(double, f64) \
-  }                                    \
-  }
-
-FM_DECLARE_BROADCAST(generic)
-#if defined(__x86_64__)
-FM_DECLARE_BROADCAST(avx2)
-FM_DECLARE_BROADCAST(avx512)
-#endif
+FM_DECLARE_KERNELS(FM_KERNELS)
+#undef FM_KERNELS

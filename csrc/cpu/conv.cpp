@@ -30,7 +30,9 @@ namespace FM_ISA {
     second_moment(rows, image, sizes, total, threads);                                           \
   }                                                                                              \
   void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
-                           const ConvResults<scalar_t>& results, int threads) {                  \
+                           scalar_t* grad, scalar_t* norms, scalar_t* bias, scalar_t* moment,    \
+                           int threads) {                                                        \
+    const ConvResults<scalar_t> results = {grad, norms, bias, moment};                           \
     fused(rows, image, sizes, results, threads);                                                 \
   }
 
@@ -48,58 +50,22 @@ namespace fastminima {
 
 // (batch, rows, channels, groups, is_transposed, rows_last, image_last), then image, out, kernel,
 // stride, padding and dilation of three axes each.
-static ConvSizes conv_sizes(const py::tuple& sizes) {
-  ConvSizes s;
-  int64_t* field = reinterpret_cast<int64_t*>(&s);
-  for (size_t i = 0; i < sizeof(s) / sizeof(int64_t); i++) field[i] = sizes[i].cast<int64_t>();
-  return s;
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_norms(kernel_t kernel) {
-  return [kernel](uintptr_t rows, uintptr_t image, const py::tuple& sizes, uintptr_t weight,
-                  uintptr_t bias, int threads) {
-    kernel(pointer<scalar_t>(rows), pointer<scalar_t>(image), conv_sizes(sizes),
-           pointer<scalar_t>(weight), pointer<scalar_t>(bias), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_moment(kernel_t kernel) {
-  return [kernel](uintptr_t rows, uintptr_t image, const py::tuple& sizes, uintptr_t total,
-                  int threads) {
-    kernel(pointer<scalar_t>(rows), pointer<scalar_t>(image), conv_sizes(sizes),
-           pointer<scalar_t>(total), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_fused(kernel_t kernel) {
-  return [kernel](uintptr_t rows, uintptr_t image, const py::tuple& sizes, uintptr_t grad,
-                  uintptr_t norms, uintptr_t bias, uintptr_t moment, int threads) {
-    kernel(pointer<scalar_t>(rows), pointer<scalar_t>(image), conv_sizes(sizes),
-           ConvResults<scalar_t>{pointer<scalar_t>(grad), pointer<scalar_t>(norms),
-                                 pointer<scalar_t>(bias), pointer<scalar_t>(moment)},
-           threads);
-  };
-}
+template <>
+struct Argument<const ConvSizes&> {
+  using type = const py::tuple&;
+  static ConvSizes made(const py::tuple& sizes) {
+    ConvSizes s;
+    int64_t* field = reinterpret_cast<int64_t*>(&s);
+    for (size_t i = 0; i < sizeof(s) / sizeof(int64_t); i++) field[i] = sizes[i].cast<int64_t>();
+    return s;
+  }
+};
 
 void bind_conv(py::module_& m) {
-#define FM_BIND_TYPE(ISA, scalar_t, suffix)                                           \
-  sub.def("conv_direct_" #suffix, bound_norms<scalar_t>(&ISA::conv_direct_##suffix)); \
-  sub.def("conv_gram_" #suffix, bound_norms<scalar_t>(&ISA::conv_gram_##suffix));     \
-  sub.def("conv_second_moment_" #suffix,                                              \
-          bound_moment<scalar_t>(&ISA::conv_second_moment_##suffix));                 \
-  sub.def("conv_fused_" #suffix, bound_fused<scalar_t>(&ISA::conv_fused_##suffix));
-#define FM_BIND(ISA, handle)                                       \
-  {                                                                \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \
-    FM_BIND_TYPE(ISA, float, f32)                                  \
-    FM_BIND_TYPE(ISA, double, f64)                                 \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
-#undef FM_BIND_TYPE
+  FM_BIND(m, conv_direct);
+  FM_BIND(m, conv_gram);
+  FM_BIND(m, conv_second_moment);
+  FM_BIND(m, conv_fused);
 }
 
 }  // namespace fastminima

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "registry.h"
+
 namespace fastminima {
 
 // Spatial axes are three, outermost first; missing ones have size 1.
@@ -25,7 +27,7 @@ struct ConvResults {
 
 // rows is [batch, rows, *out] and image [batch, channels, *image], both contiguous. `bias` may be
 // null. second_moment adds to total, [rows, channels / groups, *kernel].
-#define FM_DECLARE_CONV_TYPE(scalar_t, suffix)                                                   \
+#define FM_KERNELS(scalar_t, suffix)                                                             \
   void conv_direct_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes, \
                             scalar_t* weight, scalar_t* bias, int threads);                      \
   void conv_gram_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,   \
@@ -33,18 +35,8 @@ struct ConvResults {
   void conv_second_moment_##suffix(const scalar_t* rows, const scalar_t* image,                  \
                                    const ConvSizes& sizes, scalar_t* total, int threads);        \
   void conv_fused_##suffix(const scalar_t* rows, const scalar_t* image, const ConvSizes& sizes,  \
-                           const ConvResults<scalar_t>& results, int threads);
+                           scalar_t* grad, scalar_t* norms, scalar_t* bias, scalar_t* moment,    \
+                           int threads);
 
-#define FM_DECLARE_CONV(ISA)        \
-  namespace fastminima {            \
-  namespace ISA {                   \
-  FM_DECLARE_CONV_TYPE(float, f32)  \
-  FM_DECLARE_CONV_TYPE(double, f64) \
-  }                                 \
-  }
-
-FM_DECLARE_CONV(generic)
-#if defined(__x86_64__)
-FM_DECLARE_CONV(avx2)
-FM_DECLARE_CONV(avx512)
-#endif
+FM_DECLARE_KERNELS(FM_KERNELS)
+#undef FM_KERNELS

@@ -345,74 +345,21 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-template <typename scalar_t, typename kernel_t>
-static auto bound_rows(kernel_t kernel) {
-  return [kernel](uintptr_t a, int64_t a_stride, uintptr_t g, int64_t g_stride, int64_t batch,
-                  int64_t d_in, int64_t d_out, uintptr_t weight, uintptr_t bias, int threads) {
-    kernel(pointer<scalar_t>(a), a_stride, pointer<scalar_t>(g), g_stride, batch, d_in, d_out,
-           pointer<scalar_t>(weight), pointer<scalar_t>(bias), threads);
-  };
-}
-
 // a, a_batch, a_time, g, g_batch, g_time, batch, time, d_in, d_out
-using Numbers = std::array<int64_t, 10>;
-
 template <typename scalar_t>
-static Sequences<scalar_t> sequences(const Numbers& x) {
-  return {pointer<scalar_t>(x[0]),
-          x[1],
-          x[2],
-          pointer<scalar_t>(x[3]),
-          x[4],
-          x[5],
-          x[6],
-          x[7],
-          x[8],
-          x[9]};
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_norms(kernel_t kernel) {
-  return [kernel](const Numbers& x, double guard, uintptr_t weight, uintptr_t bias, int threads) {
-    kernel(sequences<scalar_t>(x), guard, pointer<scalar_t>(weight), pointer<scalar_t>(bias),
-           threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_total(kernel_t kernel) {
-  return [kernel](const Numbers& x, uintptr_t total, int threads) {
-    kernel(sequences<scalar_t>(x), pointer<scalar_t>(total), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_fused(kernel_t kernel) {
-  return [kernel](const Numbers& x, uintptr_t grad, uintptr_t norms, uintptr_t bias,
-                  uintptr_t moment, int threads) {
-    kernel(sequences<scalar_t>(x),
-           FusedResults<scalar_t>{pointer<scalar_t>(grad), pointer<scalar_t>(norms),
-                                  pointer<scalar_t>(bias), pointer<scalar_t>(moment)},
-           threads);
-  };
-}
+struct Argument<const Sequences<scalar_t>&> {
+  using type = const std::array<int64_t, 10>&;
+  static Sequences<scalar_t> made(type x) {
+    const scalar_t *a = pointer<scalar_t>(x[0]), *g = pointer<scalar_t>(x[3]);
+    return {a, x[1], x[2], g, x[4], x[5], x[6], x[7], x[8], x[9]};
+  }
+};
 
 void bind_dense(py::module_& m) {
-#define FM_BIND_OF(ISA, scalar_t, suffix)                                                         \
-  sub.def("row_sq_norms_" #suffix, bound_rows<scalar_t>(&ISA::row_sq_norms_##suffix));            \
-  sub.def("sequence_sq_norms_" #suffix, bound_norms<scalar_t>(&ISA::sequence_sq_norms_##suffix)); \
-  sub.def("sequence_second_moment_" #suffix,                                                      \
-          bound_total<scalar_t>(&ISA::sequence_second_moment_##suffix));                          \
-  sub.def("sequence_fused_" #suffix, bound_fused<scalar_t>(&ISA::sequence_fused_##suffix));
-#define FM_BIND(ISA, handle)                                       \
-  {                                                                \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \
-    FM_BIND_OF(ISA, float, f32)                                    \
-    FM_BIND_OF(ISA, double, f64)                                   \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
-#undef FM_BIND_OF
+  FM_BIND(m, row_sq_norms);
+  FM_BIND(m, sequence_sq_norms);
+  FM_BIND(m, sequence_second_moment);
+  FM_BIND(m, sequence_fused);
 }
 
 }  // namespace fastminima

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "registry.h"
+
 namespace fastminima {
 
 // Inputs a [batch, time, d_in] and output gradients g [batch, time, d_out] of a dense layer: rows
@@ -17,8 +19,7 @@ struct Sequences {
 
 }  // namespace fastminima
 
-// Declared once per instruction set.
-#define FM_DECLARE_DENSE_OF(scalar_t, suffix)                                                   \
+#define FM_KERNELS(scalar_t, suffix)                                                            \
   void row_sq_norms_##suffix(const scalar_t* a, int64_t a_stride, const scalar_t* g,            \
                              int64_t g_stride, int64_t batch, int64_t d_in, int64_t d_out,      \
                              scalar_t* weight, scalar_t* bias, int threads);                    \
@@ -26,16 +27,5 @@ struct Sequences {
                                   scalar_t* bias, int threads);                                 \
   void sequence_second_moment_##suffix(const Sequences<scalar_t>& x, scalar_t* total, int threads);
 
-#define FM_DECLARE_DENSE(ISA)      \
-  namespace fastminima {           \
-  namespace ISA {                  \
-  FM_DECLARE_DENSE_OF(float, f32)  \
-  FM_DECLARE_DENSE_OF(double, f64) \
-  }                                \
-  }
-
-FM_DECLARE_DENSE(generic)
-#if defined(__x86_64__)
-FM_DECLARE_DENSE(avx2)
-FM_DECLARE_DENSE(avx512)
-#endif
+FM_DECLARE_KERNELS(FM_KERNELS)
+#undef FM_KERNELS

@@ -173,10 +173,10 @@ void sequence_fused(const Sequences<scalar_t>& x, const FusedResults<scalar_t>& 
 
 }  // namespace
 
-#define FM_DEFINE(scalar_t, suffix)                                                  \
-  void sequence_fused_##suffix(const Sequences<scalar_t>& x,                         \
-                               const FusedResults<scalar_t>& results, int threads) { \
-    sequence_fused(x, results, threads);                                             \
+#define FM_DEFINE(scalar_t, suffix)                                                           \
+  void sequence_fused_##suffix(const Sequences<scalar_t>& x, scalar_t* grad, scalar_t* norms, \
+                               scalar_t* bias, scalar_t* moment, int threads) {               \
+    sequence_fused(x, FusedResults<scalar_t>{grad, norms, bias, moment}, threads);            \
   }
 FM_DEFINE(float, f32)
 FM_DEFINE(double, f64)

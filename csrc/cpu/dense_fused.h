@@ -14,16 +14,9 @@ struct FusedResults {
 
 }  // namespace fastminima
 
-#define FM_DECLARE_DENSE_FUSED(ISA)                                                            \
-  namespace fastminima {                                                                       \
-  namespace ISA {                                                                              \
-  void sequence_fused_f32(const Sequences<float>&, const FusedResults<float>&, int threads);   \
-  void sequence_fused_f64(const Sequences<double>&, const FusedResults<double>&, int threads); \
-  }                                                                                            \
-  }
+#define FM_KERNELS(scalar_t, suffix)                                                          \
+  void sequence_fused_##suffix(const Sequences<scalar_t>& x, scalar_t* grad, scalar_t* norms, \
+                               scalar_t* bias, scalar_t* moment, int threads);
 
-FM_DECLARE_DENSE_FUSED(generic)
-#if defined(__x86_64__)
-FM_DECLARE_DENSE_FUSED(avx2)
-FM_DECLARE_DENSE_FUSED(avx512)
-#endif
+FM_DECLARE_KERNELS(FM_KERNELS)
+#undef FM_KERNELS

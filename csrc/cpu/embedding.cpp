@@ -108,25 +108,7 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-template <typename scalar_t, typename kernel_t>
-static auto bound_norms(kernel_t kernel) {
-  return [kernel](uintptr_t ids, uintptr_t g, int64_t g_batch, int64_t g_time, int64_t padding_idx,
-                  int64_t batch, int64_t time, int64_t width, uintptr_t norms, int threads) {
-    kernel(pointer<const int64_t>(ids), pointer<scalar_t>(g), g_batch, g_time, padding_idx, batch,
-           time, width, pointer<scalar_t>(norms), threads);
-  };
-}
-
-void bind_embedding(py::module_& m) {
-#define FM_BIND(ISA, handle)                                                              \
-  {                                                                                       \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                        \
-    sub.def("embedding_sq_norms_f32", bound_norms<float>(&ISA::embedding_sq_norms_f32));  \
-    sub.def("embedding_sq_norms_f64", bound_norms<double>(&ISA::embedding_sq_norms_f64)); \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
-}
+void bind_embedding(py::module_& m) { FM_BIND(m, embedding_sq_norms); }
 
 }  // namespace fastminima
 #endif

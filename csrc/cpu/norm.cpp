@@ -88,44 +88,9 @@ FM_DEFINE(double, f64)
 
 namespace fastminima {
 
-template <typename scalar_t, typename kernel_t>
-static auto bound_layer(kernel_t kernel) {
-  return [kernel](uintptr_t g, int64_t g_batch, int64_t g_time, uintptr_t x, int64_t x_batch,
-                  int64_t x_time, uintptr_t mean, uintptr_t rstd, int64_t batch, int64_t time,
-                  int64_t width, uintptr_t weight, uintptr_t bias, int threads) {
-    kernel(pointer<scalar_t>(g), g_batch, g_time, pointer<scalar_t>(x), x_batch, x_time,
-           pointer<scalar_t>(mean), pointer<scalar_t>(rstd), batch, time, width,
-           pointer<scalar_t>(weight), pointer<scalar_t>(bias), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_channel(kernel_t kernel) {
-  return [kernel](uintptr_t g, int64_t g_batch, int64_t g_channel, uintptr_t x, int64_t x_batch,
-                  int64_t x_channel, uintptr_t mean, uintptr_t rstd, int64_t shared, int64_t groups,
-                  int64_t batch, int64_t channels, int64_t space, uintptr_t weight, uintptr_t bias,
-                  int threads) {
-    kernel(pointer<scalar_t>(g), g_batch, g_channel, pointer<scalar_t>(x), x_batch, x_channel,
-           pointer<scalar_t>(mean), pointer<scalar_t>(rstd), shared, groups, batch, channels, space,
-           pointer<scalar_t>(weight), pointer<scalar_t>(bias), threads);
-  };
-}
-
 void bind_norm(py::module_& m) {
-#define FM_BIND_OF(ISA, scalar_t, suffix)                              \
-  sub.def("layer_norm_gradients_" #suffix,                             \
-          bound_layer<scalar_t>(&ISA::layer_norm_gradients_##suffix)); \
-  sub.def("channel_norm_gradients_" #suffix,                           \
-          bound_channel<scalar_t>(&ISA::channel_norm_gradients_##suffix));
-#define FM_BIND(ISA, handle)                                       \
-  {                                                                \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle); \
-    FM_BIND_OF(ISA, float, f32)                                    \
-    FM_BIND_OF(ISA, double, f64)                                   \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
-#undef FM_BIND_OF
+  FM_BIND(m, layer_norm_gradients);
+  FM_BIND(m, channel_norm_gradients);
 }
 
 }  // namespace fastminima

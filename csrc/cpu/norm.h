@@ -2,9 +2,11 @@
 
 #include <cstdint>
 
-// Declared once per instruction set. Rows contiguous, other strides in elements; mean and rstd
+#include "registry.h"
+
+// Rows contiguous, other strides in elements; mean and rstd
 // contiguous, mean of a layer norm may be null.
-#define FM_DECLARE_NORM_OF(scalar_t, suffix)                                                     \
+#define FM_KERNELS(scalar_t, suffix)                                                             \
   void layer_norm_gradients_##suffix(                                                            \
       const scalar_t* g, int64_t g_batch, int64_t g_time, const scalar_t* x, int64_t x_batch,    \
       int64_t x_time, const scalar_t* mean, const scalar_t* rstd, int64_t batch, int64_t time,   \
@@ -15,16 +17,5 @@
       int64_t groups, int64_t batch, int64_t channels, int64_t space, scalar_t* weight,          \
       scalar_t* bias, int threads);
 
-#define FM_DECLARE_NORM(ISA)      \
-  namespace fastminima {          \
-  namespace ISA {                 \
-  FM_DECLARE_NORM_OF(float, f32)  \
-  FM_DECLARE_NORM_OF(double, f64) \
-  }                               \
-  }
-
-FM_DECLARE_NORM(generic)
-#if defined(__x86_64__)
-FM_DECLARE_NORM(avx2)
-FM_DECLARE_NORM(avx512)
-#endif
+FM_DECLARE_KERNELS(FM_KERNELS)
+#undef FM_KERNELS

@@ -68,9 +68,10 @@ double multi_sq_norm_f64(const double* const* x, const int64_t* n, int64_t tenso
 namespace fastminima {
 
 // `tensors`: (address, number of elements) of each.
-template <typename scalar_t, typename kernel_t>
-static auto bound_reduction(kernel_t kernel) {
-  return [kernel](py::list tensors, uintptr_t out, int threads) {
+template <typename scalar_t>
+static void define_sum(py::module_ sub, const char* name,
+                       double (*kernel)(const scalar_t* const*, const int64_t*, int64_t, int)) {
+  sub.def(name, [kernel](py::list tensors, uintptr_t out, int threads) {
     std::vector<const scalar_t*> x;
     std::vector<int64_t> n;
     for (py::handle item : tensors) {
@@ -79,18 +80,14 @@ static auto bound_reduction(kernel_t kernel) {
       n.push_back(pair[1].cast<int64_t>());
     }
     *pointer<double>(out) = kernel(x.data(), n.data(), static_cast<int64_t>(x.size()), threads);
-  };
+  });
 }
 
 void bind_reduce(py::module_& m) {
-#define FM_BIND(ISA, handle)                                                        \
-  {                                                                                 \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                  \
-    sub.def("multi_sq_norm_f32", bound_reduction<float>(&ISA::multi_sq_norm_f32));  \
-    sub.def("multi_sq_norm_f64", bound_reduction<double>(&ISA::multi_sq_norm_f64)); \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
+#define FM_DEFINE_SUM(ISA, m, name) define_sum(m.attr(#ISA), #name, &ISA::name)
+  FM_EACH_ISA(FM_DEFINE_SUM, m, multi_sq_norm_f32);
+  FM_EACH_ISA(FM_DEFINE_SUM, m, multi_sq_norm_f64);
+#undef FM_DEFINE_SUM
 }
 
 }  // namespace fastminima

@@ -242,61 +242,15 @@ namespace fastminima {
 // Doubles of scratch for `sums` sums over n elements.
 static int64_t vector_partials(int64_t n, int64_t sums) { return sums * ((n + 4095) / 4096); }
 
-template <typename scalar_t, typename kernel_t>
-static auto bound_lanczos(kernel_t kernel) {
-  return [kernel](uintptr_t w, uintptr_t v, uintptr_t v_previous, uintptr_t beta, int64_t n,
-                  uintptr_t partials, uintptr_t result, int threads) {
-    kernel(pointer<scalar_t>(w), pointer<scalar_t>(v), pointer<scalar_t>(v_previous),
-           pointer<double>(beta), n, pointer<double>(partials), pointer<double>(result), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_power(kernel_t kernel) {
-  return [kernel](uintptr_t w, uintptr_t v, double shift, int64_t n, uintptr_t next,
-                  uintptr_t partials, uintptr_t result, int threads) {
-    kernel(pointer<scalar_t>(w), pointer<scalar_t>(v), shift, n, pointer<scalar_t>(next),
-           pointer<double>(partials), pointer<double>(result), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_project(kernel_t kernel) {
-  return [kernel](uintptr_t w, uintptr_t rows, int64_t count, int64_t n, uintptr_t partials,
-                  uintptr_t result, int threads) {
-    kernel(pointer<scalar_t>(w), pointer<int64_t>(rows), count, n, pointer<double>(partials),
-           pointer<double>(result), threads);
-  };
-}
-
-template <typename scalar_t, typename kernel_t>
-static auto bound_combinations(kernel_t kernel) {
-  return [kernel](uintptr_t rows, int64_t count, uintptr_t weights, int64_t outputs, int64_t n,
-                  uintptr_t out, int threads) {
-    kernel(pointer<int64_t>(rows), count, pointer<scalar_t>(weights), outputs, n,
-           pointer<scalar_t>(out), threads);
-  };
-}
-
 void bind_vector(py::module_& m) {
-#define FM_BIND(ISA, handle)                                                                       \
-  {                                                                                                \
-    py::module_ sub = py::reinterpret_borrow<py::module_>(handle);                                 \
-    sub.def("vector_partials", &vector_partials);                                                  \
-    sub.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t n, int threads) {                   \
-      return ISA::same_bytes(pointer<char>(a), pointer<char>(b), n, threads);                      \
-    });                                                                                            \
-    sub.def("lanczos_step_f32", bound_lanczos<float>(&ISA::lanczos_step_f32));                     \
-    sub.def("lanczos_step_f64", bound_lanczos<double>(&ISA::lanczos_step_f64));                    \
-    sub.def("power_step_f32", bound_power<float>(&ISA::power_step_f32));                           \
-    sub.def("power_step_f64", bound_power<double>(&ISA::power_step_f64));                          \
-    sub.def("project_out_f32", bound_project<float>(&ISA::project_out_f32));                       \
-    sub.def("project_out_f64", bound_project<double>(&ISA::project_out_f64));                      \
-    sub.def("linear_combinations_f32", bound_combinations<float>(&ISA::linear_combinations_f32));  \
-    sub.def("linear_combinations_f64", bound_combinations<double>(&ISA::linear_combinations_f64)); \
-  }
-  FM_EACH_ISA(FM_BIND, m);
-#undef FM_BIND
+  FM_BIND(m, lanczos_step);
+  FM_BIND(m, power_step);
+  FM_BIND(m, project_out);
+  FM_BIND(m, linear_combinations);
+  FM_EACH_ISA(FM_DEFINE_ONE, m, same_bytes);
+#define FM_DEFINE_PARTIALS(ISA, m, name) define(m.attr(#ISA), #name, &name)
+  FM_EACH_ISA(FM_DEFINE_PARTIALS, m, vector_partials);
+#undef FM_DEFINE_PARTIALS
 }
 
 }  // namespace fastminima

@@ -39,20 +39,10 @@ FM_DECLARE(float, f32)
 FM_DECLARE(double, f64)
 #undef FM_DECLARE
 
-// Lists of tensors: addresses and sizes on the host. `factor_at` null: the number `factor`.
-// `offset_at` null: the number `offset`. See fastminima.ops.multi and fastminima.ops.random.
-#define FM_DECLARE(scalar_t, suffix)                                                               \
-  void multi_dot_##suffix(const int64_t* x, const int64_t* y, const int64_t* sizes, int64_t count, \
-                          double* partials, double* result, Stream stream);                        \
-  void multi_axpy_##suffix(const int64_t* x, const int64_t* y, const int64_t* sizes,               \
-                           int64_t count, double factor, const double* factor_at, Stream stream);  \
-  void langevin_step_##suffix(const int64_t* grads, const int64_t* params, const int64_t* sizes,   \
-                              int64_t count, double lr, double deviation, int64_t seed,            \
-                              int64_t offset, const int64_t* offset_at, Stream stream);            \
-  void gaussian_fill_##suffix(scalar_t* out, int64_t n, int64_t seed, int64_t offset,              \
-                              const int64_t* offset_at, Stream stream);                            \
-  void rademacher_fill_##suffix(scalar_t* out, int64_t n, int64_t seed, int64_t offset,            \
-                                const int64_t* offset_at, Stream stream);
+// A list of tensors: addresses and sizes on the host. See fastminima.ops.multi.
+#define FM_DECLARE(scalar_t, suffix)                                                 \
+  void multi_sq_norm_##suffix(const int64_t* x, const int64_t* sizes, int64_t count, \
+                              double* partials, double* result, Stream stream);
 FM_DECLARE(float, f32)
 FM_DECLARE(double, f64)
 FM_DECLARE(Half, f16)
@@ -93,11 +83,7 @@ FM_DECLARE(BFloat16, bf16, float)
   X(project_out_##suffix)            \
   X(linear_combinations_##suffix)
 #define FM_EACH_OF_TENSORS(X, suffix) \
-  X(multi_dot_##suffix)               \
-  X(multi_axpy_##suffix)              \
-  X(langevin_step_##suffix)           \
-  X(gaussian_fill_##suffix)           \
-  X(rademacher_fill_##suffix)         \
+  X(multi_sq_norm_##suffix)           \
   X(embedding_sq_norms_##suffix)      \
   X(embedding_second_moment_##suffix) \
   X(embedding_dots_##suffix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
@@ -25,7 +25,6 @@ from .table import Op
 
 __all__ = [
     "direct_sq_norms",
-    "gathered_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_dots",
@@ -76,10 +75,7 @@ def _direct_sq_norms(
     a: Float[Tensor, "batch time d_in"], g: Float[Tensor, "batch time d_out"]
 ) -> Float[Tensor, " batch"]:
     """Squared norm of each sample's gradient, by making the gradient in blocks."""
-    return _direct(Sequences(a, g))
-
-
-def _direct(of: Sequences) -> Float[Tensor, " batch"]:
+    of = Sequences(a, g)
     if of.is_small:
         return of.all_gradients().square_().sum(dim=(1, 2))
     norms = of.zeros(of.batch)
@@ -169,17 +165,6 @@ def _sequence_fused(
     return total, norms, sum_over_time(g).to(of.dtype) if with_bias else None, moment
 
 
-def _gathered_sq_norms(
-    a: Float[Tensor, "rows d_in"],
-    g: Float[Tensor, "rows d_out"],
-    index: Int64[Tensor, "batch time"],
-) -> Float[Tensor, " batch"]:
-    """Squared norm of each sample's gradient, its rows named by `index`; -1: no row."""
-    if len(g) == 0:
-        return accumulated(a, g)[1].new_zeros(len(index))
-    return _direct(Sequences(a, g, index))
-
-
 def _sequence_sq_norms_torch(
     a: Tensor, g: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +217,6 @@ gram_sq_norms = Op("gram_sq_norms", _gram_sq_norms)
 direct_sq_norms = Op("direct_sq_norms", _direct_sq_norms)
 sequence_second_moment = Op("sequence_second_moment", _sequence_second_moment)
 sequence_fused = Op("sequence_fused", _sequence_fused)
-gathered_sq_norms = Op("gathered_sq_norms", _gathered_sq_norms)
 sequence_gradients = Op("sequence_gradients", _sequence_gradients)
 
 row_sq_norms.add_native(limited(native.row_sq_norms, _row_sq_norms), dtypes=FLOATS)
@@ -256,6 +240,6 @@ for _op, _call, _sums in (
 
 for _op in (
     *(row_sq_norms, gram_sq_norms, direct_sq_norms, sequence_sq_norms),
-    *(sequence_second_moment, sequence_fused, gathered_sq_norms),
+    *(sequence_second_moment, sequence_fused),
 ):
     _op.add_triton(f"dense.{_op.name}", dtypes=TRITON)

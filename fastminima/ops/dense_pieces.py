@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
@@ -19,9 +19,6 @@ _ALL = slice(None)
 class Sequences:
     """Rows of every sample: `[batch, time, d_in]` and `[batch, time, d_out]`.
 
-    Or `[rows, d_in]` and `[rows, d_out]`, where `index` names those of each sample and
-    time step; -1: no row.
-
     Attributes:
         dtype: the accumulation dtype of both.
         step_bytes: what reading one time step of one sample allocates.
@@ -29,22 +26,18 @@ class Sequences:
 
     def __init__(
         self,
-        a: Float[Tensor, "*rows d_in"],
-        g: Float[Tensor, "*rows d_out"],
-        index: Int64[Tensor, "batch time"] | None = None,
+        a: Float[Tensor, "batch time d_in"],
+        g: Float[Tensor, "batch time d_out"],
     ) -> None:
-        self._a, self._g, self._index = a, g, index
-        self.batch, self.time = (g if index is None else index).shape[:2]
+        self._a, self._g = a, g
+        self.batch, self.time = g.shape[:2]
         self.d_in, self.d_out = a.shape[-1], g.shape[-1]
-        if a.dtype == g.dtype and a.dtype.itemsize >= 4 and index is None:
+        if a.dtype == g.dtype and a.dtype.itemsize >= 4:
             self.dtype, self.step_bytes = a.dtype, 0
             return
         self.dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
         self.step_bytes = self.d_in * itemsize(a.dtype, self.dtype)
         self.step_bytes += self.d_out * itemsize(g.dtype, self.dtype)
-        if index is not None:  # twice the places, and which of them are none
-            self.step_bytes += 17
-            self.step_bytes += self.d_in * a.itemsize + self.d_out * g.itemsize
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the accumulation dtype."""
@@ -55,16 +48,7 @@ class Sequences:
     ) -> tuple[Tensor, Tensor]:
         """Some samples' time steps in the accumulation dtype, of some outputs."""
         a, g = self._a, self._g
-        if self._index is None:
-            return (
-                a[rows, steps].to(self.dtype),
-                g[rows, steps, outs].to(self.dtype),
-            )
-        index = self._index[rows, steps]
-        is_gap, places = (index < 0).unsqueeze(2), index.clamp_min(0)
-        # Also `a` without the rows that are missing: infinity times zero is no number.
-        a = a[places].masked_fill_(is_gap, 0).to(self.dtype)
-        return a, g[:, outs][places].masked_fill_(is_gap, 0).to(self.dtype)
+        return a[rows, steps].to(self.dtype), g[rows, steps, outs].to(self.dtype)
 
     def is_plain(self, elements: int) -> bool:
         """Whether nothing is converted, and so many elements can be held at once."""

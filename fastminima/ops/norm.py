@@ -16,12 +16,7 @@ from ._pieces import itemsize, limited, sums_over_time
 from .native import norm as native
 from .table import Op
 
-__all__ = [
-    "channel_norm_fused",
-    "channel_norm_gradients",
-    "layer_norm_fused",
-    "layer_norm_gradients",
-]
+__all__ = ["channel_norm_gradients", "layer_norm_gradients"]
 
 
 def _layer_norm_gradients(
@@ -83,50 +78,6 @@ def _channel_norm_gradients(
     return weight, bias
 
 
-def _layer_norm_fused(
-    g: Float[Tensor, "batch time features"],
-    x: Float[Tensor, "batch time features"],
-    mean: Float[Tensor, "batch time"] | None,
-    rstd: Float[Tensor, "batch time"],
-) -> tuple[
-    Float[Tensor, " batch"],
-    Float[Tensor, " batch"],
-    Float[Tensor, " features"],
-    Float[Tensor, " features"],
-]:
-    """Squared norms of each sample's gradients, and the sums over the samples.
-
-    In order: norms of the scale's gradients and of the shift's, the ordinary gradient
-    of the scale and of the shift. One read of `g` and `x` is enough for all.
-    """
-    return _norms_and_totals(*_layer_norm_gradients(g, x, mean, rstd))
-
-
-def _channel_norm_fused(
-    g: Float[Tensor, "batch channels space"],
-    x: Float[Tensor, "batch channels space"],
-    mean: Float[Tensor, "shared groups"],
-    rstd: Float[Tensor, "shared groups"],
-) -> tuple[
-    Float[Tensor, " batch"],
-    Float[Tensor, " batch"],
-    Float[Tensor, " channels"],
-    Float[Tensor, " channels"],
-]:
-    """Squared norms of each sample's gradients, and the sums over the samples.
-
-    In the order of `layer_norm_fused`; arguments as in `channel_norm_gradients`.
-    """
-    return _norms_and_totals(*_channel_norm_gradients(g, x, mean, rstd))
-
-
-def _norms_and_totals(
-    weight: Float[Tensor, "batch features"], bias: Float[Tensor, "batch features"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    norms = weight.square().sum(dim=1), bias.square().sum(dim=1)
-    return *norms, weight.sum(dim=0), bias.sum(dim=0)
-
-
 layer_norm_gradients = Op("layer_norm_gradients", _layer_norm_gradients)
 channel_norm_gradients = Op("channel_norm_gradients", _channel_norm_gradients)
 layer_norm_gradients.add_native(
@@ -135,13 +86,5 @@ layer_norm_gradients.add_native(
 channel_norm_gradients.add_native(
     limited(native.channel_norm_gradients, _channel_norm_gradients), dtypes=FLOATS
 )
-layer_norm_fused = Op("layer_norm_fused", _layer_norm_fused)
-channel_norm_fused = Op("channel_norm_fused", _channel_norm_fused)
-
-for _op in (
-    layer_norm_gradients,
-    channel_norm_gradients,
-    layer_norm_fused,
-    channel_norm_fused,
-):
+for _op in (layer_norm_gradients, channel_norm_gradients):
     _op.add_triton(f"norm.{_op.name}", dtypes=TRITON)

@@ -74,23 +74,11 @@ STREAMING = {
         NEW.wide(2, 100),
         NEW.wide(2, 100),
     ),
-    "layer_norm_fused": (
-        NEW.normal(3, 100, 256),
-        NEW.normal(3, 100, 256),
-        NEW.wide(3, 100),
-        NEW.wide(3, 100),
-    ),
     "channel_norm_gradients": (
         NEW.normal(2, 8, 700),
         NEW.normal(2, 8, 700),
         NEW.wide(2, 4),
         NEW.wide(2, 4),
-    ),
-    "channel_norm_fused": (
-        NEW.normal(2, 8, 700),
-        NEW.normal(2, 8, 700),
-        NEW.wide(1, 8),
-        NEW.wide(1, 8),
     ),
     "row_sq_norms": (NEW.normal(5, 300), NEW.normal(5, 700)),
     "sq_norm": (NEW.normal(50, 1000),),

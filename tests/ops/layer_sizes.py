@@ -72,7 +72,7 @@ def _dense(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
     if a.dim() == 2:
         yield "row_sq_norms", (a, g)
         a, g = a.unsqueeze(1), g.unsqueeze(1)
-    (batch, time, d_in), d_out = a.shape, g.shape[2]
+    d_in, d_out = a.shape[2], g.shape[2]
     yield "sequence_sq_norms", (a, g, True)
     yield "sequence_fused", (a, g, True, True)
     yield "sequence_dots", (a, g, new.normal(d_out, d_in))
@@ -83,9 +83,6 @@ def _dense(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield name, (a, g)
     for name in ("sequence_gram", "sequence_gradients"):
         yield name, (a, g)
-    rows = batch * time
-    index = new.integers(rows + 1, batch, time + time // 3) - 1
-    yield "gathered_sq_norms", (a.flatten(0, 1), g.flatten(0, 1), index)
 
 
 def _conv(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -102,17 +99,15 @@ def _conv(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def _layer_norm(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
     g, x, rows = new.normal(*layer.y), new.normal(*layer.x), layer.x[:-1]
-    for name in ("layer_norm_gradients", "layer_norm_fused"):
-        yield name, (g, x, new.wide(*rows), new.wide(*rows))
-        yield name, (g, x, None, new.wide(*rows))
+    for mean in (new.wide(*rows), None):
+        yield "layer_norm_gradients", (g, x, mean, new.wide(*rows))
 
 
 def _channel_norm(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:
     g, x = (new.normal(*shape).flatten(2) for shape in (layer.y, layer.x))
     for shared, groups in ((1, x.shape[1]), (len(x), *layer.options)):
         statistics = new.wide(shared, groups), new.wide(shared, groups)
-        for name in ("channel_norm_gradients", "channel_norm_fused"):
-            yield name, (g, x, *statistics)
+        yield "channel_norm_gradients", (g, x, *statistics)
 
 
 def _embedding(layer: Layer, new: Tensors) -> Iterator[tuple[str, tuple[Any, ...]]]:

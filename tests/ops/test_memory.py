@@ -86,14 +86,9 @@ def vector_arguments(workload, dtype, times, device):
     def some():
         return [new.normal(*p.shape) for _ in range(times) for p in model.parameters()]
 
-    yield "multi_dot", (some(), some())
     yield "multi_sq_norm", (some(),)
-    yield "multi_axpy", (some(), some(), 0.5)
-    yield "langevin_step_", (some(), some(), 0.1, 0.01, 1, 0)
     count = sum(p.numel() for p in model.parameters()) * times
     yield "sq_norm", (new.normal(count),)
-    yield "gaussian_fill_", (new.normal(count), 1, 0)
-    yield "rademacher_fill_", (new.normal(count), 1, 0)
     if dtype == torch.float32:  # vectors are not narrower
         w, v, u = (new.normal(count) for _ in range(3))
         yield "lanczos_step", (w, v, u, new.normal().double())

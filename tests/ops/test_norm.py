@@ -83,29 +83,3 @@ def test_sizes_that_occupy_several_threads(check, shape):
     room = {"rtol": 1e-4, "atol": 1e-3}
     check(norm.layer_norm_gradients, g, x, rows, rows.exp(), **room)
     check(norm.channel_norm_gradients, g, x, channels, channels.exp(), **room)
-
-
-def test_fused_against_autograd():
-    x, g = torch.randn(3, 6, 5).double(), torch.randn(3, 6, 5).double()
-    scale = torch.ones(6).double().requires_grad_()
-    shift = torch.zeros(6).double().requires_grad_()
-    parts = x.reshape(3, 2, -1)
-    mean = parts.mean(2)
-    rstd = (parts.var(2, unbiased=False) + 1e-5).rsqrt()
-    each = norm.channel_norm_gradients.reference(g, x, mean, rstd)
-    *norms, weight, bias = norm.channel_norm_fused.reference(g, x, mean, rstd)
-    want = torch.autograd.grad(F.group_norm(x, 2, scale, shift), (scale, shift), g)
-    torch.testing.assert_close((weight, bias), want)
-    for samples, sq_norms in zip(each, norms, strict=True):
-        torch.testing.assert_close(samples.norm(dim=1) ** 2, sq_norms)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fused(check, dtype):
-    g, x = torch.randn(2, 3, 5, 8).to(dtype)
-    stats = torch.promote_types(dtype, torch.float32)
-    mean, rstd = torch.randn(2, 3, 5, dtype=torch.float64).exp().to(stats)
-    room = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-4}
-    check(norm.layer_norm_fused, g, x, mean, rstd, **room)
-    check(norm.layer_norm_fused, g, x, None, rstd, **room)
-    check(norm.channel_norm_fused, g, x, mean, rstd, **room)

@@ -6,7 +6,7 @@ from triton_cases import DTYPES, cancelling, each_shape, sequences
 
 from fastminima.ops import dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, dense_direct, dense_gram
+from fastminima.ops.triton import _launch, dense_gram
 from fastminima.ops.triton import dense as launchers
 
 # batch, time, d_in, d_out: empty, least, odd, and either side of the sides of blocks.
@@ -146,44 +146,6 @@ def test_a_gram_sum_alone_loses_what_cancels(place):
     assert error[[0, 2]].max() < 1e-5
 
 
-def indexed(rows, batch, time, widths, dtype):
-    """Rows in no order, some used twice, some by nobody, and places without a row."""
-    index = torch.randint(-1, rows, (batch, time))
-    index[:, -1] = -1
-    a, g = (torch.randn(rows, width).to(dtype) for width in widths)
-    return a, g, index
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(7, 5), (70, 130)])
-@pytest.mark.parametrize("time", [3, 19])
-def test_gathered_rows(place, time, widths, dtype):
-    a, g, index = indexed(40, 3, time, widths, dtype)
-    a[index.unique()[1]] = a[index.unique()[1]] * 2  # a row that is used
-    check(place, "gathered_sq_norms", a, g, index)
-    for way in (
-        lambda a, g, index: dense_gram.gram_sums(a, g, 0.0, index).norms,
-        dense_direct.direct_sums,
-    ):
-        want = dense.gathered_sq_norms.reference(a.double(), g.double(), index)
-        torch.testing.assert_close(place(way, a, g, index), want.float(), **ROOM)
-
-
-def test_gathered_rows_where_there_are_none(place):
-    a, g, index = indexed(4, 3, 5, (7, 5), torch.float32)
-    check(place, "gathered_sq_norms", a, g, torch.full_like(index, -1))
-    check(place, "gathered_sq_norms", a, g, index[:, :0])
-    check(place, "gathered_sq_norms", a, g, index[:0])
-    check(place, "gathered_sq_norms", a[:0], g[:0], torch.full_like(index, -1))
-
-
-def test_gathered_rows_that_cancel(place):
-    a, g = cancelling(torch.float32)
-    index = torch.arange(18).reshape(3, 6)[:, torch.randperm(6)]
-    a, g = a.flatten(0, 1), g.flatten(0, 1)
-    check(place, "gathered_sq_norms", a, g, index, rtol=1e-4)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_launches_are_captured_in_a_graph():
@@ -208,9 +170,3 @@ def test_references_against_single_samples():
     for got, truth in zip(dense.sequence_fused(a, g, True, True), want, strict=True):
         torch.testing.assert_close(got, truth)
     assert dense.sequence_fused(a, g, False, False)[2:] == (None, None)
-
-    index = torch.tensor([[2, -1, 5], [2, 2, -1]])
-    a, g = a[0], g[0]
-    pairs = [[2, 5], [2, 2]]
-    want = [sum(torch.outer(g[i], a[i]) for i in pair).square().sum() for pair in pairs]
-    torch.testing.assert_close(dense.gathered_sq_norms(a, g, index), torch.stack(want))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from ops.triton_cases import (
-    DTYPES,
     LAYOUTS,
     assert_within,
     double,
@@ -34,30 +33,28 @@ def channels(shared, groups):
 
 
 def check(place, name, g, x, mean, rstd):
-    """Compare both kernels of a kind of layer with the reference in float64."""
+    """Compare a kernel with the reference in float64."""
     args = (g, x, mean, rstd)
     sizes = (g.abs(), -x.abs(), None if mean is None else mean.abs(), rstd)
-    for op in (f"{name}_gradients", f"{name}_fused"):
-        reference = getattr(norm, op).reference
-        want = reference(*double(*args))
-        size = reference(*double(*sizes))
-        got = place(getattr(kernels, op), *args)
-        for parts in zip(got, want, size, strict=True):
-            # A squared norm doubles what its terms were off.
-            assert_within(*parts, 2 * ROUNDINGS if op.endswith("fused") else ROUNDINGS)
+    reference = getattr(norm, name).reference
+    want = reference(*double(*args))
+    size = reference(*double(*sizes))
+    got = place(getattr(kernels, name), *args)
+    for parts in zip(got, want, size, strict=True):
+        assert_within(*parts, ROUNDINGS)
 
 
 @each_shape(SHAPES)
 def test_layer_norm(place, shape, dtype):
     g, x = laid_out("samples", shape, dtype), laid_out("samples", shape, dtype)
     mean, rstd = rows(*shape[:2])
-    check(place, "layer_norm", g, x, mean, rstd)
+    check(place, "layer_norm_gradients", g, x, mean, rstd)
 
 
 @each_shape([(3, 5, 7), (2, 33, 70), (3, 0, 4)])
 def test_rms_norm(place, shape, dtype):
     g, x = laid_out("times", shape, dtype), laid_out("samples", shape, dtype)
-    check(place, "layer_norm", g, x, None, rows(*shape[:2])[1])
+    check(place, "layer_norm_gradients", g, x, None, rows(*shape[:2])[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,9 +62,9 @@ def test_rms_norm(place, shape, dtype):
 def test_layouts(place, layout, other):
     g = laid_out(layout, (3, 21, 36), torch.bfloat16)
     x = laid_out(other, (3, 21, 36), torch.bfloat16)
-    check(place, "layer_norm", g, x, *rows(3, 21))
+    check(place, "layer_norm_gradients", g, x, *rows(3, 21))
     g, x, stats = g.transpose(1, 2), x.transpose(1, 2), channels(3, 4)
-    check(place, "channel_norm", g, x, *stats)
+    check(place, "channel_norm_gradients", g, x, *stats)
 
 
 @each_shape([(3, 6, 10), (1, 2, 1), (2, 4, 700), (2, 64, 49)])
@@ -76,7 +73,7 @@ def test_channel_norm(place, shape, shared, dtype):
     g, x = laid_out("samples", shape, dtype), laid_out("samples", shape, dtype)
     for groups in (1, 2, shape[1]):
         stats = channels(1 if shared else shape[0], groups)
-        check(place, "channel_norm", g, x, *stats)
+        check(place, "channel_norm_gradients", g, x, *stats)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (2, 0, 3), (1, 2, 9000)])
@@ -84,15 +81,7 @@ def test_empty_and_split_channels(place, shape):
     g, x = (laid_out("samples", shape, torch.float32) for _ in "gx")
     groups = min(2, shape[1])
     stats = channels(shape[0], groups) if groups else (torch.ones(1, 1),) * 2
-    check(place, "channel_norm", g, x, *stats)
-
-
-def test_half_precision_squares_do_not_overflow(place):
-    g = torch.full((2, 40, 8), 300.0, dtype=torch.float16)
-    one = torch.ones(2, 40)
-    got = place(kernels.layer_norm_fused, g, g, None, one)
-    want = norm.layer_norm_fused.reference(*double(g, g, None, one))
-    torch.testing.assert_close(got, tuple(w.float() for w in want))
+    check(place, "channel_norm_gradients", g, x, *stats)
 
 
 @pytest.mark.parametrize("strides", [(2**30, 8, 1), (24, 2**30, 1)])
@@ -100,18 +89,11 @@ def test_offsets_of_64_bits(strides):
     shape = (3, 3, 8) if strides[0] == 2**30 else (1, 3, 8)
     x, (mean, rstd) = torch.randn(shape).half(), rows(*shape[:2])
     with far_apart(shape, strides) as g:
-        for name in ("layer_norm_gradients", "layer_norm_fused"):
-            # All of a sample of programs: bytes are not marked, memory would not do.
-            with interpreting(report=Report(sample=1 << 20)):
-                got = getattr(kernels, name)(g, x, mean, rstd)
-            want = getattr(norm, name).reference(g, x, mean, rstd)
-            torch.testing.assert_close(got, want)
-
-
-def test_many_samples_share_a_program(monkeypatch, place):
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    g, x = laid_out("samples", (7, 5, 9), torch.float32), torch.randn(7, 5, 9)
-    check(place, "layer_norm", g, x, *rows(7, 5))
+        # All of a sample of programs: bytes are not marked, memory would not do.
+        with interpreting(report=Report(sample=1 << 20)):
+            got = kernels.layer_norm_gradients(g, x, mean, rstd)
+        want = norm.layer_norm_gradients.reference(g, x, mean, rstd)
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,17 +110,3 @@ def test_gradients_are_at_their_floor(shape, dtype):
     assert launch.load_bytes <= 1.05 * floor
     assert launch.store_bytes == 8 * batch * features * splits
     assert splits == (1 if time == 130 else 5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_is_at_its_floor(dtype):
-    batch, space, width = 3, 512, 12
-    g, x = torch.randn(2, batch, width, space).to(dtype)
-    place = Interpreter()
-    place(kernels.channel_norm_fused, g, x, *channels(batch, 3))
-    (launch,) = place.report.per_launch
-    floor = 2 * g.nbytes + 8 * batch * 3
-    assert launch.unique_load_bytes == floor
-    assert launch.load_bytes <= 1.05 * floor
-    blocks, chunks = 3, 3
-    assert launch.store_bytes == 8 * (blocks * batch + chunks * width)

@@ -93,12 +93,6 @@ def _dense(
     return *pair, *((new.normal(d_out, d_in),) if then == _DIRECTION else then)
 
 
-def _gathered(new: Tensors, *, size: tuple[int, ...]) -> tuple[Tensor, ...]:
-    batch, time, d_in, d_out = size
-    rows = _rows(new, batch * time, d_in, d_out)
-    return *rows, new.integers(batch * time + 1, batch, time) - 1
-
-
 def _sequences(*then: Any) -> dict[str, Make]:
     """With more arguments behind the two tensors."""
     return {
@@ -193,9 +187,6 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "sequence_fused": _sequences(True, False),
     "gram_sq_norms": _sequences(),
     "direct_sq_norms": _sequences(),
-    "gathered_sq_norms": {
-        "16x512x768->3072": partial(_gathered, size=(16, 512, 768, 3072))
-    },
     "sequence_second_moment": _first(_sequences()),
     "sequence_gram": _sequences(),
     "sequence_dots": _sequences(*_DIRECTION),
@@ -213,9 +204,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "conv_gram": _convolutions(),
     "conv_dots": _convolutions(*_DIRECTION),
     "layer_norm_gradients": _LAYER_NORMS,
-    "layer_norm_fused": _LAYER_NORMS,
     "channel_norm_gradients": _CHANNEL_NORMS,
-    "channel_norm_fused": _CHANNEL_NORMS,
     "sum_over_time": _WIDE,
     "sum_over_space": {"64x64x3136": lambda new: (new.normal(64, 64, 3136),)},
     "product_over_time": {
@@ -246,14 +235,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
         _FLAT: lambda new: (_basis(new, 1)[0], _basis(new, 7), new.normal(8, 4))
     },
     "same_values": {_FLAT: lambda new: tuple(_basis(new, 2))},
-    "multi_dot": {_LIST: lambda new: (_list(new), _list(new))},
     "multi_sq_norm": {_LIST: lambda new: (_list(new),)},
-    "multi_axpy": {_LIST: lambda new: (_list(new), _list(new), 0.5)},
-    "gaussian_fill_": {_FLAT: lambda new: (*_basis(new, 1), 1, 0)},
-    "rademacher_fill_": {_FLAT: lambda new: (*_basis(new, 1), 1, 0)},
-    "langevin_step_": {
-        _LIST: lambda new: (_list(new), _list(new), 0.1, 0.01, 1, 0),
-    },
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
 }
 

@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 COMPLETE = "sm_90a"
 ELSEWHERE = (
     *("conv_fused", "gram_sq_norms", "layer_norm_gradients", "sequence_fused"),
-    "channel_norm_fused 64x64x49",
+    "channel_norm_gradients 64x64x49",
 )
 BASELINE = HERE / "baseline.json"
 SOURCES = HERE.parents[1] / "csrc" / "cuda"

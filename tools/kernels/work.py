@@ -82,11 +82,6 @@ def _sequence_sq_norms(a: Tensor, g: Tensor, with_bias: bool) -> Work:
     return Work(_size(a, g) + written, _sizes(a, g).cheapest)
 
 
-def _gathered_sq_norms(a: Tensor, g: Tensor, index: Tensor) -> Work:
-    sizes = _Sizes(*index.shape, a.shape[1], g.shape[1])
-    return Work(_size(a, g, index) + len(index) * _wide(g), sizes.cheapest)
-
-
 def _sequence_fused(
     a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
 ) -> Work:
@@ -173,16 +168,8 @@ def _time_gradients(g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor) -> 
     return Work(_size(g, x, mean, rstd) + 2 * len(g) * g.shape[2] * _wide(g))
 
 
-def _time_fused(g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor) -> Work:
-    return Work(_size(g, x, mean, rstd) + 2 * (len(g) + g.shape[2]) * _wide(g))
-
-
 def _space_gradients(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Work:
     return Work(_size(g, x, mean, rstd) + 2 * len(g) * g.shape[1] * _wide(g))
-
-
-def _space_fused(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Work:
-    return Work(_size(g, x, mean, rstd) + 2 * (len(g) + g.shape[1]) * _wide(g))
 
 
 def _over_time(g: Tensor, *more: Tensor) -> Work:
@@ -212,7 +199,6 @@ FLOORS: dict[str, Callable[..., Work]] = {
     "gram_sq_norms": _gram_sq_norms,
     "direct_sq_norms": _direct_sq_norms,
     "sequence_sq_norms": _sequence_sq_norms,
-    "gathered_sq_norms": _gathered_sq_norms,
     "sequence_fused": _sequence_fused,
     "sequence_second_moment": _sequence_second_moment,
     "sequence_gram": _sequence_gram,
@@ -226,9 +212,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     "conv_gram": _conv_gram,
     "conv_dots": _conv_dots,
     "layer_norm_gradients": _time_gradients,
-    "layer_norm_fused": _time_fused,
     "channel_norm_gradients": _space_gradients,
-    "channel_norm_fused": _space_fused,
     "sum_over_time": _over_time,
     "sum_over_space": _sum_over_space,
     "product_over_time": _over_time,
@@ -250,12 +234,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     ),
     "same_values": lambda a, b: Work(_size(a, b)),
     "sq_norm": lambda x: Work(_size(x)),
-    "multi_dot": lambda xs, ys: Work(_size(xs, ys)),
     "multi_sq_norm": lambda xs: Work(_size(xs)),
-    "multi_axpy": lambda ys, xs, factor: Work(2 * _size(ys) + _size(xs)),
-    "gaussian_fill_": lambda out, *_: Work(_size(out)),
-    "rademacher_fill_": lambda out, *_: Work(_size(out)),
-    "langevin_step_": lambda params, grads, *_: Work(2 * _size(params) + _size(grads)),
 }
 
 

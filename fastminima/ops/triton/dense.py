@@ -22,7 +22,6 @@ from .dense_rows import row_sq_norms, row_sums
 
 __all__ = [
     "direct_sq_norms",
-    "gathered_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
     "sequence_fused",
@@ -41,11 +40,11 @@ def gram_sq_norms(a: Tensor, g: Tensor) -> Tensor:
     return gram_sums(a, g, 0.0).norms
 
 
-def _guarded(a: Tensor, g: Tensor, index: Tensor | None) -> Tensor:
+def _guarded(a: Tensor, g: Tensor) -> Tensor:
     """By Gram sums, and directly where those are inaccurate: decided on the device."""
     share = guard_on_gpu(a.shape[-1], g.shape[-1], a.dtype)
-    norms, is_lost = gram_sums(a, g, share, index)
-    replace_lost(a, g, norms, is_lost, index)
+    norms, is_lost = gram_sums(a, g, share)
+    replace_lost(a, g, norms, is_lost)
     return norms
 
 
@@ -61,7 +60,7 @@ def sequence_sq_norms(
     if way == "rows":
         weight, bias = row_sq_norms(a[:, 0], g[:, 0])
         return weight, bias if with_bias else None
-    weight = direct_sq_norms(a, g) if way == "direct" else _guarded(a, g, None)
+    weight = direct_sq_norms(a, g) if way == "direct" else _guarded(a, g)
     if not with_bias:
         return weight, None
     return weight, _bias_grads(g).square().sum(dim=1)
@@ -89,10 +88,3 @@ def sequence_second_moment(a: Tensor, g: Tensor) -> Tensor:
     return sequence_sums(
         a, g, grad=False, sq_norms=False, second_moment=True
     ).second_moment
-
-
-def gathered_sq_norms(a: Tensor, g: Tensor, index: Tensor) -> Tensor:
-    """See `fastminima.ops.dense.gathered_sq_norms`."""
-    if choose_on_gpu(index.shape[1], a.shape[1], g.shape[1]) == "direct":
-        return direct_sums(a, g, index)
-    return _guarded(a, g, index)

@@ -18,9 +18,8 @@ _LOST_PROGRAMS = 32  # a sample: where nothing is lost, all they cost is to be s
 
 @triton.jit
 def _direct_kernel(
-    a_ptr,  # [batch, time, d_in], or [rows, d_in] where INDEXED
-    g_ptr,  # [batch, time, d_out], or [rows, d_out] where INDEXED
-    index_ptr,  # [batch, time]
+    a_ptr,  # [batch, time, d_in]
+    g_ptr,  # [batch, time, d_out]
     is_wanted_ptr,  # [batch]
     sums_ptr,  # [batch, programs]
     programs,
@@ -35,7 +34,6 @@ def _direct_kernel(
     IN: tl.constexpr,
     TIME: tl.constexpr,
     PRECISION: tl.constexpr,
-    INDEXED: tl.constexpr,
     WHERE_WANTED: tl.constexpr,
 ):
     """Sums of squares of sum_t g[n, t] (outer) a[n, t], over `programs` shares of it.
@@ -58,7 +56,6 @@ def _direct_kernel(
         gradient = gradient_tile(
             a_ptr + n * a_batch,
             g_ptr + n * g_batch,
-            index_ptr + n * time,
             row * OUT + tl.arange(0, OUT),
             column * IN + tl.arange(0, IN),
             time,
@@ -70,7 +67,6 @@ def _direct_kernel(
             IN,
             TIME,
             PRECISION,
-            INDEXED,
         )
         total += tl.sum(gradient * gradient)
     if tiles > 0:
@@ -97,27 +93,20 @@ def _replace_kernel(
         tl.store(norms_ptr + n, total)
 
 
-def _launch(
-    a: Tensor, g: Tensor, index: Tensor | None, is_wanted: Tensor | None, most: int
-) -> Tensor:
+def _launch(a: Tensor, g: Tensor, is_wanted: Tensor | None, most: int) -> Tensor:
     """Partial sums [batch, programs], by at most `most` programs a sample."""
-    batch, time = g.shape[:2] if index is None else index.shape
-    d_in, d_out = a.shape[-1], g.shape[-1]
+    (batch, time, d_in), d_out = a.shape, g.shape[2]
     blocks = gradient_blocks(a, g, time, kept=1)
     tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
     programs = min(tiles, most)
     sums = g.new_empty(batch, programs, dtype=torch.float32)
-    strides = [x.stride(0) if index is None else 0 for x in (a, g)]
     _direct_kernel[programs * batch,](
-        *(a, g, sums if index is None else index.contiguous()),
-        *(sums if is_wanted is None else is_wanted, sums, programs),
-        *(time, d_in, d_out),
-        *(strides[0], a.stride(-2), strides[1], g.stride(-2)),
+        *(a, g, sums if is_wanted is None else is_wanted, sums, programs),
+        *(time, d_in, d_out, *a.stride()[:2], *g.stride()[:2]),
         OUT=blocks.out,
         IN=blocks.inputs,
         TIME=blocks.time,
         PRECISION="ieee",
-        INDEXED=index is not None,
         WHERE_WANTED=is_wanted is not None,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -125,30 +114,22 @@ def _launch(
     return sums
 
 
-def direct_sums(a: Tensor, g: Tensor, index: Tensor | None = None) -> Tensor:
-    """Squared norms of gradients, of [batch, time, *] or of rows and their index."""
+def direct_sums(a: Tensor, g: Tensor) -> Tensor:
+    """Squared norms of gradients, `[batch]`."""
     a, g = one_dtype(a, g)
-    batch, time = g.shape[:2] if index is None else index.shape
-    if batch * time * a.shape[-1] * g.shape[-1] == 0:
-        return g.new_zeros(batch, dtype=torch.float32)
-    return _launch(a, g, index, None, 1 << 30).sum(dim=1)
+    if a.numel() * g.numel() == 0:
+        return g.new_zeros(len(g), dtype=torch.float32)
+    return _launch(a, g, None, 1 << 30).sum(dim=1)
 
 
-def replace_lost(
-    a: Tensor,
-    g: Tensor,
-    norms: Tensor,
-    is_lost: Tensor,
-    index: Tensor | None = None,
-) -> None:
+def replace_lost(a: Tensor, g: Tensor, norms: Tensor, is_lost: Tensor) -> None:
     """Overwrite the norms of the samples whose flag is set, with no look at the flags.
 
     The kernels read the flags on the device: no synchronization, and the launches are
     the same for every batch.
     """
     a, g = one_dtype(a, g)
-    batch, time = g.shape[:2] if index is None else index.shape
-    if batch * time * a.shape[-1] * g.shape[-1] == 0:
+    if a.numel() * g.numel() == 0:
         return
-    sums = _launch(a, g, index, is_lost, _LOST_PROGRAMS)
-    _replace_kernel[batch,](sums, is_lost, norms, sums.shape[1], BLOCK=32)
+    sums = _launch(a, g, is_lost, _LOST_PROGRAMS)
+    _replace_kernel[len(g),](sums, is_lost, norms, sums.shape[1], BLOCK=32)

@@ -62,7 +62,6 @@ def _fused_kernel(
         one = gradient_tile(
             a_ptr + n * a_batch,
             g_ptr + n * g_batch,
-            a_ptr,
             outs,
             ins,
             time,
@@ -74,7 +73,6 @@ def _fused_kernel(
             IN,
             TIME,
             PRECISION,
-            False,
         )
         if WITH_GRAD:
             grad += one

@@ -17,9 +17,8 @@ __all__ = ["GramSums", "gram_sums"]
 
 @triton.jit
 def _gram_kernel(
-    a_ptr,  # [batch, time, d_in], or [rows, d_in] where INDEXED
-    g_ptr,  # [batch, time, d_out], or [rows, d_out] where INDEXED
-    index_ptr,  # [batch, time]
+    a_ptr,  # [batch, time, d_in]
+    g_ptr,  # [batch, time, d_out]
     sums_ptr,  # [batch, pairs of tiles]
     diagonals_ptr,  # [batch, tiles]
     pairs,
@@ -34,7 +33,6 @@ def _gram_kernel(
     TIME: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
-    INDEXED: tl.constexpr,
 ):
     """Sums of (a_t . a_s)(g_t . g_s) over a tile of t >= s, twice off the diagonal.
 
@@ -52,11 +50,6 @@ def _gram_kernel(
     s = j * TIME + tl.arange(0, TIME)
     is_t, is_s = t < time, s < time
     t_row, s_row = t.to(tl.int64), s.to(tl.int64)
-    if INDEXED:
-        t_row = tl.load(index_ptr + n * time + t_row, mask=is_t, other=-1)
-        s_row = tl.load(index_ptr + n * time + s_row, mask=is_s, other=-1)
-        is_t, is_s = t_row >= 0, s_row >= 0
-        t_row, s_row = tl.where(is_t, t_row, 0), tl.where(is_s, s_row, 0)
     a = row_products(
         a_ptr + n * a_batch,
         t_row * a_time,
@@ -153,15 +146,13 @@ class GramSums(NamedTuple):
     is_lost: Tensor
 
 
-def gram_sums(
-    a: Tensor, g: Tensor, share: float, index: Tensor | None = None
-) -> GramSums:
-    """Launch the Gram kernels on [batch, time, *], or on rows and their index.
+def gram_sums(a: Tensor, g: Tensor, share: float) -> GramSums:
+    """Launch the Gram kernels on `[batch, time, *]`.
 
     `share` as from `fastminima.ops.cost.dense.guard_on_gpu`.
     """
     a, g = one_dtype(a, g)
-    batch, time = g.shape[:2] if index is None else index.shape
+    batch, time = g.shape[:2]
     norms = g.new_empty(batch, dtype=torch.float32)
     is_lost = g.new_empty(batch, dtype=torch.int32)
     if batch * time == 0:
@@ -171,15 +162,12 @@ def gram_sums(
     pairs = tiles * (tiles + 1) // 2
     sums = norms.new_empty(batch, pairs)
     diagonals = norms.new_empty(batch, tiles)
-    strides = [x.stride(0) if index is None else 0 for x in (a, g)]
     _gram_kernel[pairs * batch,](
-        *(a, g, is_lost if index is None else index.contiguous(), sums, diagonals),
-        *(pairs, tiles, time, a.shape[-1], g.shape[-1]),
-        *(strides[0], a.stride(-2), strides[1], g.stride(-2)),
+        *(a, g, sums, diagonals, pairs, tiles, time, a.shape[2], g.shape[2]),
+        *(*a.stride()[:2], *g.stride()[:2]),
         TIME=blocks.time,
         INNER=blocks.inner,
         PRECISION="ieee",
-        INDEXED=index is not None,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -58,9 +58,8 @@ def row_products(
 
 @triton.jit
 def gradient_tile(
-    a_ptr,  # [time, d_in], or [rows, d_in] where INDEXED
-    g_ptr,  # [time, d_out], or [rows, d_out] where INDEXED
-    index_ptr,  # [time]
+    a_ptr,  # [time, d_in]
+    g_ptr,  # [time, d_out]
     outs,
     ins,
     time,
@@ -72,7 +71,6 @@ def gradient_tile(
     IN: tl.constexpr,
     TIME: tl.constexpr,
     PRECISION: tl.constexpr,
-    INDEXED: tl.constexpr,
 ):
     """sum_t g[t, outs] (outer) a[t, ins] of one sample, zero outside of the matrix."""
     steps = tl.arange(0, TIME)
@@ -84,17 +82,10 @@ def gradient_tile(
     step = tl.full((), TIME, tl.int64)
     for start in range(0, time, TIME):
         is_step = steps < time - start
-        if INDEXED:
-            rows = tl.load(index_ptr + start + steps, mask=is_step, other=-1)
-            is_step = rows >= 0
-            rows = tl.where(is_step, rows, 0)
-            a_at = a_ptr + rows[:, None] * a_time + ins[None, :]
-            g_at = g_ptr + rows[None, :] * g_time + outs[:, None]
         a = tl.load(a_at, mask=is_step[:, None] & is_in[None, :], other=0.0)
         g = tl.load(g_at, mask=is_step[None, :] & is_out[:, None], other=0.0)
         total = tl.dot(g, a, total, input_precision=PRECISION)
-        if not INDEXED:
-            a_at += step * a_time
-            g_at += step * g_time
+        a_at += step * a_time
+        g_at += step * g_time
     # An infinite input times the zeros beside the matrix is not a number.
     return tl.where(is_out[:, None] & is_in[None, :], total, 0.0)

@@ -7,21 +7,14 @@ strides, and a feature of a channel norm is a channel, its time the space.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._time_tiles import PROGRAMS, WARPS, Tiles, oriented, tiles
+from ._time_tiles import WARPS, oriented, tiles
 
-__all__ = [
-    "channel_norm_fused",
-    "channel_norm_gradients",
-    "layer_norm_fused",
-    "layer_norm_gradients",
-]
+__all__ = ["channel_norm_gradients", "layer_norm_gradients"]
 
 
 @triton.jit
@@ -102,125 +95,36 @@ def _gradients_kernel(
     tl.store(out_ptr, bias, mask=f < features)
 
 
-@triton.jit(do_not_specialize=["batch", "chunk"])
-def _fused_kernel(
-    g_ptr,  # [batch, time, features]
-    x_ptr,  # [batch, time, features]
-    mean_ptr,  # [batch, time], or [batch or 1, groups]; or None
-    rstd_ptr,  # as mean
-    norms_ptr,  # [blocks, 2, batch]
-    grads_ptr,  # [chunks, 2, features]
-    batch, time, features, chunk, group,
-    g_n, g_t, g_f, x_n, x_t, x_f, stat_n,
-    BY_TIME: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Squared norms of each sample's two gradients, and the sums over the samples.
-
-    A program takes `chunk` samples, one after the other, and a block of features.
-
-    Floor: g, x and the statistics read once; 8 bytes written a sample and block of
-    features, and 8 a feature and chunk; 5 operations an element.
-    """
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(features, BLOCK_F)
-    block = pid % blocks
-    first = (pid // blocks).to(tl.int64) * chunk
-    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
-    weights = tl.zeros((BLOCK_F,), tl.float32)
-    biases = tl.zeros((BLOCK_F,), tl.float32)
-    norms_ptr += block.to(tl.int64) * 2 * batch
-    for k in range(tl.minimum(chunk, batch - first).to(tl.int32)):
-        n = first + k
-        means_ptr = mean_ptr
-        if mean_ptr is not None:
-            means_ptr += n * stat_n
-        weight, bias = _sums(
-            g_ptr + n * g_n, x_ptr + n * x_n, means_ptr, rstd_ptr + n * stat_n,
-            0, time, time, f, features, group,
-            g_t, g_f, x_t, x_f, BY_TIME, BLOCK_T,
-        )  # fmt: skip
-        tl.store(norms_ptr + n, tl.sum(weight * weight))
-        tl.store(norms_ptr + batch + n, tl.sum(bias * bias))
-        weights += weight
-        biases += bias
-    grads_ptr += (pid // blocks).to(tl.int64) * 2 * features + f
-    tl.store(grads_ptr, weights, mask=f < features)
-    tl.store(grads_ptr + features, biases, mask=f < features)
-
-
-class _Problem(NamedTuple):
-    """`[batch, time, features]` tensors, and whose statistics are where."""
-
-    g: Tensor
-    x: Tensor
-    mean: Tensor | None
-    rstd: Tensor
-    stat_n: int  # from a sample's statistics to the next sample's
-    group: int  # features that share statistics
-    by_time: bool
-
-    def launch(
-        self, kernel: Any, programs: int, cut: Tiles, outs: Any, by: int
-    ) -> None:
-        """Run one of the kernels; `by` is its own size, the span or the chunk."""
-        kernel[(programs,)](
-            *(self.g, self.x, self.mean, self.rstd, *outs, *self.g.shape),
-            *(by, self.group, *self.g.stride(), *self.x.stride(), self.stat_n),
-            BY_TIME=self.by_time,
-            BLOCK_T=cut.block_time,
-            BLOCK_F=cut.block_features,
-            # A feature's mean and its address take registers: more threads share them.
-            num_warps=WARPS if self.by_time else 2 * WARPS,
-        )
-
-
-def _problem(
+def _gradients(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, by_time: bool
-) -> tuple[_Problem, Tiles]:
+) -> tuple[Tensor, Tensor]:
+    """Of `[batch, time, features]`: statistics by step, or by group of features."""
     (g, x), time_is_contiguous = oriented(g, x)
     rstd = rstd.to(torch.float32).contiguous()
     mean = None if mean is None else mean.to(torch.float32).contiguous()
-    stat_n = 0 if len(rstd) == 1 else rstd.shape[1]
+    stat_n = 0 if len(rstd) == 1 else rstd.shape[1]  # to the next sample's statistics
     group = 1 if by_time else max(1, g.shape[2] // rstd.shape[1])
     cut = tiles(*g.shape, time_is_contiguous=time_is_contiguous)
-    return _Problem(g, x, mean, rstd, stat_n, group, by_time), cut
-
-
-def _gradients(problem: _Problem, cut: Tiles) -> tuple[Tensor, Tensor]:
-    g = problem.g
     out = g.new_empty(cut.splits, 2, g.shape[0], g.shape[2], dtype=torch.float32)
     if out.numel():
-        programs = cut.splits * g.shape[0] * cut.blocks
-        problem.launch(_gradients_kernel, programs, cut, (out,), cut.span)
+        _gradients_kernel[(cut.splits * g.shape[0] * cut.blocks,)](
+            *(g, x, mean, rstd, out, *g.shape, cut.span, group),
+            *(*g.stride(), *x.stride(), stat_n),
+            BY_TIME=by_time,
+            BLOCK_T=cut.block_time,
+            BLOCK_F=cut.block_features,
+            # A feature's mean and its address take registers: more threads share them.
+            num_warps=WARPS if by_time else 2 * WARPS,
+        )
     weight, bias = out[0] if cut.splits == 1 else out.sum(dim=0)
     return weight, bias
-
-
-def _fused(problem: _Problem, cut: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, features = problem.g.shape
-    if cut.splits > 1:
-        both = torch.stack(_gradients(problem, cut))
-        return _four(both.square().sum(dim=2), both.sum(dim=1))
-    chunk = max(1, -(-batch * cut.blocks // PROGRAMS))
-    chunks = -(-batch // chunk)
-    norms = problem.rstd.new_empty(cut.blocks, 2, batch)
-    grads = problem.rstd.new_empty(chunks, 2, features)
-    if batch and features:
-        outs = (norms, grads)
-        problem.launch(_fused_kernel, chunks * cut.blocks, cut, outs, chunk)
-    return _four(norms.sum(dim=0), grads.sum(dim=0))
-
-
-def _four(norms: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pairs of scale and shift, one after the other."""
-    return norms[0], norms[1], grads[0], grads[1]
 
 
 def layer_norm_gradients(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Launch `_gradients_kernel`; see `norm.layer_norm_gradients`."""
-    return _gradients(*_problem(g, x, mean, rstd, by_time=True))
+    return _gradients(g, x, mean, rstd, by_time=True)
 
 
 def channel_norm_gradients(
@@ -228,19 +132,4 @@ def channel_norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Launch `_gradients_kernel`; see `norm.channel_norm_gradients`."""
     g, x = g.transpose(1, 2), x.transpose(1, 2)
-    return _gradients(*_problem(g, x, mean, rstd, by_time=False))
-
-
-def layer_norm_fused(
-    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `_fused_kernel`; see `norm.layer_norm_fused`."""
-    return _fused(*_problem(g, x, mean, rstd, by_time=True))
-
-
-def channel_norm_fused(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch `_fused_kernel`; see `norm.channel_norm_fused`."""
-    g, x = g.transpose(1, 2), x.transpose(1, 2)
-    return _fused(*_problem(g, x, mean, rstd, by_time=False))
+    return _gradients(g, x, mean, rstd, by_time=False)
