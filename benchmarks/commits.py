@@ -1,0 +1,168 @@
+"""A probed step of two versions of the package, side by side: did a change cost speed?
+
+git worktree add ../before <commit>         and build there, or copy its module
+python -m benchmarks.commits ../before .            W1, W1L and a GPT-2, some two minutes
+python -m benchmarks.commits ../before . --cases W2,W4 --rounds 40
+
+Each version runs in a process of its own, with one thread; they take turns, round by
+round. Printed is the CPU time of a probed step beside a plain one, and what the probe
+costs for each parameter of a GPT-2 so narrow that nothing but Python counts (12 layers,
+width 32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+CASES = ("W1", "W1L", "gpt2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trees", nargs="*", type=Path, help="clones, each of a version")
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--mode", default="observe")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.mode)
+        return
+    workers = {
+        str(tree): _start(tree.resolve(), options.mode) for tree in options.trees
+    }
+    for case in options.cases.split(","):
+        rounds: dict[str, list[tuple[float, float]]] = {tree: [] for tree in workers}
+        for _ in range(options.rounds):
+            for tree, worker in workers.items():
+                rounds[tree].append(_ask(worker, case))
+        for tree, found in rounds.items():
+            print(f"{case:5} {Path(tree).name:16} {_summary(case, found)}")
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+
+
+def _start(tree: Path, mode: str) -> subprocess.Popen:
+    """A process with the package of one clone, and the benchmarks of this one."""
+    here = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTMINIMA_TREE": str(tree)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.commits", "--serve", "--mode", mode],
+        cwd=here,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ask(worker: subprocess.Popen, case: str) -> tuple[float, float]:
+    worker.stdin.write(case + "\n")
+    worker.stdin.flush()
+    plain, probed = worker.stdout.readline().split()
+    return float(plain), float(probed)
+
+
+def _summary(case: str, rounds: list[tuple[float, float]]) -> str:
+    ratios = sorted(probed / plain for plain, probed in rounds)
+    quarter = len(ratios) // 4
+    low, high = ratios[quarter], ratios[-1 - quarter]
+    plain = 1e3 * statistics.median(plain for plain, _ in rounds)
+    text = f"plain {plain:.3f} ms, ratio {statistics.median(ratios):.3f}"
+    text += f" ({low:.3f}-{high:.3f})"
+    if case == "gpt2":
+        each = [1e6 * (probed - plain) / 148 for plain, probed in rounds]
+        text += f", {statistics.median(each):.1f} us a parameter"
+    return text
+
+
+def serve(mode: str) -> None:
+    """Answer each case named with the CPU seconds of a plain and a probed step."""
+    sys.path.insert(0, os.environ["FASTMINIMA_TREE"])
+    warnings.filterwarnings("ignore")
+    steps: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
+    for line in sys.stdin:
+        case = line.strip()
+        if case not in steps:
+            steps[case] = _steps(case, mode)
+            for step in steps[case]:
+                for _ in range(15):  # the structure is measured anew after ten
+                    step()
+        repeats = {"W1": 20, "W1L": 8, "gpt2": 4}.get(case, 2)
+        print(*(_seconds(step, repeats) for step in steps[case]), flush=True)
+
+
+def _seconds(step: Callable[[], None], repeats: int) -> float:
+    start = time.process_time_ns()
+    for _ in range(repeats):
+        step()
+    return (time.process_time_ns() - start) / 1e9 / repeats
+
+
+def _steps(case: str, mode: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    import torch
+
+    import fastminima as fm
+
+    assert str(Path(fm.__file__).parents[1]) == os.environ["FASTMINIMA_TREE"]
+    torch.set_num_threads(1)
+    model, losses = _gpt2() if case == "gpt2" else _workload(case)
+    probe = fm.GradientProbe(model, mode=mode, check_every=10**9)
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        losses().mean().backward()
+
+    def probed() -> None:
+        model.zero_grad(set_to_none=True)
+        probe.backward(losses())
+
+    return plain, probed
+
+
+def _workload(case: str):
+    from benchmarks.workloads import build
+
+    workload = build(case)
+    return workload.model, workload.losses
+
+
+def _gpt2():
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=12,
+        n_embd=32,
+        n_head=2,
+        vocab_size=64,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    ids = torch.randint(64, (4, 8))
+
+    def losses():
+        logits = model(ids).logits
+        cross_entropy = torch.nn.functional.cross_entropy
+        return cross_entropy(logits.mT, ids, reduction="none").mean(1)
+
+    return model, losses
+
+
+if __name__ == "__main__":
+    main()
