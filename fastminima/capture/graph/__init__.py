@@ -1,6 +1,7 @@
 """Autograd's graph as data.
 
 tape.py         one walk over a graph: nodes in order, edges, leaves
+node.py         what is relied on of a node beyond its public interface
 nodes.py        what each kind of node does, by its name: the one vocabulary
 saved.py        saved tensors, without spending what a checkpoint recomputes
 saved_names.py  what the batch normalisations of each backend call what they save

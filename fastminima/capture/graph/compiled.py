@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from .node import Node
 
 __all__ = ["NODE", "Replay", "compile", "keeping_graphs", "replay_of"]
 
@@ -151,7 +152,7 @@ def compile(
     )
 
 
-def replay_of(node: Any) -> Replay | None:
+def replay_of(node: Node) -> Replay | None:
     """How to run the region behind a node of the graph, if that is known."""
     return node.metadata.get(_KEY)
 

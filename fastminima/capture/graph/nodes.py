@@ -14,7 +14,8 @@ name and attribute with those of the installed PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from .node import Node
 
 __all__ = [
     "ACCUMULATE",
@@ -176,7 +177,7 @@ PRODUCTS = {
 }
 
 
-def is_scaled(node: Any, name: str) -> bool:
+def is_scaled(node: Node, name: str) -> bool:
     """Whether a product is multiplied with a number, as by `torch.addmm(alpha=2)`."""
     return name == ADDMM and (node._saved_alpha != 1 or node._saved_beta != 1)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 
 from .compiled import keeping_graphs
+from .node import Node
 from .saved import forget_pass
 
 __all__ = [
@@ -67,7 +69,7 @@ def run_whole_pass(
 
 
 @contextmanager
-def nobodys(node: Any) -> Iterator[None]:
+def nobodys(node: Node | graph.Node) -> Iterator[None]:
     """A pass that starts at `node`, inside another one, counts for no session.
 
     It pushes a gradient through nodes that prepare a parameter, and may come by uses
@@ -134,7 +136,7 @@ def is_distributed() -> bool:
 
 
 @contextmanager
-def replicas_at_rest(nodes: Sequence[Any]) -> Iterator[None]:
+def replicas_at_rest(nodes: Sequence[Node]) -> Iterator[None]:
     """Keep extra passes over these nodes from DistributedDataParallel's first step.
 
     Its reducer hangs on the accumulation of gradients, which an extra pass does not do.

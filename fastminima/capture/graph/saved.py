@@ -15,13 +15,15 @@ from torch import Tensor
 from torch._C._autograd import SavedTensor
 from torch.utils import checkpoint
 
+from .node import Node
+
 __all__ = ["CheckpointedNode", "forget_pass", "frames_of", "readable", "saved_tensor"]
 
 _RAW = "_raw"
 _names: dict[str, tuple[str, ...]] = {}  # node name -> its raw saved attributes
 
 
-def readable(node: Any) -> Any:
+def readable(node: Node) -> Any:
     """The node, or a stand-in whose saved tensors can be read any number of times."""
     names = _raw_names(node)
     for raw_name in names:
@@ -35,7 +37,7 @@ def readable(node: Any) -> Any:
     return node
 
 
-def saved_tensor(node: Any, name: str) -> Any:
+def saved_tensor(node: Node, name: str) -> Any:
     """What `getattr(node, name)` gives, for a tensor or a list of tensors."""
     raws = getattr(node, _RAW + name, None)
     if raws is None or all(_frame(raw) is None for raw in _each(raws)):
@@ -47,7 +49,7 @@ def saved_tensor(node: Any, name: str) -> Any:
 class CheckpointedNode:
     """A node of a checkpointed region; rules read and call it like the node itself."""
 
-    def __init__(self, node: Any, raw_names: tuple[str, ...]) -> None:
+    def __init__(self, node: Node, raw_names: tuple[str, ...]) -> None:
         self._node, self._raw_names = node, raw_names
 
     def __getattr__(self, name: str) -> Any:
@@ -77,7 +79,7 @@ class CheckpointedNode:
                 _put_back(raw, value)
 
 
-def frames_of(nodes: list[Any]) -> list[Any]:
+def frames_of(nodes: list[Node]) -> list[Any]:
     """The checkpointed regions that saved something for one of these nodes."""
     frames: dict[int, Any] = {}
     for node in nodes:
@@ -100,7 +102,7 @@ def forget_pass(frames: Sequence[Any], task: Any) -> None:
             per_pass.pop(task, None)
 
 
-def _raw_names(node: Any) -> tuple[str, ...]:
+def _raw_names(node: Node) -> tuple[str, ...]:
     name = node.name()
     names = _names.get(name)
     if names is None:

@@ -10,10 +10,10 @@ Source: `torchgen/packaged/autograd/derivatives.yaml` of the installed PyTorch, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from .node import Node
 from .saved import saved_tensor
 
 __all__ = [
@@ -68,7 +68,7 @@ CALLED_ONLY = frozenset(
 )
 
 
-def is_training(node: Any) -> bool:
+def is_training(node: Node) -> bool:
     """Whether a batch normalisation took its statistics over the batch."""
     training = BATCH_NORMS[node.name()].training
     if isinstance(training, bool):
@@ -76,7 +76,7 @@ def is_training(node: Any) -> bool:
     return getattr(node, f"_saved_{training}")
 
 
-def batch_statistics(node: Any) -> tuple[Tensor, Tensor]:
+def batch_statistics(node: Node) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each channel, as the node applied them."""
     names = BATCH_NORMS[node.name()]
 

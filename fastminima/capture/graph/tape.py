@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
-from torch.autograd.graph import Node
+from torch.autograd import graph
 
+from .node import Node
 from .nodes import ACCUMULATE, READ_UNSEEN
 
 __all__ = ["Tape", "signed"]
@@ -40,11 +41,11 @@ class Tape:
 
     def __init__(
         self,
-        roots: Iterable[Node],
+        roots: Iterable[Node | graph.Node],
         parameter_names: Mapping[int, str],
         copy_names: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        nodes = list(dict.fromkeys(roots))
+        nodes = cast(list[Node], list(dict.fromkeys(roots)))
         index = {node: i for i, node in enumerate(nodes)}
         children = []
         names = []
@@ -55,7 +56,7 @@ class Tape:
             name = node.name()
             below = node.next_functions
             if not below and name == ACCUMULATE:
-                leaf = id(node.variable)  # type: ignore[attr-defined]
+                leaf = id(node.variable)
                 if leaf in parameter_names:
                     leaves[parameter_names[leaf]] = len(names)
                 elif leaf in copy_names:
@@ -72,7 +73,7 @@ class Tape:
                     nodes.append(child)
                 edges.append((i, number))
             children.append(tuple(edges))
-        self.nodes: list[Any] = nodes
+        self.nodes: list[Node] = nodes
         self.names: list[str] = names
         self.leaves, self.copies = leaves, copies
         self.children: list[tuple[tuple[int, int] | None, ...]] = children

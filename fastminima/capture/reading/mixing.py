@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CaptureError
+from ..graph.node import Node
 from ..graph.nodes import BAG, EMBEDDING, MAY_MIX, NORMALISING_LAST
 from ..graph.saved import saved_tensor
 from ..graph.saved_names import BATCH_NORMS, is_training
@@ -87,7 +88,7 @@ def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
     return [tape.nodes[i].register_hook(_frozen(tape.nodes[i])) for i in nodes]
 
 
-def _frozen(node: Any) -> Callable[[Any, Any], Any]:
+def _frozen(node: Node) -> Callable[[Any, Any], Any]:
     weight, rstd = (saved_tensor(node, f"_saved_{w}") for w in ("weight", "result2"))
 
     def hook(

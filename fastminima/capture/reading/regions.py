@@ -19,6 +19,7 @@ from torch.utils import checkpoint
 
 from ..errors import CaptureError
 from ..graph import compiled
+from ..graph.node import Node
 from ..graph.passes import belongs_to_another
 from ..graph.tape import Tape
 from ..rows.fingerprints import Fingerprints
@@ -130,7 +131,7 @@ class _Handle:
             self.node.run_function = stand_in.original
 
 
-def is_reentrant(node: Any) -> bool:
+def is_reentrant(node: Node) -> bool:
     """Whether a node is that of a reentrant checkpoint."""
     return isinstance(node, _NODE_TYPE)
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..graph.node import Node
 from ..graph.nodes import (
     ASSIGNMENT,
     BAG,
@@ -70,7 +70,7 @@ class Guard:
         )
 
 
-def _saved(node: Any, guard: Guard) -> Tensor:
+def _saved(node: Node, guard: Guard) -> Tensor:
     value = saved_tensor(node, guard.saved)
     return value if guard.number is None else value[guard.number]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..graph.compiled import NODE as COMPILED
+from ..graph.node import Node
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 
@@ -89,14 +90,14 @@ def own_guard(tape: Tape, i: int) -> OwnGuard | None:
     return OwnGuard(i, numbers, tuple(indices))
 
 
-def _saved(node: Any) -> list[Tensor]:
+def _saved(node: Node) -> list[Tensor]:
     """The tensors that a function saved, unspent."""
     is_packed = any(raw.unpack_hook for raw in node._raw_saved_tensors)
     saved = saved_tensor(node, "_saved_tensors") if is_packed else node.saved_tensors
     return [t for t in saved if t is not None]
 
 
-def _numbers(node: Any) -> tuple | None:
+def _numbers(node: Node) -> tuple | None:
     """What a function keeps beside tensors and floats; None for what is not known."""
     numbers: list[Any] = []
     for name, value in vars(node).items():

@@ -8,10 +8,10 @@ slot it knows; slots it leaves out go to the universal rule, which knows every n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from ..graph.node import Node
 from ..graph.saved_names import BATCH_NORMS
 from ..reading.plan import Slot
 from ..rows.layout import RowLayout
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
 
 def contributions_of(
     name: str,
-    node: Any,
+    node: Node,
     grads: Sequence[Tensor | None],
     layouts: Sequence[RowLayout | None],
     slots: Sequence[Slot],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ..contributions import (
     Materialized,
     Patches,
 )
+from ..graph.node import Node
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
 from .base import Contributions, numbers
@@ -24,7 +24,7 @@ __all__ = ["convolution"]
 
 
 def convolution(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`conv(x, weight) + bias`, the samples images, or several images each."""
     if not isinstance(layout, RegularLayout) or layout.dim != 0:

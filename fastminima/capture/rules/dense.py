@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import Size, Tensor
 
@@ -21,6 +20,7 @@ from ..contributions import (
     in_pieces,
     reshaped,
 )
+from ..graph.node import Node
 from ..graph.nodes import ADDMM, is_scaled
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
@@ -30,7 +30,9 @@ from .pieces import from_rows, in_row_pieces, some_of
 __all__ = ["addmm", "bmm", "mm", "mv", "trilinear"]
 
 
-def mm(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contributions:
+def mm(
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
     """`a @ weight`, or `weight @ b` where the samples are columns of b."""
     found: Contributions = {}
     for slot in slots:
@@ -42,7 +44,7 @@ def mm(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contri
 
 
 def addmm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`bias + a @ weight`: a linear layer."""
     if is_scaled(node, ADDMM):
@@ -72,7 +74,9 @@ def addmm(
     return found
 
 
-def mv(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contributions:
+def mv(
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
     """`matrix @ weight` with a vector: a linear layer of one feature."""
     if 1 not in numbers(slots) or not has_rows(layout):
         return {}
@@ -81,7 +85,7 @@ def mv(node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]) -> Contri
 
 
 def bmm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """Only when samples are rows of each product, not products of the batch."""
     if not isinstance(layout, RegularLayout) or layout.dim != 1:
@@ -105,7 +109,7 @@ _BILINEAR = ([1, 3], [0], [1, 2], [2, 3])
 
 
 def trilinear(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """A bilinear form: a dense layer on the products of both inputs' features."""
     dims = (node._saved_expand1, node._saved_expand2, node._saved_expand3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from operator import mul
-from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -17,6 +16,7 @@ from ..contributions import (
     Contribution,
     Materialized,
 )
+from ..graph.node import Node
 from ..reading.plan import Slot
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
 from .base import Contributions
@@ -35,7 +35,7 @@ Term = Callable[..., Tensor]  # of pieces of the output gradient and of other te
 
 
 def add(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`x + alpha * y`: each operand's gradient is the output's, summed."""
     found: Contributions = {}
@@ -46,7 +46,7 @@ def add(
 
 
 def multiply(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`x * y`: the output's gradient times the other operand, summed."""
     if len(slots) > 1:
@@ -56,7 +56,7 @@ def multiply(
 
 
 def where(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """Parameters chosen at some places, such as a bias under a mask."""
     found: Contributions = {}
@@ -73,7 +73,7 @@ def _chosen(g: Tensor, is_chosen: Tensor) -> Tensor:
 
 
 def sub(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`x - alpha * y`."""
     found: Contributions = {}
@@ -85,7 +85,7 @@ def sub(
 
 
 def div(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`x / y`."""
     if len(slots) > 1:
@@ -98,7 +98,7 @@ def div(
 
 
 def prelu(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`max(x, 0) + weight * min(x, 0)`."""
     if len(slots) > 1 or slots[0].number != 1:
@@ -116,7 +116,7 @@ def _spread(
 
 
 def repeat(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """Expand and repeat over the batch alone: the output gradient is the answer."""
     if not isinstance(layout, RegularLayout):

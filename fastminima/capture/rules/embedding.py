@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -14,6 +13,7 @@ from ..contributions import (
     Embedding,
     reshaped,
 )
+from ..graph.node import Node
 from ..graph.tape import signed
 from ..reading.plan import Slot
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
@@ -25,7 +25,7 @@ __all__ = ["embedding", "embedding_bag", "index", "index_select"]
 
 
 def embedding(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`table[ids]`, with the row `padding_idx` left out."""
     if node._saved_scale_grad_by_freq:
@@ -42,7 +42,7 @@ def embedding(
 
 
 def index(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """A table indexed along its first dims: as an embedding."""
     indices = list(node._saved_indices)
@@ -52,7 +52,7 @@ def index(
 
 
 def index_select(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`table.index_select(0, ids)`."""
     if node._saved_dim != 0:
@@ -103,7 +103,7 @@ _SUM, _MEAN, _MAX = range(3)  # modes of an embedding bag
 
 
 def embedding_bag(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """A table whose rows are added up, averaged, or compared, in bags."""
     if node._saved_scale_grad_by_freq or 0 not in {slot.number for slot in slots}:
@@ -140,7 +140,7 @@ def embedding_bag(
 
 
 def _largest(
-    node: Any, g: Tensor, layout: RowLayout, shape: tuple[int, ...]
+    node: Node, g: Tensor, layout: RowLayout, shape: tuple[int, ...]
 ) -> Contribution:
     """Each feature of a bag comes from a row of its own: a table of single numbers."""
     width = shape[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from ...ops import norm
 from ..contributions import (
     Materialized,
 )
+from ..graph.node import Node
 from ..graph.saved_names import batch_statistics
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
@@ -22,14 +22,14 @@ __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
 
 def layer_norm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`(x - mean) * rstd * weight + bias` over the last dims."""
     return _normalised(node, g, layout, slots, node._saved_result1, node._saved_result2)
 
 
 def rms_norm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """The kernel that GPUs have; elsewhere a product with the weight is the use."""
     rstd = node._saved_result1
@@ -37,7 +37,7 @@ def rms_norm(
 
 
 def group_norm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`(x - mean) * rstd * weight + bias`, by groups of an image's channels."""
     mean, rstd = node._saved_result1, node._saved_result2
@@ -45,7 +45,7 @@ def group_norm(
 
 
 def batch_norm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """`(x - mean) * rstd * weight + bias`, by channels over a batch, or remembered."""
     mean, rstd = batch_statistics(node)
@@ -53,7 +53,7 @@ def batch_norm(
 
 
 def _normalised(
-    node: Any,
+    node: Node,
     g: Tensor,
     layout: RowLayout,
     slots: Sequence[Slot],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ..contributions import (
     Products,
     Stacked,
 )
+from ..graph.node import Node
 from ..reading.plan import Slot
 from ..rows.layout import IrregularLayout, RegularLayout, RowLayout
 from ..rows.routes import index_positions
@@ -26,7 +26,7 @@ __all__ = ["grouped_mm", "index_put"]
 
 
 def grouped_mm(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """Rows [S, d_in] through matrices [experts, d_in, d_out], each its own run of rows.
 
@@ -67,7 +67,7 @@ def _listed(layout: RowLayout) -> IrregularLayout | None:
 
 
 def index_put(
-    node: Any, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
     """One value put in many places, as a mask token."""
     indices = list(node._saved_indices)

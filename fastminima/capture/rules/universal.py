@@ -18,6 +18,7 @@ from ..._dtypes import accumulation_dtype
 from ...ops._pieces import step_of
 from ..contributions import Contribution, Materialized
 from ..errors import CaptureError
+from ..graph.node import Node
 from ..reading.plan import Slot
 from ..rows.layout import RowLayout
 
@@ -29,7 +30,7 @@ class Universal:
 
     def __init__(
         self,
-        node: Any,
+        node: Node,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
         batch: int,

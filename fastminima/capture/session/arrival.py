@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import graph
 
 from ..errors import CaptureError
+from ..graph.node import Node, current_node
 from ..graph.nodes import ACCUMULATE, EVEN
 from ..graph.passes import owner_of_pass
 from ..graph.tape import Tape
@@ -93,7 +94,7 @@ class Arrival:
                 "backward pass, and collect after it."
             )
         self.task = torch._C._current_graph_task_id()
-        node = torch._C._current_autograd_node()
+        node = current_node()
         self._on_arrival(g.detach(), surroundings(node, self._output, self._names))
 
 
@@ -131,7 +132,7 @@ class PassFilter:
         return is_over and owner_of_pass() is None
 
 
-def surroundings(node: Any, output: int, names: Mapping[int, str]) -> Surroundings:
+def surroundings(node: Node, output: int, names: Mapping[int, str]) -> Surroundings:
     """What else is in the pass that runs, above and beside the graph of a node."""
     roots = _running_roots(node)
     if roots is None:
@@ -150,7 +151,7 @@ def surroundings(node: Any, output: int, names: Mapping[int, str]) -> Surroundin
 class _Walk:
     """From where a pass starts down to the graph of a node."""
 
-    def __init__(self, node: Any, output: int, names: Mapping[int, str]) -> None:
+    def __init__(self, node: Node, output: int, names: Mapping[int, str]) -> None:
         self._top, self._output, self._names = node, output, names
         self._age = node._sequence_nr()
         self._entered: set[Any] = set()
@@ -164,7 +165,7 @@ class _Walk:
         tape = Tape([self._top], self._names)
         return tape, {node: i for i, node in enumerate(tape.nodes)}
 
-    def meet(self, node: Any, number: int, above: Any = None) -> None:
+    def meet(self, node: Node, number: int, above: Any = None) -> None:
         """Come to a node by an edge from another one, or start with it."""
         if node == self._top and number == self._output:
             is_even = above is not None and above.name() in EVEN
@@ -193,7 +194,7 @@ class _Walk:
         return self._found
 
 
-def _running_roots(node: Any) -> list[tuple[Any, int]] | None:
+def _running_roots(node: Node) -> list[tuple[Any, int]] | None:
     """The nodes that the running pass starts from; None where it cannot be seen.
 
     The engine was called from Python by this thread or, on GPUs, by another.
@@ -225,7 +226,7 @@ def _root(output: Any) -> tuple[Any, int]:
     return output.grad_fn, output.output_nr
 
 
-def _reaches(roots: list[Any], node: Any) -> bool:
+def _reaches(roots: list[Any], node: Node) -> bool:
     """Whether a pass from some nodes comes by another."""
     stack, entered = list(roots), set()
     while stack:

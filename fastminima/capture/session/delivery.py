@@ -10,13 +10,13 @@ Nothing here is about one pass: what a path decides is decided once for each gra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..contributions import Contribution, Dense, Embedding, Placed, Pushed
+from ..graph.node import Node, edge_of
 from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING, TRANSPOSING
 from ..graph.passes import nobodys
 from ..graph.saved import saved_tensor
@@ -39,7 +39,7 @@ def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
     parameter = tape.leaf(path.parameter, is_copy=path.is_copy)
     shape = tuple(parameter.shape)
     if path.steps is None:
-        edge = GradientEdge(tape.nodes[slot.child[0]], slot.child[1])
+        edge = edge_of(tape.nodes[slot.child[0]], slot.child[1])
         return lambda inner: Pushed(inner, shape, _pusher(edge, parameter))
     names = [tape.names[node] for node, _, _ in path.steps]
     nodes = [tape.nodes[node] for node, _, _ in path.steps]
@@ -60,7 +60,7 @@ def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
     return placed
 
 
-def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
+def _span(node: Node, name: str, output: int) -> tuple[int, int] | None:
     """Which rows of the parameter itself a node takes, where it takes some."""
     dim = getattr(node, "_saved_dim", None)
     if not isinstance(dim, int) or signed(dim) != 0:
@@ -83,12 +83,12 @@ def _span(node: Any, name: str, output: int) -> tuple[int, int] | None:
 
 
 def _from_table(
-    nodes: list[Any], names: list[str], shape: tuple[int, ...], parameter: Tensor
+    nodes: list[Node], names: list[str], shape: tuple[int, ...], parameter: Tensor
 ) -> Delivery:
     """A table looked up once for all samples: the ids are the same in each."""
     table = nodes[-1]
     in_order = all(name in KEEPING_ORDER for name in names[:-1])
-    edge = GradientEdge(nodes[0], 0)
+    edge = edge_of(nodes[0], 0)
 
     def delivered(inner: Contribution) -> Contribution:
         if not in_order or table._saved_scale_grad_by_freq:
@@ -117,7 +117,7 @@ def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _placer(
-    nodes: list[Any], names: list[str], steps: Sequence[tuple[int, int, int]]
+    nodes: list[Node], names: list[str], steps: Sequence[tuple[int, int, int]]
 ) -> Callable[[Tensor], Tensor]:
     """A gradient of the slot to that of the parameter, by nodes that only move it."""
     chain = [

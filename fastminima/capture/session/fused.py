@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..graph.node import edge_of
 from ..graph.nodes import CONVOLUTION, PRODUCTS, ROUNDING, TRANSPOSING, is_scaled
 from ..graph.tape import Tape
 from ..reading.plan import Path, Use
@@ -89,7 +90,7 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
         }
         if PRODUCTS[use.name].weight in fused:
             names.update(fused.values())
-            edges.append(GradientEdge(tape.nodes[use.node], 0))
+            edges.append(edge_of(tape.nodes[use.node], 0))
     if not names:
         return None
     left_out = {tape.leaves[name] for name in names}

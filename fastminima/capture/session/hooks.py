@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..contributions import Contribution
 from ..errors import CaptureError
+from ..graph.node import Node, current_node
 from ..graph.saved import readable
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
@@ -162,7 +162,7 @@ class Session:
                 hook = self._use_hook(tape, use, layouts[use.node])
             self._handles.append(node.register_prehook(hook))
 
-    def _may_take(self, step: Step, node: Any) -> bool:
+    def _may_take(self, step: Step, node: Node) -> bool:
         return step.fits(node) and self._collector.makes.isdisjoint(step.parameters)
 
     def _step_hook(
@@ -173,7 +173,7 @@ class Session:
             if g is None or self._filter.is_anothers():
                 return
             with undisturbed():
-                norms = step.norms(torch._C._current_autograd_node(), g)
+                norms = step.norms(current_node(), g)
             for name in norms:
                 self._parts.count(name, use)
             self._collector.collected.sq_norms |= norms
@@ -194,7 +194,7 @@ class Session:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if all(g is None for g in grads) or self._filter.is_anothers():
                 return
-            node = readable(torch._C._current_autograd_node())
+            node = readable(current_node())
             try:
                 with undisturbed():
                     self._visit(use, node, grads, layouts, deliveries)
@@ -208,7 +208,7 @@ class Session:
     def _visit(
         self,
         use: Use,
-        node: Any,
+        node: Node,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
         deliveries: _Deliveries,
@@ -234,7 +234,7 @@ class Session:
     def _contributions(
         self,
         use: Use,
-        node: Any,
+        node: Node,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
     ) -> tuple[dict[int, Contribution], list[Slot]]:

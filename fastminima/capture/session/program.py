@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from ...ops import dense
 from ..contributions import DenseBias, Products
+from ..graph.node import Node
 from ..graph.nodes import PRODUCTS, REARRANGING, is_scaled
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
@@ -44,14 +45,14 @@ class Step(Protocol):
         """The parameters whose norms it gives."""
         ...
 
-    def fits(self, node: Any) -> bool:
+    def fits(self, node: Node) -> bool:
         """Whether the use of this graph is what the step was made for.
 
         Of what a program may change from step to step while the graph stays the same.
         """
         ...
 
-    def norms(self, node: Any, g: Tensor) -> Mapping[str, Tensor]:
+    def norms(self, node: Node, g: Tensor) -> Mapping[str, Tensor]:
         """Squared norms of each sample's gradients, `[batch]` for each parameter."""
         ...
 
@@ -112,7 +113,7 @@ class _Layer:
         """The parameters of the layer."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    def fits(self, node: Any) -> bool:
+    def fits(self, node: Node) -> bool:
         """Whether nothing is multiplied with a number."""
         return not is_scaled(node, self.name)
 
@@ -126,7 +127,7 @@ class _Layer:
 class SingleRows(_Layer):
     """With one row a sample: norms are products of those of rows."""
 
-    def norms(self, node: Any, g: Tensor) -> dict[str, Tensor]:
+    def norms(self, node: Node, g: Tensor) -> dict[str, Tensor]:
         """Squared norms of each sample's gradients, `[batch]` for each parameter."""
         return self._named(*dense.row_sq_norms(saved_tensor(node, self.inputs), g))
 
@@ -137,7 +138,7 @@ class Sequences(_Layer):
 
     layout: RegularLayout
 
-    def norms(self, node: Any, g: Tensor) -> dict[str, Tensor]:
+    def norms(self, node: Node, g: Tensor) -> dict[str, Tensor]:
         """Squared norms of each sample's gradients, `[batch]` for each parameter."""
         rows = self.layout.rows(saved_tensor(node, self.inputs), 1)
         has_bias = self.bias is not None

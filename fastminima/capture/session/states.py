@@ -22,6 +22,7 @@ from torch import Tensor
 from ..._dtypes import accumulation_dtype
 from ...statistics import GradientStatistics
 from ..errors import CaptureError
+from ..graph.node import current_node
 from ..graph.passes import is_capturing
 from ..graph.tape import Tape
 from ..options import Options, Target
@@ -310,7 +311,7 @@ class Observed(Pass):
                 "added up. Create the probe with keep_mean=True, or leave the penalty "
                 "out of this pass."
             )
-        tape = Tape([torch._C._current_autograd_node()], names)
+        tape = Tape([current_node()], names)
         self.observer.separate(tape, around.leaves)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contributions import Contribution
+from ..graph.node import Node
 from ..reading.plan import Slot, Use
 from ..rows.layout import RowLayout
 from .collector import Collector
@@ -66,7 +66,7 @@ class TimedSession(Session):
     def _contributions(
         self,
         use: Use,
-        node: Any,
+        node: Node,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
     ) -> tuple[dict[int, Contribution], list[Slot]]:
