@@ -1,7 +1,7 @@
 """A probed step of two versions of the package, side by side: did a change cost speed?
 
 git worktree add ../before <commit>        then build there, or copy its module
-python -m benchmarks.commits ../before .            W1, W1L and a GPT-2, some two minutes
+python -m benchmarks.commits ../before .           W1, W1L and a GPT-2, some two minutes
 python -m benchmarks.commits ../before . --cases W2,W4 --rounds 40
 
 Each version runs in a process of its own, with one thread; they take turns, round by
