@@ -50,7 +50,7 @@ def test_a_resting_step_reads_no_graph(monkeypatch):
     model = nn.Linear(4, 3)
     probe = fm.GradientProbe(model, every=2)
     probe.backward(losses_of(model))
-    monkeypatch.setattr(probe, "_reader", None)  # reading would raise AttributeError
+    monkeypatch.setattr(probe, "_attacher", None)  # reading would raise AttributeError
     assert probe.backward(losses_of(model)) is None
     with pytest.raises(AttributeError):
         probe.backward(losses_of(model))

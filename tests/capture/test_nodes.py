@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import CASES
 from functions_header import SAVED
 
+import fastminima as fm
 from fastminima.capture.graph import nodes
 from fastminima.capture.graph.tape import Tape
 from fastminima.capture.rules import RULES
@@ -76,6 +77,30 @@ def test_an_index_moves_rows_by_dim_or_by_indices_and_is_guarded():
     assert nodes.PICKS.keys() <= by_index
     assert by_index.isdisjoint(nodes.MOVE_UNSEEN)
     assert nodes.BY_DIM.isdisjoint(nodes.BY_INDICES)
+
+
+def test_every_node_with_an_index_is_known():
+    known = nodes.BY_DIM | nodes.BY_INDICES | nodes.MOVE_UNSEEN | nodes.PLACING.keys()
+    known |= {nodes.EMBEDDING, nodes.BAG}
+    with_index = {n for n, words in SAVED.items() if words & {"index", "indices"}}
+    with_index -= {n for n in with_index if "BackwardBackward" in n}
+    # They pick places within one image. (A maximum over the batch gives its row to one
+    # sample: no regular layout, and only those are remembered.)
+    within = {"MaxUnpool2DBackward0", "MaxUnpool3DBackward0"}
+    other_kinds = {n for n in with_index if "NestedTensor" in n or n.endswith("_copy")}
+    assert with_index - known <= within | other_kinds, with_index - known
+
+
+def test_an_unsafe_index_is_not_remembered():
+    """What decompositions of compiled code call instead of indexing."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    probe = fm.GradientProbe(layer)
+    for step in range(3):  # in order at first: a layout that looks like any other
+        order = torch.randperm(5) if step else torch.arange(5)
+        losses = torch.ops.aten._unsafe_index(layer(x), [order]).square().sum(1)
+        want = fm.GradientProbe(layer).backward(layer(x[order]).square().sum(1))
+        assert torch.allclose(probe.backward(losses).sq_norms, want.sq_norms)
 
 
 def test_products_describe_their_inputs():

@@ -1,10 +1,10 @@
 """Autograd's nodes by name: what each does to the rows and dims that pass it.
 
 The one place that knows them. A node that is in none of these tables is not an error:
-its rows are measured like all others, and its parameters go to the universal rule. What
-a missing entry costs is said of each table; in `MOVE_UNSEEN` and `PLACING` it is more
-than time: there a remembered layout could outlive what moved its rows, and only the
-standing check (`check_every`) would notice.
+its rows are measured like all others, and its parameters go to the universal rule.
+What a missing entry costs is said of each table; in `BY_DIM`, `BY_INDICES`,
+`MOVE_UNSEEN` and `PLACING` it is more than time: there a remembered layout could outlive
+what moved its rows, and only the standing check (`check_every`) would notice.
 
 A new view or elementwise op of PyTorch: `REARRANGING` or `ELEMENTWISE`, and if numbers
 of its own say where rows go, `PLACING`. `tests/capture/test_nodes.py` compares every
@@ -217,7 +217,8 @@ BY_DIM = _nodes(
 BY_INDICES = _nodes("Index IndexPut IndexPutImpl")
 # By something that cannot be compared from step to step: layouts are not kept.
 MOVE_UNSEEN = _nodes(
-    "MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce IndexReduce"
+    "MaskedSelect MaskedScatter Take Put PackPaddedSequence SegmentReduce IndexReduce "
+    "UnsafeIndex UnsafeIndexPut UnsafeMaskedIndex UnsafeMaskedIndexPutAccumulate"
 )
 
 # ---- Numbers that a program may change from step to step, and that move rows ----

@@ -9,7 +9,7 @@ same bits and serves everything.
     addmm(bias [20], x [N, 10], weight.t()), one row a sample
     -> SingleRows("weight", "bias", "_saved_mat1"):  |g_n|^2 |x_n|^2  and  |g_n|^2
 
-To add one: a class with the two methods of `Step`, and a line in `_STEPS` that names
+To add one: a class with what `Step` asks for, and a line in `_STEPS` that names
 what makes it.
 """
 
