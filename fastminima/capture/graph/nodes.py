@@ -3,8 +3,8 @@
 The one place that knows them. A node that is in none of these tables is not an error:
 its rows are measured like all others, and its parameters go to the universal rule.
 What a missing entry costs is said of each table; in `BY_DIM`, `BY_INDICES`,
-`MOVE_UNSEEN` and `PLACING` it is more than time: there a remembered layout could outlive
-what moved its rows, and only the standing check (`check_every`) would notice.
+`MOVE_UNSEEN` and `PLACING` it is more than time: there a remembered layout could
+outlive what moved its rows, and only the standing check (`check_every`) would notice.
 
 A new view or elementwise op of PyTorch: `REARRANGING` or `ELEMENTWISE`, and if numbers
 of its own say where rows go, `PLACING`. `tests/capture/test_nodes.py` compares every
