@@ -115,7 +115,7 @@ def _steps(case: str, mode: str) -> tuple[Callable[[], None], Callable[[], None]
 
     assert str(Path(fm.__file__).parents[1]) == os.environ["FASTMINIMA_TREE"]
     torch.set_num_threads(1)
-    model, losses = _gpt2() if case == "gpt2" else _workload(case)
+    model, losses = _model(case)
     probe = fm.GradientProbe(model, mode=mode, check_every=10**9)
 
     def plain() -> None:
@@ -129,39 +129,14 @@ def _steps(case: str, mode: str) -> tuple[Callable[[], None], Callable[[], None]
     return plain, probed
 
 
-def _workload(case: str):
+def _model(case: str):
+    from benchmarks.models import narrow_gpt2
     from benchmarks.workloads import build
 
+    if case == "gpt2":
+        return narrow_gpt2(width=32)
     workload = build(case)
     return workload.model, workload.losses
-
-
-def _gpt2():
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=12,
-        n_embd=32,
-        n_head=2,
-        vocab_size=64,
-        n_positions=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config).train()
-    ids = torch.randint(64, (4, 8))
-
-    def losses():
-        logits = model(ids).logits
-        cross_entropy = torch.nn.functional.cross_entropy
-        return cross_entropy(logits.mT, ids, reduction="none").mean(1)
-
-    return model, losses
 
 
 if __name__ == "__main__":

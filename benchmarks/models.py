@@ -6,13 +6,14 @@ that libraries which hook modules can take part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Decoder", "ResNet20", "mlp", "small_convnet", "vgg11"]
+__all__ = ["Decoder", "ResNet20", "mlp", "narrow_gpt2", "small_convnet", "vgg11"]
 
 VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 
@@ -138,3 +139,30 @@ class Decoder(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         x = self.tokens(ids) + self.positions(positions)
         return self.head(self.norm(self.blocks(x)))
+
+
+def narrow_gpt2(width: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A GPT-2 of 12 layers where Python is all that counts, and losses of a batch."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=12,
+        n_embd=width,
+        n_head=2,
+        vocab_size=64,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    ids = torch.randint(64, (4, 8))
+
+    def losses() -> Tensor:
+        logits = model(ids).logits
+        return nn.functional.cross_entropy(logits.mT, ids, reduction="none").mean(1)
+
+    return model, losses

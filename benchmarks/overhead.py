@@ -31,10 +31,9 @@ import fastminima as fm
 from benchmarks.first_step import NAMES, first_step
 from benchmarks.harness import interleave, ratio
 from benchmarks.internals import pieces_of
+from benchmarks.models import narrow_gpt2
 from benchmarks.records import describe_run, save
 from benchmarks.workloads import Workload, build, sample_losses
-
-LAYERS, BATCH, TIME = 12, 4, 8
 
 
 def main() -> None:
@@ -67,28 +66,7 @@ def main() -> None:
 
 def walk() -> dict:
     """Microseconds of Python a node and a use; the width does not matter for them."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=LAYERS,
-        n_embd=24,
-        n_head=2,
-        vocab_size=64,
-        n_positions=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config).train()
-    ids = torch.randint(64, (BATCH, TIME))
-
-    def losses():
-        logits = model(ids).logits
-        return nn.functional.cross_entropy(logits.mT, ids, reduction="none").mean(1)
-
+    model, losses = narrow_gpt2(width=24)
     probe = fm.GradientProbe(model)
     for _ in range(3):
         probe.backward(losses())
