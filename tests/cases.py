@@ -245,6 +245,18 @@ class UsesDoubled(nn.Module):
         return Doubled.apply(x, self.weight)
 
 
+class Blended(nn.Module):
+    """Inputs moved by a number of the way towards learned ends, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(3, 1))
+        self.end = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return torch.lerp(self.start, torch.lerp(x, self.end, 0.3).tanh(), 0.4)
+
+
 class Heads(nn.Module):
     """Projections by einsum, one matrix a head."""
 
@@ -460,6 +472,7 @@ CASES = [
     Case("scale full", lambda: Scaled(3, 6), rows(5, 3, 6)),
     Case("scale keepdim", lambda: Scaled(1, 3, 1), rows(5, 3, 6)),
     Case("scale vector", lambda: nn.Sequential(Scaled(6)), rows(5, 6)),
+    Case("blended", Blended, rows(5, 3, 6)),
     Case("class token", ClassToken, rows(5, 4, 6)),
     Case("class token repeat", lambda: ClassToken(repeat=True), rows(5, 4, 6)),
     Case("embedding", lambda: Language(False), ids(11, 4, 5)),

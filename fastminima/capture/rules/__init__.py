@@ -35,6 +35,7 @@ RULES: dict[str, Rule] = {
     "IndexPutBackward0": routed.index_put,
     "IndexPutImplBackward0": routed.index_put,
     "IndexSelectBackward0": embedding.index_select,
+    "LerpBackward0": elementwise.lerp,
     "MmBackward0": dense.mm,
     "MulBackward0": elementwise.multiply,
     "MvBackward0": dense.mv,
