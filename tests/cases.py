@@ -344,6 +344,20 @@ class SortedExperts(nn.Module):
         return out[order.argsort()].view(*choice.shape, 4).sum(1).view(*x.shape[:2], 4)
 
 
+class Ensemble(nn.Module):
+    """Members side by side, each with a matrix and a bias, in one product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+        self.bias = nn.Parameter(torch.randn(3, 1, 4))
+
+    def forward(self, x):  # [batch, 2, 6]: rows (batch, 2) of each member's product
+        rows = x.flatten(0, 1).expand(3, -1, -1)
+        out = torch.baddbmm(self.bias, rows, self.weight)
+        return out.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
 class Packed(nn.Module):
     """Parts of one matrix, apart or with rows in common."""
 
@@ -523,6 +537,7 @@ CASES = [
     Case("experts", Experts, rows(4, 5, 6)),
     Case("experts grouped", lambda: SortedExperts(True), rows(4, 5, 8)),
     Case("experts selected", lambda: SortedExperts(False), rows(4, 5, 8)),
+    Case("ensemble", Ensemble, rows(5, 2, 6)),
     Case("rows apart", lambda: Packed(slice(0, 2), 2, slice(3, 6)), rows(4, 5, 6)),
     Case("rows in common", lambda: Packed(slice(0, 4), slice(2, 6), 3), rows(4, 5, 6)),
     Case("last row twice", lambda: Packed(-1, slice(0, 2), slice(-2, None), 5), rows(4, 5, 6)),

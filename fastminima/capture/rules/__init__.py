@@ -23,6 +23,7 @@ __all__ = ["RULES", "contributions_of"]
 RULES: dict[str, Rule] = {
     "AddBackward0": elementwise.add,
     "AddmmBackward0": dense.addmm,
+    "BaddbmmBackward0": dense.baddbmm,
     "BmmBackward0": dense.bmm,
     "ConvolutionBackward0": conv.convolution,
     "DivBackward0": elementwise.div,
