@@ -245,6 +245,18 @@ class UsesDoubled(nn.Module):
         return Doubled.apply(x, self.weight)
 
 
+class Blended(nn.Module):
+    """Inputs moved by a number of the way towards learned ends, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(3, 1))
+        self.end = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return torch.lerp(self.start, torch.lerp(x, self.end, 0.3).tanh(), 0.4)
+
+
 class Heads(nn.Module):
     """Projections by einsum, one matrix a head."""
 
@@ -330,6 +342,20 @@ class SortedExperts(nn.Module):
             out = torch.bmm(self.experts[expert], rows[order // 2, :, None])[..., 0]
         out = (out + self.bias[expert]).tanh() * weight.flatten()[order, None]
         return out[order.argsort()].view(*choice.shape, 4).sum(1).view(*x.shape[:2], 4)
+
+
+class Ensemble(nn.Module):
+    """Members side by side, each with a matrix and a bias, in one product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+        self.bias = nn.Parameter(torch.randn(3, 1, 4))
+
+    def forward(self, x):  # [batch, 2, 6]: rows (batch, 2) of each member's product
+        rows = x.flatten(0, 1).expand(3, -1, -1)
+        out = torch.baddbmm(self.bias, rows, self.weight)
+        return out.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 class Packed(nn.Module):
@@ -460,6 +486,7 @@ CASES = [
     Case("scale full", lambda: Scaled(3, 6), rows(5, 3, 6)),
     Case("scale keepdim", lambda: Scaled(1, 3, 1), rows(5, 3, 6)),
     Case("scale vector", lambda: nn.Sequential(Scaled(6)), rows(5, 6)),
+    Case("blended", Blended, rows(5, 3, 6)),
     Case("class token", ClassToken, rows(5, 4, 6)),
     Case("class token repeat", lambda: ClassToken(repeat=True), rows(5, 4, 6)),
     Case("embedding", lambda: Language(False), ids(11, 4, 5)),
@@ -510,6 +537,7 @@ CASES = [
     Case("experts", Experts, rows(4, 5, 6)),
     Case("experts grouped", lambda: SortedExperts(True), rows(4, 5, 8)),
     Case("experts selected", lambda: SortedExperts(False), rows(4, 5, 8)),
+    Case("ensemble", Ensemble, rows(5, 2, 6)),
     Case("rows apart", lambda: Packed(slice(0, 2), 2, slice(3, 6)), rows(4, 5, 6)),
     Case("rows in common", lambda: Packed(slice(0, 4), slice(2, 6), 3), rows(4, 5, 6)),
     Case("last row twice", lambda: Packed(-1, slice(0, 2), slice(-2, None), 5), rows(4, 5, 6)),

@@ -23,6 +23,7 @@ __all__ = ["RULES", "contributions_of"]
 RULES: dict[str, Rule] = {
     "AddBackward0": elementwise.add,
     "AddmmBackward0": dense.addmm,
+    "BaddbmmBackward0": dense.baddbmm,
     "BmmBackward0": dense.bmm,
     "ConvolutionBackward0": conv.convolution,
     "DivBackward0": elementwise.div,
@@ -35,6 +36,7 @@ RULES: dict[str, Rule] = {
     "IndexPutBackward0": routed.index_put,
     "IndexPutImplBackward0": routed.index_put,
     "IndexSelectBackward0": embedding.index_select,
+    "LerpBackward0": elementwise.lerp,
     "MmBackward0": dense.mm,
     "MulBackward0": elementwise.multiply,
     "MvBackward0": dense.mv,

@@ -24,10 +24,11 @@ from ..graph.node import Node
 from ..graph.nodes import ADDMM, is_scaled
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout, RowLayout
+from . import elementwise
 from .base import Contributions, has_rows, numbers
 from .pieces import from_rows, in_row_pieces, some_of
 
-__all__ = ["addmm", "bmm", "mm", "mv", "trilinear"]
+__all__ = ["addmm", "baddbmm", "bmm", "mm", "mv", "trilinear"]
 
 
 def mm(
@@ -87,20 +88,30 @@ def mv(
 def bmm(
     node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
+    """`a @ weight` in each product of a batch."""
+    return _stacked(1, node._saved_self, g, layout) if 1 in numbers(slots) else {}
+
+
+def baddbmm(
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`bias + a @ weight` in each product of a batch, such as an expert's."""
+    found: Contributions = {}
+    for slot in slots:
+        if slot.number == 0 and node._saved_beta == 1:
+            found |= elementwise.add(node, g, layout, [slot])
+        elif slot.number == 2 and node._saved_alpha == 1:
+            found |= _stacked(2, node._saved_batch1, g, layout)
+    return found
+
+
+def _stacked(number: int, a: Tensor, g: Tensor, layout: RowLayout) -> Contributions:
     """Only when samples are rows of each product, not products of the batch."""
     if not isinstance(layout, RegularLayout) or layout.dim != 1:
         return {}
-    rows = layout.along(0)
-    if 1 not in numbers(slots):
-        return {}
-    return {
-        1: Stacked(
-            [
-                Dense(Products(rows.rows(a, 1), rows.rows(b, 1)), out_first=False)
-                for a, b in zip(node._saved_self, g, strict=True)
-            ]
-        )
-    }
+    a, g = layout.isolate(a), layout.isolate(g)  # [count, product, time, features]
+    pairs = zip(a.unbind(1), g.unbind(1), strict=True)
+    return {number: Stacked([Dense(Products(*p), out_first=False) for p in pairs])}
 
 
 # How `F.bilinear` calls the node: x1 [N, 1, d1, 1], weight [1, p, d1, d2],

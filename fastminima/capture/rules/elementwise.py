@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import mul
 
 import torch
@@ -24,6 +25,7 @@ from .base import Contributions
 __all__ = [
     "add",
     "div",
+    "lerp",
     "multiply",
     "prelu",
     "repeat",
@@ -95,6 +97,17 @@ def div(
         return _spread(layout, slots[0], lambda g, y: g / y, g, other)
     terms = g, node._saved_self, other
     return _spread(layout, slots[0], lambda g, x, y: -g * x / y.square(), *terms)
+
+
+def lerp(
+    node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
+) -> Contributions:
+    """`start + weight * (end - start)` with a number as weight."""
+    found: Contributions = {}
+    for slot in slots:
+        factor = node._saved_weight if slot.number == 1 else 1 - node._saved_weight
+        found |= _spread(layout, slot, partial(mul, factor), g)
+    return found
 
 
 def prelu(
