@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.autograd import graph
 __all__ = ["Node", "OutputInfo", "current_node", "edge_of"]
 
 
+@runtime_checkable
 class OutputInfo(Protocol):
     """What a node knows of one of its outputs, and so of a gradient that reaches it."""
 
@@ -31,6 +32,7 @@ def edge_of(node: Node, output: int) -> graph.GradientEdge:
     return graph.GradientEdge(cast(graph.Node, node), output)
 
 
+@runtime_checkable
 class Node(Protocol):
     """A node of autograd's graph, as `torch.autograd.graph.Node` has it and more.
 
@@ -70,6 +72,8 @@ class Node(Protocol):
         """The gradients of its inputs, from those of its outputs."""
         ...
 
-    def __getattr__(self, name: str) -> Any:
-        """What it saved."""
-        ...
+    if TYPE_CHECKING:  # no member of its own at run time
+
+        def __getattr__(self, name: str) -> Any:
+            """What it saved."""
+            ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ __all__ = ["Observer", "Session"]
 _Deliveries = Sequence[tuple[int, Path, Delivery | None]]
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What watches one backward pass."""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from ..rows.layout import RegularLayout, RowLayout
 __all__ = ["Program", "Sequences", "SingleRows", "Step", "program_of"]
 
 
+@runtime_checkable
 class Step(Protocol):
     """What is done with the output gradient of one use, when norms are all that counts.
 
