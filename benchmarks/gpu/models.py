@@ -95,7 +95,7 @@ def _look_at(model: Model) -> dict:
             {str(w.message)[:120] for w in said if "No rule" in str(w.message)}
         ),
         "said": sorted({str(w.message)[:120] for w in said})[:8],
-        "is_remembered": bool(probe._reader._known),
+        "is_remembered": bool(probe._reader._structures),
         "plain_ms": 1e3 * plain_seconds,
         "cold_seconds": cold,
         "first_over_plain": first / plain_seconds,

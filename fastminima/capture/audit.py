@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import CaptureError
 from .graph.passes import run_pass
 from .graph.saved import frames_of
 from .reading import mixing as batch_norms
@@ -113,6 +114,12 @@ def audit_losses(
 ) -> Audit:
     """Compare what a session collects on `losses` with autograd's own gradients."""
     names = list(reading.tape.leaves)
+    if not names:
+        raise CaptureError(
+            "An audit differentiates through torch.autograd.grad, and all parameters "
+            "of this loss are inside regions that do not allow it: use "
+            "use_reentrant=False, or audit the uncompiled module."
+        )
     tensors = [parameters[name] for name in names]
     count = len(losses)
     frames = frames_of(reading.tape.nodes)

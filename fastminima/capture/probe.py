@@ -257,8 +257,8 @@ class GradientProbe:
         request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
             self._detach()
-            request.checked(self._options.batch_dim)
             self._pass = Resting()
+            request.checked(self._options.batch_dim)
         else:
             self._attach(request, is_fresh=False, waits=True)
 

@@ -209,3 +209,71 @@ def test_an_attached_graph_is_gone_with_its_probe():
     del losses, probe
     gc.collect()
     assert root() is None
+
+
+class Vector(nn.Module):
+    """The node of its losses is one where a parameter meets data."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(6))
+        self.b = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x @ self.v + self.b
+
+
+def test_a_weighted_vector_whose_own_node_is_a_use():
+    """Hooks of a node that runs are called still when the session has closed."""
+    torch.manual_seed(0)
+    model, x = Vector(), torch.randn(4, 6)
+    probe = fm.GradientProbe(model)
+    losses = model(x)
+    probe.attach(losses)
+    (losses * torch.arange(1.0, 5.0)).mean().backward()
+    want = x.square().sum(1) + 1
+    torch.testing.assert_close(probe.collect().sq_norms, want)
+
+
+def test_a_loss_that_was_multiplied_by_zero():
+    model, x = Vector(), torch.randn(4, 6)
+    probe = fm.GradientProbe(model)
+    losses = model(x)
+    probe.attach(losses)
+    (0.0 * losses.mean()).backward()
+    with pytest.raises(fm.CaptureError, match="multiplied by zero"):
+        probe.collect()
+
+
+class Canary(torch.autograd.Function):
+    """Holds an object for as long as the graph lives."""
+
+    @staticmethod
+    def forward(ctx, x, held):
+        ctx.held = held
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def test_an_attached_graph_does_not_wait_for_the_garbage_collector():
+    class Held:
+        pass
+
+    model, held = nn.Linear(6, 3), Held()
+    alive = weakref.ref(held)
+    probe = fm.GradientProbe(model)
+    gc.collect()
+    gc.disable()
+    try:
+        losses = Canary.apply(model(torch.randn(4, 6)), held).square().sum(1)
+        del held
+        probe.attach(losses)
+        losses.mean().backward()
+        probe.collect()
+        del losses
+        assert alive() is None
+    finally:
+        gc.enable()

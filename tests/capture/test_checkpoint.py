@@ -476,3 +476,30 @@ def test_experts_of_one_sample_inside_a_region():
         got = probe.backward(checkpoint(run, key, x, use_reentrant=True))
         want = fm.GradientProbe(model).backward(case.losses(model, [x]))
         torch.testing.assert_close(got.sq_norms, want.sq_norms)
+
+
+@KINDS
+def test_one_parameter_given_twice_to_a_region(use_reentrant):
+    torch.manual_seed(0)
+    w, x = torch.nn.Parameter(torch.randn(6, 6)), torch.randn(4, 5, 6)
+    linear = torch.nn.functional.linear
+
+    def region(x, a, b):
+        return linear(linear(x, a).tanh(), b)
+
+    def probed(y):
+        w.grad = None
+        stats = fm.GradientProbe({"w": w}).backward(y.square().flatten(1).sum(1))
+        return stats.sq_norms
+
+    want = probed(region(x, w, w))
+    x.requires_grad_()
+    y = checkpoint(region, x, w, w, use_reentrant=use_reentrant)
+    torch.testing.assert_close(probed(y), want)
+
+
+def test_an_audit_of_reentrant_regions_alone_says_why_not():
+    layer, x = torch.nn.Linear(6, 3), torch.randn(4, 6, requires_grad=True)
+    losses = checkpoint(layer, x, use_reentrant=True).square().sum(1)
+    with pytest.raises(fm.CaptureError, match="use_reentrant=False"):
+        fm.GradientProbe(layer).audit(losses)

@@ -80,3 +80,12 @@ def test_bad_arguments_are_refused_on_resting_steps_too():
 def test_every_must_be_a_positive_integer(every):
     with pytest.raises(ValueError, match="every must be a positive integer"):
         fm.GradientProbe(nn.Linear(2, 2), every=every)
+
+
+def test_an_error_of_attach_on_a_resting_step():
+    model = nn.Linear(4, 3)
+    probe = fm.GradientProbe(model, every=2)
+    probe.backward(losses_of(model))
+    with pytest.raises(ValueError, match="batch_size"):
+        probe.attach(losses_of(model), batch_size=3)
+    assert probe.collect() is None

@@ -79,7 +79,7 @@ def warmed_up(make=Net, **options):
         known.backward(losses_of(model, ids))
     meta = make().to("meta")
     probe = fm.GradientProbe(meta, **options)
-    probe._reader._known = known._reader._known
+    probe._reader._structures = known._reader._structures
     return meta, probe
 
 
@@ -144,7 +144,7 @@ def test_a_tied_head_is_capturable(gpu, monkeypatch):
 def test_the_first_step_is_not(gpu):
     """It measures which rows belong to which sample, and looks at what it measured."""
     model, probe = warmed_up()
-    probe._reader._known = {}
+    probe._reader._structures = {}
     ids = torch.empty(N, T, dtype=torch.long, device="meta")
     with pytest.raises(NotCapturableError), capturing():
         probe.backward(losses_of(model, ids))

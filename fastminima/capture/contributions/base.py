@@ -30,6 +30,9 @@ class Contribution:
 
     batch: int
     shape: tuple[int, ...]
+    # Whether it saves work to read what another one of the same use has left: it is
+    # asked after that one then.
+    reads_another = False
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
         """Gradients of samples lo ... hi - 1, `[hi - lo, *shape]`."""

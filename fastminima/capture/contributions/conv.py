@@ -19,28 +19,37 @@ class Patches:
     Args:
         x: `[batch, c_in, *space]` inputs, g: `[batch, c_out, *space_out]` output
             gradients.
-        with_bias: whether a bias beside the weight reads its norms off the same pass.
+        with_bias: whether a pass for the weight leaves something for a bias too.
     """
 
     def __init__(
         self, x: Tensor, g: Tensor, geometry: ConvGeometry, *, with_bias: bool = False
     ) -> None:
         self.x, self.g, self.geometry = x, g, geometry
-        self.with_bias = with_bias
-        self._bias_samples: Tensor | None = None  # from a fused pass
+        self._with_bias = with_bias
+        # What passes for the weight have left for the bias.
+        self._bias_norms: Tensor | None = None
+        self._bias_samples: Tensor | None = None
 
     @cached_property
-    def norms(self) -> tuple[Tensor, Tensor | None]:
-        """Squared norms of the weight's gradients, and of the bias' if wanted.
+    def weight_norms(self) -> Tensor:
+        """Squared norms of the weight's gradients, `[batch]`; leaves the bias' ones."""
+        norms, self._bias_norms = conv.conv_sq_norms(
+            self.x, self.g, self.geometry, self._with_bias
+        )
+        return norms
 
-        Whoever asks first computes both.
-        """
-        return conv.conv_sq_norms(self.x, self.g, self.geometry, self.with_bias)
+    @property
+    def bias_norms(self) -> Tensor:
+        """Squared norms of the bias' gradients, left by the weight's pass or by one."""
+        if self._bias_norms is not None:
+            return self._bias_norms
+        return sq_norms_of(self.bias_samples)
 
     def fused(self, *, with_second_moment: bool) -> Fused:
         """The weight's gradient, norms and second moment; keeps the bias' gradients."""
         total, norms, self._bias_samples, moment = conv.conv_fused(
-            self.x, self.g, self.geometry, self.with_bias, with_second_moment
+            self.x, self.g, self.geometry, self._with_bias, with_second_moment
         )
         return Fused(total, norms, moment)
 
@@ -69,7 +78,7 @@ class Convolution(Contribution):
         return conv.conv_gradients(x[lo:hi], g[lo:hi], geometry)
 
     def sq_norms(self) -> Tensor:
-        return self.patches.norms[0]
+        return self.patches.weight_norms
 
     def second_moment(self) -> Tensor:
         return conv.conv_second_moment(*self._operands)
@@ -85,10 +94,9 @@ class Convolution(Contribution):
 
 
 class ConvolutionBias(Contribution):
-    """Gradient of a convolution's bias: sum over space of output gradients.
+    """Gradient of a convolution's bias: sum over space of output gradients."""
 
-    In a fused pass the weight has to come first, whose pass has these gradients too.
-    """
+    reads_another = True
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
@@ -99,12 +107,7 @@ class ConvolutionBias(Contribution):
         return self.patches.bias_samples[lo:hi]
 
     def sq_norms(self) -> Tensor:
-        norms = self.patches.norms[1] if self.patches.with_bias else None
-        return sq_norms_of(self.patches.bias_samples) if norms is None else norms
-
-    def fused(self, *, with_second_moment: bool) -> Fused:
-        moment = self.second_moment() if with_second_moment else None
-        return Fused(self.total(), sq_norms_of(self.patches.bias_samples), moment)
+        return self.patches.bias_norms
 
 
 class Frames(Contribution):

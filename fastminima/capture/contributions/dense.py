@@ -22,13 +22,15 @@ class Products:
     Args:
         a: `[batch, time, d_in]` inputs, g: `[batch, time, d_out]` output gradients; or
             both without the time axis, one row a sample.
-        with_bias: whether a bias beside the weight reads its norms off the same pass.
+        with_bias: whether a pass for the weight leaves something for a bias too.
     """
 
     def __init__(self, a: Tensor, g: Tensor, *, with_bias: bool = False) -> None:
         self.rows, self.row_grads = a, g
-        self.with_bias = with_bias
-        self._bias_samples: Tensor | None = None  # from a fused pass
+        self._with_bias = with_bias
+        # What passes for the weight have left for the bias.
+        self._bias_norms: Tensor | None = None
+        self._bias_samples: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
@@ -48,20 +50,32 @@ class Products:
         return self.row_grads.dim() == 2
 
     @cached_property
-    def norms(self) -> tuple[Tensor, Tensor | None]:
-        """Squared norms of the weight's gradients, and of the bias' if wanted.
-
-        Whoever asks first computes both.
-        """
+    def weight_norms(self) -> Tensor:
+        """Squared norms of the weight's gradients, `[batch]`; leaves the bias' ones."""
         if self.has_one_row:
-            return dense.row_sq_norms(self.rows, self.row_grads)
-        return dense.sequence_sq_norms(self.rows, self.row_grads, self.with_bias)
+            norms, self._bias_norms = dense.row_sq_norms(self.rows, self.row_grads)
+        else:
+            norms, self._bias_norms = dense.sequence_sq_norms(
+                self.rows, self.row_grads, self._with_bias
+            )
+        return norms
+
+    @property
+    def bias_norms(self) -> Tensor:
+        """Squared norms of the bias' gradients, left by the weight's pass or its own.
+
+        A weight whose norms nobody asks for (it is used twice, or normalised on its
+        way) has no such pass, and the bias needs none of it.
+        """
+        if self._bias_norms is not None:
+            return self._bias_norms
+        return sq_norms_of(self.bias_samples)
 
     def fused(self, *, out_first: bool, with_second_moment: bool) -> Fused:
         """The weight's gradient, norms and second moment; keeps the bias' gradients."""
         right, left = (self.a, self.g) if out_first else (self.g, self.a)
         total, norms, self._bias_samples, moment = dense.sequence_fused(
-            right, left, self.with_bias and out_first, with_second_moment
+            right, left, self._with_bias and out_first, with_second_moment
         )
         return Fused(total, norms, moment)
 
@@ -108,7 +122,7 @@ class Dense(Contribution):
         return dense.sequence_gradients(self.right[lo:hi], self.left[lo:hi])
 
     def sq_norms(self) -> Tensor:
-        return self.products.norms[0]
+        return self.products.weight_norms
 
     def second_moment(self) -> Tensor:
         return dense.sequence_second_moment(self.right, self.left)
@@ -135,10 +149,9 @@ class Dense(Contribution):
 
 
 class DenseBias(Contribution):
-    """Gradient of a bias beside a dense weight: sum over time of output gradients.
+    """Gradient of a bias beside a dense weight: sum over time of output gradients."""
 
-    In a fused pass the weight has to come first, whose pass has these gradients too.
-    """
+    reads_another = True
 
     def __init__(self, products: Products, shape: tuple[int, ...]) -> None:
         self.products, self.shape = products, shape
@@ -149,12 +162,7 @@ class DenseBias(Contribution):
         return samples.reshape(hi - lo, *self.shape)
 
     def sq_norms(self) -> Tensor:
-        norms = self.products.norms[1] if self.products.with_bias else None
-        return sq_norms_of(self.products.bias_samples) if norms is None else norms
-
-    def fused(self, *, with_second_moment: bool) -> Fused:
-        moment = self.second_moment() if with_second_moment else None
-        return Fused(self.total(), sq_norms_of(self.products.bias_samples), moment)
+        return self.products.bias_norms
 
 
 class Column(Contribution):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 from torch.autograd import graph
 
@@ -35,7 +35,8 @@ class Tape:
         nodes: the graph's nodes; the roots come first.
         names: their names.
         children: for each node, for each of its inputs, (node, output number) or None.
-        leaves: the node of each tracked parameter; copies: of each copy of one.
+        leaves: the node of each tracked parameter.
+        copies: the parameter of each node that is a copy of one.
         key: hashable; equal for graphs of equal structure over the same parameters.
     """
 
@@ -50,7 +51,7 @@ class Tape:
         children = []
         names = []
         leaves: dict[str, int] = {}
-        copies: dict[str, int] = {}
+        copies: dict[int, str] = {}
         numbered = index.get
         for node in nodes:
             name = node.name()
@@ -60,7 +61,7 @@ class Tape:
                 if leaf in parameter_names:
                     leaves[parameter_names[leaf]] = len(names)
                 elif leaf in copy_names:
-                    copies[copy_names[leaf]] = len(names)
+                    copies[len(names)] = copy_names[leaf]
             names.append(name)
             edges = []
             for child, number in below:
@@ -85,12 +86,7 @@ class Tape:
     @cached_property
     def parameter_at(self) -> dict[int, str]:
         """The tracked parameter of each leaf that has one, or is a copy of one."""
-        return {i: name for of in (self.leaves, self.copies) for name, i in of.items()}
-
-    def leaf(self, parameter: str, *, is_copy: bool = False) -> Any:
-        """The leaf that a parameter is here, or that a copy of it is."""
-        leaves = self.copies if is_copy else self.leaves
-        return self.nodes[leaves[parameter]].variable
+        return {**{i: name for name, i in self.leaves.items()}, **self.copies}
 
     @cached_property
     def parents(self) -> list[list[tuple[int, int, int]]]:

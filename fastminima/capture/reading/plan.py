@@ -43,7 +43,8 @@ class Path:
 
     parameter: str
     steps: tuple[Step, ...] | None
-    is_copy: bool = False  # of the parameter, as a region is given it
+    leaf: int  # the node where the gradient ends
+    is_copy: bool  # of the parameter, as a region is given it
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,6 @@ def find_plan(
                     continue
                 _, chains = arrivals.setdefault((parent, number), ((i, output), {}))
                 chains.setdefault(leaf, []).append(steps)
-    copies = set(tape.copies.values())
     entered = Counter(leaf for _, chains in arrivals.values() for leaf in chains)
     slots: dict[int, list[Slot]] = {}
     for (node, number), (child, chains) in sorted(arrivals.items()):
@@ -197,7 +197,8 @@ def find_plan(
                 None
                 if leaf in several and found != [()]
                 else _simple(tape, found, alone=len(chains) == 1),
-                is_copy=leaf in copies,
+                leaf,
+                is_copy=leaf in tape.copies,
             )
             for leaf, found in chains.items()
         )

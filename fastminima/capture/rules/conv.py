@@ -44,8 +44,7 @@ def convolution(
     if 1 in numbers(slots):
         if frames == 1:
             x, g = layout.pick(x), layout.pick(g)
-            alone = all(slot.is_alone for slot in slots)
-            patches = Patches(x, g, geometry, with_bias=2 in numbers(slots) and alone)
+            patches = Patches(x, g, geometry, with_bias=2 in numbers(slots))
             found[1] = Convolution(patches)
         elif g.dim() < 5:
             found[1] = _frames(x, g, geometry, layout)

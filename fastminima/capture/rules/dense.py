@@ -56,11 +56,11 @@ def addmm(
         bias = None  # one number for all features, or one for each row
     if bias is not None and Size(bias.shape).numel() != g.shape[1]:
         bias = None
-    alone = bias is not None and all(slot.is_alone for slot in slots)
     for slot in slots:
         part = None
         if slot.number == 2:
-            part = _product(node._saved_mat1, None, g, layout, with_bias=alone)
+            has_bias = bias is not None
+            part = _product(node._saved_mat1, None, g, layout, with_bias=has_bias)
         elif slot.number == 1:
             part = _product(None, node._saved_mat2, g, layout)
         if part is not None:

@@ -114,9 +114,16 @@ class PassFilter:
         self.owner = object() if owner is None else owner
         self._arrival = arrival
         self._by_task = not has_inner_passes
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let every pass be another's: of a node that runs, hooks are called still."""
+        self._is_closed = True
 
     def is_anothers(self) -> bool:
         """Whether the pass that calls this is not the one that is observed."""
+        if self._is_closed:
+            return True
         owner = owner_of_pass()
         if owner is not None:
             return owner is not self.owner
@@ -199,17 +206,27 @@ def _running_roots(node: Node) -> list[tuple[Any, int]] | None:
 
     The engine was called from Python by this thread or, on GPUs, by another.
     """
-    here = sys._getframe()
-    calls = [*_engine_calls(here)][:1]
-    if not calls:
-        others = [*sys._current_frames().values()]
-        calls = [call for frame in others for call in [*_engine_calls(frame)][:1]]
+    calls = _running_calls()
     reaching = []
     for outputs in calls:
         roots = [_root(t) for t in outputs]
         if len(calls) == 1 or _reaches([root for root, _ in roots], node):
             reaching.append(roots)
     return reaching[0] if len(reaching) == 1 else None
+
+
+def _running_calls() -> list[Any]:
+    """What the engine was asked for by this thread; where it was not, by each other.
+
+    No name here holds a frame: one that holds its own would live, with the graph, until
+    the garbage collector runs.
+    """
+    own = [*_engine_calls(sys._getframe())][:1]
+    return own or [
+        call
+        for frame in sys._current_frames().values()
+        for call in [*_engine_calls(frame)][:1]
+    ]
 
 
 def _engine_calls(frame: FrameType | None) -> Iterator[Any]:

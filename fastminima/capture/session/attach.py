@@ -70,6 +70,7 @@ class Attacher:
             TimedCollector(),
             hook_gradients=False,
             announce=self.announce,
+            defer_errors=self._defer_errors,
         )
 
     def attach(self, request: Request, *, is_fresh: bool, waits: bool) -> Pass:

@@ -36,7 +36,7 @@ def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
     """
     if path.steps == ():
         return None
-    parameter = tape.leaf(path.parameter, is_copy=path.is_copy)
+    parameter = tape.nodes[path.leaf].variable
     shape = tuple(parameter.shape)
     if path.steps is None:
         edge = edge_of(tape.nodes[slot.child[0]], slot.child[1])

@@ -125,6 +125,7 @@ class Session:
 
     def close(self) -> None:
         """Remove every hook and let go of what waits."""
+        self._filter.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -222,9 +223,8 @@ class Session:
                     "measured. Make a new probe; report it if that does not help."
                 )
         found, _ = self._contributions(use, node, grads, layouts)
-        if len(deliveries) > 1:  # as they came: a weight before the bias beside it
-            order = list(found)
-            deliveries = sorted(deliveries, key=lambda d: order.index(d[0]))
+        if len(deliveries) > 1:
+            deliveries = sorted(deliveries, key=lambda d: found[d[0]].reads_another)
         for number, path, deliver in deliveries:
             part = found[number]
             part = part if deliver is None else deliver(part)
@@ -263,8 +263,8 @@ class Session:
                 self._handles += self._gradients.hook(tape, self._parts)
             # All of them: a node that rules call gives nothing that nobody asked for.
             paths = (path for u in plan.uses for s in u.slots for path in s.paths)
-            leaves = dict.fromkeys((path.parameter, path.is_copy) for path in paths)
-            return [tape.leaf(name, is_copy=is_copy) for name, is_copy in leaves]
+            leaves = dict.fromkeys(path.leaf for path in paths)
+            return [tape.nodes[leaf].variable for leaf in leaves]
 
         return watcher
 

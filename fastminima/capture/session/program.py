@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ...ops import dense
-from ..contributions import DenseBias, Products
+from ..contributions import Products
 from ..graph.node import Node
 from ..graph.nodes import PRODUCTS, REARRANGING, is_scaled
 from ..graph.saved import saved_tensor
@@ -144,8 +144,8 @@ class Sequences(_Layer):
         rows = self.layout.rows(saved_tensor(node, self.inputs), 1)
         has_bias = self.bias is not None
         products = Products(rows, self.layout.rows(g, 1), with_bias=has_bias)
-        bias = DenseBias(products, g.shape[1:]).sq_norms() if has_bias else None
-        return self._named(products.norms[0], bias)
+        weight = products.weight_norms  # first: it leaves those of the bias
+        return self._named(weight, products.bias_norms if has_bias else None)
 
 
 def _dense(tape: Tape, use: Use, layout: RowLayout | None) -> Step | None:

@@ -299,6 +299,12 @@ class Observed(Pass):
                 stacklevel=2,
             )
             ratio = 1.0
+        if isinstance(ratio, float) and ratio == 0.0:
+            raise CaptureError(
+                "The attached loss was multiplied by zero before it was "
+                "differentiated, so no gradient of a sample is left in the pass. Leave "
+                "this step out: probe.detach()."
+            )
         self._factor = target.factor / ratio
 
     def _separate(self, names: Mapping[int, str], around: Surroundings) -> None:
