@@ -68,7 +68,9 @@ DEFAULT = tuple(s.name for s in STAGES if not s.is_alone)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--stages", default=",".join(DEFAULT))
     parser.add_argument("--output", type=Path)
