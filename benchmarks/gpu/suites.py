@@ -53,7 +53,13 @@ def command(device: str, report: Path) -> list[str]:
 def _run(words: list[str], seconds: float) -> tuple[int | None, str]:
     """The exit status, None where time ran out, and what was printed."""
     process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # What runs in the background hands down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         said, _ = process.communicate(timeout=max(1.0, seconds - _TO_REPORT))
