@@ -1,0 +1,21 @@
+"""All experiments, by id, in the order in which they are listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+
+from .engine.experiment import Experiment
+
+__all__ = ["EXPERIMENTS"]
+
+# A module an experiment; each has it as EXPERIMENT.
+_MODULES: tuple[str, ...] = ()
+
+
+def _load(modules: Iterable[str]) -> dict[str, Experiment]:
+    found = [import_module(f"examples.{name}").EXPERIMENT for name in modules]
+    return {experiment.id: experiment for experiment in found}
+
+
+EXPERIMENTS = _load(_MODULES)

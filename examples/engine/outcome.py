@@ -1,0 +1,189 @@
+"""HELD, NOT HELD or UNDECIDED: claims as intervals of values seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = [
+    "HELD",
+    "NOT_HELD",
+    "OUTCOMES",
+    "UNDECIDED",
+    "Claim",
+    "Finding",
+    "Verdict",
+    "decide",
+    "mean_and_spread",
+    "share",
+]
+
+HELD, NOT_HELD, UNDECIDED = OUTCOMES = ("HELD", "NOT HELD", "UNDECIDED")
+
+# Of all claims of one verdict together: each is tested at this over their number.
+ERROR = 0.05
+# Fewer finished runs than this share of the grid decide nothing.
+COVERAGE = 0.9
+# Fewer values than this have no interval worth the name.
+FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the mean of independent values lies above `low` and below `high`.
+
+    Attributes:
+        name: what is measured, as the sentence says it.
+        values: one a seed, paired over the grid where the seeds are.
+        low, high: open bounds; -inf or inf for none.
+        by: "t": Student's interval for the mean of the values; "share": Wilson's
+            interval for a proportion, the values being 0 and 1.
+        digits: significant ones in the sentence.
+    """
+
+    name: str
+    values: Sequence[float]
+    low: float = -math.inf
+    high: float = math.inf
+    by: str = "t"
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim with its interval and what that says of it."""
+
+    claim: Claim
+    mean: float
+    low: float
+    high: float
+    level: float
+    outcome: str
+
+    def __str__(self) -> str:
+        c, n = self.claim, len(self.claim.values)
+        if math.isnan(self.low):
+            return f"{c.name}: {n} values decide nothing"
+        shown = [f"{v:.{c.digits}g}" for v in (self.mean, self.low, self.high)]
+        asked = _asked(c)
+        return f"{c.name} {shown[0]} [{shown[1]}, {shown[2]}] (n {n}; asked {asked})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say.
+
+    Attributes:
+        outcome: HELD where every claim holds; NOT HELD where the interval of one lies
+            on the other side; UNDECIDED otherwise, or with too few runs.
+        sentence: by which numbers.
+        findings: the claims, with intervals that hold together with 95 %.
+        table: of the numbers behind, as text.
+        short: the numbers for one cell of a table.
+    """
+
+    outcome: str
+    sentence: str
+    findings: tuple[Finding, ...]
+    table: str = ""
+    short: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.sentence}"
+
+
+def decide(
+    claims: Sequence[Claim],
+    *,
+    found: int,
+    expected: int,
+    table: str = "",
+    short: str = "",
+    remark: str = "",
+) -> Verdict:
+    """Judge all claims together, with Bonferroni's intervals over their number.
+
+    Args:
+        claims: all must hold; their number is counted against each.
+        found, expected: runs that finished, and those of the whole grid.
+        table, short: passed on.
+        remark: added to the sentence.
+    """
+    level = 1 - ERROR / max(1, len(claims))
+    findings = tuple(_judge(claim, level) for claim in claims)
+    outcomes = {f.outcome for f in findings}
+    if found < COVERAGE * expected or not findings:
+        outcome = UNDECIDED
+    elif NOT_HELD in outcomes:
+        outcome = NOT_HELD
+    else:
+        outcome = HELD if outcomes == {HELD} else UNDECIDED
+    parts = [f"{_mark(f)}{f}" for f in findings]
+    if found < expected:
+        enough = "" if found >= COVERAGE * expected else ", too few to decide"
+        parts.insert(0, f"{found} of {expected} runs{enough}")
+    sentence = "; ".join(parts) + "." + (f" {remark}" if remark else "")
+    return Verdict(outcome, sentence, findings, table, short or "; ".join(parts))
+
+
+def share(name: str, good: int, of: int, low: float, high: float = math.inf) -> Claim:
+    """The claim that a proportion lies above `low` (and below `high`)."""
+    return Claim(name, [1.0] * good + [0.0] * (of - good), low, high, by="share")
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds, "12.3 ± 0.4"; one value stands alone."""
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    if not finite:
+        return "–"
+    mean = f"{np.mean(finite):.{digits}g}"
+    if len(finite) == 1:
+        return mean
+    return f"{mean} ± {np.std(finite, ddof=1):.{max(1, digits - 1)}g}"
+
+
+def _judge(claim: Claim, level: float) -> Finding:
+    values = np.asarray(claim.values, dtype=float)
+    if len(values) < FEWEST or not np.isfinite(values).all():
+        nan = math.nan
+        return Finding(claim, nan, nan, nan, level, UNDECIDED)
+    mean = float(values.mean())
+    low, high = _interval(values, level, claim.by)
+    if low > claim.low and high < claim.high:
+        outcome = HELD
+    elif high < claim.low or low > claim.high:
+        outcome = NOT_HELD
+    else:
+        outcome = UNDECIDED
+    return Finding(claim, mean, low, high, level, outcome)
+
+
+def _interval(values: np.ndarray, level: float, by: str) -> tuple[float, float]:
+    """Student's interval for a mean, or Wilson's for a proportion."""
+    from scipy import stats
+
+    n, mean = len(values), float(values.mean())
+    if by == "share":
+        z = float(stats.norm.ppf((1 + level) / 2))
+        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        half *= z / (1 + z * z / n)
+        return centre - half, centre + half
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    return mean - half, mean + half
+
+
+def _asked(claim: Claim) -> str:
+    if claim.low == -math.inf:
+        return f"< {claim.high:.3g}"
+    if claim.high == math.inf:
+        return f"> {claim.low:.3g}"
+    return f"{claim.low:.3g} … {claim.high:.3g}"
+
+
+def _mark(finding: Finding) -> str:
+    return {HELD: "", NOT_HELD: "✗ ", UNDECIDED: "? "}[finding.outcome]
