@@ -2,6 +2,14 @@
 
 from .cyclic import CyclicRatio
 from .langevin import Langevin
+from .noise_scale import NoiseScaleBatchSize
 from .sampler import BatchSizeSampler
+from .svag import SVAG
 
-__all__ = ["BatchSizeSampler", "CyclicRatio", "Langevin"]
+__all__ = [
+    "SVAG",
+    "BatchSizeSampler",
+    "CyclicRatio",
+    "Langevin",
+    "NoiseScaleBatchSize",
+]
