@@ -334,6 +334,7 @@ class Congregation(torch.optim.Optimizer):
         is_unfit = is_old & (norms < self.tolerance) & is_behind | is_broken
         return is_unfit.flatten().nonzero().flatten().tolist()
 
+    @torch.no_grad()
     def _restart(self, k: int) -> None:
         """Give a member new values, and forget what was known of it."""
         self._restarts[k] += 1
