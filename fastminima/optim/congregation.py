@@ -222,7 +222,9 @@ class Congregation(torch.optim.Optimizer):
     @property
     def restarts(self) -> Tensor:
         """How often each member was started anew, on the CPU."""
-        return self._arranged(torch.tensor(self._restarts, device="cpu"))
+        return self._arranged(
+            torch.tensor(self._restarts, dtype=torch.int64, device="cpu")
+        )
 
     @property
     def best(self) -> int:

@@ -80,8 +80,8 @@ class NoiseScaleBatchSize:
         15 15.0
         5 15.0
 
-    Source: McCandlish et al. (2018), arXiv:1812.06162, section 2.2 (the noise scale)
-    and appendix A.1 (separate averages); factor and hysteresis are ours.
+    Source: McCandlish et al. (2018), arXiv:1812.06162, "simple noise scale" and
+    appendix A.1 (separate averages); factor and hysteresis are ours.
     """
 
     def __init__(

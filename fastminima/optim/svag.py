@@ -59,7 +59,7 @@ class SVAG(torch.optim.Optimizer):
         1.0
         0.9
 
-    Source: Li, Malladi, Arora (2021), arXiv:2102.12470, section 5.
+    Source: Li, Malladi, Arora (2021), arXiv:2102.12470.
     """
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor, l: float) -> None:

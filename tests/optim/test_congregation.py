@@ -211,10 +211,7 @@ def test_resuming_gives_the_same_bits():
     for stop in (1, 30, 31):
         first = made()
         fit(first, stream[:stop])
-        saved = io.BytesIO()
-        torch.save(first.state_dict(), saved)
-        saved.seek(0)
-        state = torch.load(saved)
+        state = copy.deepcopy(first.state_dict())
         before = copy.deepcopy(state)
         second = made(seed=5)
         second.load_state_dict(state)
@@ -222,6 +219,16 @@ def test_resuming_gives_the_same_bits():
         same(second.state_dict(), whole.state_dict())
         same(state, before)
         assert second.best == whole.best
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_state_can_be_saved():
+    congregation = points(0.96, -1.04, momentum=0.3)
+    train(congregation, 9)
+    saved = io.BytesIO()
+    torch.save(congregation.state_dict(), saved)
+    saved.seek(0)
+    same(torch.load(saved, weights_only=True), congregation.state_dict())
 
 
 def same(got, want):

@@ -88,6 +88,7 @@ def test_averages_are_separate_and_unbiased():
 
 
 @pytest.mark.parametrize(("scale_lr", "power"), [("linear", 1), ("sqrt", 0.5)])
+@pytest.mark.usefixtures("on_the_cpu")  # workers are forked
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("every", [None, 60])
 def test_the_rate_changes_with_the_first_batch_of_the_new_size(
@@ -175,6 +176,7 @@ class Training:
                     return rows
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # workers are forked
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [13, 14, 15, 25])
 def test_resuming_gives_the_same_bits(workers, stop):
