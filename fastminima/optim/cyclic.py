@@ -80,8 +80,8 @@ class CyclicRatio(LRScheduler):
         8 2 0.1
         10 2 0.1
 
-    Source: Jastrzebski et al. (2017), arXiv:1711.04623, section 4 (cycles of batch size
-    and of learning rate are exchangeable); Smith (2017), arXiv:1506.01186 (triangles).
+    Source: Jastrzebski et al. (2017), arXiv:1711.04623 (cycles of batch size and of
+    learning rate are exchangeable); Smith (2017), arXiv:1506.01186 (triangles).
     """
 
     def __init__(

@@ -291,10 +291,10 @@ class BatchSizeSampler(Sampler[list[int]]):
 
     def _permutation(self, epoch: int) -> Tensor:
         if not self.shuffle:
-            return torch.arange(self.n, device="cpu")
+            return torch.arange(self.n, dtype=torch.int64, device="cpu")
         # Not seed + epoch: then one seed's epochs are the next seed's, one later.
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        generator = torch.Generator("cpu").manual_seed(int(mixed[0]))
         return torch.randperm(self.n, generator=generator, device="cpu")
 
     def _part(self, order: Tensor, at: int, taken: int) -> list[int]:

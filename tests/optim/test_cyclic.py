@@ -38,6 +38,7 @@ def trace(optimizer, cycle, sampler, loader, epochs):
     return rows
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # workers are forked
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vary", MODES)
@@ -169,6 +170,7 @@ class Training:
                     return losses
 
 
+@pytest.mark.usefixtures("on_the_cpu")  # workers are forked
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vary", MODES)

@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader
 
 import fastminima as fm
 
+# Indices, and workers that are forked.
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 LAST = ("keep", "drop", "carry")
 
 
