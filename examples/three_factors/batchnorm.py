@@ -110,7 +110,7 @@ def run(s: BatchNormNoise, task: Task, watch: Watch) -> list[Row]:
         batch_size=s.batch_size,
         epochs=s.epochs,
         seed=seed,
-        watch=watch,
+        watch=plain.Parts(watch, 2)[0],
         measure_every=s.epochs,
     )
     device = next(model.parameters()).device
@@ -129,7 +129,7 @@ def run(s: BatchNormNoise, task: Task, watch: Watch) -> list[Row]:
                 **compare_batchnorm(model, x, y, drawn.to(device)),
             }
         )
-        watch.progress((at + 1) / len(s.sizes))
+        watch.progress((1 + (at + 1) / len(s.sizes)) / 2)
     return found
 
 
