@@ -16,6 +16,7 @@ _MODULES: tuple[str, ...] = (
     "three_factors.same_ratio",
     "three_factors.memorization",
     "three_factors.batchnorm",
+    "three_factors.linear_scaling",
 )
 
 

@@ -7,7 +7,6 @@ ends with the same bits as if it had not been.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,15 +22,7 @@ from examples.engine.experiment import Watch
 
 from .data import Split
 
-__all__ = [
-    "STATUSES",
-    "Cycle",
-    "History",
-    "Parts",
-    "chosen_device",
-    "evaluate",
-    "train",
-]
+__all__ = ["STATUSES", "Cycle", "History", "chosen_device", "evaluate", "train"]
 
 STATUSES = FINISHED, DIVERGED, UNTRAINED = ("finished", "diverged", "untrained")
 # Steps between two looks at the loss, each of which waits for a GPU.
@@ -87,48 +78,6 @@ class History:
     samples: int = 0
 
 
-class Parts:
-    """Watches for several trainings that one task does in turn.
-
-    A killed task goes on in the training that it was at; those before it come back as
-    they ended. `parts[0]` is the watch of the first, and so on.
-
-    Args:
-        watch: of the task.
-        count: of trainings; one more for what else the task does after them.
-    """
-
-    def __init__(self, watch: Watch, count: int) -> None:
-        self.watch, self.count = watch, count
-        self.kept: list[Any] = watch.load() or []
-
-    def __getitem__(self, at: int) -> _Part:
-        return _Part(self, at)
-
-
-@dataclass
-class _Part:
-    """See `experiment.Watch`."""
-
-    parts: Parts
-    at: int
-
-    def progress(self, fraction: float) -> None:
-        self.parts.watch.progress((self.at + fraction) / self.parts.count)
-
-    def load(self) -> Any:
-        kept = self.parts.kept
-        return kept[self.at] if self.at < len(kept) else None
-
-    def save(self, state: Callable[[], Any]) -> None:
-        before = self.parts.kept[: self.at]
-        self.parts.watch.save(lambda: [*before, state()])
-
-    def finish(self, state: Any) -> None:
-        """Keep the state at the end of this training while later ones run."""
-        self.parts.kept[self.at : self.at + 1] = [copy.deepcopy(state)]
-
-
 def train(
     model: nn.Module,
     data: Split,
@@ -141,7 +90,7 @@ def train(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     augment: Augment | None = None,
-    watch: Watch | _Part | None = None,
+    watch: Watch | None = None,
     measure_every: float = 1.0,
     measure: Callable[[nn.Module], dict[str, Any]] | None = None,
     measured_samples: int | None = None,
@@ -164,8 +113,7 @@ def train(
         schedule: a cycle; None keeps both constant.
         momentum, weight_decay: of `torch.optim.SGD`.
         augment: such as `augment.shift_and_flip`; applied to each batch.
-        watch: is told of progress and keeps the state, from which a killed run goes on;
-            of a task that trains several networks, `Parts(watch, count)[number]`.
+        watch: is told of progress and keeps the state, from which a killed run goes on.
         measure_every: epochs between two points of the history. The first is measured
             before the first step, the last at the end.
         measure: more to measure, of the network in evaluation mode; may change nothing.
@@ -207,8 +155,6 @@ def train(
             model, optimizer, sampler, cycle, generators, epochs, measure_every
         )
         _run(loop, x, y, augment, measured, until, watch)
-        if isinstance(watch, _Part):
-            watch.finish(loop.state())
     return model.eval(), loop.history
 
 
@@ -275,7 +221,6 @@ class _Loop:
             "generators": [g.get_state() for g in self.generators],
             "points": list(self.history.points),
             "steps": self.history.steps,
-            "status": self.history.status,
             "loss_sum": float(self.loss_sum),
             "last": self.last,
             "is_stopped": self.is_stopped,
@@ -290,7 +235,7 @@ class _Loop:
         for generator, saved in zip(self.generators, state["generators"], strict=False):
             generator.set_state(saved)
         self.history.points = state["points"]
-        self.history.steps, self.history.status = state["steps"], state["status"]
+        self.history.steps = state["steps"]
         self.history.samples = self.sampler.samples_seen
         self.loss_sum, self.last = state["loss_sum"], state["last"]
         self.is_stopped = state["is_stopped"]
@@ -303,14 +248,12 @@ def _run(
     augment: Augment | None,
     measured: Callable[[nn.Module], dict[str, Any]],
     until: Callable[[Point], bool] | None,
-    watch: Watch | _Part | None,
+    watch: Watch | None,
 ) -> None:
     """Train to the end, or until the loss is no number."""
     state = None if watch is None else watch.load()
     if state is not None:
         loop.restore(state)
-        if loop.history.status == DIVERGED:
-            return
     else:
         loop.last = (_rate(loop), loop.sampler.next_batch_size)
         _measure(loop, measured, until)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import fastminima as fm
 from examples.common import data, networks, plain, plots, seedwise
+from examples.common.phases import Phases
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -102,34 +103,45 @@ def run(s: BatchNormNoise, task: Task, watch: Watch) -> list[Row]:
     split = data.prepared(s.dataset, s.train_size, validation, pool=s.pool)
     (seed,) = task["seeds"]
     options = {"dropout": 0.0} if task["network"].startswith("vgg") else {}
-    model = networks.make(task["network"], seed, split.train[0], **options)
-    model, history = plain.train(
-        model,
-        split,
-        rate=s.rate,
-        batch_size=s.batch_size,
-        epochs=s.epochs,
-        seed=seed,
-        watch=plain.Parts(watch, 2)[0],
-        measure_every=s.epochs,
-    )
-    device = next(model.parameters()).device
+    device = plain.chosen_device()
+    model = networks.make(task["network"], seed, split.train[0], **options).to(device)
+
+    def trained(watch: Watch) -> tuple[dict[str, Tensor], str, float]:
+        _, history = plain.train(
+            model,
+            split,
+            rate=s.rate,
+            batch_size=s.batch_size,
+            epochs=s.epochs,
+            seed=seed,
+            watch=watch,
+            measure_every=s.epochs,
+            device=device,
+        )
+        return model.state_dict(), history.status, history.points[-1]["train_loss"]
+
+    phases = Phases(watch, 1 + len(s.sizes))
+    state, status, loss = phases.do("training", trained)
+    model.load_state_dict(state)
     x, y = (t.to(device) for t in split.train)
     generator = torch.Generator().manual_seed(104_729 + seed)
     found = []
-    for at, size in enumerate(s.sizes):
+    for size in s.sizes:
         drawn = torch.randint(len(y), (s.batches, size), generator=generator)
-        found.append(
-            {
-                "network": task["network"],
-                "seed": seed,
-                "batch_size": size,
-                "status": history.status,
-                "train_loss": history.points[-1]["train_loss"],
-                **compare_batchnorm(model, x, y, drawn.to(device)),
-            }
-        )
-        watch.progress((1 + (at + 1) / len(s.sizes)) / 2)
+        row = {
+            "network": task["network"],
+            "seed": seed,
+            "batch_size": size,
+            "status": status,
+            "train_loss": loss,
+        }
+        if status == plain.FINISHED:
+            index = drawn.to(device)
+            row |= phases.do(
+                str(size),
+                lambda _, index=index: compare_batchnorm(model, x, y, index),
+            )
+        found.append(row)
     return found
 
 

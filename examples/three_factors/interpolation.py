@@ -29,12 +29,13 @@ __all__ = ["EXPERIMENT", "draw_lines", "table"]
 
 # The reference; the same ratio; high S; low eta.
 ARMS = ((0.08, 16), (0.16, 32), (0.08, 128), (0.01, 16))
+PAPER_ARMS = ((0.1, 128), (0.2, 256), (0.1, 1024), (0.01, 128))
 SAME, HIGH_S, LOW_RATE = 1, 2, 3
-NAMES = {SAME: "η and S doubled", HIGH_S: "8 S", LOW_RATE: "η / 8"}
+NAMES = {SAME: "2η, 2S", HIGH_S: "η, 8S", LOW_RATE: "η/8, S"}
 
 
 def settings(preset: str, dataset: str) -> Lines:
-    return lines.settings(preset, dataset, ARMS)
+    return lines.settings(preset, dataset, ARMS, "resnet56", PAPER_ARMS)
 
 
 def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
@@ -112,17 +113,18 @@ def table(good: Sequence[Row], arms: dict[int, str]) -> str:
 def draw(s: Lines, found: Sequence[Row]) -> Figure:
     """Loss along the line, at equal epochs and at matched loss, and accuracy."""
     return draw_lines(
+        s,
         found,
         NAMES,
         "Both networks of low η/S are sharper along the line than the one of high η/S",
-        f"{s.dataset}, {s.train_size} samples, ReLU MLP 50-50; reference (α = 0) "
+        f"{s.dataset}, {s.train_size} samples, {s.network}; reference (α = 0) "
         f"η = {s.arms[0][0]:g}, S = {s.arms[0][1]}; {s.epochs} epochs, or quenched to "
         f"train loss {s.target:g}",
     )
 
 
 def draw_lines(
-    found: Sequence[Row], names: dict[int, str], claim: str, detail: str
+    s: Lines, found: Sequence[Row], names: dict[int, str], claim: str, detail: str
 ) -> Figure:
     """Train loss and validation accuracy along the lines, an arm a colour."""
     good = [r for r in found if r["status"] == "finished"]
@@ -141,8 +143,8 @@ def draw_lines(
                 continue
             middle = np.median(curves, axis=0)
             low, high = np.percentile(curves, [25, 75], axis=0)
-            ax.plot(lines.ALPHAS, middle, color=colour, label=words)
-            ax.fill_between(lines.ALPHAS, low, high, color=colour, alpha=0.15, lw=0)
+            ax.plot(lines.alphas(s), middle, color=colour, label=words)
+            ax.fill_between(lines.alphas(s), low, high, color=colour, alpha=0.15, lw=0)
         if "losses" in name:
             plots.log_axis(ax)
         ax.set_xlabel("α: 0 the reference, 1 the other network")

@@ -25,14 +25,18 @@ __all__ = ["EXPERIMENT"]
 
 # The reference; beta = 1/4, 1 (another start), 2 and 4; a lower ratio, for the scale.
 ARMS = ((0.08, 16), (0.02, 4), (0.08, 16), (0.16, 32), (0.32, 64), (0.01, 16))
+PAPER_ARMS = (
+    *((0.1, 50), (0.025, 12), (0.1, 50), (0.2, 100), (0.4, 200)),
+    (0.0125, 50),
+)
 BETAS = {1: 0.25, 2: 1.0, 3: 2.0, 4: 4.0}
 LOW_RATE = 5
-NAMES = {**{arm: f"β = {beta:g}" for arm, beta in BETAS.items()}, LOW_RATE: "η / 8"}
+NAMES = {**{arm: f"β = {beta:g}" for arm, beta in BETAS.items()}, LOW_RATE: "η/8, S"}
 SHARE = 0.25
 
 
 def settings(preset: str, dataset: str) -> Lines:
-    return lines.settings(preset, dataset, ARMS)
+    return lines.settings(preset, dataset, ARMS, "vgg11", PAPER_ARMS)
 
 
 def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
@@ -69,10 +73,11 @@ def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
 def draw(s: Lines, found: Sequence[Row]) -> Figure:
     """Loss along the lines, a colour a beta."""
     return interpolation.draw_lines(
+        s,
         found,
         NAMES,
         "Minima found at one ratio η/S are equally wide and deep, whatever η and S",
-        f"{s.dataset}, {s.train_size} samples, ReLU MLP 50-50; reference (α = 0) "
+        f"{s.dataset}, {s.train_size} samples, {s.network}; reference (α = 0) "
         f"η = {s.arms[0][0]:g}, S = {s.arms[0][1]}, others β times both; {s.epochs} "
         f"epochs, or quenched to train loss {s.target:g}",
     )

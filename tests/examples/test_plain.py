@@ -101,46 +101,6 @@ def test_a_killed_run_ends_with_the_same_bits(schedule, dies_after):
     assert watch.fractions[-1] == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize("dies_after", [10, 26, 27, 40])
-def test_a_task_of_several_trainings_goes_on_in_the_one_it_was_at(dies_after):
-    trained = []
-
-    def run(watch):
-        parts = plain.Parts(watch, 3)
-        ends = []
-        for at in range(2):
-            model, history = plain.train(
-                small(0.2, seed=at),
-                blobs(),
-                rate=0.05,
-                batch_size=7,
-                epochs=3,
-                seed=at,
-                watch=parts[at],
-                device="cpu",
-                measure=lambda model, at=at: trained.append(at) or {},
-            )
-            ends.append((copy.deepcopy(model.state_dict()), history))
-            with torch.no_grad():  # what is done with it later does not matter
-                model[0].weight.zero_()
-        return ends
-
-    whole = run(Keeper())
-    watch = Keeper(dies_after)
-    with pytest.raises(Killed):
-        run(watch)
-    watch.dies_after = None
-    trained.clear()
-    for (state, history), (again, other) in zip(whole, run(watch), strict=True):
-        assert history == other
-        for name, value in state.items():
-            assert torch.equal(value, again[name]), name
-    # 25 steps in each.
-    assert (0 in trained) == (dies_after < 25)
-    assert watch.fractions == sorted(watch.fractions)
-    assert watch.fractions[-1] == pytest.approx(2 / 3, abs=0.02)
-
-
 def test_measures_at_places_and_ends_after_the_epochs():
     _, history = plain.train(
         small(), blobs(), rate=0.01, batch_size=7, epochs=4, seed=0, device="cpu"
@@ -255,33 +215,6 @@ def test_an_exploded_run_is_diverged(rate):
     )
     assert history.status == "diverged"
     assert history.steps < 1500
-
-
-def test_a_diverged_part_stays_as_it_ended():
-    def run(watch):
-        parts = plain.Parts(watch, 2)
-        return [
-            plain.train(
-                small(seed=at),
-                blobs(),
-                rate=1e30,
-                batch_size=7,
-                epochs=9,
-                seed=at,
-                watch=parts[at],
-                device="cpu",
-            )[1]
-            for at in range(2)
-        ]
-
-    watch = Keeper(dies_after=None)
-    whole = run(watch)
-    assert [h.status for h in whole] == ["diverged"] * 2
-    watch = Keeper(dies_after=whole[0].steps + 3)
-    with pytest.raises(Killed):
-        run(watch)
-    watch.dies_after = None
-    assert repr(run(watch)) == repr(whole)
 
 
 def test_a_network_that_learned_nothing_is_untrained():
