@@ -344,8 +344,8 @@ EXPERIMENT = Experiment(
     id="batchnorm-noise",
     paper="ours, for Jastrzebski et al. 2017",
     claim=(
-        "Under batch normalisation single samples' gradients overstate the noise of "
-        "SGD, taken by rows or with frozen statistics."
+        "Under batch normalisation tr C by rows, or with frozen statistics, overstates "
+        "SGD's noise."
     ),
     folder="three_factors",
     settings=settings,
