@@ -15,6 +15,7 @@ _MODULES: tuple[str, ...] = (
     "three_factors.interpolation",
     "three_factors.same_ratio",
     "three_factors.memorization",
+    "three_factors.batchnorm",
     "three_factors.linear_scaling",
 )
 
