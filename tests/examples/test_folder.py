@@ -140,7 +140,7 @@ def test_a_worker_given_up_for_lost_writes_nothing(tmp_path):
     stale(slow.path)
     assert sweep.claim(key) is not None
     assert not slow.is_mine()
-    worker._record(slow, [{"seed": 0, "value": 1.0}], time.monotonic())
+    worker._record(slow, [{"seed": 0, "value": 1.0}], (0.0, 0.0))
     assert sweep.read() == []
 
 
@@ -274,6 +274,6 @@ def test_a_killed_task_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     assert found.load() == {"step": 7}
     lost.save(lambda: {"step": 8})  # no longer its own
     assert found.load() == {"step": 7}
-    worker._record(found.claim, [], time.monotonic())
+    worker._record(found.claim, [], (0.0, 0.0))
     assert list((sweep.path / "checkpoints").iterdir()) == []
     assert toy.EXPERIMENT.id == sweep.experiment.id
