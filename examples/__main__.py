@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         found = [c.as_json() for c in conclusions]
         print(json.dumps(found[0] if len(found) == 1 else found, ensure_ascii=False))
+        for c in conclusions:
+            print(c.verdict, file=sys.stderr)
         return 0
     for folder, c in zip(folders, conclusions, strict=True):
         print()

@@ -147,7 +147,6 @@ class _Processes:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.started += 1
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         return subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,  # closes when this process ends, however it does
@@ -157,9 +156,15 @@ class _Processes:
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",
-                "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+                "PYTHONPATH": _paths(),
             },
         )
+
+
+def _paths() -> str:
+    """Where a worker finds `examples`, and what this process finds."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(path for path in paths if path)
 
 
 def _has_file(stream: Any) -> bool:
@@ -221,7 +226,7 @@ class _Ray:
                 address=address or None,
                 include_dashboard=False,
                 log_to_driver=False,
-                runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+                runtime_env={"env_vars": {"PYTHONPATH": _paths()}},
                 **({} if address else {"num_cpus": count}),
             )
         remote = self.ray.remote(num_cpus=1, max_retries=LOSSES)

@@ -1,13 +1,13 @@
 """F2: between a minimum of high and one of low eta/S, is the low one the sharper?
 
 Criteria. Seed by seed, log of the curvature along the line at the end of low eta/S over
-that at the end of high eta/S: above 0 for low eta and for high S, after equal epochs and
-at matched loss, quenched; and the same for an arm of *equal* ratio, the null of the same
-run, lies within a third of the smaller of the two effects, at both.
+that at the end of high eta/S is above 0 for low eta and for high S, after equal epochs
+and at matched loss, quenched; and the same for an arm of *equal* ratio, the null of the
+same run, lies within a third of the smaller of the two effects, at both.
 
 After equal epochs the losses differ, which under cross-entropy moves the curvature by
-itself: so both are asked. The line is a poor probe of the width; lambda_max of both ends
-is in the table beside it.
+itself: so both are asked. The line is a poor probe of the width; lambda_max of both
+ends is in the table beside it.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ EXPERIMENT = Experiment(
         "laptop": ("fashion-mnist", "digits"),
         "paper": ("cifar10", "fashion-mnist", "digits"),
     },
-    exploratory="that the null be small at matched loss too was left out of the criteria "
-    "at first and added after the laptop run, which it turned from HELD.",
+    exploratory="that the null be small at matched loss too was left out of the "
+    "criteria at first and added after the laptop run, which it turned from HELD.",
     paper_number="a figure: ResNet-56, CIFAR-10, η/S = .1/128 against .1/1024, .01/128",
 )
