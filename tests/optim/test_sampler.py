@@ -282,3 +282,16 @@ def test_a_state_of_another_sampler_is_refused():
         sampler_of(51).load_state_dict(sampler_of(50).state_dict())
     state = sampler_of(num_replicas=2, rank=0).state_dict()
     sampler_of(num_replicas=2, rank=1).load_state_dict(state)
+
+
+def test_ranks_are_those_of_torch_distributed(monkeypatch):
+    for name, value in (
+        ("is_initialized", True),
+        ("get_world_size", 3),
+        ("get_rank", 2),
+    ):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    sampler = sampler_of(shuffle=False)
+    assert (sampler.num_replicas, sampler.rank) == (3, 2)
+    assert next(iter(sampler)) == [2, 5, 8, 11]
+    assert next(iter(sampler_of(num_replicas=1, rank=0, shuffle=False))) == [0, 1, 2, 3]
