@@ -20,7 +20,9 @@ __all__ = [
     "accumulated",
     "accumulated_rows",
     "addresses",
+    "alike",
     "contiguous_rows",
+    "signed",
 ]
 
 SUFFIX = {
@@ -56,6 +58,19 @@ class HostIntegers:
 def addresses(tensors: Sequence[Tensor]) -> HostIntegers:
     """The tensors' addresses, on the host."""
     return HostIntegers(x.data_ptr() for x in tensors)
+
+
+def alike(*lists: Sequence[Tensor] | None) -> bool:
+    """Whether lists agree in shapes and are all of one device and dtype."""
+    there = [xs for xs in lists if xs is not None]
+    kinds = {(x.device, x.dtype) for xs in there for x in xs}
+    shapes = [[x.shape for x in xs] for xs in there]
+    return len(kinds) == 1 and all(some == shapes[0] for some in shapes)
+
+
+def signed(bits: int) -> int:
+    """The 64 bits as C++ takes them."""
+    return (bits + 2**63) % 2**64 - 2**63
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

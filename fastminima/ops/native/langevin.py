@@ -1,0 +1,97 @@
+"""Calls of the native kernel for a step of Langevin dynamics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .._arguments import NATIVE, SUFFIX, HostIntegers, addresses, alike, signed
+from .._pieces import dense_parts
+from ..random import Noise
+
+__all__ = ["langevin_step_"]
+
+_COPIED = 12  # bytes that copies of a parameter, a gradient and a velocity take
+
+
+def langevin_step_(reference: Callable[..., None]) -> Callable[..., None]:
+    """See `fastminima.ops.langevin.langevin_step_`; else `reference`."""
+
+    def run(
+        kernels: Any,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        velocities: Sequence[Tensor] | None,
+        lr: float,
+        momentum: float,
+        noise: Noise,
+    ) -> None:
+        numbers = (lr, momentum, noise)
+        if not alike(params, grads, velocities):
+            return reference(params, grads, velocities, *numbers)
+        if params[0].dtype in NATIVE:
+            return _dense(kernels, params, grads, velocities, noise.places, *numbers)
+        for i, place in enumerate(noise.places):
+            rows = [xs[i] for xs in (params, grads, velocities) if xs is not None]
+            if all(x.is_contiguous() for x in rows):
+                _converted(kernels, rows, place, *numbers)
+            else:
+                one = noise._replace(indices=noise.indices[i : i + 1])
+                parts = [[x] for x in rows] + [None] * (3 - len(rows))
+                reference(*parts, lr, momentum, one)
+        return None
+
+    return run
+
+
+def _converted(kernels: Any, rows: list[Tensor], place: int, *numbers: Any) -> None:
+    """Of one tensor in half precision: copies in float32 of some of it at a time."""
+    for parts in dense_parts(*rows, bytes_each=_COPIED, multiple=4):
+        p, g, *v = (x.float() for x in parts)
+        _launch(kernels, [p], [g], v or None, [place], *numbers)
+        parts[0].copy_(p)
+        if v:
+            parts[2].copy_(v[0])
+        place += -(-p.numel() // 4)
+
+
+def _dense(
+    kernels: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    velocities: Sequence[Tensor] | None,
+    *rest: Any,
+) -> None:
+    """Through copies of what is not contiguous."""
+    written = [*params, *(velocities or ())]
+    dense = [x.contiguous() for x in written]
+    p, v = dense[: len(params)], dense[len(params) :]
+    _launch(kernels, p, [g.contiguous() for g in grads], v or None, *rest)
+    for x, copy in zip(written, dense, strict=True):
+        if copy is not x:
+            x.copy_(copy)
+
+
+def _launch(
+    kernels: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    velocities: Sequence[Tensor] | None,
+    places: Sequence[int],
+    lr: float,
+    momentum: float,
+    noise: Noise,
+) -> None:
+    written, read = addresses(params), addresses(grads)
+    moving = None if velocities is None else addresses(velocities)
+    first, sizes = HostIntegers(places), HostIntegers(p.numel() for p in params)
+    getattr(kernels, f"langevin_step_{SUFFIX[params[0].dtype]}")(
+        *(written.data_ptr(), read.data_ptr()),
+        *(0 if moving is None else moving.data_ptr(), first.data_ptr()),
+        *(sizes.data_ptr(), len(params), lr, momentum, noise.deviation),
+        *(signed(noise.seed), signed(noise.step), _native.threads()),
+    )
