@@ -13,6 +13,7 @@ from .._dtypes import accumulation_dtype
 
 __all__ = [
     "FLOATS",
+    "HALVES",
     "NATIVE",
     "SUFFIX",
     "TRITON",
@@ -23,6 +24,7 @@ __all__ = [
     "alike",
     "contiguous_rows",
     "signed",
+    "write_back",
 ]
 
 SUFFIX = {
@@ -32,6 +34,7 @@ SUFFIX = {
     torch.bfloat16: "bf16",
 }
 FLOATS = tuple(SUFFIX)
+HALVES = (torch.float16, torch.bfloat16)
 NATIVE = (torch.float32, torch.float64)  # what native kernels take: no halves
 TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
 
@@ -71,6 +74,13 @@ def alike(*lists: Sequence[Tensor] | None) -> bool:
 def signed(bits: int) -> int:
     """The 64 bits as C++ takes them."""
     return (bits + 2**63) % 2**64 - 2**63
+
+
+def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Put into each tensor what its contiguous copy holds, where that is another."""
+    for x, copy in zip(tensors, copies, strict=True):
+        if copy is not x:
+            x.copy_(copy)
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

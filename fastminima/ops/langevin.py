@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ._arguments import FLOATS
+from ._arguments import FLOATS, HALVES, NATIVE
 from ._pieces import dense_parts
+from .cuda import langevin as cuda
 from .native import langevin as native
 from .random import Noise, normals
 from .table import Op
@@ -61,3 +62,7 @@ def _kick(noise: Noise, tensor: int, elements: slice, like: Tensor) -> Tensor | 
 
 langevin_step_ = Op("langevin_step_", _langevin_step_)
 langevin_step_.add_native(native.langevin_step_(_langevin_step_), dtypes=FLOATS)
+_on_cuda = cuda.langevin_step_(_langevin_step_)
+langevin_step_.add_cuda(_on_cuda, dtypes=NATIVE)
+# Of halves there is no record; integers of 64 bits make the reference slow in any dtype.
+langevin_step_.add_cuda(_on_cuda, dtypes=HALVES, preferred=True)

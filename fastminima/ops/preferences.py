@@ -43,6 +43,7 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("gram_sq_norms", _HALF): Preference("triton", 8.8),
     ("gram_sq_norms", _FLOAT): Preference("reference", 0.45),
     ("lanczos_step", _FLOAT): Preference("cuda", 3.9),
+    ("langevin_step_", _FLOAT): Preference("cuda", 2.9e02),
     ("layer_norm_gradients", _HALF): Preference("triton", 5.5),
     ("layer_norm_gradients", _FLOAT): Preference("triton", 3.5),
     ("linear_combinations", _FLOAT): Preference("cuda", 7.9),

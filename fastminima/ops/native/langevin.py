@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .._arguments import NATIVE, SUFFIX, HostIntegers, addresses, alike, signed
+from .._arguments import (
+    NATIVE,
+    SUFFIX,
+    HostIntegers,
+    addresses,
+    alike,
+    signed,
+    write_back,
+)
 from .._pieces import dense_parts
 from ..random import Noise
 
@@ -71,9 +79,7 @@ def _dense(
     dense = [x.contiguous() for x in written]
     p, v = dense[: len(params)], dense[len(params) :]
     _launch(kernels, p, [g.contiguous() for g in grads], v or None, *rest)
-    for x, copy in zip(written, dense, strict=True):
-        if copy is not x:
-            x.copy_(copy)
+    write_back(written, dense)
 
 
 def _launch(
