@@ -40,8 +40,7 @@ FM_INLINE word_vec times(word_vec a, word_vec b) {
 #endif
 }
 
-// words[j][i]: word j of the counter (first + i, step), for i < count; N is a multiple of the lanes
-// and `first` of N, so that the upper half of the index is that of all.
+// words[j][i]: word j of the counter (first + i, step), for i < count; N is a multiple of the lanes.
 template <int N>
 FM_INLINE void philox(const Stream& stream, uint64_t first, int count, uint32_t (&words)[4][N]) {
   constexpr int W = FM_BYTES / 8;
@@ -49,7 +48,7 @@ FM_INLINE void philox(const Stream& stream, uint64_t first, int count, uint32_t 
   word_vec index;
   for (int i = 0; i < W; i++) index[i] = first + uint64_t(i);
   for (int i = 0; i < count; i += W) {
-    word_vec c0 = index + uint64_t(i), c1 = zero + (first >> 32);
+    word_vec c0 = index + uint64_t(i), c1 = c0 >> 32;
     word_vec c2 = zero + stream.step, c3 = zero + (stream.step >> 32);
     uint32_t key0 = uint32_t(stream.seed), key1 = uint32_t(stream.seed >> 32);
 #pragma GCC unroll 10

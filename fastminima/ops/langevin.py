@@ -30,10 +30,11 @@ def _langevin_step_(
     momentum: float,
     noise: Noise,
 ) -> None:
-    """v <- momentum v + sqrt(lr) grad - noise, then params <- params - sqrt(lr) v.
+    """One Langevin step in place, of parameters that share its options.
 
-    Without velocities v begins at zero: params <- params - lr grad + sqrt(lr) noise.
-    Sums are made in the accumulation dtype and rounded once.
+    v <- momentum v + sqrt(lr) grad - noise, then params <- params - sqrt(lr) v; without
+    velocities, v begins at zero. Sums are made in the accumulation dtype and rounded
+    once.
     """
     root = math.sqrt(lr)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -64,5 +65,5 @@ langevin_step_ = Op("langevin_step_", _langevin_step_)
 langevin_step_.add_native(native.langevin_step_(_langevin_step_), dtypes=FLOATS)
 _on_cuda = cuda.langevin_step_(_langevin_step_)
 langevin_step_.add_cuda(_on_cuda, dtypes=NATIVE)
-# Of halves there is no record; integers of 64 bits make the reference slow in any dtype.
+# Halves were not timed; what makes the reference slow is the same for every dtype.
 langevin_step_.add_cuda(_on_cuda, dtypes=HALVES, preferred=True)

@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, step, tensor, element), with no state.
 
-The bits are those of Philox4x32-10 with the key `seed` and the counter (place, step), 64
-bits each, where `place` is 2^40 times the index of a tensor plus a quarter of the
+The bits are those of Philox4x32-10 with the key `seed` and the counter (place, step),
+64 bits each, where `place` is 2^40 times the index of a tensor plus a quarter of the
 element's own index. So a number does not depend on the device, on how a kernel is
 launched, or on what else is drawn.
 

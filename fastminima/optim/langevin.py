@@ -204,7 +204,7 @@ def _check_parameters(params: list[Tensor]) -> None:
 def _refuse_capture(param: Tensor) -> None:
     if param.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "A CUDA graph of Langevin's step would repeat its noise at every replay, as "
+            "A CUDA graph of Langevin's step would repeat its noise at every replay: "
             "steps are counted on the host. Call step() outside the graph."
         )
 
