@@ -10,6 +10,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastminima {
@@ -35,12 +37,16 @@ FM_INLINE word_vec times(word_vec a, word_vec b) {
 #elif defined(__SSE2__)
   return reinterpret_cast<word_vec>(
       _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<word_vec>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)),
+                                              vmovn_u64(reinterpret_cast<uint64x2_t>(b))));
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
 
-// words[j][i]: word j of the counter (first + i, step), for i < count; N is a multiple of the lanes.
+// words[j][i]: word j of the counter (first + i, step), for i < count; N is a multiple of the
+// lanes.
 template <int N>
 FM_INLINE void philox(const Stream& stream, uint64_t first, int count, uint32_t (&words)[4][N]) {
   constexpr int W = FM_BYTES / 8;

@@ -13,7 +13,6 @@ from .._dtypes import accumulation_dtype
 
 __all__ = [
     "FLOATS",
-    "HALVES",
     "NATIVE",
     "SUFFIX",
     "TRITON",
@@ -22,6 +21,7 @@ __all__ = [
     "accumulated_rows",
     "addresses",
     "alike",
+    "columns",
     "contiguous_rows",
     "signed",
     "write_back",
@@ -34,7 +34,6 @@ SUFFIX = {
     torch.bfloat16: "bf16",
 }
 FLOATS = tuple(SUFFIX)
-HALVES = (torch.float16, torch.bfloat16)
 NATIVE = (torch.float32, torch.float64)  # what native kernels take: no halves
 TRITON = (torch.float32, torch.float16, torch.bfloat16)  # what Triton kernels take
 
@@ -56,6 +55,14 @@ class HostIntegers:
     def data_ptr(self) -> int:
         """Address of the first; it holds as long as this object lives."""
         return self._values.buffer_info()[0]
+
+
+def columns(*rows: Iterable[int]) -> tuple[HostIntegers, list[int]]:
+    """Lists of integers of one length, end to end, and where each begins."""
+    lists = [list(row) for row in rows]
+    memory = HostIntegers(x for some in lists for x in some)
+    first, step = memory.data_ptr(), 8 * len(lists[0])
+    return memory, [first + i * step for i in range(len(lists))]
 
 
 def addresses(tensors: Sequence[Tensor]) -> HostIntegers:

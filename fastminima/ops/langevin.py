@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ._arguments import FLOATS, HALVES, NATIVE
+from ._arguments import FLOATS
 from ._pieces import dense_parts
 from .cuda import langevin as cuda
 from .native import langevin as native
@@ -63,7 +63,4 @@ def _kick(noise: Noise, tensor: int, elements: slice, like: Tensor) -> Tensor | 
 
 langevin_step_ = Op("langevin_step_", _langevin_step_)
 langevin_step_.add_native(native.langevin_step_(_langevin_step_), dtypes=FLOATS)
-_on_cuda = cuda.langevin_step_(_langevin_step_)
-langevin_step_.add_cuda(_on_cuda, dtypes=NATIVE)
-# Halves were not timed; what makes the reference slow is the same for every dtype.
-langevin_step_.add_cuda(_on_cuda, dtypes=HALVES, preferred=True)
+langevin_step_.add_cuda(cuda.langevin_step_(_langevin_step_), dtypes=FLOATS)

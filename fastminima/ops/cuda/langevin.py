@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._arguments import SUFFIX, HostIntegers, addresses, alike, signed, write_back
+from .._arguments import SUFFIX, alike, columns, signed, write_back
 from ..random import Noise
 from ._launch import stream
 
@@ -31,15 +31,17 @@ def langevin_step_(reference: Callable[..., None]) -> Callable[..., None]:
         written = [*params, *(velocities or ())]
         dense = [x.contiguous() for x in written]
         read = [g.contiguous() for g in grads]
-        moved, source = addresses(dense), addresses(read)
-        places = HostIntegers(noise.places)
-        sizes = HostIntegers(p.numel() for p in params)
-        moving = moved.data_ptr() + 8 * len(params) if velocities else 0
-        getattr(kernels, f"langevin_step_{SUFFIX[params[0].dtype]}")(
-            *(moved.data_ptr(), source.data_ptr(), moving, places.data_ptr()),
-            *(sizes.data_ptr(), len(params), lr, momentum, noise.deviation),
-            *(signed(noise.seed), signed(noise.step), stream(params[0])),
+        memory, (moved, source, first, sizes, *moving) = columns(
+            *(map(Tensor.data_ptr, dense[: len(params)]), map(Tensor.data_ptr, read)),
+            *(noise.places, map(Tensor.numel, params)),
+            *((map(Tensor.data_ptr, dense[len(params) :]),) if velocities else ()),
         )
+        getattr(kernels, f"langevin_step_{SUFFIX[params[0].dtype]}")(
+            *(moved, source, moving[0] if moving else 0, first, sizes, len(params)),
+            *(lr, momentum, noise.deviation, signed(noise.seed), signed(noise.step)),
+            stream(params[0]),
+        )
+        del memory  # until here the addresses were good
         return write_back(written, dense)
 
     return run

@@ -11,9 +11,8 @@ from ... import _native
 from .._arguments import (
     NATIVE,
     SUFFIX,
-    HostIntegers,
-    addresses,
     alike,
+    columns,
     signed,
     write_back,
 )
@@ -91,12 +90,14 @@ def _launch(
     momentum: float,
     noise: Noise,
 ) -> None:
-    written, read = addresses(params), addresses(grads)
-    moving = None if velocities is None else addresses(velocities)
-    first, sizes = HostIntegers(places), HostIntegers(p.numel() for p in params)
-    getattr(kernels, f"langevin_step_{SUFFIX[params[0].dtype]}")(
-        *(written.data_ptr(), read.data_ptr()),
-        *(0 if moving is None else moving.data_ptr(), first.data_ptr()),
-        *(sizes.data_ptr(), len(params), lr, momentum, noise.deviation),
-        *(signed(noise.seed), signed(noise.step), _native.threads()),
+    moving = () if velocities is None else (map(Tensor.data_ptr, velocities),)
+    memory, (written, read, first, sizes, *moved) = columns(
+        *(map(Tensor.data_ptr, params), map(Tensor.data_ptr, grads)),
+        *(places, map(Tensor.numel, params), *moving),
     )
+    getattr(kernels, f"langevin_step_{SUFFIX[params[0].dtype]}")(
+        *(written, read, moved[0] if moved else 0, first, sizes, len(params)),
+        *(lr, momentum, noise.deviation, signed(noise.seed), signed(noise.step)),
+        _native.threads(),
+    )
+    del memory  # until here the addresses were good
