@@ -194,7 +194,7 @@ def test_cuda_is_in_the_table_where_it_was_built(monkeypatch, built):
 @cuda_only
 def test_every_launcher_is_bound_and_refuses_cleanly_without_a_device():
     kernels = _native.cuda_kernels()
-    for name in ("lanczos_step_f32", "multi_sq_norm_bf16", "embedding_sq_norms_f16"):
+    for name in ("lanczos_step_f32", "langevin_step_bf16", "embedding_sq_norms_f16"):
         assert callable(getattr(kernels, name))
     assert kernels.vector_partials(10, 3) == 3
     assert "cuda" in lanczos_step.backends("cuda", torch.float32)

@@ -39,10 +39,15 @@ FM_DECLARE(float, f32)
 FM_DECLARE(double, f64)
 #undef FM_DECLARE
 
-// A list of tensors: addresses and sizes on the host. See fastminima.ops.multi.
-#define FM_DECLARE(scalar_t, suffix)                                                 \
-  void multi_sq_norm_##suffix(const int64_t* x, const int64_t* sizes, int64_t count, \
-                              double* partials, double* result, Stream stream);
+// Lists of tensors: addresses, places and sizes on the host; `velocities` null: no momentum. See
+// fastminima.ops.multi and fastminima.ops.langevin.
+#define FM_DECLARE(scalar_t, suffix)                                                           \
+  void multi_sq_norm_##suffix(const int64_t* x, const int64_t* sizes, int64_t count,           \
+                              double* partials, double* result, Stream stream);                \
+  void langevin_step_##suffix(const int64_t* params, const int64_t* grads,                     \
+                              const int64_t* velocities, const int64_t* places,                \
+                              const int64_t* sizes, int64_t count, double lr, double momentum, \
+                              double deviation, int64_t seed, int64_t step, Stream stream);
 FM_DECLARE(float, f32)
 FM_DECLARE(double, f64)
 FM_DECLARE(Half, f16)
@@ -84,6 +89,7 @@ FM_DECLARE(BFloat16, bf16, float)
   X(linear_combinations_##suffix)
 #define FM_EACH_OF_TENSORS(X, suffix) \
   X(multi_sq_norm_##suffix)           \
+  X(langevin_step_##suffix)           \
   X(embedding_sq_norms_##suffix)      \
   X(embedding_second_moment_##suffix) \
   X(embedding_dots_##suffix)

@@ -17,6 +17,16 @@ struct Table {
   int count;
 };
 
+// The tensor that this block works on: the last k with first[k] <= block.
+FM_DEVICE int tensor_of_block(const int* first, int count) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= int(blockIdx.x) ? low : high) = middle;
+  }
+  return low;
+}
+
 // What one block passes over.
 template <typename T>
 struct Share {
@@ -25,14 +35,10 @@ struct Share {
   bool aligned;
 
   FM_DEVICE Share(const Table<T>& table, int64_t each) {
-    int low = 0, high = table.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (table.first[middle] <= int(blockIdx.x) ? low : high) = middle;
-    }
-    const int64_t start = (int64_t(blockIdx.x) - table.first[low]) * each;
-    x = table.x[low] + start;
-    left = table.size[low] - start;
+    const int k = tensor_of_block(table.first, table.count);
+    const int64_t start = (int64_t(blockIdx.x) - table.first[k]) * each;
+    x = table.x[k] + start;
+    left = table.size[k] - start;
     if (left > each) left = each;
     aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
   }

@@ -120,8 +120,14 @@ FM_DEVICE void narrow(float x, Half& out) {
 #endif
 }
 
+FM_DEVICE float ln(float x) { return logf(x); }
+FM_DEVICE double ln(double x) { return log(x); }
+FM_DEVICE float ln_1p(float x) { return log1pf(x); }
+FM_DEVICE double ln_1p(double x) { return log1p(x); }
 FM_DEVICE float root(float x) { return sqrtf(x); }
 FM_DEVICE double root(double x) { return sqrt(x); }
+FM_DEVICE void sin_cos_pi(float x, float& s, float& c) { sincospif(x, &s, &c); }
+FM_DEVICE void sin_cos_pi(double x, double& s, double& c) { sincospi(x, &s, &c); }
 
 }  // namespace cuda
 }  // namespace fastminima

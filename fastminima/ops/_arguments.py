@@ -20,7 +20,11 @@ __all__ = [
     "accumulated",
     "accumulated_rows",
     "addresses",
+    "alike",
+    "columns",
     "contiguous_rows",
+    "signed",
+    "write_back",
 ]
 
 SUFFIX = {
@@ -53,9 +57,37 @@ class HostIntegers:
         return self._values.buffer_info()[0]
 
 
+def columns(*rows: Iterable[int]) -> tuple[HostIntegers, list[int]]:
+    """Lists of integers of one length, end to end, and where each begins."""
+    lists = [list(row) for row in rows]
+    memory = HostIntegers(x for some in lists for x in some)
+    first, step = memory.data_ptr(), 8 * len(lists[0])
+    return memory, [first + i * step for i in range(len(lists))]
+
+
 def addresses(tensors: Sequence[Tensor]) -> HostIntegers:
     """The tensors' addresses, on the host."""
     return HostIntegers(x.data_ptr() for x in tensors)
+
+
+def alike(*lists: Sequence[Tensor] | None) -> bool:
+    """Whether lists agree in shapes and are all of one device and dtype."""
+    there = [xs for xs in lists if xs is not None]
+    kinds = {(x.device, x.dtype) for xs in there for x in xs}
+    shapes = [[x.shape for x in xs] for xs in there]
+    return len(kinds) == 1 and all(some == shapes[0] for some in shapes)
+
+
+def signed(bits: int) -> int:
+    """The 64 bits as C++ takes them."""
+    return (bits + 2**63) % 2**64 - 2**63
+
+
+def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Put into each tensor what its contiguous copy holds, where that is another."""
+    for x, copy in zip(tensors, copies, strict=True):
+        if copy is not x:
+            x.copy_(copy)
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

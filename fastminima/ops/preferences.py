@@ -25,6 +25,7 @@ class Preference(NamedTuple):
 
 
 _HALF, _FLOAT, _IDS = torch.bfloat16, torch.float32, torch.int64
+_MODELLED = "bounds for an H100, not measured"
 # float16 is as bfloat16; float64 as float32, where memory decides.
 ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("channel_norm_gradients", _HALF): Preference("triton", 0.97),
@@ -43,6 +44,8 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("gram_sq_norms", _HALF): Preference("triton", 8.8),
     ("gram_sq_norms", _FLOAT): Preference("reference", 0.45),
     ("lanczos_step", _FLOAT): Preference("cuda", 3.9),
+    ("langevin_step_", _HALF): Preference("cuda", 2.6e02, _MODELLED),
+    ("langevin_step_", _FLOAT): Preference("cuda", 2.9e02),
     ("layer_norm_gradients", _HALF): Preference("triton", 5.5),
     ("layer_norm_gradients", _FLOAT): Preference("triton", 3.5),
     ("linear_combinations", _FLOAT): Preference("cuda", 7.9),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..ops.langevin import langevin_step_
+from ..ops.random import Noise
 
 __all__ = ["Langevin"]
 
@@ -21,15 +24,14 @@ class Langevin(torch.optim.Optimizer):
     with isotropic noise, at `temperature` n = eta sigma^2 / 2S. As `lr` goes to 0 the
     parameters are distributed as exp(-L / temperature), whatever the learning rate.
 
-    With momentum m the update is that of `torch.optim.SGD`, noise entering with the
-    gradient,
+    With momentum m the noise enters with the gradient,
 
-        v <- m v + g - xi / lr,   theta <- theta - lr v,
-        xi ~ N(0, 2 lr (1 - m) temperature),
+        v <- m v + sqrt(lr) g - xi,   theta <- theta - sqrt(lr) v,
+        xi ~ N(0, 2 (1 - m) temperature),
 
     and the density is the same. For on a quadratic L = c x^2 / 2 that recursion is the
-    autoregression x_{t+1} = (1 + m - lr c) x_t - m x_{t-1} + xi, whose stationary
-    variance is, with s^2 the variance of xi,
+    autoregression x_{t+1} = (1 + m - lr c) x_t - m x_{t-1} + sqrt(lr) xi, whose
+    stationary variance is, with s^2 the variance of sqrt(lr) xi,
 
         (1 + m) s^2 / ((1 - m) lr c (2 (1 + m) - lr c)).
 
@@ -41,27 +43,42 @@ class Langevin(torch.optim.Optimizer):
     So a finite learning rate makes the variance too large by lr c / 2 of itself without
     momentum, and by half of that for m near 1.
 
+    **Schedules.** `torch.optim.SGD` has u = v / sqrt(lr) for its velocity, and at a
+    constant learning rate both move alike. But in equilibrium u has the variance
+    2 temperature / (lr (1 + m)): kept through a step from lr to 10 lr it is ten times
+    too hot. The variance of v, 2 temperature / (1 + m), does not depend on lr, so that
+    a changed learning rate leaves the velocities at their temperature (as if u were
+    multiplied by sqrt(lr_old / lr_new)). A change of the temperature or of m does not:
+    velocities then relax within some 1 / (1 - m) steps, those of lr = 0 included.
+
+    **Noise.** A number is a function of the seed, of how many steps this optimizer has
+    taken, of the parameter's place among all parameters of the groups in their order,
+    and of the element; by Philox4x32-10 and Box and Muller. It does not depend on the
+    device, dtype (but for rounding) or number of threads, nor on which other parameters
+    have gradients. Replicas of a model need one `seed`.
+
     A parameter without a gradient is left alone, as by SGD: it gets no noise either.
 
     Args:
         params: parameters, or dictionaries of groups with their own `lr`,
             `temperature` or `momentum`.
         lr: learning rate, a number or a tensor.
-        temperature: in units of the loss; 0 is plain SGD.
+        temperature: in units of the loss; 0 is SGD without noise.
         momentum: m, at least 0 and below 1.
-        generator: source of the noise, on the device of the parameters; None is
-            PyTorch's default generator. Its state is part of `state_dict()`, so that a
-            resumed run continues exactly; with None, save `torch.get_rng_state()`.
+        seed: of the noise, 64 bits; None draws one from PyTorch's default generator,
+            once. `state_dict()` holds it and the number of steps, so that a resumed run
+            continues exactly.
 
     Raises:
-        ValueError: for a value out of range, complex parameters, sparse gradients, or
-            a generator on another device.
+        ValueError: for a value out of range, complex or distributed parameters, or
+            sparse gradients.
+        RuntimeError: if a step is captured in a CUDA graph, whose replays would repeat
+            its noise.
 
     Example:
         >>> import torch, fastminima as fm
         >>> x = torch.full((10_000,), 3.0, requires_grad=True)
-        >>> noise = torch.Generator().manual_seed(0)
-        >>> sampler = fm.optim.Langevin([x], lr=0.1, temperature=0.5, generator=noise)
+        >>> sampler = fm.optim.Langevin([x], lr=0.1, temperature=0.5, seed=0)
         >>> for _ in range(100):
         ...     sampler.zero_grad()
         ...     x.square().sum().div(2).backward()
@@ -71,7 +88,8 @@ class Langevin(torch.optim.Optimizer):
 
     Source: Jastrzebski et al. (2017), arXiv:1711.04623, section 2 (the density);
     the variance of a second-order autoregression: Box and Jenkins, Time Series
-    Analysis, section 3.2.
+    Analysis, section 3.2; Salmon et al. (2011), doi:10.1145/2063384.2063405 (the
+    numbers).
     """
 
     def __init__(
@@ -81,9 +99,10 @@ class Langevin(torch.optim.Optimizer):
         temperature: float,
         momentum: float = 0.0,
         *,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
     ) -> None:
-        self.generator = generator
+        self.seed = _drawn_seed() if seed is None else seed
+        self.steps_taken = 0
         defaults = {"lr": lr, "temperature": temperature, "momentum": momentum}
         super().__init__(params, defaults)
 
@@ -92,7 +111,7 @@ class Langevin(torch.optim.Optimizer):
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            self._check_parameters(self.param_groups[-1]["params"])
+            _check_parameters(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -105,87 +124,89 @@ class Langevin(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         _refuse_sparse(self.param_groups)
+        index = 0
         for group in self.param_groups:
-            active = [p for p in group["params"] if p.grad is not None]
-            for _, same in groupby(active, key=lambda p: (p.device, p.dtype)):
-                self._step(group, list(same))
+            alike: dict[Any, list[tuple[int, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((p.device, p.dtype), []).append((index, p))
+                index += 1
+            for some in alike.values():
+                self._step(group, *zip(*some, strict=True))
+        self.steps_taken += 1
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The usual state, and that of the generator as "generator"."""
-        state = super().state_dict()
-        if self.generator is not None:
-            state["generator"] = self.generator.get_state()
-        return state
+        """The usual state, with "seed" and "steps_taken"."""
+        counters = {"seed": self.seed, "steps_taken": self.steps_taken}
+        return {**super().state_dict(), **counters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state, the generator's included.
+        """Restore the state, and go on with the noise of the saved run.
 
         Raises:
-            ValueError: if only one of the two optimizers has a generator.
+            ValueError: for a state without a seed, or without the steps taken.
         """
-        has_state = "generator" in state_dict
-        if has_state != (self.generator is not None):
-            saved, here = ("with", "none") if has_state else ("without", "one")
+        missing = {"seed", "steps_taken"} - state_dict.keys()
+        if missing:
             raise ValueError(
-                f"The state was saved {saved} a generator, and this optimizer has "
-                f"{here}: the noise would not continue. Make both with generator=, or "
-                "both without."
+                f"The state has no {sorted(missing)}, without which the noise cannot "
+                "continue. Load one that Langevin.state_dict() has made, or add them."
             )
         super().load_state_dict(state_dict)
-        if self.generator is not None:
-            self.generator.set_state(state_dict["generator"].cpu())
+        self.seed, self.steps_taken = state_dict["seed"], state_dict["steps_taken"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "generator": self.generator}
+        counters = {"seed": self.seed, "steps_taken": self.steps_taken}
+        return {**super().__getstate__(), **counters}
 
-    def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step(
+        self, group: dict[str, Any], indices: Sequence[int], params: Sequence[Tensor]
+    ) -> None:
         """One step of parameters that share a device and a dtype."""
-        lr, momentum = float(group["lr"]), group["momentum"]
-        std = math.sqrt(2 * lr * (1 - momentum) * group["temperature"])
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        noise = self._noise(params) if std > 0 else None
-        if momentum == 0:
-            torch._foreach_add_(params, grads, alpha=-lr)
-            if noise is not None:
-                torch._foreach_add_(params, noise, alpha=std)
-            return
-        velocities = [self._velocity(p) for p in params]
-        torch._foreach_mul_(velocities, momentum)
-        torch._foreach_add_(velocities, grads)
-        if noise is not None:
-            torch._foreach_add_(velocities, noise, alpha=std / lr)
-        torch._foreach_add_(params, velocities, alpha=-lr)
-
-    def _noise(self, params: list[Tensor]) -> list[Tensor]:
-        """Standard normal numbers in the shapes of `params`, drawn in one call."""
-        flat = torch.randn(
-            sum(p.numel() for p in params),
-            generator=self.generator,
-            device=params[0].device,
-            dtype=params[0].dtype,
+        _refuse_capture(params[0])
+        momentum = group["momentum"]
+        deviation = math.sqrt(2 * (1 - momentum) * group["temperature"])
+        langevin_step_(
+            params,
+            [p.grad for p in params],
+            [self._velocity(p) for p in params] if momentum else None,
+            float(group["lr"]),
+            momentum,
+            Noise(self.seed, self.steps_taken, indices, deviation),
         )
-        pieces = flat.split([p.numel() for p in params])
-        return [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
 
     def _velocity(self, param: Tensor) -> Tensor:
         state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        return state["momentum_buffer"]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(param)
+        return state["velocity"]
 
-    def _check_parameters(self, params: list[Tensor]) -> None:
-        for p in params:
-            if p.is_complex():
-                raise ValueError(
-                    f"Langevin takes real parameters, got one of {p.dtype} and shape "
-                    f"{tuple(p.shape)}. Use torch.view_as_real."
-                )
-            if self.generator is not None and not _is_on(self.generator, p):
-                raise ValueError(
-                    f"The generator is on {self.generator.device} and a parameter on "
-                    f"{p.device}. Make the generator with device={str(p.device)!r}."
-                )
+
+def _drawn_seed() -> int:
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
+def _check_parameters(params: list[Tensor]) -> None:
+    for p in params:
+        if p.is_complex():
+            raise ValueError(
+                f"Langevin takes real parameters, got one of {p.dtype} and shape "
+                f"{tuple(p.shape)}. Use torch.view_as_real."
+            )
+        if is_traceable_wrapper_subclass(p):
+            raise ValueError(
+                f"Langevin takes plain tensors, got a {type(p).__name__} of shape "
+                f"{tuple(p.shape)}: an element's noise needs its place in the whole."
+            )
+
+
+def _refuse_capture(param: Tensor) -> None:
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A CUDA graph of Langevin's step would repeat its noise at every replay: "
+            "steps are counted on the host. Call step() outside the graph."
+        )
 
 
 def _check_options(group: dict[str, Any]) -> None:
@@ -204,11 +225,3 @@ def _refuse_sparse(groups: list[dict[str, Any]]) -> None:
                     f"Langevin takes dense gradients, got a {p.grad.layout} one of "
                     f"shape {tuple(p.shape)}. Use Embedding(..., sparse=False)."
                 )
-
-
-def _is_on(generator: torch.Generator, p: Tensor) -> bool:
-    """Whether a generator draws on a parameter's device; `cuda` is the present one."""
-    device = generator.device
-    if device.type != p.device.type:
-        return False
-    return device.index in (None, p.device.index)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from cuda_tensors import ALL, FLOATS, same, shifted
 
-from fastminima.ops import multi, vector
+from fastminima.ops import langevin, multi, vector
 from fastminima.ops.cuda import embedding as embedding_cuda
+from fastminima.ops.cuda import langevin as langevin_cuda
 from fastminima.ops.cuda import multi as multi_cuda
 from fastminima.ops.cuda import vector as vector_cuda
+from fastminima.ops.random import Noise
 
 SIZES = [0, 1, 33, 4099, 20_011]
 # Sums of n products of unit scale: errors grow as sqrt(n), and n is at most 2e4.
@@ -132,6 +134,35 @@ def test_lists_that_do_not_fit_go_to_the_reference(device):
     xs = [device.put(torch.randn(4, 3)).t(), device.put(torch.randn(5).double())]
     run = multi_cuda.sq_norm(multi.multi_sq_norm.reference)
     same(run(device.kernels, xs).cpu(), multi.multi_sq_norm.reference(xs).cpu())
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", ALL)
+def test_langevin_step(device, dtype, shift, momentum, deviation):
+    lists = [tensors(dtype, shift) for _ in range(3 if momentum else 2)]
+    transposed = [torch.randn(6, 5).to(dtype).t() for _ in lists]
+    lists = [[*some, one] for some, one in zip(lists, transposed, strict=True)]
+    indices = list(range(len(lists[0])))[::-1]
+    rest = (0.1, momentum, Noise(-5, 2**40 + 7, indices, deviation))
+    want = [[x.double().clone() for x in some] for some in lists]
+    params, grads, *velocities = want
+    arguments = (params, grads, *(velocities or [None]))
+    langevin.langevin_step_.reference(*arguments, *rest)
+    lists = [[device.put(x) for x in some] for some in lists]
+    run = langevin_cuda.langevin_step_(langevin.langevin_step_.reference)
+
+    def case():
+        moved = [[x.clone() for x in some] for some in lists]
+        params, grads, *velocities = moved
+        run(device.kernels, params, grads, *(velocities or [None]), *rest)
+        return [x for some in moved for x in some]
+
+    truth = [x for some in want for x in some]
+    for got, x in zip(device.every(case), truth, strict=True):
+        # Numbers are at most 6.8, and a float32 angle is exact to 2e-7.
+        same(got, x, **({"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {}))
 
 
 def test_half_precisions_of_every_value(emulated):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import WORKLOADS
 from fastminima.ops import _pieces
+from fastminima.ops.random import Noise
 from tools.kernels.capturable import CudaStandIn, cuda_ops
 from tools.kernels.cases import Tensors, all_ops
 
@@ -87,6 +88,10 @@ def vector_arguments(workload, dtype, times, device):
         return [new.normal(*p.shape) for _ in range(times) for p in model.parameters()]
 
     yield "multi_sq_norm", (some(),)
+    params = some()
+    noise = Noise(1, 2, range(len(params)), 0.3)
+    yield "langevin_step_", (params, some(), some(), 0.1, 0.9, noise)
+    yield "langevin_step_", (params, some(), None, 0.1, 0.0, noise)
     count = sum(p.numel() for p in model.parameters()) * times
     yield "sq_norm", (new.normal(count),)
     if dtype == torch.float32:  # vectors are not narrower

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ import fastminima as fm
 MOMENTA = (0.0, 0.5, 0.9)
 
 
-def quadratic_variance(momentum, noise, *, lr, temperature, curvature, walkers, steps):
+def quadratic_variance(momentum, seed, *, lr, temperature, curvature, walkers, steps):
     """Variance over walkers and late times of a run on L = curvature x^2 / 2."""
     x = torch.zeros(walkers, dtype=torch.float64, requires_grad=True)
-    optimizer = fm.optim.Langevin([x], lr, temperature, momentum, generator=noise)
+    optimizer = fm.optim.Langevin([x], lr, temperature, momentum, seed=seed)
     total, seen = 0.0, 0
     for step in range(steps):
         x.grad = curvature * x.detach()
@@ -27,13 +28,13 @@ def quadratic_variance(momentum, noise, *, lr, temperature, curvature, walkers, 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("relative_rate", [0.02, 0.5])
-def test_stationary_variance_on_a_quadratic(momentum, relative_rate, generator):
+def test_stationary_variance_on_a_quadratic(momentum, relative_rate):
     """temperature / c / (1 - lr c / (2 (1 + m))), the same for all m as lr -> 0."""
     curvature, temperature, walkers = 4.0, 0.7, 20_000
     lr = relative_rate / curvature
     got = quadratic_variance(
         momentum,
-        generator(1),
+        seed=1,
         lr=lr,
         temperature=temperature,
         curvature=curvature,
@@ -46,12 +47,11 @@ def test_stationary_variance_on_a_quadratic(momentum, relative_rate, generator):
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-def test_density_of_a_quartic(momentum, generator):
+def test_density_of_a_quartic(momentum):
     """E x^4 = temperature for L = x^4 / 4 (virial), E x^2 by quadrature."""
     x = torch.zeros(20_000, dtype=torch.float64, requires_grad=True)
-    noise = generator(2)
     temperature, lr = 0.3, 0.03 * (1 - momentum)
-    optimizer = fm.optim.Langevin([x], lr, temperature, momentum, generator=noise)
+    optimizer = fm.optim.Langevin([x], lr, temperature, momentum, seed=2)
     fourth = []
     for step in range(1000):
         x.grad = x.detach() ** 3
@@ -93,65 +93,199 @@ def test_the_noise_of_one_step_has_the_documented_deviation():
     assert abs(x.mean().item() + 0.02) < 4 * want / math.sqrt(len(x))
 
 
-@pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("with_generator", [True, False])
-def test_resumes_exactly(momentum, with_generator, generator, device):
-    def make():
+class Run:
+    """A run with every way for the noise to go astray.
+
+    Two groups, parameters without gradients, of two dtypes, and a group added late.
+    """
+
+    def __init__(self, momentum, seed):
         torch.manual_seed(4)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
-        noise = generator(5) if with_generator else None
-        optimizer = fm.optim.Langevin(
-            model.parameters(), 0.05, 0.3, momentum, generator=noise
-        )
-        return model, optimizer
+        make = torch.nn.Parameter
+        self.used = make(torch.randn(4, 8)), make(torch.randn(8, dtype=torch.float64))
+        self.idle, self.late = make(torch.randn(3)), make(torch.randn(5))
+        groups = [
+            {"params": [self.used[0], self.idle]},
+            {"params": [self.used[1]], "lr": 0.03, "momentum": 0.0},
+        ]
+        self.optimizer = fm.optim.Langevin(groups, 0.05, 0.3, momentum, seed=seed)
 
-    def train(model, optimizer, steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(torch.ones(2, 4)).square().mean().backward()
-            optimizer.step()
+    @property
+    def parameters(self):
+        return [*self.used, self.idle, self.late]
 
-    default = torch.cuda if device.type == "cuda" else torch
-    model, optimizer = make()
-    train(model, optimizer, 7)
+    def add_late(self):
+        self.optimizer.add_param_group({"params": [self.late], "temperature": 0.1})
+
+    def train(self, first, last):
+        for step in range(first, last):
+            self.optimizer.zero_grad()
+            sum(p.square().sum() for p in self.used).backward()
+            if step % 3 == 2:
+                self.idle.grad = torch.ones_like(self.idle)
+            if len(self.optimizer.param_groups) == 3:
+                self.late.grad = self.late.detach().clone()
+            self.optimizer.param_groups[0]["lr"] = 0.05 / (1 + step % 4)
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("seed", [5, None])
+def test_resumes_exactly(momentum, seed):
+    run = Run(momentum, seed)
+    run.train(0, 4)
+    run.add_late()
+    run.train(4, 9)
     file = io.BytesIO()
-    torch.save(
-        (model.state_dict(), optimizer.state_dict(), default.get_rng_state()), file
-    )
-    train(model, optimizer, 5)
+    torch.save((run.parameters, run.optimizer.state_dict()), file)
+    run.train(9, 15)
 
-    resumed, again = make()
+    again = Run(momentum, 77)
+    again.add_late()
     torch.manual_seed(99)
     file.seek(0)
-    weights, state, rng = torch.load(file)
-    resumed.load_state_dict(weights)
-    again.load_state_dict(state)
-    if not with_generator:
-        default.set_rng_state(rng)
-    train(resumed, again, 5)
-    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+    saved, state = torch.load(file)
+    with torch.no_grad():
+        for p, value in zip(again.parameters, saved, strict=True):
+            p.copy_(value)
+    again.optimizer.load_state_dict(state)
+    again.train(9, 15)
+    for a, b in zip(run.parameters, again.parameters, strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
 
 
-def test_loading_refuses_a_noise_that_would_not_continue(generator):
+def test_loading_refuses_a_state_without_its_seed():
     x = torch.zeros(3, requires_grad=True)
-    seeded = fm.optim.Langevin([x], 0.1, 0.1, generator=generator())
-    plain = fm.optim.Langevin([x], 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"saved with a generator.*has none"):
-        plain.load_state_dict(seeded.state_dict())
-    with pytest.raises(ValueError, match=r"saved without a generator.*has one"):
-        seeded.load_state_dict(plain.state_dict())
+    sgd = torch.optim.SGD([x], 0.1).state_dict()
+    optimizer = fm.optim.Langevin([x], 0.1, 0.1, seed=1)
+    with pytest.raises(ValueError, match=r"no \['seed', 'steps_taken'\].*add them"):
+        optimizer.load_state_dict(sgd)
+    optimizer.load_state_dict({**sgd, "seed": 8, "steps_taken": 3})
+    assert (optimizer.seed, optimizer.steps_taken) == (8, 3)
 
 
-def test_copies_have_their_own_generator(generator):
-    x = torch.zeros(3, requires_grad=True)
-    optimizer = fm.optim.Langevin([x], 0.1, 0.1, generator=generator())
-    other = copy.deepcopy(optimizer)
-    before = optimizer.generator.get_state()
-    other.param_groups[0]["params"][0].grad = torch.zeros(3)
+def step_from_zero(params, **options):
+    """What one step at lr = 1 / 2 and temperature 1 makes of zeros: the noise."""
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = fm.optim.Langevin(params, 0.5, 1.0, **options)
+    optimizer.step()
+    return [p.detach() for p in params]
+
+
+def zeros(*sizes, dtype=torch.float32):
+    return [torch.zeros(s, dtype=dtype, requires_grad=True) for s in sizes]
+
+
+def test_manual_seed_decides_where_no_seed_is_given():
+    drawn = []
+    for default in (6, 6, 7):
+        torch.manual_seed(default)
+        drawn.append(step_from_zero(zeros(100))[0])
+    assert torch.equal(drawn[0], drawn[1]) and (drawn[0] != drawn[2]).all()
+
+
+def test_a_seed_leaves_the_default_generator_alone():
+    before = torch.get_rng_state()
+    step_from_zero(zeros(100), seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_noise_depends_on_index_and_element_only(momentum):
+    """Not on groups, dtypes, strides, or on who else has a gradient."""
+    options = {"seed": 3, "momentum": momentum}
+    one = step_from_zero(zeros(40, (5, 6), 7), **options)
+    first, second, third = zeros(40, (5, 6), 7, dtype=torch.float64)
+    groups = [{"params": [first]}, {"params": [second, third]}]
+    optimizer = fm.optim.Langevin(groups, 0.5, 1.0, **options)
+    second.grad = torch.zeros_like(second)
+    optimizer.step()
+    torch.testing.assert_close(second.detach().float(), one[1])
+    assert first.eq(0).all() and third.eq(0).all()
+    strided = [*zeros(40), torch.zeros(6, 5).t().requires_grad_(), *zeros(7)]
+    assert torch.equal(step_from_zero(strided, **options)[1], one[1])
+
+
+def test_steps_have_new_noise_whether_or_not_a_parameter_took_part():
+    x, y = zeros(1000, 1000)
+    optimizer = fm.optim.Langevin([x, y], 0.5, 1.0, seed=2)
+    y.grad = torch.zeros_like(y)
+    optimizer.step()
+    alone = y.detach().clone()
+    x.grad = torch.zeros_like(x)
+    optimizer.step()
+    second = y.detach() - alone
+    again = zeros(1000, 1000)
+    for p in again:
+        p.grad = torch.zeros_like(p)
+    other = fm.optim.Langevin(again, 0.5, 1.0, seed=2)
     other.step()
-    assert torch.equal(optimizer.generator.get_state(), before)
-    assert not torch.equal(other.generator.get_state(), before)
+    assert torch.equal(again[1], alone)
+    other.step()
+    torch.testing.assert_close(again[1].detach() - alone, second)
+    torch.testing.assert_close(x.detach(), again[0].detach() - step_of(0, 2))
+
+
+def step_of(step, seed):
+    """The noise of the first of some parameters, of 1000 elements."""
+    (x,) = zeros(1000)
+    x.grad = torch.zeros_like(x)
+    optimizer = fm.optim.Langevin([x], 0.5, 1.0, seed=seed)
+    optimizer.steps_taken = step
+    optimizer.step()
+    return x.detach()
+
+
+def test_copies_go_on_by_themselves():
+    x = torch.zeros(300, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    optimizer = fm.optim.Langevin([x], 0.1, 0.1, 0.5, seed=1)
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        mine = other.param_groups[0]["params"][0]
+        mine.grad = torch.zeros_like(mine)
+        other.step()
+        assert (other.seed, other.steps_taken) == (1, 2)
+    assert optimizer.steps_taken == 1
+    optimizer.step()
+    assert torch.equal(x, mine)
+
+
+def temperatures(x, optimizer, steps, curvature=1.0):
+    """Kinetic and potential temperature after each of some steps."""
+    (group,) = optimizer.param_groups
+    found = []
+    for _ in range(steps):
+        x.grad = curvature * x.detach()
+        optimizer.step()
+        velocity = optimizer.state[x]["velocity"]
+        kinetic = velocity.square().mean() * (1 + group["momentum"]) / 2
+        found.append((kinetic.item(), curvature * x.detach().square().mean().item()))
+    return torch.tensor(found)
+
+
+def test_a_changed_learning_rate_leaves_the_temperature():
+    """A velocity in the units of gradients would be ten times too hot at first."""
+    temperature, walkers = 0.7, 20_000
+    x = torch.zeros(walkers, dtype=torch.float64, requires_grad=True)
+    optimizer = fm.optim.Langevin([x], 0.01, temperature, 0.9, seed=1)
+    temperatures(x, optimizer, 800)
+    for lr in (0.01, 0.1, 0.01, 0.0, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        found = temperatures(x, optimizer, 150) / temperature
+        assert (found - 1).abs().max() < 0.15, (lr, found)
+
+
+def test_velocities_take_the_temperature_of_a_group_within_some_steps():
+    x = torch.zeros(20_000, dtype=torch.float64, requires_grad=True)
+    optimizer = fm.optim.Langevin([x], 0.01, 0.5, 0.9, seed=1)
+    temperatures(x, optimizer, 100, curvature=0.0)
+    optimizer.param_groups[0]["temperature"] = 2.0
+    found = temperatures(x, optimizer, 100, curvature=0.0)[:, 0]
+    want = 2 + (0.5 - 2) * 0.9 ** (2 * torch.arange(1, 101))
+    # Of 20 000 squares: four standard errors are 4 % of the mean.
+    torch.testing.assert_close(found, want, rtol=0.04, atol=0.0)
 
 
 def test_groups_have_their_own_options():

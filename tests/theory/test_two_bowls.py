@@ -72,8 +72,7 @@ def test_sgd_has_the_gibbs_occupancy():
 
 def test_langevin_has_the_gibbs_occupancy():
     x = torch.cat([torch.full((500,), -0.6), torch.full((500,), 0.25)]).requires_grad_()
-    noise = torch.Generator().manual_seed(1)
-    optimizer = fm.optim.Langevin([x], 0.01, 0.1, momentum=0.5, generator=noise)
+    optimizer = fm.optim.Langevin([x], 0.01, 0.1, momentum=0.5, seed=1)
     share = []
     for step in range(6000):
         x.grad = loss_and_slope(x.detach())[1]

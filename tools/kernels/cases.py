@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastminima import ops
 from fastminima.ops.conv_geometry import ConvGeometry
+from fastminima.ops.random import Noise
 from fastminima.ops.table import REGISTRY, Op
 
 __all__ = ["ARGUMENTS", "Case", "Tensors", "all_ops", "cases"]
@@ -148,6 +149,12 @@ def _list(new: Tensors) -> list[Tensor]:
     return [new.normal(*size) for size in sizes for _ in range(12)]
 
 
+def _langevin(new: Tensors, *, has_velocities: bool) -> tuple[Any, ...]:
+    params, velocities = _list(new), _list(new) if has_velocities else None
+    noise = Noise(1, 0, range(len(params)), 0.01)
+    return params, _list(new), velocities, 0.1, 0.9, noise
+
+
 def _layer_norm(new: Tensors, *, mean: bool) -> tuple[Any, ...]:
     return (
         new.normal(16, 512, 768),
@@ -236,6 +243,10 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     },
     "same_values": {_FLAT: lambda new: tuple(_basis(new, 2))},
     "multi_sq_norm": {_LIST: lambda new: (_list(new),)},
+    "langevin_step_": {
+        _LIST: partial(_langevin, has_velocities=False),
+        f"{_LIST} with velocities": partial(_langevin, has_velocities=True),
+    },
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
 }
 

@@ -138,7 +138,7 @@ def _in_turn(steps: list[Work], rates: Rates) -> float:
 # of launches that depends on the sizes, and are not modelled.
 _CUDA = (
     *("lanczos_step", "power_step", "project_out", "linear_combinations"),
-    "multi_sq_norm",
+    *("multi_sq_norm", "langevin_step_"),
 )
 _CUDA_PASSES, _CUDA_LAUNCHES = 2, 4  # at most: sum, finish, update, finish
 

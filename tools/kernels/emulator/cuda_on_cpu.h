@@ -139,3 +139,12 @@ T atomicAdd(T* p, V v) {
   return cuda_on_cpu::read_modify_write(p, [=](T a) { return T(a + v); });
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+
+inline void sincospif(float x, float* s, float* c) {
+  *s = float(std::sin(M_PI * double(x)));
+  *c = float(std::cos(M_PI * double(x)));
+}
+inline void sincospi(double x, double* s, double* c) {
+  *s = std::sin(M_PI * x);
+  *c = std::cos(M_PI * x);
+}

@@ -60,6 +60,20 @@ VECTOR_CASES(float, f32)
 VECTOR_CASES(double, f64)
 
 #define TENSOR_CASES(scalar_t, suffix)                                                           \
+  void moving_##suffix(const std::vector<int64_t>& grads, const std::vector<int64_t>& sizes,     \
+                       int shift) {                                                              \
+    std::vector<Buffer<scalar_t>> buffers;                                                       \
+    std::vector<int64_t> p, v, places(sizes.size(), int64_t(5) << 40);                           \
+    const int64_t count = int64_t(sizes.size());                                                 \
+    for (int64_t n : sizes) buffers.emplace_back(n, shift), buffers.emplace_back(n, shift);      \
+    for (size_t k = 0; k < buffers.size(); k++) (k % 2 ? v : p).push_back(buffers[k].address()); \
+    langevin_step_##suffix(p.data(), grads.data(), v.data(), places.data(), sizes.data(), count, \
+                           0.1, 0.9, 0.2, -1, 4, nullptr);                                       \
+    langevin_step_##suffix(p.data(), grads.data(), nullptr, places.data(), sizes.data(), count,  \
+                           0.1, 0, 0.2, 3, 4, nullptr);                                          \
+    for (auto& b : buffers)                                                                      \
+      for (scalar_t x : b.values) require(widen(x) == widen(x), "langevin_step");                \
+  }                                                                                              \
   void tensors_##suffix(const std::vector<int64_t>& sizes, int shift) {                          \
     std::vector<Buffer<scalar_t>> buffers;                                                       \
     std::vector<int64_t> x;                                                                      \
@@ -70,6 +84,7 @@ VECTOR_CASES(double, f64)
     double result;                                                                               \
     multi_sq_norm_##suffix(x.data(), sizes.data(), count, partials.data(), &result, nullptr);    \
     require(result >= 0, "multi_sq_norm");                                                       \
+    moving_##suffix(x, sizes, shift);                                                            \
   }                                                                                              \
   void embedding_##suffix(int64_t batch, int64_t time, int64_t width, int shift) {               \
     using wide = wide_t<scalar_t>;                                                               \
