@@ -60,7 +60,8 @@ def settings(preset: str, dataset: str) -> ModeSettings:
     """The same network in all presets; more seeds, and at last longer training."""
     made = ModeSettings(preset, dataset, tuple(range(8)))
     if preset == "quick":
-        return replace(made, seeds=tuple(range(5)), epochs=24, labels=JUDGED)
+        seeds = tuple(range(5))
+        return replace(made, seeds=seeds, epochs=24, labels=JUDGED)
     if preset == "paper":
         return replace(made, seeds=tuple(range(40)), epochs=240)
     return made
