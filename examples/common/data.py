@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "DataNotFound", "Dataset", "Split", "load", "read_idx", "split"]
+__all__ = [
+    "NAMES",
+    "DataNotFound",
+    "Dataset",
+    "Split",
+    "first_of",
+    "load",
+    "prepared",
+    "read_idx",
+    "split",
+]
 
 NAMES = ("fashion-mnist", "mnist", "cifar10", "digits")
 # Where the Debian package dataset-fashion-mnist puts its files.
@@ -75,25 +86,73 @@ def load(name: str = "auto") -> Dataset:
     raise ValueError(f"No data set {name!r}; there are {('auto', *NAMES)}.")
 
 
+def first_of(names: tuple[str, ...]) -> str:
+    """The first of some data sets whose files are found.
+
+    Raises:
+        DataNotFound: if none is.
+    """
+    for name in names[:-1]:
+        try:
+            return load(name).name
+        except DataNotFound:
+            continue
+    return load(names[-1]).name
+
+
+@cache
+def prepared(
+    name: str,
+    train_size: int,
+    validation_size: int,
+    seed: int = 777,
+    *,
+    pool: int = 1,
+    skip: int = 0,
+) -> Split:
+    """`split` of the data set of that name, read once in a process; not to change."""
+    return split(load(name), train_size, validation_size, seed, pool=pool, skip=skip)
+
+
 def split(
-    data: Dataset, train_size: int, validation_size: int, seed: int = 777
+    data: Dataset,
+    train_size: int,
+    validation_size: int,
+    seed: int = 777,
+    *,
+    pool: int = 1,
+    skip: int = 0,
 ) -> Split:
     """Random training and validation samples, less the pixel means, over one deviation.
 
     Mean per pixel and standard deviation over all pixels are those of the training
     samples.
 
+    Args:
+        data: as loaded.
+        train_size, validation_size: samples of each.
+        seed: of the order that they are taken from.
+        pool: images are averaged over squares of this many pixels a side.
+        skip: leave out this many samples of the order of seed 777, where earlier
+            experiments took theirs.
+
     Raises:
         ValueError: if there are not that many samples.
     """
-    if train_size < 1 or train_size + validation_size > len(data.labels):
+    count = len(data.labels)
+    if train_size < 1 or train_size + validation_size > count - skip:
         raise ValueError(
-            f"{data.name} has {len(data.labels)} samples, not the {train_size} to "
+            f"{data.name} has {count - skip} samples, not the {train_size} to "
             f"train with and {validation_size} to validate that were asked for."
         )
-    order = np.random.RandomState(seed).permutation(len(data.labels))
+    order = np.random.RandomState(seed).permutation(count)
+    if skip:
+        seen = np.random.RandomState(777).permutation(count)[:skip]
+        order = order[~np.isin(order, seen)]
     train, validation = order[:train_size], order[train_size:][:validation_size]
     images = data.images.float()
+    if pool > 1:
+        images = torch.nn.functional.avg_pool2d(images, pool)
     mean = images[train].mean(dim=0)
     deviation = (images[train] - mean).square().mean().sqrt()
 

@@ -87,7 +87,8 @@ class Experiment:
             many rows a complete sweep has. Reads nothing but its arguments.
         draw: the figure of rows.
         rows: how many rows a task returns.
-        datasets: in order of preference; () for an experiment without data.
+        datasets: in order of preference, by preset where they differ; () for an
+            experiment without data.
         paper_number: what the paper reports, as read in it; "" if we quote none.
         minutes: measured with two workers, by preset; a preset without was not run.
         nulls: rows changed so that the claim is false of them, by the name of what was
@@ -105,11 +106,17 @@ class Experiment:
     judge: Callable[[Any, Sequence[Row], int], Verdict]
     draw: Callable[[Any, Sequence[Row]], Figure]
     rows: Callable[[Any, Task], int] = lambda settings, task: len(task["seeds"])
-    datasets: tuple[str, ...] = ()
+    datasets: tuple[str, ...] | Mapping[str, tuple[str, ...]] = ()
     paper_number: str = ""
     minutes: Mapping[str, float] = field(default_factory=dict)
-    nulls: Callable[[Sequence[Row], int], Mapping[str, list[Row]]] = lambda rows, seed: {}
+    nulls: Callable[[Sequence[Row], int], Mapping[str, list[Row]]] = lambda *_: {}
     exploratory: str = ""
+
+    def preferred(self, preset: str) -> tuple[str, ...]:
+        """Data sets of a preset, in order of preference."""
+        if isinstance(self.datasets, Mapping):
+            return self.datasets[preset]
+        return self.datasets
 
     def expected(self, settings: Settings) -> int:
         """How many rows a complete sweep has."""

@@ -138,7 +138,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds, "12.3 ± 0.4"; one value stands alone."""
     finite = [v for v in values if v is not None and math.isfinite(v)]
     if not finite:
-        return "–"
+        return "-"
     mean = f"{np.mean(finite):.{digits}g}"
     if len(finite) == 1:
         return mean
