@@ -10,7 +10,16 @@ from .engine.experiment import Experiment
 __all__ = ["EXPERIMENTS"]
 
 # A module an experiment; each has it as EXPERIMENT.
-_MODULES: tuple[str, ...] = ("three_factors.width", "three_factors.memorization")
+_MODULES: tuple[str, ...] = (
+    "three_factors.width",
+    "three_factors.memorization",
+    "breuel_subproblems.modes",
+    "kleinberg_escape.one_dimension",
+    "kleinberg_escape.network",
+    "congregation.restarts",
+    "langevin_volume.volume",
+    "langevin_volume.network",
+)
 
 
 def _load(modules: Iterable[str]) -> dict[str, Experiment]:
