@@ -19,6 +19,7 @@ _MODULES: tuple[str, ...] = (
     "congregation.restarts",
     "langevin_volume.volume",
     "langevin_volume.network",
+    "online_ica.ica",
 )
 
 
