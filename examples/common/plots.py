@@ -159,10 +159,11 @@ def few_ticks(ax: Axes, places: Sequence[float], axis: str = "x") -> None:
 
 
 def log_axis(ax: Axes, axis: str = "y") -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5 of each decade."""
+    """A logarithmic axis with plain numbers: 1, 2, 5 a decade, or 1 and 3 across."""
     which = ax.xaxis if axis == "x" else ax.yaxis
     (ax.set_xscale if axis == "x" else ax.set_yscale)("log")
-    which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    subs = (1.0, 3.0) if axis == "x" else (1.0, 2.0, 5.0)
+    which.set_major_locator(LogLocator(subs=subs))
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     which.set_minor_formatter(NullFormatter())
 

@@ -380,8 +380,8 @@ def draw(s: Memorization, found: Sequence[Row]) -> Figure:
         fig,
         "At one level of memorization, a higher η/S generalizes better",
         f"{s.dataset}, {s.train_size} samples, ReLU MLP of {len(s.hidden)} layers of "
-        f"{s.hidden[0]}; snapshot at memorization {s.level:g}, quenched to {s.target:g}."
-        f" Bars: one standard deviation over {len({r['seed'] for r in good})} seeds.",
+        f"{s.hidden[0]}; at memorization {s.level:g}, and quenched to {s.target:g}. "
+        f"Bars: one standard deviation over {len({r['seed'] for r in good})} seeds.",
     )
     return fig
 
