@@ -118,6 +118,8 @@ def _run(settings: ModeSettings, labels: str, seed: int, watch: Watch) -> Row:
         paths.append(_train(settings, model, x, y, rate, generator, order == 0))
         ends.append(_flat(model) - start)
         watch.progress((order + 1) / 2)
+    if not paths[0].isfinite().all():
+        raise RuntimeError(f"SGD diverged at a learning rate of {rate:.3g}.")
     kept = (vectors.T @ residual).abs().numpy() > FLOOR
     measured = rates((paths[0] @ vectors).numpy()[:, kept])
     predicted = -np.log1p(-rate * values.numpy()[kept])

@@ -238,7 +238,11 @@ def judge(settings: PathSettings, rows: Sequence[Row], expected: int) -> Verdict
 
 
 def _shares(rows: Sequence[Row], batch: int, radius: float) -> list[float]:
-    return [r["shares"][r["radii"].index(radius)] for r in rows if r["batch"] == batch]
+    return [
+        r["shares"][r["radii"].index(radius)]
+        for r in rows
+        if r["batch"] == batch and radius in r["radii"]
+    ]
 
 
 def _table(settings: PathSettings, rows: Sequence[Row]) -> str:

@@ -229,7 +229,7 @@ def _flat(model: nn.Module) -> Tensor:
 
 def judge(settings: RadiusSettings, rows: Sequence[Row], expected: int) -> Verdict:
     limit = math.log(FACTOR)
-    above = [math.log(r["noise_share"] * r["parameters"]) for r in rows]
+    above = [math.log((r["noise_share"] or math.nan) * r["parameters"]) for r in rows]
     claims = [
         Claim("log radius, true over random labels", _logs(rows, "true"), limit),
         Claim("log radius, random over random", _logs(rows, "again"), -limit, limit),
@@ -254,7 +254,8 @@ def judge(settings: RadiusSettings, rows: Sequence[Row], expected: int) -> Verdi
 
 def _logs(rows: Sequence[Row], labels: str) -> list[float]:
     """Log ratio of the radius to that with random labels, of each seed."""
-    found = {(r["labels"], r["seed"]): r["radius"] for r in rows}
+    # A radius that was not found is None in the records.
+    found = {(r["labels"], r["seed"]): r["radius"] or math.nan for r in rows}
     return [
         math.log(radius / found["random", seed])
         for (kind, seed), radius in found.items()
