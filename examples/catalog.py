@@ -17,6 +17,13 @@ _MODULES: tuple[str, ...] = (
     "three_factors.memorization",
     "three_factors.batchnorm",
     "three_factors.linear_scaling",
+    "breuel_subproblems.modes",
+    "kleinberg_escape.one_dimension",
+    "kleinberg_escape.network",
+    "congregation.restarts",
+    "langevin_volume.volume",
+    "langevin_volume.network",
+    "online_ica.ica",
 )
 
 

@@ -1,0 +1,1 @@
+"""Breuel (2015): training as many nearly independent subproblems."""

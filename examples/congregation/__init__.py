@@ -1,0 +1,1 @@
+"""Congregational gradient descent: members that restart what is unfit."""

@@ -1,0 +1,1 @@
+"""Kleinberg, Li, Yuan (2018): when SGD escapes local minima."""
