@@ -1,5 +1,7 @@
-"""Optimizers built on the three factors."""
+"""Optimizers and schedules built on the three factors."""
 
+from .cyclic import CyclicRatio
 from .langevin import Langevin
+from .sampler import BatchSizeSampler
 
-__all__ = ["Langevin"]
+__all__ = ["BatchSizeSampler", "CyclicRatio", "Langevin"]
