@@ -10,7 +10,11 @@ from .engine.experiment import Experiment
 __all__ = ["EXPERIMENTS"]
 
 # A module an experiment; each has it as EXPERIMENT.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "three_factors.exchange",
+    "three_factors.breakdown",
+    "three_factors.stages",
+)
 
 
 def _load(modules: Iterable[str]) -> dict[str, Experiment]:
