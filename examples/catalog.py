@@ -11,9 +11,14 @@ __all__ = ["EXPERIMENTS"]
 
 # A module an experiment; each has it as EXPERIMENT.
 _MODULES: tuple[str, ...] = (
+    "three_factors.width",
+    "three_factors.interpolation",
+    "three_factors.same_ratio",
     "three_factors.exchange",
+    "three_factors.memorization",
     "three_factors.breakdown",
     "three_factors.stages",
+    "three_factors.batchnorm",
 )
 
 

@@ -129,6 +129,7 @@ def _record(
             "seconds": round(time.monotonic() - started, 2),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "code": folder.code,
+            "protocol": getattr(folder.settings, "protocol", ""),
             **provenance(),
         }
     )

@@ -30,7 +30,7 @@ from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
 from .cycles import Arm, Cycle, constant, train_epoch
-from .small import CLASSES, Samples, chunks, listed, samples, standing, status_of
+from .small import CLASSES, TRAINED, Samples, chunks, listed, samples, standing, status_of
 
 __all__ = ["EXPERIMENT", "Exchange"]
 
@@ -192,7 +192,7 @@ Curves = Mapping[str, Mapping[int, np.ndarray]]
 
 def judge(settings: Exchange, rows: Sequence[Row], expected: int) -> Verdict:
     """The criteria at the head of this file."""
-    good = [row for row in rows if row["status"] == "trained"]
+    good = [row for row in rows if row["status"] == TRAINED]
     accuracy = _curves(good, "validation_accuracy")
     loss = {
         arm: {seed: np.log(curve) for seed, curve in curves.items()}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from examples.common import data
+from examples.common.plain import STATUSES
 from examples.common.stacks import Loss, Stack, cross_entropy
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 CLASSES = 10
-TRAINED, UNTRAINED, DIVERGED = "trained", "untrained", "diverged"
+TRAINED, DIVERGED, UNTRAINED = STATUSES
 # A training accuracy below this multiple of chance is that of an untrained network.
 LEAST = 1.5
 # A loss above this multiple of the one it began with has diverged.
