@@ -3,8 +3,8 @@
 Criteria, fixed before the run on a new split and new seeds. Values are paired by seed,
 accuracy is of validation, at equal epochs; chance for a network that diverged:
 
-1. for each N, over the beta > 1 at which eta lambda_max after the first epoch is below 1
-   on average: the mean accuracy is within .01 of that at beta = 1;
+1. for each N, over the beta > 1 at which the mean eta lambda_max after the first epoch
+   is below 1: the mean accuracy is within .01 of that at beta = 1;
 2. for each N: at the largest beta it is more than .03 below that at beta = 1;
 3. the drop comes half a doubling to two and a half doublings of beta after the
    eta lambda_max of the first epoch reaches 2, not at it. The drop: where accuracy is
@@ -33,7 +33,7 @@ from torch import Tensor
 
 import fastminima as fm
 import fastminima.theory
-from examples.common import plots
+from examples.common import data, plots
 from examples.common.measures import cross_entropy_loss
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
@@ -41,6 +41,7 @@ from examples.common.training import Orders, minibatches, train_steps
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
+from .large import train_large
 from .small import (
     CLASSES,
     DIVERGED,
@@ -66,7 +67,7 @@ class Breakdown(Settings):
     """Network, data, and the grid (learning_rate * beta, batch_size * beta).
 
     Attributes:
-        network: "mlp" or "vgg11".
+        network: "mlp", or one of `networks.NETWORKS`.
         sizes: of the training set, N.
         epochs: the equal ones.
         updates: the equal ones.
@@ -119,6 +120,9 @@ def settings(preset: str, dataset: str) -> Breakdown:
         network="vgg11",
         sizes=(12_000, 22_500, 45_000),
         validation=5_000,
+        split_seed=777,
+        skip=0,
+        pool=1,
         learning_rate=0.1,
         batch_size=50,
         betas=(1, 2, 3, 4, 5, 7, 9, 11, 13, 15),
@@ -140,7 +144,57 @@ def tasks(settings: Breakdown) -> list[Task]:
 
 def run(settings: Breakdown, task: Task, watch: Watch) -> list[Row]:
     """Train the seeds of a task, to equal epochs and to equal updates."""
-    return _run_mlp(settings, task, watch)
+    if settings.network == "mlp":
+        return _run_mlp(settings, task, watch)
+    return [_run_large(settings, task, seed, watch) for seed in task["seeds"]]
+
+
+def _run_large(settings: Breakdown, task: Task, seed: int, watch: Watch) -> Row:
+    """To equal epochs; the smaller training sets are the beginnings of the largest."""
+    n, beta = task["samples"], task["beta"]
+    whole = data.prepared(
+        settings.dataset, max(settings.sizes), settings.validation, settings.split_seed
+    )
+    x, y = whole.train
+    row: Row = _row(settings, n, beta, seed)
+
+    def measure(model: torch.nn.Module, part: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return _edge(model, part, row, "now", settings.eigenvalues)
+
+    history = train_large(
+        settings.network,
+        data.Split((x[:n], y[:n]), whole.validation),
+        seed,
+        watch,
+        measure,
+        measured=min(n, settings.measured),
+        rate=row["learning_rate"],
+        batch_size=row["batch_size"],
+        epochs=settings.epochs,
+        measured_samples=5000,
+    )
+    start, *rest = history.points
+    first, last = rest[:1], rest[-1] if rest else start
+    died = history.status == DIVERGED
+    row |= {"status": history.status, "epochs_status": history.status}
+    row |= {"start_loss": start["train_loss"], "epochs_train_loss": last["train_loss"]}
+    row["epochs_accuracy"] = 1 / CLASSES if died else last["validation_accuracy"]
+    row["first_eta_lambda"] = first[0].get("now_eta_lambda") if first else None
+    names = ("now_eta_lambda", "stability_ratio", "critical_rate")
+    row |= {
+        n.replace("now", "epochs"): last[n] for n in names if n in last and not died
+    }
+    return row
+
+
+def _row(settings: Breakdown, n: int, beta: float, seed: int) -> Row:
+    return {
+        "samples": n,
+        "beta": beta,
+        "learning_rate": settings.learning_rate * beta,
+        "batch_size": round(settings.batch_size * beta),
+        "seed": seed,
+    }
 
 
 def _run_mlp(settings: Breakdown, task: Task, watch: Watch) -> list[Row]:
@@ -155,13 +209,12 @@ def _run_mlp(settings: Breakdown, task: Task, watch: Watch) -> list[Row]:
     )
     sample = (whole[0][:n], whole[1][:n], *whole[2:])
     stack = Stack.drawn((sample[0].shape[1], *settings.hidden, CLASSES), seeds)
-    rate, size = settings.learning_rate * beta, round(settings.batch_size * beta)
     start = stack.mean_loss(*sample[:2]).tolist()
-    rows: list[Row] = [
-        {"samples": n, "beta": beta, "learning_rate": rate, "batch_size": size}
-        | {"seed": seed, "start_loss": start[r]}
+    rows = [
+        _row(settings, n, beta, seed) | {"start_loss": start[r]}
         for r, seed in enumerate(seeds)
     ]
+    rate, size = rows[0]["learning_rate"], rows[0]["batch_size"]
     # Where to look, in updates; an epoch is as many as have a whole batch.
     per_epoch = n // size
     looks = {
@@ -372,7 +425,7 @@ def _text(settings: Breakdown, rows: Sequence[Row]) -> str:
             if not here:
                 continue
             good = [r for r in here if r["status"] == TRAINED]
-            late = [r for r in here if r["updates_status"] == TRAINED]
+            late = [r for r in here if r.get("updates_status") == TRAINED]
 
             def shown(what: str, of: Sequence[Row], digits: int = 3) -> str:
                 return mean_and_spread([r.get(what) for r in of], digits)

@@ -23,21 +23,34 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.common import plots
+from examples.common import data, plots
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
 from .cycles import Arm, Cycle, constant, train_epoch
-from .small import CLASSES, TRAINED, Samples, chunks, listed, samples, standing, status_of
+from .large import schedule_of, train_large
+from .small import (
+    CLASSES,
+    TRAINED,
+    Samples,
+    chunks,
+    listed,
+    samples,
+    standing,
+    status_of,
+)
 
 __all__ = ["EXPERIMENT", "Exchange"]
 
 # Half-width of the equivalence, as a share of the distance to the constants.
 SHARE = 1 / 3
+# Training samples whose loss is followed, of a large network.
+MEASURED = 5000
 BATCH, RATE, SMALL, LARGE = "batch", "rate", "constant, low rate", "constant, large S"
 CONSTANTS = (SMALL, LARGE)
+WAYS = {BATCH: "batch_size", RATE: "lr"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,8 @@ class Exchange(Settings):
     """Attributes: network and data, the high eta and S, and the cycle.
 
     Attributes:
-        network: "mlp" or "vgg11".
+        network: "mlp", or one of `networks.NETWORKS`.
         factor: between the two ratios.
-        low_rate: the high rate of the cycle of the rate over `factor` is its low one.
         stage, stages: epochs of half a cycle, and how many halves.
         chunk: seeds in one task.
     """
@@ -59,8 +71,7 @@ class Exchange(Settings):
     skip: int = 6048
     pool: int = 2
     hidden: tuple[int, ...] = (50, 50)
-    batch_learning_rate: float = 0.04
-    rate_learning_rate: float = 0.04
+    learning_rate: float = 0.04
     batch_size: int = 16
     factor: int = 5
     stage: int = 5
@@ -76,30 +87,24 @@ class Exchange(Settings):
     @property
     def arms(self) -> list[Arm]:
         """The cycles, and the two constants that belong to both shapes."""
-        found = []
-        for at, shape in enumerate(self.shapes):
-            for vary, rate in (
-                ("batch_size", self.batch_learning_rate),
-                ("lr", self.rate_learning_rate),
-            ):
-                ratio = rate / self.batch_size
-                name = f"{shape} {BATCH if vary == 'batch_size' else RATE}"
-                found.append(
-                    Arm(
-                        name,
-                        vary,
-                        rate,
-                        self.batch_size,
-                        ratio / self.factor,
-                        ratio,
-                        shape,
-                        order=2 * at + (vary == "lr"),
-                    )
-                )
-        low = self.rate_learning_rate / self.factor
-        large = self.batch_size * self.factor
+        ratio = self.learning_rate / self.batch_size
+        found = [
+            Arm(
+                f"{shape} {name}",
+                vary,
+                self.learning_rate,
+                self.batch_size,
+                ratio / self.factor,
+                ratio,
+                shape,
+                order=2 * at + which,
+            )
+            for at, shape in enumerate(self.shapes)
+            for which, (name, vary) in enumerate(WAYS.items())
+        ]
+        low, large = self.learning_rate / self.factor, self.batch_size * self.factor
         found.append(constant(SMALL, low, self.batch_size, order=10))
-        found.append(constant(LARGE, self.batch_learning_rate, large, order=11))
+        found.append(constant(LARGE, self.learning_rate, large, order=11))
         return found
 
 
@@ -118,8 +123,10 @@ def settings(preset: str, dataset: str) -> Exchange:
         network="vgg11",
         train=45_000,
         validation=5_000,
-        batch_learning_rate=0.005,
-        rate_learning_rate=0.005,
+        split_seed=777,
+        skip=0,
+        pool=1,
+        learning_rate=0.005,
         batch_size=128,
         stage=15,
         stages=20,
@@ -142,7 +149,31 @@ def tasks(settings: Exchange) -> list[Task]:
 def run(settings: Exchange, task: Task, watch: Watch) -> list[Row]:
     """Train the seeds of a task in one arm."""
     arm = next(a for a in settings.arms if a.name == task["arm"])
-    return _run_mlp(settings, arm, task["seeds"], watch)
+    if settings.network == "mlp":
+        return _run_mlp(settings, arm, task["seeds"], watch)
+    return [_run_large(settings, arm, seed, watch) for seed in task["seeds"]]
+
+
+def _run_large(settings: Exchange, arm: Arm, seed: int, watch: Watch) -> Row:
+    history = train_large(
+        settings.network,
+        data.prepared(
+            settings.dataset, settings.train, settings.validation, settings.split_seed
+        ),
+        seed,
+        watch,
+        rate=arm.learning_rate,
+        batch_size=arm.batch_size,
+        epochs=settings.epochs,
+        schedule=schedule_of(arm, settings.stage),
+        measured_samples=MEASURED,
+    )
+    row = {"arm": arm.name, "seed": seed, "status": history.status}
+    # The first point is before the first step; a run that diverged has fewer.
+    return row | {
+        name: listed([p[name] for p in history.points[1:]])
+        for name in ("train_loss", "validation_accuracy")
+    }
 
 
 def _run_mlp(
@@ -354,7 +385,7 @@ def draw(settings: Exchange, rows: Sequence[Row]) -> Figure:
     for at, shape in enumerate(settings.shapes):
         for column, what in enumerate(("validation_accuracy", "train_loss")):
             ax = axes[at, column]
-            curves = _curves(rows, what)
+            curves = _curves([r for r in rows if r["status"] == TRAINED], what)
             for number, (name, look) in enumerate(looks.items()):
                 found = curves.get(f"{shape} {name}", curves.get(name))
                 if found is None:
@@ -376,7 +407,8 @@ def draw(settings: Exchange, rows: Sequence[Row]) -> Figure:
         axes[at, 1].set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
-    axes[0, 0].legend(loc="lower right")
+    if axes[0, 0].get_lines():
+        axes[0, 0].legend(loc="lower right")
     plots.caption(
         figure,
         "A cyclic batch size and a cyclic learning rate of the same η/S give the "

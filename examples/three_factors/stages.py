@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.common import measures, plots, stacks
+from examples.common import data, measures, plots, stacks
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
 from .cycles import Arm, Cycle, train_epoch
+from .large import schedule_of, train_large
 from .small import (
     CLASSES,
     DIVERGED,
@@ -62,7 +63,7 @@ class Stages(Settings):
     """Network, data, the high eta and S, and the stages.
 
     Attributes:
-        network: "mlp" or "vgg11".
+        network: "mlp", or one of `networks.NETWORKS`, with the cross-entropy.
         losses: judged the first, the others reported.
         factor: between the two ratios.
         stage, stages: epochs of a stage, and how many; high noise first.
@@ -117,6 +118,9 @@ def settings(preset: str, dataset: str) -> Stages:
         losses=(CROSS_ENTROPY,),
         train=45_000,
         validation=5_000,
+        split_seed=777,
+        skip=0,
+        pool=1,
         learning_rate=0.005,
         batch_size=128,
         stage=15,
@@ -151,7 +155,35 @@ def arm_of(settings: Stages, way: str) -> Arm:
 
 def run(settings: Stages, task: Task, watch: Watch) -> list[Row]:
     """Train the seeds of a task through all stages."""
-    return _run_mlp(settings, task, watch)
+    if settings.network == "mlp":
+        return _run_mlp(settings, task, watch)
+    return [_run_large(settings, task, seed, watch) for seed in task["seeds"]]
+
+
+def _run_large(settings: Stages, task: Task, seed: int, watch: Watch) -> Row:
+    arm = arm_of(settings, task["way"])
+    history = train_large(
+        settings.network,
+        data.prepared(
+            settings.dataset, settings.train, settings.validation, settings.split_seed
+        ),
+        seed,
+        watch,
+        lambda model, part: measures.curvature(model, part, products=settings.products),
+        measured=settings.measured,
+        rate=arm.learning_rate,
+        batch_size=arm.batch_size,
+        epochs=settings.epochs,
+        schedule=schedule_of(arm, settings.stage),
+        measured_samples=5000,
+    )
+    row: Row = {"loss": task["loss"], "way": task["way"], "seed": seed}
+    row["status"] = history.status
+    # Point 0 is before the first step; a run that diverged has fewer.
+    for epoch, point in enumerate(history.points):
+        if epoch in settings.looks:
+            _keep(row, point, epoch % settings.stage == 0)
+    return row
 
 
 def _run_mlp(settings: Stages, task: Task, watch: Watch) -> list[Row]:
@@ -324,6 +356,7 @@ def draw(settings: Stages, rows: Sequence[Row]) -> Figure:
         "train_loss": "train loss",
         "validation_accuracy": "validation accuracy",
     }
+    rows = [row for row in rows if row["status"] == TRAINED]
     figure, axes = plots.figure(3, len(settings.losses), sharex=True)
     colours = plots.colours(3)
     looks: dict[str, dict[str, Any]] = {
