@@ -30,6 +30,7 @@ class Arm:
         batch_size: with `vary="lr"` that of all batches.
         low, high: ends of the cycle, eta / S.
         shape: "square" or "triangle".
+        first: "low" or "high": where the cycle begins.
         order: added to the seeds that the orders of samples are drawn from.
     """
 
@@ -40,6 +41,7 @@ class Arm:
     low: float
     high: float
     shape: str = "square"
+    first: str = "high"
     order: int = 0
 
 
@@ -51,8 +53,6 @@ def constant(name: str, learning_rate: float, batch_size: int, order: int) -> Ar
 
 class Cycle:
     """The batches of a stack of replicas, and the rate of each, epoch by epoch.
-
-    Begins with the high ratio.
 
     Args:
         arm: what moves, and how.
@@ -84,7 +84,7 @@ class Cycle:
             period=2 * stage * samples,
             vary=arm.vary,
             shape=arm.shape,
-            first="high",
+            first=arm.first,
         )
         for other in others:
             other.schedule = first.schedule

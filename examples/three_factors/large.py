@@ -21,10 +21,10 @@ __all__ = ["schedule_of", "train_large"]
 
 
 def schedule_of(arm: Arm, stage: int) -> plain.Cycle | None:
-    """The cycle of an arm, high first; None where nothing moves."""
+    """The cycle of an arm; None where nothing moves."""
     if arm.low == arm.high:
         return None
-    return plain.Cycle(arm.low, arm.high, 2 * stage, arm.vary, arm.shape, "high")
+    return plain.Cycle(arm.low, arm.high, 2 * stage, arm.vary, arm.shape, arm.first)
 
 
 def train_large(

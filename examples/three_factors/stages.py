@@ -149,6 +149,7 @@ def arm_of(settings: Stages, way: str) -> Arm:
         settings.batch_size,
         ratio / settings.factor,
         ratio,
+        first="low",
         order=list(WAYS).index(way),
     )
 
@@ -265,7 +266,7 @@ def _ends(settings: Stages, row: Row, what: str) -> np.ndarray:
 def _steps(settings: Stages, row: Row, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Changes of the logarithm over each low stage, and over each high one."""
     change = np.diff(np.log(_ends(settings, row, what)))
-    return change[0::2], change[1::2]
+    return change[1::2], change[0::2]
 
 
 def _changes(
@@ -307,7 +308,7 @@ def _table(settings: Stages, rows: Sequence[Row]) -> str:
                 )
             ends = np.stack([_ends(settings, r, "validation_accuracy") for r in ours])
             steps = np.diff(ends, axis=1)
-            low, high = steps[:, 0::2], steps[:, 1::2]
+            low, high = steps[:, 1::2], steps[:, 0::2]
             lines.append(
                 [
                     f"{loss}, by {way}",
@@ -337,7 +338,7 @@ def _levels(settings: Stages, rows: Sequence[Row]) -> str:
             ours = [r for r in rows if (r["way"], r["loss"]) == (way, loss)]
             if not ours:
                 continue
-            for start, name in ((0, "high"), (1, "low")):
+            for start, name in ((1, "high"), (2, "low")):
                 cells = []
                 for what in ("lambda_max", "train_loss", "validation_accuracy"):
                     ends = [_ends(settings, r, what)[start::2] for r in ours]
@@ -379,7 +380,7 @@ def draw(settings: Stages, rows: Sequence[Row]) -> Figure:
             ax.set_ylabel(f"{name} ({loss})" if what == "train_loss" else name)
             if what != "validation_accuracy":
                 ax.set_yscale("log")
-            for stage in range(0, settings.stages, 2):
+            for stage in range(1, settings.stages, 2):
                 first = stage * settings.stage
                 ax.axvspan(
                     first + 0.5, first + settings.stage + 0.5, color="#f3efe0", zorder=0

@@ -167,7 +167,7 @@ def staged(low=0.05, high=-0.1, noise=0.01):
     for way in stages.WAYS:
         for loss in settings.losses:
             for seed in SEEDS:
-                steps = [0.0, *([low, high] * settings.stages)][: settings.stages]
+                steps = [0.0, *([high, low] * settings.stages)][: settings.stages]
                 ends = np.exp(np.cumsum(steps) + rng.normal(0, noise, len(steps)))
                 twice = list(np.repeat(ends, 2))
                 rows.append(
