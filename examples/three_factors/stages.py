@@ -1,19 +1,20 @@
 """F7: stages of high noise lead to wider minima, stages of low noise to sharper ones.
 
 Criteria, fixed before the run on a new split and new seeds. The noise eta / S goes to
-and fro between two values, high first, by the learning rate or by the batch size; the
+and fro between two values, low first, by the learning rate or by the batch size; the
 loss is squared. Over a stage log lambda_max and log ||H||_F change; of each seed the
-mean change over its low stages and over its high stages counts, without the first
-stage, which starts from the initial weights. For both ways and both measures:
+mean change over its low stages and over its high stages counts, without the first stage
+of each, in which the network is still learning. For both ways and both measures:
 
 1. the change over low-noise stages is above 0;
 2. the change over high-noise stages is below 0.
 
 A drift along training, of whatever sign, cannot meet both. Nor can the train loss be
-what is measured: it falls in low-noise stages, where sharpness is to rise, and rises in
-the others. Under cross-entropy that is not so, since H goes to 0 with the loss: the
-same stages under cross-entropy stand beside it, not judged. The stages are of equal
-epochs for both ways; a low-noise stage by batch size has fewer updates.
+what is measured: it falls in low-noise stages, where sharpness is to rise. Under
+cross-entropy H goes to 0 with the loss, and the sign of a change is that of the loss:
+the same stages under cross-entropy stand beside it, with some of the seeds, not judged.
+The stages are of equal epochs for both ways; a low-noise stage by batch size has fewer
+updates.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from .small import (
 
 __all__ = ["EXPERIMENT", "Stages"]
 
+# Changes left out, counted from that over the second stage.
+FIRST = 1
 WAYS = {"rate": "lr", "batch": "batch_size"}
 SQUARED, CROSS_ENTROPY = "squared", "cross-entropy"
 JUDGED = {"lambda_max": "λ_max", "frobenius": "‖H‖_F"}
@@ -64,9 +67,9 @@ class Stages(Settings):
 
     Attributes:
         network: "mlp", or one of `networks.NETWORKS`, with the cross-entropy.
-        losses: judged the first, the others reported.
+        losses: judged the first; the others reported, of the first task's seeds.
         factor: between the two ratios.
-        stage, stages: epochs of a stage, and how many; high noise first.
+        stage, stages: epochs of a stage, and how many; low noise first.
         measured: training samples that curvature is measured on.
         products: with the Hessian, for ||H||_F and for tr H.
         chunk: seeds in one task.
@@ -80,14 +83,14 @@ class Stages(Settings):
     skip: int = 6048
     pool: int = 2
     hidden: tuple[int, ...] = (50, 50)
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     batch_size: int = 4
     factor: int = 5
     stage: int = 5
-    stages: int = 7
+    stages: int = 8
     measured: int = 1024
     products: int = 24
-    chunk: int = 5
+    chunk: int = 6
 
     @property
     def epochs(self) -> int:
@@ -105,11 +108,11 @@ def settings(preset: str, dataset: str) -> Stages:
     """The preset's; digits have samples of their own."""
     digits = {"train": 1440, "validation": 357} if dataset == "digits" else {}
     if preset == "quick":
-        small = {"train": 512, "validation": 357, "stage": 2, "stages": 5}
+        small = {"train": 512, "validation": 357, "stage": 2, "stages": 6}
         small |= {"measured": 256, "products": 8, "batch_size": 8}
         return Stages(preset, dataset, (100, 101, 102), **small, learning_rate=0.04)
     if preset == "laptop":
-        return Stages(preset, dataset, tuple(range(100, 110)), **digits)
+        return Stages(preset, dataset, tuple(range(100, 112)), **digits)
     return Stages(
         preset,
         dataset,
@@ -131,11 +134,12 @@ def settings(preset: str, dataset: str) -> Stages:
 
 def tasks(settings: Stages) -> list[Task]:
     """Some seeds of one way and loss each; those with the most updates first."""
+    groups = chunks(settings.seeds, settings.chunk)
     return [
         {"loss": loss, "way": way, "seeds": seeds}
         for way in WAYS
-        for loss in settings.losses
-        for seeds in chunks(settings.seeds, settings.chunk)
+        for at, loss in enumerate(settings.losses)
+        for seeds in (groups[:1] if at else groups)
     ]
 
 
@@ -266,7 +270,7 @@ def _ends(settings: Stages, row: Row, what: str) -> np.ndarray:
 def _steps(settings: Stages, row: Row, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Changes of the logarithm over each low stage, and over each high one."""
     change = np.diff(np.log(_ends(settings, row, what)))
-    return change[1::2], change[0::2]
+    return change[FIRST::2], change[FIRST + 1 :: 2]
 
 
 def _changes(
@@ -308,7 +312,7 @@ def _table(settings: Stages, rows: Sequence[Row]) -> str:
                 )
             ends = np.stack([_ends(settings, r, "validation_accuracy") for r in ours])
             steps = np.diff(ends, axis=1)
-            low, high = steps[:, 1::2], steps[:, 0::2]
+            low, high = steps[:, FIRST::2], steps[:, FIRST + 1 :: 2]
             lines.append(
                 [
                     f"{loss}, by {way}",
@@ -338,7 +342,7 @@ def _levels(settings: Stages, rows: Sequence[Row]) -> str:
             ours = [r for r in rows if (r["way"], r["loss"]) == (way, loss)]
             if not ours:
                 continue
-            for start, name in ((1, "high"), (2, "low")):
+            for start, name in ((FIRST + 1, "low"), (FIRST + 2, "high")):
                 cells = []
                 for what in ("lambda_max", "train_loss", "validation_accuracy"):
                     ends = [_ends(settings, r, what)[start::2] for r in ours]
@@ -388,7 +392,8 @@ def draw(settings: Stages, rows: Sequence[Row]) -> Figure:
         axes[at, 0].set_title(f"{loss} loss" + (", not judged" if at else ""))
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
-    axes[0, 0].legend()
+    if axes[0, 0].get_lines():
+        axes[0, 0].legend()
     plots.caption(
         figure,
         "Noise up: the minimum becomes wider; noise down: it becomes sharper; by "
