@@ -10,7 +10,10 @@ from .engine.experiment import Experiment
 __all__ = ["EXPERIMENTS"]
 
 # A module an experiment; each has it as EXPERIMENT.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "three_factors.bowls",
+    "three_factors.regression",
+)
 
 
 def _load(modules: Iterable[str]) -> dict[str, Experiment]:

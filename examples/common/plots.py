@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 __all__ = [
+    "GRID",
     "INK",
     "MARKERS",
     "caption",
@@ -76,7 +77,7 @@ def figure(
 
 def caption(fig: Figure, claim: str, detail: str) -> None:
     """The claim above the panels; what was run, and what the bars are, under it."""
-    width = int(fig.get_figwidth() * 13)
+    width = int(fig.get_figwidth() * 12.2)
     lines = textwrap.wrap(claim, width)
     small = textwrap.wrap(detail, int(fig.get_figwidth() * 16.5))
     height = fig.get_figheight()
