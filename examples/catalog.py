@@ -13,6 +13,7 @@ __all__ = ["EXPERIMENTS"]
 _MODULES: tuple[str, ...] = (
     "three_factors.bowls",
     "three_factors.regression",
+    "noise_and_sharpness.covariance_end",
 )
 
 
