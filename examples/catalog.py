@@ -13,6 +13,9 @@ __all__ = ["EXPERIMENTS"]
 _MODULES: tuple[str, ...] = (
     "three_factors.bowls",
     "three_factors.regression",
+    "three_factors.stationarity",
+    "noise_and_sharpness.gap",
+    "noise_and_sharpness.batch_sharpness",
     "noise_and_sharpness.covariance_end",
 )
 
