@@ -14,6 +14,7 @@ _MODULES: tuple[str, ...] = (
     "three_factors.bowls",
     "three_factors.regression",
     "three_factors.stationarity",
+    "three_factors.svag",
     "noise_and_sharpness.gap",
     "noise_and_sharpness.batch_sharpness",
     "noise_and_sharpness.covariance_end",
