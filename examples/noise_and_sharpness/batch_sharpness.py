@@ -10,7 +10,8 @@ Criteria:
 2. while lambda_max is below .75 of it;
 3. control: for the full batch both are within .9 … 1.1.
 The bounds were set after trial runs with seeds 100 and 101, which the laptop and paper
-presets do not use.
+presets do not use. 1 is "near 2/eta", to a quarter; where the interval leaves out 2/eta
+itself, the verdict says so.
 
 Nulls: batch sharpness replaced by lambda_max (nothing but lambda_max matters), and the
 batch sizes in reverse.
@@ -95,13 +96,18 @@ def judge(edge: Edge, rows: Sequence[Row], expected: int) -> Verdict:
         f"{mean_and_spread(values(s, 'lambda_max'), 2)}"
         for s in (*SMALL, full)
     )
-    return decide(
-        claims,
-        found=len(rows),
-        expected=expected,
-        table=_table(edge, rows),
-        short=f"over 2/η, {short}",
-    )
+    known = {"found": len(rows), "expected": expected, "table": _table(edge, rows)}
+    known["short"] = f"over 2/η, {short}"
+    verdict = decide(claims, **known)
+    near = [
+        str(size)
+        for size, found in zip(SMALL, verdict.findings, strict=False)
+        if found.low > 1 or found.high < 1
+    ]
+    if not near:
+        return verdict
+    words = f"2/η itself is outside the interval at S {' and '.join(near)}: near it."
+    return decide(claims, **known, remark=words)
 
 
 def _table(edge: Edge, rows: Sequence[Row]) -> str:
@@ -150,7 +156,7 @@ def draw(edge: Edge, rows: Sequence[Row]) -> Figure:
     right.set(xlabel="batch size S", title="second half of training")
     plots.caption(
         figure,
-        "With small batches the curvature that a mini-batch's step meets settles at "
+        "With small batches the curvature that a mini-batch's step meets settles near "
         "2/η; λ_max of all samples stays below. With the full batch both are there.",
         f"{edge.dataset}, N = {edge.samples}, squared loss, ReLU MLP "
         f"{'-'.join(map(str, edge.hidden))}, η {edge.rate:g}; "
