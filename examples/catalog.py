@@ -11,6 +11,12 @@ __all__ = ["EXPERIMENTS"]
 
 # A module an experiment; each has it as EXPERIMENT.
 _MODULES: tuple[str, ...] = (
+    "three_factors.width",
+    "three_factors.interpolation",
+    "three_factors.same_ratio",
+    "three_factors.memorization",
+    "three_factors.batchnorm",
+    "three_factors.linear_scaling",
     "three_factors.bowls",
     "three_factors.regression",
     "three_factors.stationarity",

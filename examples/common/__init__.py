@@ -1,1 +1,1 @@
-"""What several examples share: data, result files, worker processes."""
+"""What several examples share: data, networks, loops, measures, plots."""

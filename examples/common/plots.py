@@ -14,7 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 __all__ = [
     "GRID",
@@ -24,6 +30,7 @@ __all__ = [
     "colours",
     "few_ticks",
     "figure",
+    "log_axis",
     "mark_line",
     "save",
     "with_spread",
@@ -62,17 +69,16 @@ def figure(
     columns: int, rows: int = 1, *, sharey: bool = False, sharex: bool = False
 ) -> tuple[Figure, np.ndarray]:
     """A figure of panels, [rows, columns], in the house style."""
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(PANEL[0] * columns, PANEL[1] * rows),
-            squeeze=False,
-            sharey=sharey,
-            sharex=sharex,
-            layout="constrained",
-        )
-    return fig, axes
+    plt.rcParams.update(_STYLE)
+    return plt.subplots(
+        rows,
+        columns,
+        figsize=(PANEL[0] * columns, PANEL[1] * rows),
+        squeeze=False,
+        sharey=sharey,
+        sharex=sharex,
+        layout="constrained",
+    )
 
 
 def caption(fig: Figure, claim: str, detail: str) -> None:
@@ -150,6 +156,16 @@ def few_ticks(ax: Axes, places: Sequence[float], axis: str = "x") -> None:
     which.set_major_locator(FixedLocator(list(places)))
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     which.set_minor_locator(NullLocator())
+    which.set_minor_formatter(NullFormatter())
+
+
+def log_axis(ax: Axes, axis: str = "y") -> None:
+    """A logarithmic axis with plain numbers: 1, 2, 5 a decade, or 1 and 3 across."""
+    which = ax.xaxis if axis == "x" else ax.yaxis
+    (ax.set_xscale if axis == "x" else ax.set_yscale)("log")
+    subs = (1.0, 3.0) if axis == "x" else (1.0, 2.0, 5.0)
+    which.set_major_locator(LogLocator(subs=subs))
+    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     which.set_minor_formatter(NullFormatter())
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .stacks import Loss, Stack, cross_entropy, sgd_step
 
-__all__ = ["Orders", "minibatches", "quench", "train_steps"]
+__all__ = ["Measure", "Orders", "minibatches", "quench", "train_steps"]
+
+# Values [replicas] of scores [replicas, samples, classes] and the replicas' places.
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Orders:
@@ -65,12 +68,23 @@ def quench(
     target: float,
     most: int = 2000,
     loss: Loss = cross_entropy,
+    measure: Measure | None = None,
 ) -> Tensor:
     """Gradient descent on all samples until each replica's loss is at most `target`.
 
     Takes the iterate's noise away, so that minima are compared and not the moments at
-    which noisy iterates passed by. In place; replicas that are there stand still. One
-    small rate for all, below 2 / lambda_max.
+    which noisy iterates passed by. In place; replicas that are there stand still.
+
+    Args:
+        stack: the replicas.
+        x: [samples, features].
+        y: labels, [samples], or [replicas, samples] where each has its own.
+        rate: one for all, small: below 2 / lambda_max.
+        target: where a replica stops.
+        most: steps at most.
+        loss: what is descended.
+        measure: scores [replicas, samples, classes] and the replicas' places in the
+            stack to what is compared with `target`, in place of the mean loss.
 
     Returns:
         steps of each replica, [replicas]; -1 for those that did not get there in
@@ -81,11 +95,13 @@ def quench(
     left = torch.arange(len(stack))
     at = stack
     for step in range(most + 1):
-        losses = loss(at(x[None]), y[left])
-        values = losses.detach().mean(dim=1)
+        scores = at(x[None])
+        losses = loss(scores, y[left])
+        means = losses.detach().mean(dim=1)
+        values = means if measure is None else measure(scores.detach(), left)
         arrived = values <= target
         steps[left[arrived]] = step
-        gone = arrived | ~values.isfinite()
+        gone = arrived | ~means.isfinite()
         if gone.any():
             _put(stack, at, left)
             left = left[~gone]

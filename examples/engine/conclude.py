@@ -41,7 +41,7 @@ class Conclusion:
     @property
     def minutes(self) -> float:
         """Processor minutes of all tasks together."""
-        return sum(r["seconds"] for r in self.records) / 60
+        return sum(r.get("processor_seconds", r["seconds"]) for r in self.records) / 60
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -6,7 +6,7 @@
     FOLDER/checkpoints/TASK.pt   where a long task had got to
 
 Any number of workers on any number of machines that share the folder may work on it.
-A claim is made by creating a file that does not exist, which one worker can do; a
+A claim is made by linking a file that does not exist, which one worker can do; a
 claim that is no longer kept up is taken over by creating the next number, so that no
 file is ever removed that somebody may be looking at.
 """
@@ -79,6 +79,9 @@ class Folder:
     experiment: Experiment = field(init=False)
     settings: Settings = field(init=False)
     tasks: dict[str, Task] = field(init=False)
+    _seen: dict[Path, tuple[int, list[dict[str, Any]]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __post_init__(self) -> None:
         with (self.path / "sweep.json").open() as file:
@@ -138,7 +141,12 @@ class Folder:
         """The records, whoever made them, of whatever task and code, oldest first."""
         found: list[dict[str, Any]] = []
         for path in sorted((self.path / "records").glob("*.jsonl")):
-            found += records.read(path)
+            size, seen = self._seen.get(path, (0, []))
+            if path.stat().st_size != size:  # files only grow
+                size = path.stat().st_size
+                seen = records.read(path)
+                self._seen[path] = size, seen
+            found += seen
         return sorted(found, key=lambda record: record.get("time", ""))
 
     def finished(self) -> dict[str, dict[str, Any]]:
@@ -186,12 +194,15 @@ class Folder:
             return None
         number = 0 if latest is None else int(latest.suffix[1:]) + 1
         path = self.path / "claims" / f"{key}.{number}"
+        # Linked and not written there: whoever is killed leaves a whole claim or none.
+        part = self.path / "claims" / f".{uuid.uuid4().hex}"
+        part.write_text(json.dumps(_me()))
         try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            path.hardlink_to(part)
         except FileExistsError:
             return None
-        os.write(file, json.dumps(_me()).encode())
-        os.close(file)
+        finally:
+            part.unlink()
         claim = Claim(self, key, path, number)
         if key in self.finished():  # between the look and the claim
             claim.release()
@@ -262,7 +273,9 @@ class Claim:
     def _write(self) -> None:
         with self._lock:
             if not self._over.is_set():
-                self.path.write_text(json.dumps({**_me(), "fraction": self.fraction}))
+                _write_whole(
+                    self.path, json.dumps({**_me(), "fraction": self.fraction})
+                )
 
 
 def settings_of(

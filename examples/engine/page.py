@@ -47,14 +47,15 @@ def page(experiments: Sequence[Experiment], conclusions: dict[str, Conclusion]) 
         f"{sum(c.verdict.outcome == o for c in conclusions.values())} {o}"
         for o in (HELD, NOT_HELD, UNDECIDED)
     )
+    share = f"{len(conclusions)} of {len(experiments)} experiments"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fastminima: reruns</title><style>{_STYLE}</style></head><body>
 <h1>Reruns</h1>
-<p>{len(conclusions)} of {len(experiments)} experiments: {counts}. A claim is HELD if
-the interval of every statement it consists of (95 % together) lies on its side, NOT HELD
-where one lies on the other, UNDECIDED otherwise.</p>
+<p>{share}: {counts}. A claim is HELD if the
+interval of every statement that it consists of (95 % together) lies on its side, NOT
+HELD if one lies on the other side, UNDECIDED otherwise.</p>
 <table><thead>
 <tr><th>id</th><th>claim</th><th>paper</th><th>verdict</th></tr>
 </thead><tbody>

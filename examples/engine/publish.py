@@ -65,7 +65,8 @@ def status(experiment: Experiment) -> str:
 def tables() -> dict[Path, str]:
     """Every README, its tables made anew from the committed records."""
     paths = [EXAMPLES / "README.md"]
-    paths += sorted({EXAMPLES / e.folder / "README.md" for e in EXPERIMENTS.values()})
+    folders = {EXAMPLES / e.folder for e in EXPERIMENTS.values()}
+    paths += sorted(path for at in folders for path in at.glob("README*.md"))
     return {path: _rewritten(path.read_text()) for path in paths if path.exists()}
 
 

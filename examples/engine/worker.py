@@ -76,10 +76,10 @@ def _next(folders: list[Folder]) -> tuple[Claim | None, bool]:
 
 def _do(claim: Claim, time_limit: float) -> None:
     folder = claim.folder
-    started = time.monotonic()
+    started = time.monotonic(), time.process_time()
 
     def stop_if_late() -> None:
-        if time.monotonic() - started > time_limit:
+        if time.monotonic() - started[0] > time_limit:
             _record(claim, [], started, f"took longer than {time_limit:g} s")
             os._exit(3)
 
@@ -109,9 +109,15 @@ def _lost(claim: Claim) -> int:
 
 
 def _record(
-    claim: Claim, rows: list[dict[str, Any]], started: float, message: str = ""
+    claim: Claim,
+    rows: list[dict[str, Any]],
+    started: tuple[float, float],
+    message: str = "",
 ) -> None:
-    """Write the record, unless another worker has taken the task over."""
+    """Write the record, unless another worker has taken the task over.
+
+    `started` is when the task was, by the clock and in processor time.
+    """
     if not claim.is_mine():
         return
     folder = claim.folder
@@ -126,9 +132,11 @@ def _record(
             "status": "failed" if message else "finished",
             "message": message,
             "rows": _finite(rows),
-            "seconds": round(time.monotonic() - started, 2),
+            "seconds": round(time.monotonic() - started[0], 2),
+            "processor_seconds": round(time.process_time() - started[1], 2),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "code": folder.code,
+            "protocol": getattr(folder.settings, "protocol", ""),
             **provenance(),
         }
     )

@@ -1,188 +1,466 @@
-"""Do SGD's learning rate and batch size set the width of the minimum by their ratio?
+"""F1: do learning rate and batch size set the width of the minimum by their ratio?
 
-Experiment F1 of Jastrzebski et al. (2017), arXiv:1711.04623: train one network over a
-grid of learning rates eta and batch sizes S, measure the curvature of where it ends,
-and plot it against eta/S. Run it with
+Networks are trained over a grid of learning rates eta and batch sizes S until their
+train loss first is at most a rung, then *quenched*: gradient descent on all samples at
+one small rate down to one lower loss. Curvature and validation accuracy are measured
+before the quench and after it. Before it they are those of a noisy iterate, taken at
+the moment of a lucky fluctuation; after it those of the minimum that SGD was near.
 
-    python examples/three_factors/width.py --preset quick
-
-It can be interrupted at any moment: the same command takes up where it stopped. What
-must come out: width rises with eta/S, and hardly depends on eta and S beyond that.
+What decides, with which seeds and samples, was written down first, in
+protocols/f1.toml: laptop reads all of its settings from there.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from examples.common import data, records  # noqa: E402
-from examples.common import workers as pool  # noqa: E402
-from examples.three_factors.settings import (  # noqa: E402
-    PRESETS,
-    Run,
-    Settings,
-    preset,
+import fastminima as fm
+from examples.common import data, measures, plots, seedwise, stacks, training
+from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
+from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
+
+__all__ = ["EXPERIMENT", "Width"]
+
+PROTOCOL = Path(__file__).parent / "protocols" / "f1.toml"
+# Displacements of the finite differences, in units of the parameters.
+STEPS = (0.1, 0.01)
+
+
+@dataclass(frozen=True)
+class Width(Settings):
+    """The grid and the measurement.
+
+    Attributes:
+        hidden: width of each hidden layer of the ReLU MLP.
+        pairs: (learning rate, batch size) of the grid.
+        rung: train loss of the snapshot. target, rate, most_steps: of the quench.
+        checks: evaluations of the train loss an epoch, in search of the rung.
+        measure_size: training samples that curvature is measured on.
+        products: Hessian products for each stochastic estimate.
+        seeds_a_task: replicas of each pair that are trained in one stack.
+        protocol: hash of the file that fixed all this beforehand; "" if none did.
+    """
+
+    train_size: int
+    validation_size: int
+    split_seed: int
+    pool: int
+    skip: int
+    hidden: tuple[int, ...]
+    pairs: tuple[tuple[float, int], ...]
+    most_epochs: int
+    rung: float
+    target: float
+    rate: float
+    most_steps: int
+    checks: int = 2
+    measure_size: int = 2048
+    products: int = 24
+    equivalence: float = 1 / 3
+    seeds_a_task: int = 2
+    protocol: str = ""
+
+
+def settings(preset: str, dataset: str) -> Width:
+    """Of a preset: laptop is the protocol's, quick cut down, paper at its own size."""
+    text = PROTOCOL.read_bytes()
+    p = tomllib.loads(text.decode())
+    runs, its_data, measurement = p["runs"], p["data"], p["measurement"]
+    common = {
+        "preset": preset,
+        "dataset": dataset,
+        "split_seed": its_data["split_seed"],
+        "rung": measurement["rung"],
+        "target": measurement["target"],
+        "rate": measurement["rate"],
+        "most_steps": measurement["most_steps"],
+        "equivalence": p["decision"]["equivalence"],
+    }
+    pairs = _pairs(runs["ratios"], runs["batch_sizes"])
+    is_digits = dataset == "digits"
+    sizes = {
+        "train_size": 1440 if is_digits else its_data["train_size"],
+        "validation_size": 357 if is_digits else its_data["validation_size"],
+        "pool": 1 if is_digits else its_data["pool"],
+        "skip": 0 if is_digits else its_data["skip"],
+    }
+    if preset == "quick":
+        return Width(
+            **common,
+            **{**sizes, "train_size": 1024, "validation_size": 350},
+            seeds=(0, 1, 2),
+            hidden=tuple(runs["hidden"]),
+            pairs=_pairs((1e-3, 2.5e-3, 6.3e-3), (8, 16)),
+            most_epochs=100,
+            measure_size=512,
+            products=6,
+            seeds_a_task=3,
+        )
+    if preset == "laptop":
+        is_written = dataset == its_data["name"]
+        return Width(
+            **common,
+            **sizes,
+            seeds=tuple(runs["seeds"]),
+            hidden=tuple(runs["hidden"]),
+            pairs=pairs,
+            most_epochs=runs["most_epochs"],
+            checks=measurement["checks"],
+            products=measurement["products"],
+            protocol=hashlib.sha256(text).hexdigest()[:12] if is_written else "",
+        )
+    return Width(
+        **{**common, "rung": 0.4, "target": 0.3, "rate": 0.02},
+        train_size=1440 if is_digits else 45_000,
+        validation_size=357 if is_digits else 10_000,
+        pool=1,
+        skip=0,
+        seeds=(0, 1, 2, 3, 4),
+        hidden=(50,) * 20,
+        pairs=tuple(dict.fromkeys(_STUDY + _SCALINGS)),
+        most_epochs=60,
+        checks=4,
+        measure_size=4096,
+        products=100,
+        seeds_a_task=5,
+    )
+
+
+def _pairs(
+    ratios: Sequence[float], sizes: Sequence[int]
+) -> tuple[tuple[float, int], ...]:
+    return tuple((float(f"{r * s:.6g}"), s) for r in ratios for s in sizes)
+
+
+# The 16 pairs of a reproducibility study of the paper.
+_STUDY = (
+    *((0.05, 50), (0.05, 1000), (0.025, 500), (0.04, 1000), (0.02, 500), (0.02, 100)),
+    *((0.01, 50), (0.01, 100), (0.02, 200), (0.005, 1000), (0.03, 50), (0.02, 50)),
+    *((0.06, 75), (0.015, 100), (0.011, 100), (0.0075, 100)),
+)
+# And within the paper's range, three batch sizes for each of four ratios.
+_SCALINGS = (
+    *_pairs((5e-5,), (100, 200, 500)),
+    *_pairs((1e-4, 2e-4, 2.5e-4), (50, 100, 200)),
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line, and run the experiment that it names."""
-    options = _parse(arguments)
-    dataset = data.load(options.data)
-    is_cut = options.quickest or os.environ.get("FASTMINIMA_QUICK", "") not in ("", "0")
-    settings = preset(options.preset, dataset.name, quickest=is_cut)
-    path = options.out / f"width-{settings.preset}-{settings.dataset}.jsonl"
-    print(_describe(settings, dataset, path, is_fallback=options.data == "auto"))
-    return run(settings, path, workers=0 if options.plot_only else options.workers)
-
-
-def run(settings: Settings, path: Path, workers: int) -> int:
-    """Train what is missing (nothing with no workers), report and draw.
-
-    Returns:
-        0, or 1 without any finished run, or 130 when interrupted.
-    """
-    if workers:
-        try:
-            _train_missing(settings, path, workers)
-        except KeyboardInterrupt:
-            done = len(_recorded(settings, path))
-            print(
-                f"\nInterrupted: {done} of {len(settings.runs)} runs are kept; "
-                "the same command goes on from there."
-            )
-            return 130
-    return _conclude(settings, path)
-
-
-def _conclude(settings: Settings, path: Path) -> int:
-    from examples.three_factors import figure, report
-
-    found = list(_recorded(settings, path).values())
-    if not any(r["status"] == "finished" for r in found):
-        print(f"No finished runs in {path}. Run without --plot-only, or see why above.")
-        return 1
-    table, _, sentence = report.report(settings, found).rpartition("\n\n")
-    drawn = figure.draw(settings, found, path.with_suffix(".png"))
-    print(f"\n{table}\n\nResults: {path}\nFigure:  {drawn}\n\n{sentence}")
-    return 0
-
-
-def _train_missing(settings: Settings, path: Path, count: int) -> None:
-    from tqdm import tqdm
-
-    done = _recorded(settings, path)
-    missing = [run for run in settings.runs if run not in done]
-    total = len(settings.runs) * settings.epochs
-    with tqdm(
-        total=total, initial=len(done) * settings.epochs, unit="epoch", smoothing=0.05
-    ) as bar:
-        bar.set_postfix_str(f"{len(done)}/{len(settings.runs)} runs")
-        for news in pool.run(_work, [(settings, run, path) for run in missing], count):
-            bar.update(news["epochs"])
-            if news["finished"]:
-                done[news["finished"]] = {}
-                bar.set_postfix_str(f"{len(done)}/{len(settings.runs)} runs")
-
-
-_splits: dict[str, data.Split] = {}
-
-
-def _work(
-    task: tuple[Settings, Run, Path], report: Callable[[dict[str, Any]], None]
-) -> None:
-    """One run, in a worker: train, and put the record on disk before saying so."""
-    from examples.three_factors import train
-
-    settings, run, path = task
-    if settings.fingerprint not in _splits:
-        _splits[settings.fingerprint] = data.split(
-            data.load(settings.dataset), settings.train_size, settings.validation_size
-        )
-    seen = 0
-
-    def on_epoch() -> None:
-        nonlocal seen
-        seen += 1
-        report({"epochs": 1, "finished": None})
-
-    record = train.train(settings, run, _splits[settings.fingerprint], on_epoch)
-    records.append(path, record)
-    report({"epochs": settings.epochs - seen, "finished": run})
-
-
-def _recorded(settings: Settings, path: Path) -> dict[Run, dict[str, Any]]:
-    """The runs of this experiment that are in the file, finished or diverged."""
-    found = {}
-    wanted = set(settings.runs)
-    for record in records.read(path):
-        if record.get("settings") != settings.fingerprint:
-            continue
-        run = Run(record["learning_rate"], record["batch_size"], record["seed"])
-        if run in wanted:
-            found[run] = record
+def tasks(s: Width) -> list[Task]:
+    """A stack a batch size and a few seeds, with all rates of that size."""
+    found = []
+    for size in sorted({size for _, size in s.pairs}):
+        rates = sorted(rate for rate, of in s.pairs if of == size)
+        found += [
+            {"batch_size": size, "rates": rates, "seeds": list(some)}
+            for some in _chunks(s.seeds, s.seeds_a_task)
+        ]
     return found
 
 
-def _describe(
-    settings: Settings, dataset: data.Dataset, path: Path, *, is_fallback: bool
-) -> str:
-    ratios = {run.ratio for run in settings.runs}
-    note = ""
-    if is_fallback and dataset.name == "digits":
-        note = (
-            "\n(Fashion-MNIST was not found: digits of scikit-learn instead. "
-            "See the README for where to put it.)"
+def _chunks(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [seeds[at : at + size] for at in range(0, len(seeds), size)]
+
+
+def rows(s: Width, task: Task) -> int:
+    return len(task["seeds"]) * len(task["rates"])
+
+
+def run(s: Width, task: Task, watch: Watch) -> list[Row]:
+    """Train a stack to the rung, measure, quench, measure."""
+    split = data.prepared(
+        s.dataset,
+        s.train_size,
+        s.validation_size,
+        s.split_seed,
+        pool=s.pool,
+        skip=s.skip,
+    )
+    x, y = split.train[0].flatten(1), split.train[1]
+    pairs = [(rate, seed) for rate in task["rates"] for seed in task["seeds"]]
+    reached = _train_to_rung(s, task["batch_size"], pairs, x, y, watch)
+    found: list[Row] = []
+    for at, (rate, seed) in enumerate(pairs):
+        snapshot = reached.get(at)
+        row: Row = {
+            "learning_rate": rate,
+            "batch_size": task["batch_size"],
+            "ratio": float(f"{rate / task['batch_size']:.3g}"),
+            "seed": seed,
+            "status": "unreached" if snapshot is None else "finished",
+        }
+        if snapshot is not None:
+            stack, row["epochs"], updates = snapshot
+            row["flow"] = rate * updates
+            row |= _prefixed("first", _measure(s, stack, split))
+            steps = training.quench(stack, x, y, s.rate, s.target, s.most_steps)
+            row["quench_flow"] = s.rate * int(steps[0])
+            if int(steps[0]) < 0:
+                row["status"] = "not quenched"
+            else:
+                row |= _prefixed("quenched", _measure(s, stack, split))
+        found.append(row)
+        watch.progress(0.5 + 0.5 * (at + 1) / len(pairs))
+    return found
+
+
+def _train_to_rung(
+    s: Width,
+    batch_size: int,
+    pairs: Sequence[tuple[float, int]],
+    x: Tensor,
+    y: Tensor,
+    watch: Watch,
+) -> dict[int, tuple[stacks.Stack, float, int]]:
+    """Each replica as it first got to the rung, with its epochs and updates."""
+    seeds = [seed for _, seed in pairs]
+    stack = stacks.Stack.drawn((x.shape[1], *s.hidden, 10), seeds)
+    orders = training.Orders(seeds, len(y))
+    rates = torch.tensor([rate for rate, _ in pairs])
+    start = stack.mean_loss(x, y)
+    left = torch.arange(len(pairs))
+    reached: dict[int, tuple[stacks.Stack, float, int]] = {}
+    each = max(1, len(y) // batch_size // s.checks)
+    updates = 0
+    for epoch in range(s.most_epochs):
+        batches = list(training.minibatches(orders, batch_size))
+        for at in range(0, len(batches) - each + 1, each):
+            some = iter([index[left] for index in batches[at : at + each]])
+            updates += training.train_steps(stack, x, y, rates[left], some)
+            loss = stack.mean_loss(x, y)
+            arrived = loss <= s.rung
+            is_over = arrived | ~loss.isfinite() | (loss > 1e3 * start[left])
+            for place in arrived.nonzero().flatten().tolist():
+                one = stack.kept(torch.tensor([place]))
+                passed = epoch + (at + each) / len(batches)
+                reached[int(left[place])] = one, round(passed, 3), updates
+            if is_over.any():
+                left = left[~is_over]
+                if not len(left):
+                    return reached
+                stack = stack.kept(~is_over)
+        share = 1 - len(left) / len(pairs)
+        watch.progress(0.5 * max(share, (epoch + 1) / s.most_epochs))
+    return reached
+
+
+def _measure(s: Width, stack: stacks.Stack, split: data.Split) -> dict[str, Any]:
+    """Loss, accuracy, gradient noise and curvature of one replica."""
+    x, y = split.train[0].flatten(1), split.train[1]
+    held_out, answers = split.validation[0].flatten(1), split.validation[1]
+    model = stack.module(0)
+    some = x[: s.measure_size], y[: s.measure_size]
+    noise = measures.gradient_noise(fm.GradientProbe(model), model, some)
+    found = {
+        "loss": stack.mean_loss(x, y).item(),
+        "accuracy": stack.accuracy(x, y).item(),
+        "val_loss": stack.mean_loss(held_out, answers).item(),
+        "val_accuracy": stack.accuracy(held_out, answers).item(),
+        "covariance_trace": float(noise.covariance_trace),
+        **measures.curvature(model, some, products=s.products),
+    }
+    for step in STEPS:
+        found[f"frobenius_{step:g}"] = measures.finite_difference_norm(
+            model, some, step, products=max(3, s.products // 4)
         )
-    return (
-        f"Data: {dataset.name} ({dataset.source}), {settings.train_size} to train, "
-        f"{settings.validation_size} to validate.{note}\n"
-        f"Grid: {len(settings.pairs)} pairs (eta, S), {len(ratios)} ratios, "
-        f"{len(settings.seeds)} seeds, {settings.epochs} epochs; results in {path}"
+    return found
+
+
+def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def judge(s: Width, found: Sequence[Row], expected: int) -> Verdict:
+    """Slopes seed by seed, quenched; those of the noisy iterate beside them."""
+    good = [r for r in found if r["status"] == "finished"]
+    claims = [
+        Claim(
+            "quenched: -log10 ‖H‖_F per decade of η/S",
+            _per_decade(good, _log_width("quenched_frobenius")),
+            low=0,
+        ),
+        Claim(
+            "-log10 λ_max",
+            _per_decade(good, _log_width("quenched_lambda_max")),
+            low=0,
+        ),
+        Claim(
+            "validation accuracy",
+            _per_decade(good, lambda r: r["quenched_val_accuracy"]),
+            low=0,
+        ),
+        Claim(
+            "effect of S at one ratio over that of the ratio, on ‖H‖_F",
+            _relative(good),
+            low=-s.equivalence,
+            high=s.equivalence,
+        ),
+    ]
+    noisy = {
+        "‖H‖_F": _per_decade(good, _log_width("first_frobenius")),
+        "accuracy": _per_decade(good, lambda r: r["first_val_accuracy"]),
+    }
+    remark = "Not quenched: " + ", ".join(
+        f"{name} {mean_and_spread(values, 2)}" for name, values in noisy.items()
+    )
+    return decide(
+        claims,
+        found=len(good),
+        expected=expected,
+        table=_table(good, found),
+        remark=remark + " per decade (± standard deviation over seeds).",
     )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
-    parser.add_argument(
-        "--data",
-        choices=("auto", *data.NAMES),
-        default="auto",
-        help="auto: Fashion-MNIST where it is found, otherwise digits",
-    )
-    parser.add_argument(
-        "--quickest",
-        action="store_true",
-        help="the preset cut down for CI, under 40 s for quick (or FASTMINIMA_QUICK=1)",
-    )
-    parser.add_argument(
-        "--plot-only", action="store_true", help="report and draw what there is"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "three_factors")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
-        help="processes of one thread each (default: the processors available)",
-    )
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers must be at least 1, got {options.workers}")
-    return options
+def _log_width(name: str) -> seedwise.Key:
+    def width(row: Row) -> float | None:
+        value = row[name]
+        return -math.log10(value) if value is not None and value > 0 else None
+
+    return width
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _decades(row: Row) -> float:
+    return math.log10(row["ratio"])
+
+
+def _decades_of_size(row: Row) -> float:
+    return math.log10(row["batch_size"])
+
+
+def _per_decade(found: Sequence[Row], value: seedwise.Key) -> list[float]:
+    return [
+        slope for slope, *_ in seedwise.slopes(found, value, _decades, _decades_of_size)
+    ]
+
+
+def _relative(found: Sequence[Row]) -> list[float]:
+    """The slope with S over that with the ratio, seed by seed."""
+    both = seedwise.slopes(
+        found, _log_width("quenched_frobenius"), _decades, _decades_of_size
+    )
+    return [of_size / of_ratio for of_ratio, of_size in both]
+
+
+_COLUMNS = (
+    ("λ_max", "first_lambda_max"),
+    ("‖H‖_F", "first_frobenius"),
+    ("val. acc.", "first_val_accuracy"),
+    ("λ_max", "quenched_lambda_max"),
+    ("‖H‖_F", "quenched_frobenius"),
+    ("by differences .1", "quenched_frobenius_0.1"),
+    (".01", "quenched_frobenius_0.01"),
+    ("tr H", "quenched_trace"),
+    ("tr C", "quenched_covariance_trace"),
+    ("val. acc.", "quenched_val_accuracy"),
+    ("epochs", "epochs"),
+    ("flow", "flow"),
+    ("quench", "quench_flow"),
+)
+
+
+def _table(good: Sequence[Row], found: Sequence[Row]) -> str:
+    head = ["η/S", "S", *(name for name, _ in _COLUMNS)]
+    lines = [head]
+    for (ratio, size), same in seedwise.cells(good, "ratio", "batch_size").items():
+        values = [mean_and_spread([r[k] for r in same]) for _, k in _COLUMNS]
+        lines.append([f"{ratio:.3g}", str(size), *values])
+    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = "Mean ± standard deviation over seeds: three columns at the rung, the next "
+    text += "seven quenched,\nthen epochs to the rung, η · updates to it, and rate · "
+    text += "steps of the quench\n"
+    text += "\n".join(
+        "  ".join(cell.rjust(w) for cell, w in zip(line, wide, strict=True))
+        for line in lines
+    )
+    lost = [r for r in found if r["status"] != "finished"]
+    for (ratio, size), same in seedwise.cells(lost, "ratio", "batch_size").items():
+        which = ", ".join(sorted({r["status"] for r in same}))
+        text += f"\n{len(same)} of η/S {ratio:.3g}, S {size}: {which}"
+    return text
+
+
+def draw(s: Width, found: Sequence[Row]) -> Figure:
+    """Width and accuracy against the ratio, quenched and not."""
+    good = [r for r in found if r["status"] == "finished"]
+    fig, axes = plots.figure(3)
+    sizes = sorted({r["batch_size"] for r in good})
+    panels = (
+        ("frobenius", "‖H‖$_F$", True),
+        ("lambda_max", "λ$_{max}$", True),
+        ("val_accuracy", "validation accuracy", False),
+    )
+    for ax, (name, label, is_log) in zip(axes[0], panels, strict=True):
+        for colour, marker, size in zip(
+            plots.colours(len(sizes)), plots.MARKERS, sizes, strict=False
+        ):
+            for moment, style in (("quenched", "-"), ("first", ":")):
+                groups = seedwise.cells(
+                    [r for r in good if r["batch_size"] == size], "ratio"
+                )
+                plots.with_spread(
+                    ax,
+                    [ratio for (ratio,) in groups],
+                    [[r[f"{moment}_{name}"] for r in g] for g in groups.values()],
+                    label=f"S = {size}, "
+                    + ("quenched" if moment == "quenched" else "at the rung"),
+                    points=moment == "quenched",
+                    color=colour,
+                    marker=marker,
+                    linestyle=style,
+                )
+        ax.set_xscale("log")
+        if is_log:
+            plots.log_axis(ax)
+        plots.few_ticks(ax, sorted({r["ratio"] for r in good})[:: 1 + len(sizes) // 4])
+        ax.set_xlabel("learning rate / batch size, η/S")
+        ax.set_ylabel(label)
+    axes[0, 0].legend()
+    plots.caption(
+        fig,
+        "The width of the minimum that SGD finds, and its validation accuracy, rise "
+        "with η/S and depend on S little beyond that",
+        f"{s.dataset}, {s.train_size} samples, ReLU MLP of {len(s.hidden)} layers of "
+        f"{s.hidden[0]}; at train loss {s.rung:g}, and quenched to {s.target:g}. "
+        "Lines: means; bars: one standard deviation over "
+        f"{len({r['seed'] for r in good})} seeds; dots: runs.",
+    )
+    return fig
+
+
+def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+    """What was set permuted within each seed; accuracies alone permuted."""
+    return {
+        "learning rates and batch sizes permuted within each seed": seedwise.shuffled(
+            found, seed, "learning_rate", "batch_size", "ratio"
+        ),
+        "accuracies permuted within each seed": seedwise.shuffled(
+            found, seed, "quenched_val_accuracy"
+        ),
+    }
+
+
+EXPERIMENT = Experiment(
+    id="f1",
+    paper="Jastrzebski et al. 2017",
+    claim="The width of the minimum and validation accuracy rise with η/S, whatever S.",
+    folder="three_factors",
+    settings=settings,
+    tasks=tasks,
+    run=run,
+    rows=rows,
+    judge=judge,
+    draw=draw,
+    nulls=nulls,
+    datasets=("fashion-mnist", "digits"),
+    paper_number="a figure: ‖H‖ falls and accuracy rises, η 5e-3 … 5e-2, S 50 … 1000",
+)
