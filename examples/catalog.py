@@ -20,6 +20,10 @@ _MODULES: tuple[str, ...] = (
     "three_factors.stages",
     "three_factors.batchnorm",
     "three_factors.linear_scaling",
+    "three_factors.bowls",
+    "three_factors.regression",
+    "three_factors.stationarity",
+    "three_factors.svag",
     "breuel_subproblems.modes",
     "kleinberg_escape.one_dimension",
     "kleinberg_escape.network",
@@ -27,6 +31,9 @@ _MODULES: tuple[str, ...] = (
     "langevin_volume.volume",
     "langevin_volume.network",
     "online_ica.ica",
+    "noise_and_sharpness.gap",
+    "noise_and_sharpness.batch_sharpness",
+    "noise_and_sharpness.covariance_end",
 )
 
 

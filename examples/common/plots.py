@@ -23,6 +23,7 @@ from matplotlib.ticker import (
 )
 
 __all__ = [
+    "GRID",
     "INK",
     "MARKERS",
     "caption",
@@ -82,7 +83,7 @@ def figure(
 
 def caption(fig: Figure, claim: str, detail: str) -> None:
     """The claim above the panels; what was run, and what the bars are, under it."""
-    width = int(fig.get_figwidth() * 13)
+    width = int(fig.get_figwidth() * 12.2)
     lines = textwrap.wrap(claim, width)
     small = textwrap.wrap(detail, int(fig.get_figwidth() * 15.2))
     height = fig.get_figheight()
