@@ -342,7 +342,7 @@ def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="batchnorm-noise",
-    paper="ours, for Jastrzebski et al. 2017",
+    paper="ours, for Jastrzębski et al. 2017",
     claim=(
         "Under batch normalisation tr C by rows, or with frozen statistics, overstates "
         "SGD's noise."

@@ -552,7 +552,7 @@ def nulls(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f6",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim=(
         "(βη, βS) gives the same accuracy up to some β and then breaks down, after "
         "ηλ_max has reached 2, and earlier for smaller N."

@@ -453,7 +453,7 @@ def nulls(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f4",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim=(
         "A cyclic batch size and a cyclic learning rate with the same ratio are "
         "exchangeable: their curves overlap, away from those of constants."

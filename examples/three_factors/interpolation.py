@@ -165,7 +165,7 @@ def _swapped(row: Row) -> Row:
 
 EXPERIMENT = Experiment(
     id="f2",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim="Minima found with a lower η/S, by η or by S, are sharper along the line.",
     folder="three_factors",
     settings=settings,

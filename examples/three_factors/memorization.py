@@ -400,7 +400,7 @@ def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f5",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim="At one level of memorization, a higher η/S generalizes better.",
     folder="three_factors",
     settings=settings,

@@ -90,7 +90,7 @@ def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f3",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim="Minima found at one ratio η/S are equally wide, whatever η and S.",
     folder="three_factors",
     settings=settings,

@@ -430,7 +430,7 @@ def nulls(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f7",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim=(
         "Stages of high noise lead to wider minima and stages of low noise to sharper "
         "ones, whether the learning rate changes or the batch size."

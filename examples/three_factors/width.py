@@ -451,7 +451,7 @@ def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 EXPERIMENT = Experiment(
     id="f1",
-    paper="Jastrzebski et al. 2017",
+    paper="Jastrzębski et al. 2017",
     claim="The width of the minimum and validation accuracy rise with η/S, whatever S.",
     folder="three_factors",
     settings=settings,

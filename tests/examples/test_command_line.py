@@ -184,6 +184,22 @@ def test_a_worker_started_by_hand_does_what_is_left(tmp_path):
     assert main(["status", str(tmp_path)]) == 0
 
 
+def test_the_experiment_of_the_readme_runs(tmp_path):
+    text = (ROOT / "examples" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "mine.py").write_text(code)
+    found = subprocess.run(
+        [sys.executable, "-m", "examples", "run", "mine:EXPERIMENT", "--quiet"]
+        + ["--out", str(tmp_path)],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert found.stdout.splitlines()[-1].startswith("HELD: the value 1.2 ["), found
+
+
 def test_report_is_one_page_that_needs_nothing_else(tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["report", "--out", str(page)]) == 0
