@@ -84,7 +84,7 @@ def caption(fig: Figure, claim: str, detail: str) -> None:
     """The claim above the panels; what was run, and what the bars are, under it."""
     width = int(fig.get_figwidth() * 13)
     lines = textwrap.wrap(claim, width)
-    small = textwrap.wrap(detail, int(fig.get_figwidth() * 16.5))
+    small = textwrap.wrap(detail, int(fig.get_figwidth() * 15.2))
     height = fig.get_figheight()
     top = 0.24 * len(lines) + 0.17 * len(small) + 0.16
     fig.set_figheight(height + top)
