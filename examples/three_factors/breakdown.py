@@ -581,5 +581,6 @@ EXPERIMENT = Experiment(
         "laptop": ("fashion-mnist", "digits"),
         "paper": ("cifar10",),
     },
+    minutes={"laptop": 3.8},  # on a busy machine
     nulls=nulls,
 )
