@@ -246,7 +246,7 @@ def judge(settings: Stages, rows: Sequence[Row], expected: int) -> Verdict:
         for what, name in JUDGED.items():
             low, high = _changes(settings, ours, what)
             claims.append(Claim(f"{way}: log {name} over low stages", low, low=0.0))
-            claims.append(Claim(f"{way}: over high stages", high, high=0.0))
+            claims.append(Claim(f"{way}: log {name} over high stages", high, high=0.0))
             shorts.append(
                 f"by {way}: log {name} {_signed(low)} over low-noise, "
                 f"{_signed(high)} over high-noise stages"
