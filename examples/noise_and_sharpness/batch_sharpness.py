@@ -190,5 +190,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 2.4},
     nulls=nulls,
 )

@@ -313,5 +313,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 1.3},
     nulls=nulls,
 )

@@ -223,6 +223,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 3.3},
     nulls=nulls,
     exploratory="The slope among the seeds of one batch size was looked at after the "
     "run, and decides nothing.",

@@ -270,5 +270,7 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 2.7},
     nulls=nulls,
 )

@@ -360,5 +360,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     rows=count_rows,
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 2.0},
     nulls=nulls,
 )

@@ -287,12 +287,14 @@ def draw(s: Stationarity, rows: Sequence[Row]) -> Figure:
             ends += [*x, *y, *at_start]
         span = [0.8 * min(ends), 1.2 * max(ends)]
         ax.plot(span, span, "--", color=plots.INK, lw=1, label="equal")
-        ax.set(xscale="log", yscale="log", xlabel=words[0], ylabel=words[1])
+        plots.log_axis(ax, "x")
+        plots.log_axis(ax, "y")
+        ax.set(xlabel=words[0], ylabel=words[1])
         ax.legend()
     plots.caption(
         figure,
-        "At stationarity SGD obeys both of Yaida's relations; early in training it "
-        "does not.",
+        "Both sides of Yaida's relations: equal at stationarity, far from it early in "
+        "training.",
         f"{s.dataset}, N = {s.samples}, MLP {'-'.join(map(str, s.hidden))}, η "
         f"{s.rate:g}, S {s.batch_size}, weight decay {s.decay:g}; {len(rows)} seeds, "
         f"means over {s.steps} steps; small points are tenths of them, bars their "
@@ -319,5 +321,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 2.3},
     nulls=nulls,
 )

@@ -299,5 +299,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
+    # Half of the clock of one worker, beside other work.
+    minutes={"laptop": 1.4},
     nulls=nulls,
 )
