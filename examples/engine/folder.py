@@ -73,12 +73,20 @@ class State:
 
 @dataclass
 class Folder:
-    """A sweep on disk. What it is was written once; what came out is read anew."""
+    """A sweep on disk. What it is was written once; what came out is read anew.
+
+    Attributes:
+        path: the folder.
+        experiment, settings: what is run.
+        tasks: by their keys.
+        code: hash of the code that makes the records now.
+    """
 
     path: Path
     experiment: Experiment = field(init=False)
     settings: Settings = field(init=False)
     tasks: dict[str, Task] = field(init=False)
+    code: str = field(init=False)
     _seen: dict[Path, tuple[int, list[dict[str, Any]]]] = field(
         default_factory=dict, repr=False
     )
@@ -87,6 +95,8 @@ class Folder:
         with (self.path / "sweep.json").open() as file:
             spec = json.load(file)
         self.experiment = load(spec["experiment"])
+        # At once, while the files are those that were imported.
+        self.code = code_hash(self.experiment.run)
         self.settings = settings_of(
             self.experiment, spec["preset"], spec["dataset"], spec["overrides"]
         )
@@ -131,11 +141,6 @@ class Folder:
         if found != spec:  # the same experiment with other seeds
             _write_whole(file, json.dumps(spec, indent=1))
         return cls(path)
-
-    @property
-    def code(self) -> str:
-        """Hash of the code that makes the records now."""
-        return code_hash(self.experiment.run)
 
     def read(self) -> list[dict[str, Any]]:
         """The records, whoever made them, of whatever task and code, oldest first."""

@@ -189,8 +189,7 @@ def test_the_experiment_of_the_readme_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (tmp_path / "mine.py").write_text(code)
     found = subprocess.run(
-        [sys.executable, "-m", "examples", "run", "mine:EXPERIMENT", "--quiet"]
-        + ["--out", str(tmp_path)],
+        [sys.executable, "-m", "examples", "run", "mine:EXPERIMENT", "--out", "."],
         cwd=tmp_path,
         env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
         capture_output=True,

@@ -229,6 +229,7 @@ def test_records_of_other_code_are_not_counted(tmp_path, monkeypatch):
     sweep = make(tmp_path)
     worker.work([sweep.path])
     monkeypatch.setattr(folders, "code_hash", lambda function: "another")
+    sweep = Folder(sweep.path)
     assert sweep.finished() == {}
     assert sweep.outdated() == 6
     assert worker.work([sweep.path]) == 6
