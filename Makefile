@@ -15,7 +15,8 @@ PIP := -m pip --disable-pip-version-check -qq
 # The pinned linters of pyproject.toml, without building the package once more.
 LINTERS := import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
 	print(*found['project']['optional-dependencies']['lint'], sep='\n')
-DEMO := examples/three_factors/width.py --preset quick
+# The claim on the width of minima, with seeds enough to decide it.
+DEMO := -m examples run f1 --preset quick --seeds 0-7
 
 # PyTorch's threads sleep instead of spinning when another program wants the core.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -58,7 +59,7 @@ $(VENV)/.linters: $(VENV)/.installed
 setup: $(VENV)/.installed  ## the environment that demo and test use
 
 demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / batch size
-	@OMP_NUM_THREADS=2 $(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
+	@$(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## op tests with shapes checked, models on a device, the suite
 	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*' --ignore-glob='*/test_memory.py' -n 2
