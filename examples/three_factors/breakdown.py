@@ -568,7 +568,7 @@ EXPERIMENT = Experiment(
     paper="Jastrzębski et al. 2017",
     claim=(
         "(βη, βS) gives the same accuracy up to some β and then breaks down, after "
-        "ηλ_max has reached 2, and earlier for smaller N."
+        "ηλ_max has reached 2, and at equal epochs earlier for smaller N."
     ),
     folder="three_factors",
     settings=settings,
