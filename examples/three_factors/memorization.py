@@ -104,7 +104,7 @@ def settings(preset: str, dataset: str) -> Memorization:
     return Memorization(
         **common,
         train_size=400 if is_quick else its_data["train_size"],
-        validation_size=350 if is_quick or is_digits else its_data["validation_size"],
+        validation_size=350 if is_digits else its_data["validation_size"],
         pool=1 if is_digits else its_data["pool"],
         skip=0 if is_digits else its_data["skip"],
         seeds=(0, 1, 2) if is_quick else tuple(runs["seeds"]),

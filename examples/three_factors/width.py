@@ -97,7 +97,7 @@ def settings(preset: str, dataset: str) -> Width:
     if preset == "quick":
         return Width(
             **common,
-            **{**sizes, "train_size": 1024, "validation_size": 350},
+            **{**sizes, "train_size": 1024},
             seeds=(0, 1, 2),
             hidden=tuple(runs["hidden"]),
             pairs=_pairs((1e-3, 2.5e-3, 6.3e-3), (8, 16)),
