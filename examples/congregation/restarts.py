@@ -294,7 +294,7 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
-    minutes={"quick": 0.3, "laptop": 0.9},
+    minutes={"quick": 0.1, "laptop": 0.25},
     nulls=nulls,
     exploratory=(
         "All parameters are our choice, made in prototypes; which of the two rules "

@@ -353,6 +353,6 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
-    minutes={"quick": 0.15, "laptop": 0.35},
+    minutes={"quick": 0.15, "laptop": 0.5},
     nulls=nulls,
 )

@@ -284,6 +284,7 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
+    minutes={"quick": 0.2, "laptop": 2.1},
     nulls=nulls,
     exploratory=(
         "The distance of the centres: 2 apart, walkers did not mix in a prototype's "
