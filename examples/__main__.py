@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from .catalog import EXPERIMENTS
-    from .engine.publish import status
+    from .engine.publish import minutes, status
 
     found = [
         {
@@ -34,7 +34,7 @@ def _list(options: argparse.Namespace) -> int:
             "paper": e.paper,
             "claim": e.claim,
             "status": status(e),
-            "minutes": dict(e.minutes),
+            "minutes": minutes(e),
         }
         for e in EXPERIMENTS.values()
     ]

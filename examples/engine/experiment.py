@@ -90,7 +90,8 @@ class Experiment:
         datasets: in order of preference, by preset where they differ; () for an
             experiment without data.
         paper_number: what the paper reports, as read in it; "" if we quote none.
-        minutes: measured with two workers, by preset; a preset without was not run.
+        minutes: measured with two workers, by preset, start-up included; that of laptop
+            is taken from the records where there are some.
         nulls: rows changed so that the claim is false of them, by the name of what was
             done; the verdict must then not be HELD.
         exploratory: what part of it was chosen after looking at results; "" if none.

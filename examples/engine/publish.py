@@ -12,7 +12,7 @@ from .conclude import Conclusion, conclude, draw
 from .experiment import Experiment
 from .folder import Folder
 
-__all__ = ["check", "publish", "published", "status", "tables"]
+__all__ = ["check", "minutes", "publish", "published", "status", "tables"]
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 KEPT = "laptop"
@@ -60,6 +60,15 @@ def status(experiment: Experiment) -> str:
     if conclusion is None:
         return "not run"
     return "run" if len(conclusion.rows) >= conclusion.expected else "partly run"
+
+
+def minutes(experiment: Experiment) -> dict[str, float]:
+    """Minutes with two workers by preset, if known; laptop is from its records."""
+    conclusion = published(experiment)
+    found = dict(experiment.minutes)
+    if conclusion is not None:
+        found[KEPT] = round(conclusion.minutes / 2, 1)
+    return found
 
 
 def tables() -> dict[Path, str]:
