@@ -82,9 +82,12 @@ def figure(
 
 
 def caption(fig: Figure, claim: str, detail: str) -> None:
-    """The claim above the panels; what was run, and what the bars are, under it."""
+    """The claim above the panels; what was run, and what the bars are, under it.
+
+    A claim is what the paper says; whether it held is for the verdict.
+    """
     width = int(fig.get_figwidth() * 12.2)
-    lines = textwrap.wrap(claim, width)
+    lines = textwrap.wrap(f"Claim: {claim}", width)
     small = textwrap.wrap(detail, int(fig.get_figwidth() * 15.2))
     height = fig.get_figheight()
     top = 0.24 * len(lines) + 0.17 * len(small) + 0.16
@@ -154,7 +157,7 @@ def few_ticks(ax: Axes, places: Sequence[float], axis: str = "x") -> None:
     """Exactly these ticks, as plain numbers: for the few values of a grid."""
     which = ax.xaxis if axis == "x" else ax.yaxis
     which.set_major_locator(FixedLocator(list(places)))
-    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
     which.set_minor_locator(NullLocator())
     which.set_minor_formatter(NullFormatter())
 
@@ -183,6 +186,7 @@ def mark_line(
             va="bottom",
             fontsize=8,
             color="#666666",
+            bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 0.5},
         )
     else:
         ax.axvline(value, color=colour, ls="--", lw=1)

@@ -34,6 +34,7 @@ code { background: #f4f4f4; padding: .1rem .25rem; }
 .small { color: #666; font-size: .85rem; }
 a { color: #1a5fb4; text-decoration: none; }
 @media print { section { break-inside: avoid; } }
+@media (max-width: 40rem) { td:nth-child(3), th:nth-child(3) { display: none; } }
 """
 
 
@@ -57,7 +58,7 @@ def page(experiments: Sequence[Experiment], conclusions: dict[str, Conclusion]) 
 interval of every statement that it consists of (95 % together) lies on its side, NOT
 HELD if one lies on the other side, UNDECIDED otherwise.</p>
 <table><thead>
-<tr><th>id</th><th>claim</th><th>paper</th><th>verdict</th></tr>
+<tr><th>id</th><th>claim</th><th>the paper's number</th><th>verdict</th></tr>
 </thead><tbody>
 {rows}
 </tbody></table>
