@@ -5,8 +5,8 @@ means of its cost and gradient. One whose mean gradient is near zero has converg
 its mean cost is above the best one's, it is unfit and starts anew at random. Clocked:
 all are tested at the same few times. Hasty: each is tested all the time.
 
-All repetitions run at once here, as arrays; a congregation of networks is
-`fm.optim.Congregation`, whose rule this is.
+All repetitions of many seeds run at once here, as arrays and without autograd; a
+congregation of networks is `fm.optim.Congregation`, whose rule this is (tested).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from examples.common import plots
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
-__all__ = ["EXPERIMENT", "RestartSettings"]
+__all__ = ["EXPERIMENT", "RestartSettings", "moved", "unfit"]
 
 MEMBERS = (1, 2, 4, 8)
 RULES = ("clocked", "hasty")
@@ -104,20 +104,17 @@ def run(settings: RestartSettings, task: Task, watch: Watch) -> list[Row]:
             x_block = draw(3.0, s.repetitions, 1000)
             watch.progress(step / s.steps)
         x = x_block[:, (step - 1) % 1000, None]
-        ax = a * x
-        error = np.sin(ax) - np.sin(2 * x)
-        slope = error * np.cos(ax) * x
-        a = np.clip(a - s.rate * slope, -s.reach, s.reach)
+        a, slope, error = moved(s, a, x)
         cost += s.memory * (error * error / 2 - cost)
         gradient += s.memory * (slope - gradient)
         age += 1
         if step % tested == 0:
             fresh = draw(s.reach, s.repetitions, members)
-            unfit = _unfit(s, cost, gradient, age)
-            a = np.where(unfit, fresh, a)
+            leaving = unfit(s, cost, gradient, age)
+            a = np.where(leaving, fresh, a)
             for state in (cost, gradient, age):
-                state[unfit] = 0
-            restarts += unfit.sum(1)
+                state[leaving] = 0
+            restarts += leaving.sum(1)
         if step in marks:
             shares.append(_successes(s, a, cost, age).reshape(len(seeds), -1).mean(1))
     history = np.stack(shares, axis=1)
@@ -135,7 +132,17 @@ def run(settings: RestartSettings, task: Task, watch: Watch) -> list[Row]:
     ]
 
 
-def _unfit(
+def moved(
+    s: RestartSettings, a: np.ndarray, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After a step of SGD, with the gradient and error there were before it."""
+    ax = a * x
+    error = np.sin(ax) - np.sin(2 * x)
+    slope = error * np.cos(ax) * x
+    return np.clip(a - s.rate * slope, -s.reach, s.reach), slope, error
+
+
+def unfit(
     s: RestartSettings, cost: np.ndarray, gradient: np.ndarray, age: np.ndarray
 ) -> np.ndarray:
     """Those that have converged and are worse than the best by the margin."""

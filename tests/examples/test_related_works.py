@@ -364,3 +364,48 @@ def test_a_member_that_is_young_or_best_or_moving_is_not_unfit():
     assert restarts._unfit(s, cost, gradient, age).tolist() == [
         [False, True, False, False]
     ]
+
+
+def test_congregation_restarts_whom_the_optimizer_restarts():
+    """The arrays of the example follow the rule of `fm.optim.Congregation`."""
+    settings = restarts.settings("quick", "")
+
+    class Wave(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.empty(1).uniform_(-10, 10))
+
+        def forward(self, x):
+            return (self.a * x).sin()
+
+    congregation = fm.optim.Congregation(
+        Wave,
+        6,
+        settings.rate,
+        loss=lambda predicted, target: (predicted - target).square().mean() / 2,
+        tau=settings.memory,
+        tolerance=settings.flat,
+        margin=settings.margin,
+        check=settings.every,
+        clip=(-settings.reach, settings.reach),
+        seed=3,
+    )
+    a = np.array([[congregation.member(i).a.item() for i in range(6)]])
+    cost, gradient, age = np.zeros_like(a), np.zeros_like(a), np.zeros_like(a)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 5000):
+        x = torch.empty(1).uniform_(-3, 3, generator=generator)
+        congregation.zero_grad()
+        congregation.losses(x, (2 * x).sin()).sum().backward()
+        congregation.step()
+        a, slope, error = restarts.moved(settings, a, x.numpy())
+        cost += settings.memory * (error * error / 2 - cost)
+        gradient += settings.memory * (slope - gradient)
+        age += 1
+        if step % settings.every == 0:
+            unfit = restarts.unfit(settings, cost, gradient, age)[0]
+            assert congregation.restarts.tolist() == unfit.astype(int).tolist()
+            if unfit.any():
+                break
+    assert unfit.any()
+    assert step > settings.youth
