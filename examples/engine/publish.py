@@ -91,7 +91,7 @@ def _rewritten(text: str) -> str:
 
 def _table() -> str:
     lines = [
-        "| id | claim | paper's number | ours (laptop preset; mean, 95 % interval) "
+        "| id | claim | paper's number | ours (laptop preset; ± over seeds, [95 %]) "
         "| verdict | command |",
         "|---|---|---|---|---|---|",
     ]

@@ -467,7 +467,7 @@ EXPERIMENT = Experiment(
     datasets={
         "quick": ("fashion-mnist", "digits"),
         "laptop": ("fashion-mnist", "digits"),
-        "paper": ("cifar10",),
+        "paper": ("cifar10", "fashion-mnist"),
     },
     paper_number=(
         "VGG-11, CIFAR-10: test accuracy 89.39 % (cyclic batch), 89.24 % (cyclic "

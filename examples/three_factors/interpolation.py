@@ -75,6 +75,16 @@ def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
         found=len(good),
         expected=expected,
         table=table(good, NAMES),
+        short="log curvature along the line over the reference's: "
+        + "; ".join(
+            f"{words[moment]}: "
+            + ", ".join(
+                f"{name} {mean_and_spread(effects[moment, arm], 2)}"
+                for arm, name in NAMES.items()
+            )
+            for moment in words
+        )
+        + f"; n {len(effects['end', SAME])} seeds",
         remark="At matched loss log λ_max, against the reference, is "
         f"{', '.join(sharper)} (± standard deviation over seeds).",
     )

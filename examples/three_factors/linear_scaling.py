@@ -259,6 +259,12 @@ def judge(s: Scaling, found: Sequence[Row], expected: int) -> Verdict:
         found=len(good),
         expected=expected,
         table=_table(good),
+        short="log2 of S at half gain over B/2: "
+        + ", ".join(
+            f"{problem} {mean_and_spread(c.values, 2)}"
+            for problem, c in zip(PROBLEMS, claims, strict=False)
+        )
+        + f"; n {len(claims[0].values)} seeds",
         remark="log2 of S at half gain over the S at which η is 2/λ_max: "
         f"{mean_and_spread(edge, 2)} (± standard deviation over runs).",
     )

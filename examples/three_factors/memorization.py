@@ -297,6 +297,12 @@ def judge(s: Memorization, found: Sequence[Row], expected: int) -> Verdict:
         found=len(good),
         expected=expected,
         table=_table(good),
+        short="accuracy per decade of η/S, quenched: "
+        + ", ".join(
+            f"{mean_and_spread(c.values, 2)} ({noise:.0%} random)"
+            for c, noise in zip(claims, s.noise, strict=True)
+        )
+        + f"; n {len(claims[0].values)} seeds",
         remark="Beside it (± standard deviation over seeds): " + "; ".join(parts) + ".",
     )
 

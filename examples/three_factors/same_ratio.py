@@ -59,11 +59,20 @@ def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
                 )
             )
     quenched = log_ratio(good, LOW_RATE, "quenched", "along")
+    sharper = {
+        name: log_ratio(good, arm, "quenched", "lambda_max")
+        for arm, name in NAMES.items()
+    }
     return decide(
         claims,
         found=len(good),
         expected=expected,
         table=interpolation.table(good, NAMES),
+        short="log λ_max over the reference's, matched loss: "
+        + ", ".join(
+            f"{name} {mean_and_spread(values, 2)}" for name, values in sharper.items()
+        )
+        + f"; n {len(quenched)} seeds",
         remark="At matched loss the lower ratio itself is "
         f"{mean_and_spread(quenched, 2)} (± standard deviation) sharper along the line "
         "in the logarithm, too little to measure β by.",

@@ -447,7 +447,7 @@ EXPERIMENT = Experiment(
     datasets={
         "quick": ("fashion-mnist", "digits"),
         "laptop": ("fashion-mnist", "digits"),
-        "paper": ("cifar10",),
+        "paper": ("cifar10", "fashion-mnist"),
     },
     paper_number=(
         "VGG-11, CIFAR-10, stages of 15 epochs: accuracy 89.9 ± .20 % (by batch), "

@@ -317,6 +317,11 @@ def judge(s: Width, found: Sequence[Row], expected: int) -> Verdict:
         found=len(good),
         expected=expected,
         table=_table(good, found),
+        short="per decade of η/S, quenched: -log10 ‖H‖_F "
+        f"{mean_and_spread(claims[0].values, 2)}, -log10 λ_max "
+        f"{mean_and_spread(claims[1].values, 2)}, accuracy "
+        f"{mean_and_spread(claims[2].values, 2)}; not quenched: accuracy "
+        f"{mean_and_spread(noisy['accuracy'], 2)}; n {len(claims[0].values)} seeds",
         remark=remark + " per decade (± standard deviation over seeds).",
     )
 

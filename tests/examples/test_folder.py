@@ -68,29 +68,34 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path):
 
 
 def test_killed_right_after_a_record_fifty_times_nothing_is_lost(tmp_path):
-    """Another worker is at work as well; a killed one's task is taken over."""
-    log = tmp_path / "log"
-    sweep = make(tmp_path, log=str(log), tasks=120, pause=0.02)
+    """Another worker is at work as well; a killed one's task is taken over.
+
+    One task after the other is let go on, so that there is always one to be killed at.
+    """
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    gate.mkdir()
+    sweep = make(tmp_path, log=str(log), gate=str(gate), tasks=60)
     rng = random.Random(0)
     running = [forked(sweep.path, most_lost=1000) for _ in range(2)]
-    kills, limit = 0, time.monotonic() + DEADLINE
-    while kills < 50:
-        before = len(sweep.read())
-        while len(sweep.read()) == before:
+    for kills in range(50):
+        (gate / str(kills)).touch()
+        limit = time.monotonic() + DEADLINE
+        while len(sweep.read()) <= kills:
             assert time.monotonic() < limit
-            time.sleep(0.003)
+            time.sleep(0.001)
         victim = running.pop(rng.randrange(2))
         os.kill(victim, signal.SIGKILL)
         ended(victim)
-        kills += 1
         running.append(forked(sweep.path, most_lost=1000))
+    for number in range(50, 60):
+        (gate / str(number)).touch()
     assert [ended(pid) for pid in running] == [0, 0]
     found = sweep.read()
     assert Counter(r["task"] for r in found) == dict.fromkeys(sweep.tasks, 1)
     assert all(r["status"] == "finished" for r in found)
-    assert len(sweep.rows()) == 240
+    assert len(sweep.rows()) == 120
     # A killed worker had one task in hand at most.
-    assert sum(starts(log).values()) <= 120 + kills
+    assert sum(starts(log).values()) <= 60 + 50
 
 
 def stale(path: Path, **owner) -> None:
