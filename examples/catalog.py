@@ -14,6 +14,7 @@ _MODULES: tuple[str, ...] = (
     "three_factors.width",
     "three_factors.interpolation",
     "three_factors.same_ratio",
+    "three_factors.batchnorm_line",
     "three_factors.exchange",
     "three_factors.memorization",
     "three_factors.breakdown",

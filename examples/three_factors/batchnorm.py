@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fastminima as fm
 from examples.common import data, networks, plain, plots, seedwise
 from examples.common.phases import Phases
+from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -270,15 +271,12 @@ def _table(good: Sequence[Row]) -> str:
             [r["train_loss"] for r in same],
         ]
         lines.append([name, str(size), *(mean_and_spread(v) for v in values)])
-    wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     title = (
         "Mean ± standard deviation over seeds: tr C observed; tr C of each form over "
         "it;\nthe control, where samples do not mix; noise scale B = tr C / |E g|^2 in "
         "samples\n"
     )
-    return title + "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in lines
-    )
+    return title + aligned(lines[0], lines[1:])
 
 
 def draw(s: BatchNormNoise, found: Sequence[Row]) -> Figure:

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.common import plots, seedwise
+from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -57,7 +58,7 @@ def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
     ]
     for moment, word in words.items():
         both = [np.mean(effects[moment, arm] or [0.0]) for arm in (HIGH_S, LOW_RATE)]
-        smaller = max(1e-9, float(min(both)))
+        smaller = max(1e-9, abs(float(min(both))))
         claims.append(
             Claim(
                 f"{word}, an arm of equal ratio over the smaller of the two",
@@ -90,12 +91,17 @@ def judge(s: Lines, found: Sequence[Row], expected: int) -> Verdict:
     )
 
 
-def table(good: Sequence[Row], arms: dict[int, str]) -> str:
+def table(
+    good: Sequence[Row],
+    arms: dict[int, str],
+    moments: Sequence[str] = ("end", "quenched"),
+) -> str:
     """What both ends of every arm measure."""
     names = ("along", "lambda_max", "frobenius", "loss")
     head = ["", "arm", *(f"{n}, {e}" for n in names for e in ("reference", "arm"))]
-    found = [head]
-    for moment, word in (("end", "equal epochs"), ("quenched", "quenched")):
+    found = []
+    words = {"end": "equal epochs", "quenched": "quenched"}
+    for moment, word in ((m, words[m]) for m in moments):
         for (arm,), same in seedwise.cells(good, "arm").items():
             cells = [
                 mean_and_spread([r[f"{moment}_{end}_{n}"] for r in same])
@@ -103,10 +109,7 @@ def table(good: Sequence[Row], arms: dict[int, str]) -> str:
                 for end in ("first", "second")
             ]
             found.append([word, arms[arm], *cells])
-    wide = [max(len(line[i]) for line in found) for i in range(len(head))]
-    return "Mean ± standard deviation over seeds\n" + "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in found
-    )
+    return "Mean ± standard deviation over seeds\n" + aligned(head, found)
 
 
 def draw(s: Lines, found: Sequence[Row]) -> Figure:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fastminima as fm
 from examples.common import data, measures, plots, seedwise, stacks, training
+from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -287,14 +288,12 @@ _COLUMNS = (
 
 
 def _table(good: Sequence[Row]) -> str:
-    lines = [["task", "moment", *(name for name, _ in _COLUMNS)]]
+    head = ["task", "moment", *(name for name, _ in _COLUMNS)]
+    lines = []
     for (problem, moment), same in seedwise.cells(good, "problem", "moment").items():
         values = [mean_and_spread([r[k] for r in same]) for _, k in _COLUMNS]
         lines.append([problem, moment, *values])
-    wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "Mean ± standard deviation over seeds\n" + "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in lines
-    )
+    return "Mean ± standard deviation over seeds\n" + aligned(head, lines)
 
 
 def draw(s: Scaling, found: Sequence[Row]) -> Figure:

@@ -40,6 +40,7 @@ __all__ = [
     "Lines",
     "alphas",
     "log_ratio",
+    "moments",
     "run",
     "settings",
     "tasks",
@@ -60,7 +61,10 @@ class Lines(Settings):
         network: "mlp", trained as a stack, or one of `networks.NETWORKS`.
         arms: (learning rate, batch size); the first is the one others are joined to.
         epochs: of every arm.
-        rung, target, rate: of the quench.
+        rung, target, rate: of the quench; without steps of it (`most_steps`) networks
+            are compared at equal epochs only.
+        measure_size: training samples that networks too large for a stack are measured
+            on.
         products: Hessian products for ||H||_F of each end.
     """
 
@@ -78,6 +82,7 @@ class Lines(Settings):
     rate: float
     most_epochs: int = 400
     most_steps: int = 3000
+    measure_size: int = 5000
     products: int = 12
     seeds_a_task: int = 2
 
@@ -262,7 +267,7 @@ def _compare(
     return found
 
 
-# Samples a step of the quench of a network, and for curvature.
+# Samples a step of the quench of a network.
 LARGE = 5_000
 ALPHAS_OF_NETWORKS = tuple(round(-1 + 0.25 * i, 2) for i in range(13))
 
@@ -270,7 +275,7 @@ ALPHAS_OF_NETWORKS = tuple(round(-1 + 0.25 * i, 2) for i in range(13))
 def _run_network(s: Lines, task: Task, split: data.Split, watch: Watch) -> list[Row]:
     """`run` for a network that is too large for a stack, one phase a training."""
     device = plain.chosen_device()
-    phases = Phases(watch, len(task["seeds"]) * (len(s.arms) * 3 + 1))
+    phases = Phases(watch, len(task["seeds"]) * len(s.arms) * len(moments(s)))
     found: list[Row] = []
     for seed in task["seeds"]:
         states = {}
@@ -285,7 +290,7 @@ def _run_network(s: Lines, task: Task, split: data.Split, watch: Watch) -> list[
                 "seed": seed,
                 "status": "finished",
             }
-            for moment in ("end", "quenched"):
+            for moment in moments(s):
                 pair = states[0][moment], states[at][moment]
                 if None in pair:
                     row["status"] = f"not {moment}"
@@ -310,7 +315,7 @@ def _ends(
     name: str,
 ) -> dict[str, dict[str, Tensor] | None]:
     """Weights of an arm after all epochs, and quenched from the rung; None if lost."""
-    common = {"seed": seed, "weight_decay": 1e-4, "measured_samples": LARGE}
+    common = {"seed": seed, "weight_decay": 1e-4, "measured_samples": s.measure_size}
 
     def trained(start: dict[str, Tensor] | None, watch: Watch, **options: Any) -> Any:
         model = networks.make(s.network, seed, split.train[0])
@@ -322,8 +327,12 @@ def _ends(
 
     usual = {"rate": rate, "batch_size": size, "augment": shift_and_flip}
     end, status, _ = phases.do(
-        f"end-{name}", lambda w: trained(None, w, epochs=s.epochs, **usual)
+        f"end-{name}",
+        lambda w: trained(None, w, epochs=s.epochs, measure_every=s.epochs, **usual),
     )
+    found = {"end": end if status == plain.FINISHED else None}
+    if not s.most_steps:
+        return found
     at_rung, _, loss = phases.do(
         f"rung-{name}",
         lambda w: trained(
@@ -346,10 +355,8 @@ def _ends(
             until=lambda point: point["train_loss"] <= s.target,
         ),
     )
-    return {
-        "end": end if status == plain.FINISHED else None,
-        "quenched": quenched if loss <= s.rung and last <= s.target else None,
-    }
+    found["quenched"] = quenched if loss <= s.rung and last <= s.target else None
+    return found
 
 
 def _compare_networks(
@@ -360,7 +367,7 @@ def _compare_networks(
     s: Lines,
 ) -> dict[str, Any]:
     """Along the line, batch statistics re-estimated and not; width of both ends."""
-    batch = tuple(t[:LARGE].to(device) for t in split.train)
+    batch = tuple(t[: s.measure_size].to(device) for t in split.train)
     held_out = tuple(t.to(device) for t in split.validation)
     sets = {"train": batch, "validation": held_out}
     found: dict[str, Any] = {}
@@ -387,6 +394,11 @@ def _compare_networks(
         found[f"{end}_frobenius"] = width["frobenius"]
         found[f"{end}_loss"] = plain.evaluate(model, *batch)[0]
     return found
+
+
+def moments(s: Lines) -> tuple[str, ...]:
+    """When networks are compared."""
+    return ("end", "quenched") if s.most_steps else ("end",)
 
 
 def alphas(s: Lines) -> tuple[float, ...]:

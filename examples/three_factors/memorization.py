@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.common import data, plots, seedwise, stacks, training
+from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -332,21 +333,18 @@ _COLUMNS = (
 
 def _table(good: Sequence[Row]) -> str:
     head = ["random", "momentum", "η/(1-m)S", "S", *(name for name, _ in _COLUMNS)]
-    lines = [head]
+    lines = []
     groups = seedwise.cells(good, "noise", "momentum", "ratio", "batch_size")
     for (noise, momentum, ratio, size), same in groups.items():
         values = [mean_and_spread([r[k] for r in same]) for _, k in _COLUMNS]
         lines.append(
             [f"{noise:.0%}", f"{momentum:g}", f"{ratio:.3g}", str(size), *values]
         )
-    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
     title = (
         "Mean ± standard deviation over seeds: at the snapshot; quenched; epochs to "
     )
     title += "the snapshot; rate · steps of the quench\n"
-    return title + "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in lines
-    )
+    return title + aligned(head, lines)
 
 
 def draw(s: Memorization, found: Sequence[Row]) -> Figure:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fastminima as fm
 from examples.common import data, measures, plots, seedwise, stacks, training
+from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -375,18 +376,13 @@ _COLUMNS = (
 
 def _table(good: Sequence[Row], found: Sequence[Row]) -> str:
     head = ["η/S", "S", *(name for name, _ in _COLUMNS)]
-    lines = [head]
+    lines = []
     for (ratio, size), same in seedwise.cells(good, "ratio", "batch_size").items():
         values = [mean_and_spread([r[k] for r in same]) for _, k in _COLUMNS]
         lines.append([f"{ratio:.3g}", str(size), *values])
-    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = "Mean ± standard deviation over seeds: three columns at the rung, the next "
     text += "seven quenched,\nthen epochs to the rung, η · updates to it, and rate · "
-    text += "steps of the quench\n"
-    text += "\n".join(
-        "  ".join(cell.rjust(w) for cell, w in zip(line, wide, strict=True))
-        for line in lines
-    )
+    text += "steps of the quench\n" + aligned(head, lines)
     lost = [r for r in found if r["status"] != "finished"]
     for (ratio, size), same in seedwise.cells(lost, "ratio", "batch_size").items():
         which = ", ".join(sorted({r["status"] for r in same}))

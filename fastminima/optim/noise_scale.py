@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ _EXPONENT = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 _STATE = ("_updates", "_noise", "_signal", "_seen", "_epoch", "_due")
 
 
+@runtime_checkable
 class _Statistics(Protocol):
     """`GradientStatistics`, `MinibatchVariance`, or what else has these two."""
 
