@@ -194,10 +194,10 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
-    minutes={"quick": 0.1, "laptop": 0.15},
+    minutes={"quick": 0.1},
     nulls=nulls,
     exploratory=(
         "That the noise is uniform and that the last steps have none was read off a "
-        "prototype's numbers: Gaussian noise of deviation .05 had given .73."
+        "trial's numbers: Gaussian noise of deviation .05 had given .73."
     ),
 )

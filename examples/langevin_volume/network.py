@@ -343,8 +343,8 @@ EXPERIMENT = Experiment(
     id="flatness-labels",
     paper="Zhang et al. 2017",
     claim=(
-        "A minimum reached on true labels is flatter than one on random labels at the "
-        "same train loss, and the noise of SGD is not isotropic."
+        "A minimum reached on true labels is flatter, in random directions, than one "
+        "on random labels at the same train loss, and SGD's noise is not isotropic."
     ),
     folder="langevin_volume",
     settings=settings,
@@ -353,6 +353,6 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     datasets=("fashion-mnist", "digits"),
-    minutes={"quick": 0.15, "laptop": 0.5},
+    minutes={"quick": 0.15},
     nulls=nulls,
 )

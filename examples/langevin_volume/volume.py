@@ -281,10 +281,10 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
-    minutes={"quick": 0.2, "laptop": 2.1},
+    minutes={"quick": 0.2},
     nulls=nulls,
     exploratory=(
-        "The distance of the centres: 2 apart, walkers did not mix in a prototype's "
+        "The distance of the centres: 2 apart, walkers did not mix in a trial's "
         "time. The time before the first count: after 8 the starts still differed by a "
         "third (the two bowls come to agree with a time constant of about 6). With 8 "
         "seeds one run was HELD and another, of other noise, UNDECIDED by .01 at d 4; "

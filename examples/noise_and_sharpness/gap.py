@@ -214,8 +214,8 @@ def nulls(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 EXPERIMENT = Experiment(
     id="sharpness-gap",
     paper="arXiv:2604.21016 (2026)",
-    claim="Small batches keep λ_max below 2/η, the more the noisier the gradient is "
-    "along the top eigenvector; the full batch has no gap.",
+    claim="Small batches keep λ_max below 2/η, the more the smaller they are; the full "
+    "batch has no gap.",
     folder="noise_and_sharpness",
     settings=settings,
     tasks=tasks_of,
@@ -224,7 +224,6 @@ EXPERIMENT = Experiment(
     draw=draw,
     datasets=("fashion-mnist", "digits"),
     # Half of the clock of one worker, beside other work.
-    minutes={"laptop": 3.3},
     nulls=nulls,
     exploratory="The slope among the seeds of one batch size was looked at after the "
     "run, and decides nothing.",

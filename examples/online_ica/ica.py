@@ -458,7 +458,7 @@ EXPERIMENT = Experiment(
     id="online-ica",
     paper="Li, Wang, Liu 2016",
     claim=(
-        "Online ICA by SGD leaves the saddle exponentially, follows an ODE, and ends "
+        "Online ICA by SGD leaves the saddle as an ODE does, follows it, and ends "
         "around one source with the variance βμ₆/(2|μ₄ - 3|), all as β → 0."
     ),
     folder="online_ica",
@@ -467,7 +467,7 @@ EXPERIMENT = Experiment(
     run=run,
     judge=judge,
     draw=draw,
-    minutes={"quick": 0.2, "laptop": 0.5},
+    minutes={"quick": 0.2},
     nulls=nulls,
     exploratory=(
         "Phase I is judged at the smallest β, from .1 off the saddle: at β = .002, "
@@ -476,6 +476,6 @@ EXPERIMENT = Experiment(
         "II lead by a factor of 2: from any random start, runs of one start had ended "
         "at different sources. That phase III is judged at β to 0: at β = .002 the "
         "variance had been 9 % above theory. The bound of .02 on phase II was set "
-        "before any run of it here; an earlier prototype had .003, its start not kept."
+        "before any run of it here; an earlier trial had .003, its start not kept."
     ),
 )

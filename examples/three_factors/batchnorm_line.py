@@ -35,7 +35,7 @@ ARMS = ((0.1, 16), (0.2, 32), (0.1, 128), (0.0125, 16))
 
 
 def settings(preset: str, dataset: str) -> Lines:
-    """ResNet-8 on 14 x 14 pixels; the paper's ResNet-56, [?] for how many epochs."""
+    """ResNet-8 on 14 x 14 pixels; the paper's ResNet-56, the epochs our choice."""
     is_digits, is_quick = dataset == "digits", preset == "quick"
     is_paper = preset == "paper"
     train_size = 256 if is_quick else 1440 if is_digits else 2048

@@ -271,6 +271,5 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     # Half of the clock of one worker, beside other work.
-    minutes={"laptop": 2.7},
     nulls=nulls,
 )

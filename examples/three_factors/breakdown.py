@@ -568,7 +568,7 @@ EXPERIMENT = Experiment(
     paper="Jastrzębski et al. 2017",
     claim=(
         "(βη, βS) gives the same accuracy up to some β and then breaks down, after "
-        "ηλ_max has reached 2, and at equal epochs earlier for smaller N."
+        "ηλ_max has reached 2, and at equal epochs, not updates, earlier for smaller N."
     ),
     folder="three_factors",
     settings=settings,
@@ -581,6 +581,5 @@ EXPERIMENT = Experiment(
         "laptop": ("fashion-mnist", "digits"),
         "paper": ("cifar10", "fashion-mnist"),
     },
-    minutes={"laptop": 3.8},  # on a busy machine
     nulls=nulls,
 )

@@ -473,6 +473,5 @@ EXPERIMENT = Experiment(
         "VGG-11, CIFAR-10: test accuracy 89.39 % (cyclic batch), 89.24 % (cyclic "
         "rate); 87.25 % and 86.92 % (constants)"
     ),
-    minutes={"laptop": 4.2},  # on a busy machine
     nulls=nulls,
 )

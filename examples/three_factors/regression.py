@@ -361,6 +361,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     rows=count_rows,
     # Half of the clock of one worker, beside other work.
-    minutes={"laptop": 2.0},
     nulls=nulls,
 )

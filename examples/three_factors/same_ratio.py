@@ -85,7 +85,7 @@ def draw(s: Lines, found: Sequence[Row]) -> Figure:
         s,
         found,
         NAMES,
-        "Minima found at one ratio η/S are equally wide and deep, whatever η and S",
+        "Minima found at one ratio η/S are equally wide, whatever η and S",
         f"{s.dataset}, {s.train_size} samples, {s.network}; reference (α = 0) "
         f"η = {s.arms[0][0]:g}, S = {s.arms[0][1]}, others β times both; {s.epochs} "
         f"epochs, or quenched to train loss {s.target:g}",

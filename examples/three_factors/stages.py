@@ -453,6 +453,5 @@ EXPERIMENT = Experiment(
         "VGG-11, CIFAR-10, stages of 15 epochs: accuracy 89.9 ± .20 % (by batch), "
         "90.2 ± .10 % (by rate)"
     ),
-    minutes={"laptop": 8.5},  # one worker, on a busy machine
     nulls=nulls,
 )

@@ -322,6 +322,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     datasets=("fashion-mnist", "digits"),
     # Half of the clock of one worker, beside other work.
-    minutes={"laptop": 2.3},
     nulls=nulls,
 )

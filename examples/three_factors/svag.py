@@ -300,6 +300,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     datasets=("fashion-mnist", "digits"),
     # Half of the clock of one worker, beside other work.
-    minutes={"laptop": 1.4},
     nulls=nulls,
 )
