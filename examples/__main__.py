@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, LookupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -52,6 +56,8 @@ def _list(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from .engine.conclude import of_folder
 
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}.")
     folders = [_folder(name, options) for name in _names(options.ids)]
     if not options.json:
         for folder in folders:
@@ -76,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(found[0] if len(found) == 1 else found, ensure_ascii=False))
         for c in conclusions:
             print(c.verdict, file=sys.stderr)
-        return 0
+        return _code(conclusions)
     for folder, c in zip(folders, conclusions, strict=True):
         print()
         if len(conclusions) > 1:
@@ -85,11 +91,19 @@ def _run(options: argparse.Namespace) -> int:
             print(c.verdict.table + "\n")
         for message, count in c.failures.items():
             print(f"failed, {count} x: {message}")
-        print(f"Records: {folder.path}\nFigure:  {folder.path / 'figure.png'}\n")
+        print(f"Records: {folder.path}")
+        if c.rows:
+            print(f"Figure:  {folder.path / 'figure.png'}")
+        print()
         if c.experiment.exploratory:
             print(f"Exploratory: {c.experiment.exploratory}")
         print(c.verdict)
-    return 0
+    return _code(conclusions)
+
+
+def _code(conclusions: Sequence[Any]) -> int:
+    """1 if not one run of an experiment was finished."""
+    return 0 if all(c.rows for c in conclusions) else 1
 
 
 def _work(folders: Sequence[Any], options: argparse.Namespace) -> None:
@@ -127,6 +141,8 @@ def _worker(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from .engine.folder import sweeps
 
+    if not options.folder.is_dir():
+        raise ValueError(f"There is no folder {options.folder}.")
     for folder in sweeps(options.folder):
         s = folder.state()
         words = f"{s.finished} of {s.tasks} tasks, {len(s.running)} running"
@@ -140,19 +156,21 @@ def _report(options: argparse.Namespace) -> int:
 
     from .catalog import EXPERIMENTS
     from .engine.conclude import of_folder
+    from .engine.experiment import PRESETS
     from .engine.folder import sweeps
     from .engine.page import page
     from .engine.publish import published
 
     conclusions = {}
-    for name, e in tqdm(EXPERIMENTS.items(), unit="experiment", leave=False):
-        found = published(e)
-        if found is not None:
-            conclusions[name] = found
-    if options.results is not None:
-        for folder in sweeps(options.results):
-            if folder.experiment.id in EXPERIMENTS:
-                conclusions[folder.experiment.id] = of_folder(folder)
+    if options.results is None:
+        for name, e in tqdm(EXPERIMENTS.items(), unit="experiment", leave=False):
+            found = published(e)
+            if found is not None:
+                conclusions[name] = found
+    else:  # of several sweeps of one experiment that of the largest preset
+        folders = [f for f in sweeps(options.results) if f.experiment.id in EXPERIMENTS]
+        for folder in sorted(folders, key=lambda f: PRESETS.index(f.settings.preset)):
+            conclusions[folder.experiment.id] = of_folder(folder)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page(list(EXPERIMENTS.values()), conclusions), "utf-8")
     print(f"{len(conclusions)} of {len(EXPERIMENTS)} experiments in {options.out}")
@@ -197,14 +215,21 @@ def _folder(name: str, options: argparse.Namespace) -> Any:
 
     experiment = load(name)
     dataset = options.data or ""
-    if experiment.datasets and not dataset:
+    if dataset and not experiment.datasets:
+        raise ValueError(f"{name} has no data set, got --data {dataset}.")
+    if dataset:
+        data.load(dataset)  # or an error that says where it was looked for
+    elif experiment.datasets:
         dataset = data.first_of(experiment.preferred(options.preset))
     overrides = dict(_setting(text) for text in options.set)
     if options.seeds:
         overrides["seeds"] = _seeds(options.seeds)
     parts = [experiment.id, options.preset, dataset]
     parts += [f"{k}={_short(v)}" for k, v in overrides.items() if k != "seeds"]
+    parts += [f"seeds={options.seeds}"] * bool(options.seeds)
     path = options.out / "-".join(p for p in parts if p)
+    if getattr(options, "plot_only", False) and not (path / "sweep.json").exists():
+        raise ValueError(f"Nothing of that was run: there is no {path}.")
     return Folder.create(path, name, options.preset, dataset, overrides)
 
 
@@ -219,7 +244,7 @@ def _describe(folder: Any) -> str:
     wanted = e.preferred(folder.settings.preset)[:1] if e.datasets else ()
     note = ""
     if wanted and wanted[0] != folder.settings.dataset:
-        note = f"\n(in place of {wanted[0]}, which was not found or not asked for)"
+        note = f"\n(in place of {wanted[0]}, which was not found)"
     words = f"{e.id}: {e.claim}\n{e.paper}; {folder.settings.preset}{data}: "
     words += f"{e.expected(folder.settings)} runs in {state.tasks} tasks"
     if state.finished:
@@ -250,6 +275,8 @@ def _seeds(text: str) -> list[int]:
             found += range(int(first), int(last or first) + 1)
         except ValueError:
             raise ValueError(f"Seeds are written 0-4,10, got {text!r}.") from None
+    if not found:
+        raise ValueError(f"No seed is in {text!r}; they are written 0-4,10.")
     return found
 
 
@@ -318,7 +345,11 @@ def _where(parser: argparse.ArgumentParser, preset: str = "quick") -> None:
     parser.add_argument("--data", choices=NAMES, help="default: the first one found")
     parser.add_argument("--seeds", metavar="0-4,10", help="in place of the preset's")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one setting, its value in JSON: 0.1, [1, 2], text as it is",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of sweeps")
 

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -47,13 +48,19 @@ def key_of(settings: Settings, task: Task) -> str:
 
 
 def sweeps(root: Path) -> list[Folder]:
-    """The sweep in a folder, or all those below it."""
-    paths = (
-        [root]
-        if (root / "sweep.json").exists()
-        else sorted(path.parent for path in root.glob("*/sweep.json"))
-    )
-    return [Folder(path) for path in paths]
+    """The sweep in a folder, or all those below it.
+
+    One that cannot be read, of an experiment that is gone, is named and left out.
+    """
+    if (root / "sweep.json").exists():
+        return [Folder(root)]
+    found = []
+    for path in sorted(root.glob("*/sweep.json")):
+        try:
+            found.append(Folder(path.parent))
+        except (ValueError, ImportError) as error:
+            print(f"{path.parent}: left out: {error}", file=sys.stderr)
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ class Folder:
             "overrides": overrides or {},
         }
         file = path / "sweep.json"
+        settings_of(load(name), preset, dataset, spec["overrides"])
         for part in ("claims", "records", "checkpoints"):
             (path / part).mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -289,7 +297,8 @@ def settings_of(
     """The settings of a preset, some of its fields replaced.
 
     Raises:
-        ValueError: for a field that the experiment's settings do not have.
+        ValueError: for a field that the experiment's settings do not have, or a value
+            of another kind.
     """
     import dataclasses
 
@@ -301,9 +310,23 @@ def settings_of(
             f"{experiment.id} has no setting {', '.join(sorted(unknown))}; it has "
             f"{fields}."
         )
-    return dataclasses.replace(
-        settings, **{name: _as_tuples(value) for name, value in overrides.items()}
-    )
+    values = {name: _as_tuples(value) for name, value in overrides.items()}
+    for name, value in values.items():
+        _check_kind(name, getattr(settings, name), value)
+    return dataclasses.replace(settings, **values)
+
+
+def _check_kind(name: str, usual: Any, value: Any) -> None:
+    """A number for a number, a list for a list, a text for a text."""
+    kinds = ((bool,), (int, float), (str,), (tuple,))
+    wanted = next((k for k in kinds if isinstance(usual, k)), (object,))
+    if not isinstance(value, wanted) or (
+        isinstance(value, bool) and not isinstance(usual, bool)
+    ):
+        raise ValueError(
+            f"{name} is {json.dumps(usual)} by default, got {value!r}. Values are "
+            "written in JSON: 0.1, [1, 2] or [[0.1, 32]], true, and text as it is."
+        )
 
 
 def _as_tuples(value: Any) -> Any:

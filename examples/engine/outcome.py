@@ -142,7 +142,10 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     mean = f"{np.mean(finite):.{digits}g}"
     if len(finite) == 1:
         return mean
-    return f"{mean} ± {np.std(finite, ddof=1):.{max(1, digits - 1)}g}"
+    spread = float(np.std(finite, ddof=1))
+    if spread < 1e-12 * abs(float(np.mean(finite))):
+        spread = 0.0  # rounding of equal values
+    return f"{mean} ± {spread:.{max(1, digits - 1)}g}"
 
 
 def _judge(claim: Claim, level: float) -> Finding:

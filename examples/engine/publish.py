@@ -67,7 +67,7 @@ def minutes(experiment: Experiment) -> dict[str, float]:
     conclusion = published(experiment)
     found = dict(experiment.minutes)
     if conclusion is not None:
-        found[KEPT] = round(conclusion.minutes / 2, 1)
+        found[KEPT] = float(f"{conclusion.minutes / 2:.2g}")
     return found
 
 

@@ -75,10 +75,11 @@ def test_json_is_all_of_the_output(tmp_path):
     assert found.stderr.strip().splitlines()[-1].startswith(OUTCOMES)
 
 
-def test_seeds_are_chosen(tmp_path, capsys):
-    arguments = ["run", "toy:EXPERIMENT", "--seeds", "3-5,9", "--plot-only"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
-    assert "24 runs in 6 tasks" in capsys.readouterr().out
+def test_seeds_are_chosen(tmp_path):
+    found = run("run", "toy:EXPERIMENT", "--seeds", "3-5,9", "--quiet", out=tmp_path)
+    assert "24 runs in 6 tasks" in found.stdout
+    # Apart from a sweep with the seeds of the preset.
+    assert [p.name for p in tmp_path.iterdir()] == ["toy-quick-seeds=3-5,9"]
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,24 @@ def test_seeds_are_chosen(tmp_path, capsys):
         (["run", "toy:NOTHING"], "not an Experiment"),
         (["run", "f1", "--set", "colour"], "name=value"),
         (["run", "f1", "--set", "colour=1"], "no setting colour"),
+        (["run", "f1", "--set", "rung=low"], r"rung is 0\.25 by default, got 'low'"),
+        (["run", "f1", "--set", "hidden=50"], r"hidden is \[50, 50, 50\] by default"),
         (["run", "f1", "--seeds", "a-b"], "Seeds are written"),
+        (["run", "f1", "--seeds", "3-1"], "No seed is in"),
+        (["run", "f1", "--workers", "0"], "at least 1, got 0"),
+        (["run", "f1", "--plot-only"], "Nothing of that was run"),
+        (["run", "two-bowls", "--data", "digits"], "has no data set"),
+        (["status", "nowhere"], "no folder nowhere"),
         (["worker", "nowhere"], r"No sweep\.json in nowhere"),
     ],
 )
 def test_mistakes_are_explained(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if arguments[0] == "run":
+        arguments = [*arguments, "--out", str(tmp_path)]
     assert main(arguments) == 2
     assert re.search(words, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []  # and leaves nothing behind
 
 
 def start(out, *arguments):
