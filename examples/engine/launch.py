@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import subprocess
@@ -221,6 +222,7 @@ class _Ray:
         self.ray = _import("ray")
         self.roots, self.left = [str(r) for r in roots], count * (1 + LOSSES)
         self.is_ours = not self.ray.is_initialized()
+        self.print = builtins.print  # Ray puts its own in place of it
         if self.is_ours:
             self.ray.init(
                 address=address or None,
@@ -251,6 +253,7 @@ class _Ray:
             self.ray.cancel(job, force=True)
         if self.is_ours:
             self.ray.shutdown()
+            builtins.print = self.print
 
 
 def _import(name: str) -> Any:

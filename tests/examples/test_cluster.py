@@ -50,6 +50,7 @@ def test_a_worker_is_killed_and_all_tasks_are_done(where, tmp_path):
     assert all(r["status"] == "finished" for r in found)
     assert sweep.state().finished == 12
     assert killed != os.getpid()
+    assert print.__module__ == "builtins"
 
 
 def test_another_cluster_is_refused(tmp_path):

@@ -361,7 +361,7 @@ def test_a_member_that_is_young_or_best_or_moving_is_not_unfit():
     cost = np.array([[0.1, 0.5, 0.5, 0.5]])
     gradient = np.array([[0.0, 0.0, 0.3, 0.0]])
     age = np.array([[old, old, old, young]])
-    assert restarts._unfit(s, cost, gradient, age).tolist() == [
+    assert restarts.unfit(s, cost, gradient, age).tolist() == [
         [False, True, False, False]
     ]
 
