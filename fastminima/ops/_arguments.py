@@ -8,6 +8,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._dtypes import accumulation_dtype
 
@@ -84,8 +85,14 @@ def signed(bits: int) -> int:
 
 
 def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Put into each tensor what its contiguous copy holds, where that is another."""
-    for x, copy in zip(tensors, copies, strict=True):
+    """Put into each tensor what its contiguous copy holds, where that is another.
+
+    A tensor that is its own was written through its address, which autograd cannot see:
+    its version is raised, so that a graph which saved the old values refuses them.
+    """
+    pairs = list(zip(tensors, copies, strict=True))
+    increment_version([x for x, copy in pairs if copy is x])
+    for x, copy in pairs:
         if copy is not x:
             x.copy_(copy)
 

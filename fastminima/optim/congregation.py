@@ -14,8 +14,16 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 from .._dtypes import accumulation_dtype
+from ._checks import at_least, check_range
 
 __all__ = ["Congregation"]
+
+# What a copy needs beside what the base class keeps.
+_KEPT = (
+    *("members", "congregations", "tau", "tolerance", "margin", "check", "period"),
+    *("clip", "seed", "_make_model", "_loss", "_restarts", "_model", "_values"),
+    *("_buffers", "_ages", "_mean_cost", "_costs", "_steps"),
+)
 
 
 class Congregation(torch.optim.Optimizer):
@@ -54,7 +62,8 @@ class Congregation(torch.optim.Optimizer):
         margin: how much worse than the best a member may be.
         check: steps between two tests, without a clock.
         period: steps between two tests on a clock; None is hasty.
-        clip: (lowest, highest) value of any parameter, enforced after each step.
+        clip: (lowest, highest) value of any parameter that is trained, of new members
+            and after each step.
         seed: of the members' parameters, at least 0.
         congregations: number of independent congregations that are run side by side, to
             repeat an experiment. With more than one, inputs and targets have a leading
@@ -106,27 +115,25 @@ class Congregation(torch.optim.Optimizer):
         seed: int = 0,
         congregations: int = 1,
     ) -> None:
-        _check_range("members", members, 1)
-        _check_range("congregations", congregations, 1)
-        _check_range("lr", float(lr), 0)
-        _check_range("momentum", momentum, 0, below=1)
-        _check_range("tolerance", tolerance, 0)
-        _check_range("margin", margin, 0)
-        _check_range("check", check, 1)
-        _check_range("period", 1 if period is None else period, 1)
-        _check_range("seed", seed, 0)
+        self.members = at_least(1, "members", members)
+        self.congregations = at_least(1, "congregations", congregations)
+        self.check = at_least(1, "check", check)
+        self.period = None if period is None else at_least(1, "period", period)
+        self.seed = at_least(0, "seed", seed)
+        check_range("lr", float(lr), 0)
+        check_range("momentum", momentum, 0, below=1)
+        check_range("tolerance", tolerance, 0)
+        check_range("margin", margin, 0)
         if not 0 < tau <= 1:
             raise ValueError(f"tau must be above 0 and at most 1, got {tau}.")
         if clip is not None and not clip[0] < clip[1]:
             raise ValueError(
                 f"clip must be (lowest, highest) with lowest < highest, got {clip}."
             )
-        self.members, self.congregations = members, congregations
         self.tau, self.tolerance, self.margin = tau, tolerance, margin
-        self.check, self.period, self.clip = check, period, clip
-        self.seed = seed
+        self.clip = clip
         self._make_model, self._loss = make_model, loss
-        self._restarts = [0] * (members * congregations)
+        self._restarts = [0] * (self.members * self.congregations)
         models = [self._made(k) for k in range(len(self._restarts))]
         self._model = models[0]  # for its structure; its own values are not used
         self._values, self._buffers = stack_module_state(models)
@@ -147,12 +154,14 @@ class Congregation(torch.optim.Optimizer):
             self.state[p]["mean_grad"] = torch.zeros_like(p)
             if momentum:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self._clip()
 
     def losses(self, inputs: Any, targets: Any) -> Tensor:
         """The cost of each member on a batch, `[members]`; differentiable.
 
         With several congregations `[congregations, members]`, from inputs and targets
-        that have the leading dimension `congregations`.
+        that have the leading dimension `congregations`. Under `torch.no_grad()` it only
+        looks: `step()` goes by the last costs that had a gradient.
         """
         data_dim = None
         if self.congregations > 1:
@@ -167,7 +176,8 @@ class Congregation(torch.optim.Optimizer):
                 "loss must return one number for a member, got a tensor of shape "
                 f"{tuple(costs.shape[1:])}. Take its mean."
             )
-        self._costs = costs.detach()
+        if torch.is_grad_enabled():
+            self._costs = costs.detach()
         return self._arranged(costs)
 
     @torch.no_grad()
@@ -194,6 +204,7 @@ class Congregation(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self._move(p, float(group["lr"]), group["momentum"])
+        self._clip()
         if self._steps % (self.period or self.check) == 0:
             for k in self._unfit():
                 self._restart(k)
@@ -230,8 +241,9 @@ class Congregation(torch.optim.Optimizer):
     def best(self) -> int:
         """The member of least running cost among those of age above 4 / tau.
 
-        Among all of them as long as none is that old; the first one of equals. Of the
-        first congregation, where there are several: see `bests`.
+        Among all of them as long as none is that old; the first one of equals. A member
+        whose cost is not finite is none, but where all are so. Of the first
+        congregation, where there are several: see `bests`.
         """
         return self.bests[0]
 
@@ -239,10 +251,11 @@ class Congregation(torch.optim.Optimizer):
     def bests(self) -> list[int]:
         """`best` of each congregation."""
         shape = (self.congregations, self.members)
-        costs = self.costs.double().cpu().reshape(shape).nan_to_num(math.inf)
-        is_old = self._is_old().reshape(shape)
-        is_old |= ~is_old.any(1, keepdim=True)
-        costs = torch.where(is_old, costs, math.inf).tolist()
+        costs = self.costs.double().cpu().reshape(shape)
+        is_finite = costs.isfinite()
+        is_candidate = self._is_old().reshape(shape) & is_finite
+        is_candidate |= ~is_candidate.any(1, keepdim=True) & is_finite
+        costs = torch.where(is_candidate, costs, math.inf).tolist()
         return [row.index(min(row)) for row in costs]
 
     def member(self, i: int, congregation: int = 0) -> nn.Module:
@@ -269,6 +282,7 @@ class Congregation(torch.optim.Optimizer):
             "mean_cost": self._mean_cost,
             "ages": self._ages,
             "restarts": list(self._restarts),
+            "congregations": self.congregations,
             "steps": self._steps,
             "seed": self.seed,
         }
@@ -279,13 +293,22 @@ class Congregation(torch.optim.Optimizer):
         """Restore everything, the values of the members included.
 
         Raises:
-            ValueError: for a state with another number of members.
+            ValueError: for a state with another number of members or congregations, or
+                without members.
         """
-        members = state_dict["members"]
-        if len(members["restarts"]) != len(self._restarts):
+        if "members" not in state_dict:
             raise ValueError(
-                f"The state has {len(members['restarts'])} members, and here are "
-                f"{len(self._restarts)}. Make as many."
+                "The state has no 'members'. Load one that Congregation.state_dict() "
+                "has made."
+            )
+        members = state_dict["members"]
+        congregations = members["congregations"]
+        count = len(members["restarts"]) // congregations
+        if (count, congregations) != (self.members, self.congregations):
+            raise ValueError(
+                f"The state has {count} members in each of {congregations} "
+                f"congregations, and here are {self.members} in each of "
+                f"{self.congregations}. Make as many."
             )
         # What is loaded stays as it is when members move.
         usual = {k: v for k, v in state_dict.items() if k != "members"}
@@ -300,6 +323,10 @@ class Congregation(torch.optim.Optimizer):
         self._ages.copy_(members["ages"])
         self._restarts = list(members["restarts"])
         self._steps, self.seed = members["steps"], members["seed"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept}
 
     def _cost(
         self,
@@ -320,8 +347,14 @@ class Congregation(torch.optim.Optimizer):
         if momentum:
             grad = state["momentum_buffer"].mul_(momentum).add_(grad)
         p.add_(grad, alpha=-lr)
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Move all parameters that are trained to the values allowed."""
         if self.clip is not None:
-            p.clamp_(*self.clip)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.clamp_(*self.clip)
 
     def _unfit(self) -> list[int]:
         """Members to start anew: converged ones behind their best, and broken ones."""
@@ -350,6 +383,7 @@ class Congregation(torch.optim.Optimizer):
                 tensor[k].zero_()
         self._mean_cost[k].zero_()
         self._ages[k] = 0
+        self._clip()
 
     def _made(self, k: int) -> nn.Module:
         """A new model from the seed of a member and of how often it was restarted."""
@@ -386,12 +420,3 @@ class Congregation(torch.optim.Optimizer):
         if self.congregations == 1:
             return values
         return values.reshape(self.congregations, self.members)
-
-
-def _check_range(
-    name: str, value: float, lowest: float, below: float = math.inf
-) -> None:
-    if not lowest <= value < below:
-        raise ValueError(
-            f"{name} must be at least {lowest} and below {below}, got {value}."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,8 @@ __all__ = ["CyclicRatio"]
 Vary = Literal["lr", "batch_size"]
 Shape = Literal["square", "triangle"]
 First = Literal["low", "high"]
+# What has to be the same where a state is loaded.
+_SETTINGS = ("vary", "shape", "first", "low", "high", "period", "batch_size")
 
 
 class CyclicRatio(LRScheduler):
@@ -100,12 +103,14 @@ class CyclicRatio(LRScheduler):
         _check_choice("vary", vary, get_args(Vary))
         _check_choice("shape", shape, get_args(Shape))
         _check_choice("first", first, get_args(First))
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise ValueError(
-                f"The ratios need 0 < low <= high, got low={low} and high={high}."
+                f"The ratios need 0 < low <= high < inf, got low={low} and high={high}."
             )
-        if not period > 0:
-            raise ValueError(f"period must be above 0 samples, got {period}.")
+        if not 0 < period < math.inf:
+            raise ValueError(
+                f"period must be above 0 samples and finite, got {period}."
+            )
         _check_source(sampler, batch_size, vary)
         self.low, self.high, self.period = low, high, period
         self.vary, self.shape, self.first = vary, shape, first
@@ -147,7 +152,19 @@ class CyclicRatio(LRScheduler):
         return {k: v for k, v in super().state_dict().items() if k != "sampler"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state, and the learning rates with it."""
+        """Restore the state, and the learning rates with it.
+
+        Raises:
+            ValueError: for a state of another cycle.
+        """
+        for name in _SETTINGS:
+            mine, saved = getattr(self, name), state_dict.get(name)
+            if saved != mine:
+                raise ValueError(
+                    f"The state is of a schedule with {name}={saved!r}, and this one "
+                    f"has {name}={mine!r}. Make it as that one, or start a new cycle "
+                    "without loading."
+                )
         super().load_state_dict(state_dict)
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             if isinstance(group["lr"], Tensor):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.langevin import langevin_step_
 from ..ops.random import Noise
+from ._checks import as_int, check_range
 
 __all__ = ["Langevin"]
 
@@ -65,13 +66,13 @@ class Langevin(torch.optim.Optimizer):
         lr: learning rate, a number or a tensor.
         temperature: in units of the loss; 0 is SGD without noise.
         momentum: m, at least 0 and below 1.
-        seed: of the noise, 64 bits; None draws one from PyTorch's default generator,
-            once. `state_dict()` holds it and the number of steps, so that a resumed run
-            continues exactly.
+        seed: of the noise, an integer of which 64 bits count; None draws one from
+            PyTorch's default generator, once. `state_dict()` holds it and the number of
+            steps, so that a resumed run continues exactly.
 
     Raises:
         ValueError: for a value out of range, complex or distributed parameters, or
-            sparse gradients.
+            sparse gradients; from `step()` too, for options that were changed since.
         RuntimeError: if a step is captured in a CUDA graph, whose replays would repeat
             its noise.
 
@@ -101,14 +102,14 @@ class Langevin(torch.optim.Optimizer):
         *,
         seed: int | None = None,
     ) -> None:
-        self.seed = _drawn_seed() if seed is None else seed
+        self.seed = _drawn_seed() if seed is None else as_int("seed", seed)
         self.steps_taken = 0
         defaults = {"lr": lr, "temperature": temperature, "momentum": momentum}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it has them."""
-        _check_options({**self.defaults, **param_group})
+        _checked_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             _check_parameters(self.param_groups[-1]["params"])
@@ -123,16 +124,18 @@ class Langevin(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _refuse_capture(self.param_groups)
         _refuse_sparse(self.param_groups)
+        options = [_checked_options(group) for group in self.param_groups]
         index = 0
-        for group in self.param_groups:
+        for group, numbers in zip(self.param_groups, options, strict=True):
             alike: dict[Any, list[tuple[int, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     alike.setdefault((p.device, p.dtype), []).append((index, p))
                 index += 1
             for some in alike.values():
-                self._step(group, *zip(*some, strict=True))
+                self._step(*numbers, *zip(*some, strict=True))
         self.steps_taken += 1
         return loss
 
@@ -161,17 +164,20 @@ class Langevin(torch.optim.Optimizer):
         return {**super().__getstate__(), **counters}
 
     def _step(
-        self, group: dict[str, Any], indices: Sequence[int], params: Sequence[Tensor]
+        self,
+        lr: float,
+        temperature: float,
+        momentum: float,
+        indices: Sequence[int],
+        params: Sequence[Tensor],
     ) -> None:
         """One step of parameters that share a device and a dtype."""
-        _refuse_capture(params[0])
-        momentum = group["momentum"]
-        deviation = math.sqrt(2 * (1 - momentum) * group["temperature"])
+        deviation = math.sqrt(2 * (1 - momentum) * temperature)
         langevin_step_(
             params,
             [p.grad for p in params],
             [self._velocity(p) for p in params] if momentum else None,
-            float(group["lr"]),
+            lr,
             momentum,
             Noise(self.seed, self.steps_taken, indices, deviation),
         )
@@ -201,20 +207,24 @@ def _check_parameters(params: list[Tensor]) -> None:
             )
 
 
-def _refuse_capture(param: Tensor) -> None:
-    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+def _refuse_capture(groups: list[dict[str, Any]]) -> None:
+    is_on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+    if is_on_gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "A CUDA graph of Langevin's step would repeat its noise at every replay: "
             "steps are counted on the host. Call step() outside the graph."
         )
 
 
-def _check_options(group: dict[str, Any]) -> None:
-    for name, upper in (("lr", math.inf), ("temperature", math.inf), ("momentum", 1)):
-        if not 0 <= group[name] < upper:
-            raise ValueError(
-                f"{name} must be at least 0 and below {upper}, got {group[name]}."
-            )
+def _checked_options(group: dict[str, Any]) -> tuple[float, float, float]:
+    """Learning rate, temperature and momentum of a group, which may change any time."""
+    lr, temperature, momentum = (
+        float(group[name]) for name in ("lr", "temperature", "momentum")
+    )
+    check_range("lr", lr, 0)
+    check_range("temperature", temperature, 0)
+    check_range("momentum", momentum, 0, below=1)
+    return lr, temperature, momentum
 
 
 def _refuse_sparse(groups: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
+from ._checks import check_range
 from .sampler import BatchSizeSampler
 
 __all__ = ["NoiseScaleBatchSize"]
@@ -33,9 +34,11 @@ class NoiseScaleBatchSize:
     Numerator and denominator are averaged apart, exponentially over the updates, with
     the bias of their start at zero taken out; their ratio is the batch size at which
     gradient noise and signal have equal power. The size changes at the ends of epochs,
-    or `every` so many samples, by at most a factor of `factor`, and not for a change
-    below `hysteresis`. As long as the average of |E g|^2, of which each estimate may be
-    negative, is not above 0, the noise scale is unknown and the size stays.
+    or `every` so many samples, by at most a factor of `factor` (or by one sample of
+    each rank, where that is more), and not for a change below `hysteresis`. As long as
+    the average of |E g|^2, of which each estimate may be negative, is not above 0, the
+    noise scale is unknown and the size stays; but one that is not between `min_size`
+    and `max_size` moves there, a factor at a time.
 
     A changed size changes the ratio eta / S, which decides how noisy SGD is.
     `scale_lr="linear"` keeps the ratio by moving the learning rate along; "sqrt" keeps
@@ -44,15 +47,17 @@ class NoiseScaleBatchSize:
     size, which with DataLoader workers comes some batches later (`BatchSizeSampler`).
     A scheduler that sets rates of its own undoes it.
 
-    Call `update` once after each step, with statistics where there are any. Sizes are
-    over all ranks, each of which must be given the same statistics.
+    Call `update` once after each step, its batch counted by the sampler, with
+    statistics where there are any. Sizes are over all ranks, each of which must be
+    given the same statistics, and multiples of their number (but for a short batch).
 
     Args:
         sampler: its `batch_size` is set.
         every: samples between two decisions; None decides at the ends of epochs.
         smoothing: weight of the past in the averages: 0.95 looks back over some 20
             updates.
-        min_size: smallest batch; 2 is the smallest with a variance.
+        min_size: smallest batch, at least 2: a single sample has no variance, so that
+            the noise scale of batches of 1 would never be known again.
         max_size: largest batch; None is the whole data set.
         factor: largest change at once, up or down.
         hysteresis: relative change below which the size stays.
@@ -62,6 +67,8 @@ class NoiseScaleBatchSize:
     Raises:
         ValueError: for a value out of range, a sampler with a schedule, or learning
             rates to scale without an optimizer.
+        RuntimeError: from `update()`, if the sampler has counted no batch since the
+            last.
 
     Example:
         >>> import torch, fastminima as fm
@@ -101,15 +108,22 @@ class NoiseScaleBatchSize:
         ranks = sampler.num_replicas
         largest = sampler.n if sampler.last == "keep" else sampler.n // ranks * ranks
         max_size = largest if max_size is None else max_size
-        _check_range("every", 1 if every is None else every, 1)
-        _check_range("smoothing", smoothing, 0, below=1)
-        _check_range("hysteresis", hysteresis, 0)
+        check_range("every", 1 if every is None else every, 1)
+        check_range("smoothing", smoothing, 0, below=1)
+        check_range("hysteresis", hysteresis, 0)
         if not factor > 1:
             raise ValueError(f"factor must be above 1, got {factor}.")
-        if not 1 <= min_size <= max_size <= largest:
+        if not 2 <= min_size <= max_size <= largest:
             raise ValueError(
-                f"The sizes need 1 <= min_size <= max_size <= {largest}, got "
+                f"The sizes need 2 <= min_size <= max_size <= {largest}, got "
                 f"min_size={min_size} and max_size={max_size}."
+            )
+        # On each rank.
+        self._lowest, self._highest = math.ceil(min_size / ranks), max_size // ranks
+        if self._lowest > self._highest:
+            raise ValueError(
+                f"A batch of all ranks is a multiple of num_replicas={ranks}, and none "
+                f"lies between min_size={min_size} and max_size={max_size}."
             )
         if scale_lr not in get_args(ScaleLr):
             raise ValueError(
@@ -160,10 +174,20 @@ class NoiseScaleBatchSize:
 
         Statistics that are not finite are left out, as are those of a single sample.
 
+        Raises:
+            RuntimeError: if the sampler has counted no batch since the last update.
+
         Args:
             stats: `GradientStatistics`, `MinibatchVariance`, or None where a step has
                 none.
         """
+        if self.sampler.samples_seen <= self._seen:
+            raise RuntimeError(
+                f"The sampler has counted {self.sampler.samples_seen} samples, no more "
+                "than at the last update(). Iterate over sampler.consumed(loader), or "
+                "call sampler.step() for each batch, before update(); and load the "
+                "states of both."
+            )
         if stats is not None and getattr(stats, "count", 2) > 1:
             self._average(float(stats.covariance_trace), float(stats.signal))
         if self._is_time():
@@ -217,17 +241,23 @@ class NoiseScaleBatchSize:
 
     def _change(self) -> None:
         """Move the size towards the noise scale, if that is known and far enough."""
-        wanted, old = self.noise_scale, self._size
-        if math.isnan(wanted):
+        old, ranks = self._size, self.sampler.num_replicas
+        wanted = old if math.isnan(self.noise_scale) else self.noise_scale
+        wanted = min(max(wanted, self._lowest * ranks), self._highest * ranks)
+        is_allowed = self._lowest <= self.sampler.batch_size <= self._highest
+        if is_allowed and abs(wanted / old - 1) < self.hysteresis:
             return
-        wanted = min(max(wanted, self.min_size), self.max_size)
-        if abs(wanted / old - 1) < self.hysteresis:
-            return
-        wanted = min(max(wanted, old / self.factor), old * self.factor)
-        self.sampler.batch_size = max(1, round(wanted / self.sampler.num_replicas))
+        self.sampler.batch_size = self._within_reach(round(wanted / ranks))
         if self._size != old:
             growth = (self._size / old) ** _EXPONENT[self.scale_lr]
             self._due.append((self.sampler.samples_made, growth))
+
+    def _within_reach(self, size: int) -> int:
+        """The size of a rank's batch that one change may lead to, closest to `size`."""
+        old = self.sampler.batch_size
+        least = min(math.ceil(old / self.factor), old - 1)
+        most = max(math.floor(min(old * self.factor, self._highest)), old + 1)
+        return min(max(size, least), most)
 
     def _scale_rates(self, growth: float) -> None:
         if self.optimizer is None or growth == 1:
@@ -237,12 +267,3 @@ class NoiseScaleBatchSize:
                 group["lr"].mul_(growth)
             else:
                 group["lr"] *= growth
-
-
-def _check_range(
-    name: str, value: float, lowest: float, below: float = math.inf
-) -> None:
-    if not lowest <= value < below:
-        raise ValueError(
-            f"{name} must be at least {lowest} and below {below}, got {value}."
-        )

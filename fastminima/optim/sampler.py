@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar, get_args
@@ -12,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from ._checks import at_least
 
 __all__ = ["BatchSizeSampler"]
 
@@ -48,7 +49,8 @@ class BatchSizeSampler(Sampler[list[int]]):
     one of `last="keep"` is filled up with up to num_replicas - 1 samples from the start
     of the epoch.
 
-    `len()` is the number of batches in an epoch if the size stays what it is now.
+    `len()` is the number of batches in the epoch if the size stays what it is now. When
+    the epoch is over it is that of the next one, which may differ with `last="carry"`.
 
     Args:
         n: number of samples in the data set.
@@ -100,10 +102,10 @@ class BatchSizeSampler(Sampler[list[int]]):
             num_replicas = dist.get_world_size() if is_parallel else 1
         if rank is None:
             rank = dist.get_rank() if is_parallel else 0
-        self.n = _at_least(1, "n", n)
-        self.num_replicas = _at_least(1, "num_replicas", num_replicas)
-        self.rank = _at_least(0, "rank", rank)
-        self.seed = _at_least(0, "seed", seed)
+        self.n = at_least(1, "n", n)
+        self.num_replicas = at_least(1, "num_replicas", num_replicas)
+        self.rank = at_least(0, "rank", rank)
+        self.seed = at_least(0, "seed", seed)
         if self.rank >= self.num_replicas:
             raise ValueError(
                 f"rank must be below num_replicas, got {rank} and {num_replicas}."
@@ -182,15 +184,33 @@ class BatchSizeSampler(Sampler[list[int]]):
         """The batches of a DataLoader with this sampler, each counted when received.
 
         A state saved in the body of the loop counts the batch of that body.
+
+        Raises:
+            ValueError: for a DataLoader that may change the order of the batches.
         """
-        for batch in loader:
-            self.step()
-            yield batch
+        if not getattr(loader, "in_order", True):
+            raise ValueError(
+                "A DataLoader with in_order=False gives batches in another order than "
+                "they were made in, so which ones the loop has received cannot be "
+                "counted. Make it with in_order=True."
+            )
+        return self._counted(loader)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; in the midst of that epoch, stay there."""
+        """Go to the start of an epoch; in the midst of that epoch, stay there.
+
+        Where batches are not counted, a pass that has ended, or that another epoch
+        follows, is taken for consumed.
+        """
+        epoch = at_least(0, "epoch", epoch)
+        is_left = self._is_ended or epoch != self._epoch
+        if self._pending and not self._is_counting and is_left:
+            self._consume()
+            if epoch == self._epoch + 1:
+                return self._advance()
         if not self._is_counting or epoch != self.epoch:
-            self._begin(_at_least(0, "epoch", epoch))
+            self._begin(epoch)
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop is: the same on every rank, good for any of them.
@@ -242,10 +262,7 @@ class BatchSizeSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._pending and not self._is_counting:
-            while self._pending:
-                taken = self._pending.popleft()
-                self._position += taken
-                self._samples_seen += taken
+            self._consume()
             self._advance()
         elif self._is_over():
             self._advance()
@@ -256,7 +273,24 @@ class BatchSizeSampler(Sampler[list[int]]):
         size = self.batch_size * self.num_replicas
         if self.last == "keep":
             return -(-self.n // size)
-        return (self._carried + self.n) // size
+        return (self._carried_into_pass() + self.n) // size
+
+    def _carried_into_pass(self) -> int:
+        """Samples carried into the pass that is under way, or else comes next."""
+        is_over = self._is_over() or (self._is_ended and not self._is_counting)
+        return self._rest() if is_over and self.last == "carry" else self._carried
+
+    def _counted(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            self.step()
+            yield batch
+
+    def _consume(self) -> None:
+        """Count all batches that were made."""
+        taken = sum(self._pending)
+        self._pending.clear()
+        self._position += taken
+        self._samples_seen += taken
 
     def _batches(self, number: int) -> Iterator[list[int]]:
         """The batches that wait for the loop, then new ones to the end of the epoch."""
@@ -332,7 +366,7 @@ class BatchSizeSampler(Sampler[list[int]]):
         self._pass += 1
 
     def _checked(self, batch_size: int) -> int:
-        size = _at_least(1, "batch_size", batch_size)
+        size = at_least(1, "batch_size", batch_size)
         if self.last != "keep" and size * self.num_replicas > self.n:
             raise ValueError(
                 f"A batch of {size} samples on each of {self.num_replicas} ranks is "
@@ -340,13 +374,3 @@ class BatchSizeSampler(Sampler[list[int]]):
                 f'most {self.n // self.num_replicas}, or last="keep".'
             )
         return size
-
-
-def _at_least(lowest: int, name: str, value: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}.") from None
-    if value < lowest:
-        raise ValueError(f"{name} must be at least {lowest}, got {value}.")
-    return value

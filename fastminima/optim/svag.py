@@ -67,22 +67,24 @@ class SVAG(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with an `lr` of its own where it has one."""
-        group = {**self.defaults, **param_group}
+        # Not that of `defaults`: a loaded state may have another.
+        l = self.param_groups[0]["l"] if self.param_groups else self.defaults["l"]
+        group = {**self.defaults, "l": l, **param_group}
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"lr must be at least 0 and finite, got {group['lr']}.")
         if not 1 <= group["l"] < math.inf:
             raise ValueError(f"l must be at least 1 and finite, got {group['l']}.")
-        if group["l"] != self.defaults["l"]:
+        if group["l"] != l:
             raise ValueError(
-                f"All groups of an SVAG have one l, got {group['l']} and "
-                f"{self.defaults['l']}. Make an optimizer for each."
+                f"All groups of an SVAG have one l, got {group['l']} and {l}. Make an "
+                "optimizer for each."
             )
         if self.param_groups and self.param_groups[0]["has_first"]:
             raise ValueError(
                 "A group cannot be added between the two halves of a step. Call step() "
                 "after the second backward pass first."
             )
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group, "l": l})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -90,10 +92,11 @@ class SVAG(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss of a new batch and its
-                gradients, and returns the loss. It is called twice.
+                gradients, and returns the loss or None. It is called twice. If it
+                raises, such as for want of a second batch, the step has not begun.
 
         Returns:
-            The mean of the closure's two losses; None without a closure.
+            The mean of the closure's two losses; None without a closure or a loss.
         """
         if closure is None:
             self._take()
@@ -104,11 +107,23 @@ class SVAG(torch.optim.Optimizer):
                 "one was given already. Call step() after the second backward pass."
             )
         losses = []
-        for _ in range(2):
-            with torch.enable_grad():
-                losses.append(closure())
-            self._take()
-        return (losses[0] + losses[1]) / 2
+        try:
+            for _ in range(2):
+                with torch.enable_grad():
+                    losses.append(closure())
+                self._take()
+        finally:
+            self._forget_first()
+        first, second = losses
+        return None if first is None or second is None else (first + second) / 2
+
+    def _forget_first(self) -> None:
+        """Undo the first half of a step that did not come to its second one."""
+        for group in self.param_groups:
+            if group["has_first"]:
+                group["has_first"] = False
+                for p in group["params"]:
+                    self.state.pop(p, None)
 
     def _take(self) -> None:
         """Keep the first gradients, or move by them and the second ones."""

@@ -131,3 +131,20 @@ def test_lists_that_do_not_fit_go_to_the_reference():
     grads = [torch.ones(3), torch.ones(4, dtype=torch.float64)]
     langevin_step_(params, grads, None, 0.5, 0.0, Noise(1, 2, [0, 1], 0.0))
     assert params[0].eq(-0.5).all() and params[1].eq(-0.5).all()
+
+
+@pytest.mark.parametrize("has_velocities", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autograd_sees_what_was_written(dtype, has_velocities):
+    """Kernels write through addresses, of which versions know nothing."""
+    made = lists(dtype, has_velocities)
+    rest = (0.3, 0.9, Noise(1, 2, list(range(len(made[0]))), 0.7))
+    for backend in langevin_step_.backends("cpu", dtype):
+        params, grads, velocities = copies(made)
+        written = [x for x in (*params, *(velocities or ())) if x.numel()]
+        before = [x._version for x in written]
+        read = [g._version for g in grads]
+        langevin_step_.on(backend, "cpu", dtype)(params, grads, velocities, *rest)
+        raised = [x._version > n for x, n in zip(written, before, strict=True)]
+        assert all(raised), backend
+        assert [g._version for g in grads] == read, backend

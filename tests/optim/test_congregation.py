@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -194,6 +195,75 @@ def test_clip():
     train(congregation)
     (group,) = congregation.param_groups
     assert group["params"][0].tolist() == pytest.approx([0.5, -0.8], abs=1e-6)
+
+
+def test_new_members_are_clipped():
+    options = {"members": 8, "lr": 0.1, "loss": wells, "clip": (-0.5, 0.5)}
+    congregation = fm.optim.Congregation(Point, **options)
+    (values,) = congregation.param_groups[0]["params"]
+    assert values.abs().max() == 0.5
+    assert congregation.member(0).a.abs() <= 0.5
+    for _ in range(8):
+        congregation._restart(0)
+        assert values.abs().max() <= 0.5
+
+
+def test_a_look_without_gradients_is_no_training():
+    congregation = points(0.5, -0.5)
+    x = torch.zeros(1)
+    costs = congregation.losses(x, x)
+    costs.sum().backward()
+    with torch.no_grad():
+        congregation.losses(x + 1e9, x)
+        congregation.losses(x * math.nan, x)
+    congregation.step()
+    torch.testing.assert_close(congregation.costs, costs.detach())
+    with torch.no_grad():
+        congregation.losses(x, x)
+    with pytest.raises(RuntimeError, match="of this step"):
+        congregation.step()
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_the_best_has_a_finite_cost(broken):
+    congregation = fm.optim.Congregation(
+        Point,
+        3,
+        0.0,
+        loss=lambda prediction, _: torch.where(
+            prediction.mean() > 1, broken, prediction.mean().square()
+        ),
+        tau=0.5,
+        check=100,
+    )
+    (values,) = congregation.param_groups[0]["params"]
+    with torch.no_grad():
+        values.copy_(torch.tensor([1.5, 0.9, 0.1]))
+    train(congregation)
+    assert congregation.best == 2
+    train(congregation, 10)
+    congregation._ages[2] = 1  # the only old ones are the broken one and a worse one
+    assert congregation.best == 1
+    congregation._ages[1] = 1
+    assert congregation.best == 2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))]
+)
+def test_copies_go_on_by_themselves(copied, momentum):
+    stream = batches(30)
+    options = {"loss": mse, "momentum": momentum, "tau": 0.4, "tolerance": 1.0}
+    first = fm.optim.Congregation(network, 3, 0.05, margin=0.01, check=3, **options)
+    fit(first, stream[:10])
+    second = copied(first)
+    before = copy.deepcopy(first.state_dict())
+    fit(second, stream[10:])
+    same(first.state_dict(), before)
+    fit(first, stream[10:])
+    assert first.restarts.sum() > 0
+    same(second.state_dict(), first.state_dict())
 
 
 def test_resuming_gives_the_same_bits():
@@ -396,6 +466,11 @@ def test_step_needs_losses():
         ({"check": 0}, "check must be"),
         ({"period": 0}, "period must be"),
         ({"seed": -1}, "seed must be"),
+        ({"members": 2.5}, "members must be an integer, got 2.5"),
+        ({"congregations": 1.5}, "congregations must be an integer"),
+        ({"check": 2.5}, "check must be an integer"),
+        ({"period": 2.5}, "period must be an integer"),
+        ({"seed": 1.5}, "seed must be an integer"),
         ({"clip": (1.0, -1.0)}, "clip must be"),
         ({"make_model": nn.Identity}, "nothing to train"),
     ],
@@ -414,5 +489,13 @@ def test_other_errors():
         congregation.losses(*batches(1)[0])
     with pytest.raises(ValueError, match="got member 2"):
         congregation.member(2)
-    with pytest.raises(ValueError, match="The state has 2 members, and here are 1"):
-        points(1.0).load_state_dict(points(1.0, 2.0).state_dict())
+    state = points(1.0, 2.0).state_dict()
+    with pytest.raises(
+        ValueError, match=r"has 2 members in each of 1 .* here are 1 in"
+    ):
+        points(1.0).load_state_dict(state)
+    with pytest.raises(ValueError, match="here are 1 in each of 2"):
+        points(1.0, 2.0, congregations=2).load_state_dict(state)
+    state.pop("members")
+    with pytest.raises(ValueError, match="has no 'members'"):
+        points(1.0, 2.0).load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -223,7 +224,11 @@ def test_gradient_accumulation_counts_all_batches():
     [
         (None, {"batch_size": 2, "low": 0.0}, "0 < low <= high"),
         (None, {"batch_size": 2, "low": 0.2}, "low=0.2 and high=0.1"),
+        (None, {"batch_size": 2, "high": math.inf}, "high < inf, got low=0.02"),
+        (None, {"batch_size": 2, "low": math.nan}, "0 < low <= high"),
         (None, {"batch_size": 2, "period": 0}, "period must be above 0"),
+        (None, {"batch_size": 2, "period": math.inf}, "and finite, got inf"),
+        (None, {"batch_size": 2, "period": math.nan}, "and finite, got nan"),
         (None, {"batch_size": 2, "shape": "sine"}, "shape must be one of"),
         (None, {"batch_size": 2, "first": "up"}, "first must be one of"),
         (None, {"batch_size": 2, "vary": "momentum"}, "vary must be one of"),
@@ -248,3 +253,30 @@ def test_other_samplers_are_refused():
     plain = torch.utils.data.BatchSampler(range(10), 2, drop_last=False)
     with pytest.raises(ValueError, match="got a BatchSampler"):
         cycle_of(plain, "lr")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"vary": "lr"}, "with vary='lr', and this one has vary='batch_size'"),
+        ({"shape": "triangle"}, "shape='triangle'"),
+        ({"first": "high"}, "first='high'"),
+        ({"low": 0.01}, "low=0.01"),
+        ({"high": 0.2}, "high=0.2"),
+        ({"period": 500}, "period=500"),
+    ],
+)
+def test_a_state_of_another_cycle_is_refused(other, message):
+    def made(**options):
+        sampler = fm.optim.BatchSizeSampler(100, 10)
+        return cycle_of(sampler, **{"vary": "batch_size", **options})
+
+    optimizer, cycle = made()
+    before = cycle.state_dict()
+    with pytest.raises(ValueError, match=message):
+        cycle.load_state_dict(made(**other)[1].state_dict())
+    assert cycle.state_dict() == before
+    cycle.load_state_dict(made()[1].state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.8
+    with pytest.raises(ValueError, match="with vary=None"):
+        cycle.load_state_dict({})

@@ -371,3 +371,47 @@ def test_refuses_sparse_gradients_before_anything_moves():
     with pytest.raises(ValueError, match=r"sparse_coo.*sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.zeros(3))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_graph_of_the_values_before_a_step_is_refused(dtype, momentum):
+    """As with SGD: a step between two backward passes gives no wrong gradient."""
+    for make in (
+        lambda x: torch.optim.SGD([x], 0.1, momentum),
+        lambda x: fm.optim.Langevin([x], 0.1, 0.2, momentum),
+    ):
+        x = torch.ones(5, dtype=dtype, requires_grad=True)
+        optimizer = make(x)
+        first, second = x.square().sum(), x.square().sum()
+        first.backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            second.backward()
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", torch.tensor([1.5])])
+def test_the_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match="seed must be an integer, got"):
+        fm.optim.Langevin([torch.zeros(1, requires_grad=True)], 0.1, 0.1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr", -0.1, "lr must be at least 0"),
+        ("lr", torch.tensor(math.nan), "lr must be at least 0"),
+        ("temperature", -1.0, "temperature must be at least 0"),
+        ("momentum", 1.0, "momentum must be at least 0 and below 1"),
+    ],
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_options_are_checked_at_each_step(name, value, message, momentum):
+    x, other = zeros(3, 3)
+    groups = [{"params": [x]}, {"params": [other]}]
+    optimizer = fm.optim.Langevin(groups, 0.1, 0.1, momentum)
+    x.grad, other.grad = torch.ones_like(x), torch.ones_like(other)
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert x.eq(0).all() and optimizer.steps_taken == 0

@@ -1,6 +1,7 @@
 """NoiseScaleBatchSize: when the size changes, by how much, and the rate with it."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -29,6 +30,12 @@ def sizes_of(sampler, following, stats, epochs=1):
             sizes.append(len(batch))
             following.update(stats)
     return sizes
+
+
+def count_batch(sampler):
+    """As if a loop had received one more."""
+    next(iter(sampler))
+    sampler.step()
 
 
 def sgd(rate=0.1):
@@ -75,15 +82,20 @@ def test_limits():
 
 
 def test_averages_are_separate_and_unbiased():
-    _, following = following_of(smoothing=0.5)
-    following.update(stats_of(8.0, 2.0))
+    sampler, following = following_of(smoothing=0.5)
+
+    def update(*stats):
+        count_batch(sampler)
+        following.update(*stats)
+
+    update(stats_of(8.0, 2.0))
     assert (following.covariance_trace, following.signal) == (8.0, 2.0)
-    following.update(stats_of(8.0, -0.25))
+    update(stats_of(8.0, -0.25))
     assert following.covariance_trace == 8.0
     assert following.signal == pytest.approx((2 * -0.25 + 2.0) / 3)
-    following.update(stats_of(math.inf, 1.0))
-    following.update(stats_of(3.0, 1.0, count=1))
-    following.update()
+    update(stats_of(math.inf, 1.0))
+    update(stats_of(3.0, 1.0, count=1))
+    update()
     assert following.noise_scale == pytest.approx(8.0 / 0.5)
 
 
@@ -198,7 +210,8 @@ def test_minibatch_variance_serves():
         model.zero_grad()
         model(torch.randn(8, 3)).mean().backward()
         variance.update(batch_size=8)
-    _, following = following_of()
+    sampler, following = following_of()
+    count_batch(sampler)
     following.update(variance)
     assert following.covariance_trace == pytest.approx(float(variance.covariance_trace))
 
@@ -212,6 +225,15 @@ def test_minibatch_variance_serves():
         ({"hysteresis": -0.1}, "hysteresis must be at least 0"),
         ({"min_size": 5, "max_size": 4}, "got min_size=5 and max_size=4"),
         ({"max_size": 1001}, "max_size <= 1000"),
+        ({"min_size": 1}, "need 2 <= min_size"),
+        (
+            {
+                "min_size": 5,
+                "max_size": 7,
+                "sampler": {"num_replicas": 4, "rank": 0},
+            },
+            "multiple of num_replicas=4, and none lies between min_size=5",
+        ),
         ({"scale_lr": "log"}, "scale_lr must be one of"),
         ({"scale_lr": "sqrt"}, "needs the optimizer"),
         ({"sampler": {"schedule": lambda seen: 3}}, "has a schedule"),
@@ -220,3 +242,54 @@ def test_minibatch_variance_serves():
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         following_of(**options)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("factor", [1.1, 1.25, 2.0, 3.7, math.inf])
+@pytest.mark.parametrize("noise", [0.0, 1e9])
+def test_a_change_is_no_larger_than_the_factor_or_one_sample(factor, noise, ranks):
+    """And none leaves the limits, which are reached whatever the factor."""
+    for start in (1, 2, 3, 5, 7, 13, 33):
+        sampler, following = following_of(
+            20_000,
+            start,
+            sampler={"num_replicas": ranks, "rank": 0},
+            every=1,
+            hysteresis=0.0,
+            factor=factor,
+            min_size=10,
+            max_size=90,
+        )
+        sizes = [start]
+        for _ in sampler.consumed(sampler):
+            following.update(stats_of(noise, 1.0))
+            sizes.append(sampler.batch_size)
+        for old, new in itertools.pairwise(sizes):
+            one = abs(new - old) <= 1
+            assert one or 1 / factor <= new / old <= factor
+            if 10 <= old * ranks <= 90:
+                assert 10 <= new * ranks <= 90
+        want = 90 // ranks if noise else -(-10 // ranks)
+        assert sizes[-1] == want
+
+
+def test_a_size_outside_the_limits_moves_there_though_the_scale_is_unknown():
+    """From a single sample there are no statistics at all."""
+    sampler, following = following_of(100, 1, every=1)
+    sizes = sizes_of(sampler, following, stats_of(50.0, 1.0, count=1))
+    assert sizes[:3] == [1, 2, 2]
+    sampler, following = following_of(1000, 100, every=1, max_size=95)
+    assert sizes_of(sampler, following, None)[:3] == [100, 95, 95]
+
+
+def test_a_batch_that_was_not_counted():
+    sampler, following = following_of(100, 10)
+    for _ in sampler:
+        with pytest.raises(RuntimeError, match=r"has counted 0 samples.*consumed"):
+            following.update(stats_of(50.0, 1.0))
+        break
+    assert math.isnan(following.signal)
+    count_batch(sampler)
+    following.update(stats_of(50.0, 1.0))
+    with pytest.raises(RuntimeError, match="has counted 20 samples"):
+        following.update(stats_of(50.0, 1.0))

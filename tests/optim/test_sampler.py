@@ -295,3 +295,56 @@ def test_ranks_are_those_of_torch_distributed(monkeypatch):
     assert (sampler.num_replicas, sampler.rank) == (3, 2)
     assert next(iter(sampler)) == [2, 5, 8, 11]
     assert next(iter(sampler_of(num_replicas=1, rank=0, shuffle=False))) == [0, 1, 2, 3]
+
+
+def test_a_loader_that_changes_the_order_is_refused():
+    sampler = sampler_of()
+    with pytest.raises(ValueError, match="in_order=True"):
+        sampler.consumed(loader_of(sampler, 2, in_order=False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_set_epoch_in_the_loop_changes_nothing(is_counted, workers):
+    """Schedules go on and samples are carried, counted or not."""
+
+    def epochs(sets_epoch):
+        sampler = sampler_of(
+            22, 1, last="carry", schedule=lambda seen: 4 if seen < 40 else 6
+        )
+        loader = loader_of(sampler, workers)
+        for epoch in range(4):
+            if sets_epoch:
+                sampler.set_epoch(epoch)
+            yield list(sampler.consumed(loader) if is_counted else loader)
+
+    want = list(epochs(False))
+    assert list(epochs(True)) == want
+    assert [len(batches) for batches in want] == [5, 5, 4, 4]
+
+
+def test_set_epoch_after_a_pass_that_was_broken_off():
+    sampler = sampler_of()
+    want = list(sampler)
+    sampler = sampler_of()
+    next(iter(sampler))  # to see what a batch looks like
+    sampler.set_epoch(0)
+    assert sampler.samples_made == 0
+    assert list(sampler) == want
+    sampler.set_epoch(0)
+    assert list(sampler) == want
+    assert sampler.samples_made == 100
+    next(iter(sampler))
+    sampler.set_epoch(7)
+    assert (sampler.epoch, sampler.samples_made) == (7, 104)
+
+
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_the_length_of_an_epoch_with_carried_samples(is_counted):
+    sampler = sampler_of(10, 4, last="carry")
+    loader = loader_of(sampler)
+    lengths, received = [], []
+    for _ in range(4):
+        lengths.append(len(loader))
+        received.append(len(list(sampler.consumed(loader) if is_counted else loader)))
+    assert lengths == received == [2, 3, 2, 3]

@@ -192,3 +192,51 @@ def test_refusals():
     svag.step()
     with pytest.raises(ValueError, match="between the two halves"):
         svag.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+
+
+def test_a_closure_without_a_loss():
+    x = torch.zeros(2, requires_grad=True)
+    svag = fm.optim.SVAG([x], 1.0, 5)
+
+    def closure():
+        svag.zero_grad()
+        x.sum().backward()
+
+    assert svag.step(closure) is None
+    torch.testing.assert_close(-x.detach(), torch.full((2,), 0.2))
+
+
+def test_a_closure_that_raises_leaves_no_half_step():
+    """The data end in the second half; the next epoch begins with a whole step."""
+    x = torch.zeros(1, requires_grad=True)
+    svag = fm.optim.SVAG([x], 1.0, 5)  # g = 2 g1 - g2
+    stream = iter([100.0])
+
+    def closure():
+        slope = next(stream)
+        svag.zero_grad()
+        loss = slope * x.sum()
+        loss.backward()
+        return loss.detach()
+
+    before = copy.deepcopy(svag.state_dict())
+    with pytest.raises(StopIteration):
+        svag.step(closure)
+    assert x.item() == 0
+    assert svag.state_dict() == before
+    stream = iter([3.0, 1.0])
+    svag.step(closure)
+    assert x.item() == pytest.approx(-1)
+
+
+def test_a_group_added_after_loading_has_the_loaded_l():
+    def made(l):
+        return fm.optim.SVAG([torch.zeros(1, requires_grad=True)], 0.1, l)
+
+    svag = made(4)
+    svag.load_state_dict(made(9).state_dict())
+    for more in ({}, {"l": 9}):
+        svag.add_param_group({"params": [torch.zeros(1, requires_grad=True)], **more})
+    assert [group["l"] for group in svag.param_groups] == [9, 9, 9]
+    with pytest.raises(ValueError, match="have one l, got 4 and 9"):
+        svag.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "l": 4})
