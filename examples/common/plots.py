@@ -166,11 +166,17 @@ def few_ticks(ax: Axes, places: Sequence[float], axis: str = "x") -> None:
 
 
 def log_axis(ax: Axes, axis: str = "y") -> None:
-    """A logarithmic axis with plain numbers: 1, 2, 5 a decade, or 1 and 3 across."""
+    """A logarithmic axis with plain numbers: 1, 2, 5 a decade, or 1 and 3 across.
+
+    Over more than three decades the decades only. To be called after plotting.
+    """
     which = ax.xaxis if axis == "x" else ax.yaxis
     (ax.set_xscale if axis == "x" else ax.set_yscale)("log")
+    low, high = ax.get_xlim() if axis == "x" else ax.get_ylim()
     subs = (1.0, 3.0) if axis == "x" else (1.0, 2.0, 5.0)
-    which.set_major_locator(LogLocator(subs=subs))
+    if high > 1e3 * low > 0:
+        subs = (1.0,)
+    which.set_major_locator(LogLocator(subs=subs, numticks=30))
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     which.set_minor_formatter(NullFormatter())
 

@@ -55,6 +55,8 @@ class Problem:
         product = product.detach().to(self.dtype).contiguous()
         if self._operator is None:
             self._refuse(self._watch.look(v, product, self._noise))
+            # It may be the user's own tensor, or v itself, and steps write into it.
+            return product.clone()
         return product
 
     @property

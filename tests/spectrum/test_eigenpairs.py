@@ -1,6 +1,7 @@
 """Eigenpairs of matrices with known spectra: values, residuals, multiplicity, costs."""
 
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -240,3 +241,23 @@ def test_matrices_that_are_none(method, device):
         fm.top_eigenpairs(
             torch.full((3, 3), float("nan"), device=device), method=method
         )
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_what_a_matrix_returns_is_not_written_into(method):
+    class Kept:
+        """Keeps the tensors that its products are."""
+
+        shape, dtype, device = (6, 6), torch.float64, torch.device("cpu")
+        given: ClassVar = []
+        diagonal = torch.arange(1.0, 7.0, dtype=torch.float64)
+
+        def __matmul__(self, v):
+            self.given.append((self.diagonal * v, self.diagonal * v))
+            return self.given[-1][0]
+
+    matrix = Kept()
+    pairs = fm.top_eigenpairs(matrix, method=method, rtol=1e-6)
+    assert abs(float(pairs.values[0]) - 6) < 1e-4
+    for given, copy in matrix.given:
+        torch.testing.assert_close(given, copy, rtol=0, atol=0)
