@@ -1,8 +1,7 @@
 """How much faster a stack of replicas trains: `python -m examples.common.batching`.
 
 Times a training step of one replica in a stack beside the ordinary loop over a module
-and `torch.func`, in one thread, their rounds taken in turn, after their steps have been
-compared.
+and `torch.func`, in one thread, their rounds taken in turn. That they do the same is tested.
 """
 
 from __future__ import annotations

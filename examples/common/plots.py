@@ -176,7 +176,7 @@ def log_axis(ax: Axes, axis: str = "y") -> None:
     subs = (1.0, 3.0) if axis == "x" else (1.0, 2.0, 5.0)
     if high > 1e3 * low > 0:
         subs = (1.0,)
-    which.set_major_locator(LogLocator(subs=subs, numticks=30))
+    which.set_major_locator(LogLocator(subs=subs, numticks=12))
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
     which.set_minor_formatter(NullFormatter())
 
