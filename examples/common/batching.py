@@ -1,7 +1,8 @@
 """How much faster a stack of replicas trains: `python -m examples.common.batching`.
 
 Times a training step of one replica in a stack beside the ordinary loop over a module
-and `torch.func`, in one thread, their rounds taken in turn. That they do the same is tested.
+and `torch.func`, in one thread, their rounds taken in turn. That they do the same is in
+the tests.
 """
 
 from __future__ import annotations
