@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["by_seed", "cells", "difference", "shuffled", "slopes"]
+__all__ = ["by_seed", "cells", "chunks", "difference", "shuffled", "slopes"]
 
 Row = dict[str, Any]
 Key = Callable[[Row], Any]
@@ -21,6 +21,11 @@ def by_seed(rows: Iterable[Row]) -> dict[int, list[Row]]:
     for row in rows:
         found[row["seed"]].append(row)
     return dict(sorted(found.items()))
+
+
+def chunks(seeds: Sequence[int], size: int) -> list[list[int]]:
+    """Seeds in groups in their order, so that more of them change no earlier group."""
+    return [list(seeds[at : at + size]) for at in range(0, len(seeds), size)]
 
 
 def cells(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -68,11 +73,16 @@ def difference(rows: Iterable[Row], value: Key, first: Key, second: Key) -> list
     return found
 
 
-def shuffled(rows: Sequence[Row], seed: int, *names: str) -> list[Row]:
-    """The rows with some fields permuted together among the rows of each seed."""
+def shuffled(
+    rows: Sequence[Row], seed: int, *names: str, within: Sequence[str] = ()
+) -> list[Row]:
+    """The rows with some fields permuted together among the rows of each seed.
+
+    Among those rows only that also have the fields `within` in common.
+    """
     rng = random.Random(seed)
     found = []
-    for same in by_seed(rows).values():
+    for same in cells(rows, "seed", *within).values():
         labels = [{name: r.get(name) for name in names} for r in same]
         rng.shuffle(labels)
         found += [{**r, **label} for r, label in zip(same, labels, strict=True)]

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import fastminima as fm
 from examples.common import data, measures, plots
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack
 from examples.common.training import Orders, minibatches, train_steps
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
@@ -94,10 +95,7 @@ def settings(preset: str, dataset: str) -> CovarianceEnd:
 
 
 def tasks(end: CovarianceEnd) -> list[Task]:
-    return [
-        {"seeds": list(end.seeds[at : at + end.chunk])}
-        for at in range(0, len(end.seeds), end.chunk)
-    ]
+    return [{"seeds": seeds} for seeds in chunks(end.seeds, end.chunk)]
 
 
 def run(end: CovarianceEnd, task: Task, watch: Watch) -> list[Row]:

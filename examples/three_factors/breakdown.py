@@ -35,6 +35,7 @@ import fastminima as fm
 import fastminima.theory
 from examples.common import data, plots
 from examples.common.measures import cross_entropy_loss
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
 from examples.common.training import Orders, minibatches, train_steps
@@ -48,7 +49,6 @@ from .small import (
     TRAINED,
     UNTRAINED,
     Samples,
-    chunks,
     samples,
     standing,
     status_of,

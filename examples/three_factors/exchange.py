@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.common import data, plots
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
@@ -35,7 +36,6 @@ from .small import (
     CLASSES,
     TRAINED,
     Samples,
-    chunks,
     listed,
     samples,
     standing,

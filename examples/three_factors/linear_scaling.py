@@ -101,9 +101,9 @@ def settings(preset: str, dataset: str) -> Scaling:
 def tasks(s: Scaling) -> list[Task]:
     """A problem and a few seeds."""
     return [
-        {"problem": problem, "seeds": list(s.seeds[at : at + s.seeds_a_task])}
+        {"problem": problem, "seeds": seeds}
         for problem in PROBLEMS
-        for at in range(0, len(s.seeds), s.seeds_a_task)
+        for seeds in seedwise.chunks(s.seeds, s.seeds_a_task)
     ]
 
 

@@ -142,10 +142,7 @@ def settings(
 
 def tasks(s: Lines) -> list[Task]:
     """All arms of a few seeds."""
-    return [
-        {"seeds": list(s.seeds[at : at + s.seeds_a_task])}
-        for at in range(0, len(s.seeds), s.seeds_a_task)
-    ]
+    return [{"seeds": seeds} for seeds in seedwise.chunks(s.seeds, s.seeds_a_task)]
 
 
 def rows(s: Lines, task: Task) -> int:

@@ -129,12 +129,12 @@ def tasks(s: Memorization) -> list[Task]:
             "batch_size": size,
             "rates": list(rates),
             "momentum": momentum,
-            "seeds": list(s.seeds[at : at + s.seeds_a_task]),
+            "seeds": seeds,
         }
         for size in sorted(s.batch_sizes)
         for rates, momentum in s.arms
         for noise in s.noise
-        for at in range(0, len(s.seeds), s.seeds_a_task)
+        for seeds in seedwise.chunks(s.seeds, s.seeds_a_task)
     ]
 
 
@@ -394,10 +394,13 @@ def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     """The ratio told to be another one of the same kind of run, or no effect at all."""
     return {
         "ratios permuted within each seed": seedwise.shuffled(
-            found, seed, "ratio", "batch_size", "learning_rate"
+            found,
+            seed,
+            *("ratio", "batch_size", "learning_rate"),
+            within=("noise", "momentum"),
         ),
         "accuracies permuted within each seed": seedwise.shuffled(
-            found, seed, "quenched_val_accuracy"
+            found, seed, "quenched_val_accuracy", within=("noise", "momentum")
         ),
     }
 

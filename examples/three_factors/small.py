@@ -17,7 +17,6 @@ __all__ = [
     "TRAINED",
     "UNTRAINED",
     "Samples",
-    "chunks",
     "listed",
     "samples",
     "standing",
@@ -49,11 +48,6 @@ def samples(
     found = data.prepared(dataset, train, validation, seed, pool=pool, skip=skip)
     (x, y), (x_val, y_val) = found.train, found.validation
     return x.flatten(1), y, x_val.flatten(1), y_val
-
-
-def chunks(seeds: Sequence[int], size: int) -> list[list[int]]:
-    """Seeds in groups by their value, so that more of them change no earlier group."""
-    return [list(seeds[at : at + size]) for at in range(0, len(seeds), size)]
 
 
 def standing(

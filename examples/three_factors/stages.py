@@ -28,6 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.common import data, measures, plots, stacks
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack
 from examples.common.tables import aligned
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
@@ -39,7 +40,6 @@ from .small import (
     CLASSES,
     DIVERGED,
     TRAINED,
-    chunks,
     listed,
     samples,
     standing,

@@ -37,6 +37,7 @@ from torch import Tensor
 import fastminima as fm
 from examples.common import data, measures, plots
 from examples.common.second_order import grads_and_products, inner
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack, cross_entropy, sgd_step
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
@@ -94,10 +95,7 @@ def settings(preset: str, dataset: str) -> Stationarity:
 
 
 def tasks(s: Stationarity) -> list[Task]:
-    return [
-        {"seeds": list(s.seeds[at : at + s.chunk])}
-        for at in range(0, len(s.seeds), s.chunk)
-    ]
+    return [{"seeds": seeds} for seeds in chunks(s.seeds, s.chunk)]
 
 
 def run(s: Stationarity, task: Task, watch: Watch) -> list[Row]:

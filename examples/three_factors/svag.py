@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.common import data, plots
+from examples.common.seedwise import chunks
 from examples.common.stacks import Stack, cross_entropy, sgd_step
 from examples.engine.experiment import Experiment, Row, Settings, Task, Watch
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
@@ -87,9 +88,9 @@ def settings(preset: str, dataset: str) -> Svag:
 def tasks(svag: Svag) -> list[Task]:
     """The largest l first: it takes l times as many steps."""
     return [
-        {"level": level, "seeds": list(svag.seeds[at : at + svag.chunk])}
+        {"level": level, "seeds": seeds}
         for level in (*reversed(LEVELS), CONTROL)
-        for at in range(0, len(svag.seeds), svag.chunk)
+        for seeds in chunks(svag.seeds, svag.chunk)
     ]
 
 

@@ -162,14 +162,10 @@ def tasks(s: Width) -> list[Task]:
     for size in sorted({size for _, size in s.pairs}):
         rates = sorted(rate for rate, of in s.pairs if of == size)
         found += [
-            {"batch_size": size, "rates": rates, "seeds": list(some)}
-            for some in _chunks(s.seeds, s.seeds_a_task)
+            {"batch_size": size, "rates": rates, "seeds": some}
+            for some in seedwise.chunks(s.seeds, s.seeds_a_task)
         ]
     return found
-
-
-def _chunks(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [seeds[at : at + size] for at in range(0, len(seeds), size)]
 
 
 def rows(s: Width, task: Task) -> int:
