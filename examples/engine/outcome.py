@@ -18,7 +18,6 @@ __all__ = [
     "Verdict",
     "decide",
     "mean_and_spread",
-    "share",
 ]
 
 HELD, NOT_HELD, UNDECIDED = OUTCOMES = ("HELD", "NOT HELD", "UNDECIDED")
@@ -39,8 +38,6 @@ class Claim:
         name: what is measured, as the sentence says it.
         values: one a seed, paired over the grid where the seeds are.
         low, high: open bounds; -inf or inf for none.
-        by: "t": Student's interval for the mean of the values; "share": Wilson's
-            interval for a proportion, the values being 0 and 1.
         digits: significant ones in the sentence.
     """
 
@@ -48,7 +45,6 @@ class Claim:
     values: Sequence[float]
     low: float = -math.inf
     high: float = math.inf
-    by: str = "t"
     digits: int = 2
 
 
@@ -129,11 +125,6 @@ def decide(
     return Verdict(outcome, sentence, findings, table, short or "; ".join(parts))
 
 
-def share(name: str, good: int, of: int, low: float, high: float = math.inf) -> Claim:
-    """The claim that a proportion lies above `low` (and below `high`)."""
-    return Claim(name, [1.0] * good + [0.0] * (of - good), low, high, by="share")
-
-
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds, "12.3 ± 0.4"; one value stands alone."""
     finite = [v for v in values if v is not None and math.isfinite(v)]
@@ -154,7 +145,7 @@ def _judge(claim: Claim, level: float) -> Finding:
         nan = math.nan
         return Finding(claim, nan, nan, nan, level, UNDECIDED)
     mean = float(values.mean())
-    low, high = _interval(values, level, claim.by)
+    low, high = _interval(values, level)
     if low > claim.low and high < claim.high:
         outcome = HELD
     elif high < claim.low or low > claim.high:
@@ -164,17 +155,11 @@ def _judge(claim: Claim, level: float) -> Finding:
     return Finding(claim, mean, low, high, level, outcome)
 
 
-def _interval(values: np.ndarray, level: float, by: str) -> tuple[float, float]:
-    """Student's interval for a mean, or Wilson's for a proportion."""
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Student's interval for the mean."""
     from scipy import stats
 
     n, mean = len(values), float(values.mean())
-    if by == "share":
-        z = float(stats.norm.ppf((1 + level) / 2))
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        half *= z / (1 + z * z / n)
-        return centre - half, centre + half
     error = float(values.std(ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     return mean - half, mean + half

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.common import plots, seedwise
+from examples.common import seedwise
 from examples.engine.experiment import Experiment, Row
 from examples.engine.outcome import Claim, Verdict, decide, mean_and_spread
 
@@ -103,39 +103,20 @@ def _at_the_middle(s: Lines, row: Row) -> float:
 
 def draw(s: Lines, found: Sequence[Row]) -> Figure:
     """Loss and accuracy along the line, and what the statistics make of it."""
-    good = [r for r in found if r["status"] == "finished"]
-    fig, axes = plots.figure(3)
-    panels = (
-        ("losses", "train loss, re-estimated"),
-        ("losses_interpolated", "train loss, interpolated"),
-        ("accuracies", "validation accuracy, re-estimated"),
-    )
-    for ax, (name, label) in zip(axes[0], panels, strict=True):
-        for (arm, words), colour in zip(
-            NAMES.items(), plots.colours(len(NAMES)), strict=True
-        ):
-            curves = np.array([r[f"end_{name}"] for r in good if r["arm"] == arm])
-            if len(curves):
-                low, middle, high = np.percentile(curves, [25, 50, 75], axis=0)
-                ax.plot(lines.alphas(s), middle, color=colour, label=words)
-                ax.fill_between(
-                    lines.alphas(s), low, high, color=colour, alpha=0.15, lw=0
-                )
-        if "losses" in name:
-            plots.log_axis(ax)
-        ax.set_xlabel("α: 0 the reference, 1 the other network")
-        ax.set_ylabel(label)
-    axes[0, 0].legend()
-    seeds = len({r["seed"] for r in good})
-    plots.caption(
-        fig,
+    return interpolation.draw_lines(
+        s,
+        found,
+        NAMES,
         "With batch normalisation too, networks of low η/S are sharper along the line; "
         "in between its statistics have to be re-estimated",
         f"{s.dataset}, {s.train_size} samples, {s.network}, {s.epochs} epochs; "
-        f"reference (α = 0) η = {s.arms[0][0]:g}, S = {s.arms[0][1]}. Lines: medians "
-        f"of {seeds} seeds; bands: quartiles.",
+        f"reference (α = 0) η = {s.arms[0][0]:g}, S = {s.arms[0][1]}",
+        panels=(
+            ("end_losses", "train loss, re-estimated"),
+            ("end_losses_interpolated", "train loss, interpolated"),
+            ("end_accuracies", "validation accuracy, re-estimated"),
+        ),
     )
-    return fig
 
 
 def nulls(found: Sequence[Row], seed: int) -> dict[str, list[Row]]:

@@ -125,17 +125,24 @@ def draw(s: Lines, found: Sequence[Row]) -> Figure:
     )
 
 
+PANELS = (
+    ("end_losses", "train loss, equal epochs"),
+    ("quenched_losses", "train loss, quenched"),
+    ("quenched_accuracies", "validation accuracy, quenched"),
+)
+
+
 def draw_lines(
-    s: Lines, found: Sequence[Row], names: dict[int, str], claim: str, detail: str
+    s: Lines,
+    found: Sequence[Row],
+    names: dict[int, str],
+    claim: str,
+    detail: str,
+    panels: Sequence[tuple[str, str]] = PANELS,
 ) -> Figure:
-    """Train loss and validation accuracy along the lines, an arm a colour."""
+    """Curves along the lines, an arm a colour; panels: a field and what it is."""
     good = [r for r in found if r["status"] == "finished"]
-    fig, axes = plots.figure(3)
-    panels = (
-        ("end_losses", "train loss, equal epochs"),
-        ("quenched_losses", "train loss, quenched"),
-        ("quenched_accuracies", "validation accuracy, quenched"),
-    )
+    fig, axes = plots.figure(len(panels))
     for ax, (name, label) in zip(axes[0], panels, strict=True):
         for (arm, words), colour in zip(
             names.items(), plots.colours(len(names)), strict=True

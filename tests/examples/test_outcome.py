@@ -12,7 +12,6 @@ from examples.engine.outcome import (
     Claim,
     decide,
     mean_and_spread,
-    share,
 )
 
 TIGHT = [0.9, 1.0, 1.1, 1.0, 0.95]
@@ -77,15 +76,6 @@ def test_claims_of_noise_hold_as_rarely_as_they_should():
     assert outcomes.count(HELD) == 0
     # Each of three intervals of 1 - .05/3 lies wholly below 0 with half the rest.
     assert outcomes.count(NOT_HELD) < 0.025 * 400 + 4 * math.sqrt(0.025 * 400)
-
-
-def test_a_share_has_wilsons_interval():
-    assert outcome(share("it", 99, 100, 0.9)) == HELD
-    assert outcome(share("it", 80, 100, 0.9)) == NOT_HELD
-    assert outcome(share("it", 92, 100, 0.9)) == UNDECIDED
-    finding = decide([share("it", 8, 10, 0)], found=1, expected=1).findings[0]
-    # Wilson (1927) for 8 of 10 at 95 %.
-    assert (finding.low, finding.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_the_sentence_names_every_number():
