@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # the build frontend may have left it out
 import build_cuda  # noqa: E402
 
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
+HOST = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/host/*.cpp"))
 CUDA_KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 BASE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fopenmp"]
 BASE_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
@@ -115,7 +116,7 @@ class BuildNative(build_ext):
             return list(pool.map(toolkit.compile, CUDA_KERNELS, targets))
 
     def _compile_bindings(self, toolkit):
-        sources, defines = ["csrc/module.cpp"], []
+        sources, defines = ["csrc/module.cpp", *HOST], []
         if toolkit is not None:
             sources.append("csrc/cuda/bind.cpp")
             names = toolkit.architectures

@@ -7,6 +7,7 @@ void bind_conv(py::module_& m);
 void bind_cuda(py::module_& m);
 void bind_dense(py::module_& m);
 void bind_embedding(py::module_& m);
+void bind_host(py::module_& m);
 void bind_langevin(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_reduce(py::module_& m);
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_native_ext, m) {
   fastminima::bind_broadcast(m);
   fastminima::bind_dense(m);
   fastminima::bind_embedding(m);
+  fastminima::bind_host(m);
   fastminima::bind_langevin(m);
   fastminima::bind_norm(m);
   fastminima::bind_reduce(m);

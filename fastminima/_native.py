@@ -17,6 +17,7 @@ __all__ = [
     "cuda_architectures",
     "cuda_kernels",
     "cuda_missing_reason",
+    "host",
     "kernels",
     "kernels_for",
     "missing_reason",
@@ -88,6 +89,11 @@ def kernels_for(isa: str) -> ModuleType:
 kernels: ModuleType | None = (
     None if _extension is None else kernels_for(available_isas()[0])
 )
+
+
+def host() -> Any:
+    """What walks graphs and runs hooks in C++; None where there is no extension."""
+    return getattr(_extension, "host", None)
 
 
 def cuda_kernels() -> ModuleType | None:

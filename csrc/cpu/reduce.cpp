@@ -48,8 +48,22 @@ double multi_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors
   return total;
 }
 
+// out[n] = |x[n]|^2, for x [batch, width].
+template <typename scalar_t>
+void sample_sq_norms(const scalar_t* x, int64_t batch, int64_t width, scalar_t* out, int threads) {
+  threads = streaming_threads(threads, batch * width * sizeof(scalar_t));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t n = 0; n < batch; n++) out[n] = part_sq_norm(x + n * width, width);
+}
+
 }  // namespace
 
+void sample_sq_norms_f32(const float* x, int64_t batch, int64_t width, float* out, int threads) {
+  sample_sq_norms(x, batch, width, out, threads);
+}
+void sample_sq_norms_f64(const double* x, int64_t batch, int64_t width, double* out, int threads) {
+  sample_sq_norms(x, batch, width, out, threads);
+}
 double multi_sq_norm_f32(const float* const* x, const int64_t* n, int64_t tensors, int threads) {
   return multi_sq_norm(x, n, tensors, threads);
 }
@@ -84,6 +98,7 @@ static void define_sum(py::module_ sub, const char* name,
 }
 
 void bind_reduce(py::module_& m) {
+  FM_BIND(m, sample_sq_norms);
 #define FM_DEFINE_SUM(ISA, m, name) define_sum(m.attr(#ISA), #name, &ISA::name)
   FM_EACH_ISA(FM_DEFINE_SUM, m, multi_sq_norm_f32);
   FM_EACH_ISA(FM_DEFINE_SUM, m, multi_sq_norm_f64);

@@ -18,6 +18,7 @@ from .ranks import Alone, Found, Ranks, find_group
 from .reading.reader import Reader
 from .reading.tracked import TrackedModel
 from .session.attach import Attacher
+from .session.held import have_no_gradient
 from .session.states import Failed, Nothing, Pass, Resting
 
 if TYPE_CHECKING:
@@ -204,10 +205,7 @@ class GradientProbe:
             return None
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
-        is_fresh = not is_distributed() and all(
-            p.grad is None and not p._post_accumulate_grad_hooks
-            for p in self._parameters.values()
-        )
+        is_fresh = not is_distributed() and have_no_gradient(self._parameters)
         self._attach(request, is_fresh=is_fresh, waits=False)
         try:
             with explaining(lambda: self._pass.error):
@@ -216,10 +214,7 @@ class GradientProbe:
                 )
             self._pass.deliver()
             if is_fresh:
-                grads = {n: p.grad for n, p in self._parameters.items()}
-                self._pass.take_gradients(
-                    {n: g for n, g in grads.items() if g is not None}
-                )
+                self._pass.read_gradients()
             return self._collected()
         finally:
             self._detach()

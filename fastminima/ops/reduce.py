@@ -1,4 +1,4 @@
-"""Reductions of one dense tensor."""
+"""Squared norms of one dense tensor, whole or sample by sample."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .._dtypes import accumulation_dtype
 from ._arguments import FLOATS, TRITON
 from ._pieces import dense_parts
 from .native import multi as native
+from .native import reduce as native_reduce
 from .table import Op
 
-__all__ = ["sq_norm"]
+__all__ = ["sample_sq_norms", "sq_norm"]
 
 
 def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
@@ -25,6 +26,11 @@ def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
         for (part,) in dense_parts(x, bytes_each=2 * dtype.itemsize)
     ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _sample_sq_norms(x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+    """Squared norms of samples' gradients that are there, in their own dtype."""
+    return torch.linalg.vector_norm(x, dim=1).square()
 
 
 _SMALL = 4096  # PyTorch's two calls take 4 us here, a call of the kernel 5
@@ -40,3 +46,5 @@ def _sq_norm_native(kernels: Any, x: Tensor) -> Tensor:
 sq_norm = Op("sq_norm", _sq_norm)
 sq_norm.add_native(_sq_norm_native, dtypes=FLOATS)
 sq_norm.add_triton("reduce.sq_norm", dtypes=TRITON)
+sample_sq_norms = Op("sample_sq_norms", _sample_sq_norms)
+sample_sq_norms.add_native(native_reduce.sample_sq_norms)

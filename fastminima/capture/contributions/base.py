@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
+from ...ops import reduce
 from ...ops._pieces import pieces
 
 __all__ = ["Contribution", "Fused", "Materialized", "sq_norms_of", "summed"]
@@ -118,8 +119,7 @@ def summed(parts: Iterator[Tensor]) -> Tensor:
 
 def sq_norms_of(samples: Tensor) -> Tensor:
     """Squared norms of `[batch, *shape]`, `[batch]`."""
-    norms = torch.linalg.vector_norm(_flat(samples), dim=1)
-    return norms.square()
+    return reduce.sample_sq_norms(_flat(samples))
 
 
 def _flat(samples: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "is_distributed",
     "nobodys",
     "owner_of_pass",
+    "owners",
     "replicas_at_rest",
     "run_pass",
     "run_whole_pass",
@@ -118,6 +119,11 @@ def belongs_to_another(session: object) -> bool:
     if not _owners:
         return False
     return _owners.get(torch._C._current_graph_task_id(), session) is not session
+
+
+def owners() -> dict[int, object]:
+    """Whom each pass belongs to that is running and not the user's own."""
+    return _owners
 
 
 def owner_of_pass() -> object | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from functools import cached_property
 from types import MappingProxyType
-from typing import cast
+from typing import Any, Generic, TypeVar, cast, overload
 
 from torch.autograd import graph
 
@@ -14,10 +13,55 @@ from .nodes import ACCUMULATE, READ_UNSEEN
 
 __all__ = ["Tape", "signed"]
 
+T = TypeVar("T")
+
 
 def signed(number: int) -> int:
     """A saved integer as it was: autograd shows negative ones as unsigned."""
     return number - 2**64 if number >= 2**63 else number
+
+
+class _Key:
+    """What two graphs of one structure have in common; its hash is computed once."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, *parts: tuple) -> None:
+        self._parts = parts
+        self._hash = hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Key) or self._hash != other._hash:
+            return False
+        if self._parts is not other._parts:
+            if self._parts != other._parts:
+                return False
+            self._parts = other._parts  # compared at once from now on
+        return True
+
+
+class _OfStructure(Generic[T]):
+    """A property of a structure, worked out once for all tapes that share it."""
+
+    def __init__(self, work_out: Callable[[Tape], T]) -> None:
+        self._work_out = work_out
+        self._name = work_out.__name__
+        self.__doc__ = work_out.__doc__
+
+    @overload
+    def __get__(self, tape: None, owner: type) -> _OfStructure[T]: ...
+    @overload
+    def __get__(self, tape: Tape, owner: type) -> T: ...
+    def __get__(self, tape: Tape | None, owner: type) -> T | _OfStructure[T]:
+        if tape is None:
+            return self
+        known = tape._known
+        if self._name not in known:
+            known[self._name] = self._work_out(tape)
+        return known[self._name]
 
 
 class Tape:
@@ -78,17 +122,25 @@ class Tape:
         self.names: list[str] = names
         self.leaves, self.copies = leaves, copies
         self.children: list[tuple[tuple[int, int] | None, ...]] = children
-        self.key = (
+        self.key = _Key(
             *(tuple(names), tuple(children)),
             *(tuple(leaves.items()), tuple(copies.items())),
         )
+        self._known: dict[str, Any] = {}
 
-    @cached_property
+    def of(self, nodes: list[Node]) -> Tape:
+        """The tape of another graph of the same structure: these are its nodes."""
+        tape = object.__new__(Tape)
+        tape.__dict__.update(self.__dict__)
+        tape.nodes = nodes
+        return tape
+
+    @_OfStructure
     def parameter_at(self) -> dict[int, str]:
         """The tracked parameter of each leaf that has one, or is a copy of one."""
         return {**{i: name for name, i in self.leaves.items()}, **self.copies}
 
-    @cached_property
+    @_OfStructure
     def parents(self) -> list[list[tuple[int, int, int]]]:
         """For each node its consumers: (node, its input number, output number here)."""
         parents: list[list[tuple[int, int, int]]] = [[] for _ in self.nodes]
@@ -127,7 +179,7 @@ class Tape:
                     queue.append(parent)
                     yield parent
 
-    @cached_property
+    @_OfStructure
     def leaves_first(self) -> list[int]:
         """Node numbers ordered so that every node comes after its children."""
         order: list[int] = []
@@ -169,7 +221,7 @@ class Tape:
             return False
         return not self.is_leaf(edge[0])
 
-    @cached_property
+    @_OfStructure
     def is_parameter_side(self) -> list[bool]:
         """Whether all that is known to flow into a node are leaves.
 
@@ -184,7 +236,7 @@ class Tape:
             )
         return side
 
-    @cached_property
+    @_OfStructure
     def is_surely_parameter(self) -> list[bool]:
         """Whether everything that flows into a node is a tracked parameter.
 

@@ -97,7 +97,7 @@ class Plan:
         self.uses = uses
         self.hidden = hidden
         self.preparing = preparing
-        self._prepared = [
+        self.prepared = [
             slot.child
             for use in uses
             for slot in use.slots
@@ -131,7 +131,7 @@ class Plan:
 
     def entrances(self, tape: Tape) -> tuple[tuple[int, ...], ...]:
         """Shapes in which prepared parameters enter."""
-        return tuple([tape.shapes(i)[output] for i, output in self._prepared])
+        return tuple([tape.shapes(i)[output] for i, output in self.prepared])
 
 
 def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:

@@ -81,6 +81,7 @@ class Recipe:
         routes: they give the layouts of the other uses, in each graph anew.
         programs: what was made of this recipe once, for the passes that repeat it
             (`session/program.py`).
+        lasts: whether it is kept; else it is made anew in each step.
     """
 
     plan: Plan
@@ -88,6 +89,7 @@ class Recipe:
     regions: dict[int, Region | None] = field(default_factory=dict)
     routes: Routes | None = None
     programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    lasts: bool = field(default=True, compare=False)
 
     def followed(self, tape: Tape, samples: Samples) -> Recipe | None:
         """This recipe with layouts of all uses; None where its routes do not agree."""
@@ -98,7 +100,7 @@ class Recipe:
                 for i, region in self.regions.items()
             }
             layouts = _resolved(self.layouts, shapes, samples)
-            return replace(self, layouts=layouts, regions=regions, programs={})
+            return self._for_now(layouts, regions)
         if self.routes is None:
             return self
         labels = self.routes.labels(tape)
@@ -109,7 +111,7 @@ class Recipe:
             for use in self.plan.uses
             if use.node in self.routes.nodes
         }
-        return replace(self, layouts={**self.layouts, **routed}, programs={})
+        return self._for_now({**self.layouts, **routed}, self.regions)
 
     def choosing(self, samples: Tensor) -> Recipe:
         """This recipe, looking at some samples only."""
@@ -117,8 +119,13 @@ class Recipe:
             i: None if r is None else replace(r, layouts=_choosing(r.layouts, samples))
             for i, r in self.regions.items()
         }
-        layouts = _choosing(self.layouts, samples)
-        return replace(self, layouts=layouts, regions=regions, programs={})
+        return self._for_now(_choosing(self.layouts, samples), regions)
+
+    def _for_now(self, layouts: Layouts, regions: dict[int, Region | None]) -> Recipe:
+        """This recipe with other layouts, for one step."""
+        return replace(
+            self, layouts=layouts, regions=regions, programs={}, lasts=False
+        )
 
 
 def _resolved(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..graph.known import KnownGraphs
 from ..graph.passes import replicas_at_rest
 from ..graph.sharding import Sharding, is_sharded
 from ..graph.tape import Tape
@@ -43,6 +44,7 @@ class TrackedModel:
         self._parameters, self._module = parameters, module
         self.sharding = sharding
         self._retrack = retrack
+        self._graphs = KnownGraphs()
         self._is_whole: bool | None = None  # nothing but tracked parameters was met
         self.names = {id(p): name for name, p in parameters.items()}
         self.where = Whereabouts(module)
@@ -53,7 +55,7 @@ class TrackedModel:
         Raises:
             CaptureError: where a dict of parameters does not name all that it did.
         """
-        tape = Tape([root], self.names)
+        tape = self._graphs.walk(root, self.names)
         if self.sharding is not None or self._retrack is None:
             return tape
         others = untracked_leaves(tape)

@@ -12,6 +12,8 @@ from ..._flat import dense_values
 from ...ops import multi
 from ..contributions import Contribution
 from .fused import Fusion
+from .held import sum_of_squares
+from .norms import Norms
 
 __all__ = ["Collected", "Collector", "FusedCollector"]
 
@@ -20,7 +22,7 @@ __all__ = ["Collected", "Collector", "FusedCollector"]
 class Collected:
     """What the hooks of one pass gathered, still in units of that pass' gradient."""
 
-    sq_norms: dict[str, Tensor] = field(default_factory=dict)
+    sq_norms: Norms = field(default_factory=Norms)
     second_moments: dict[str, Tensor] = field(default_factory=dict)
     gram: Tensor | None = None
     dots: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class Collector:
 
     @property
     def wants_norms_only(self) -> bool:
-        """Whether squared norms are all that it takes."""
+        """Whether squared norms are all that it takes of the samples."""
         return self._measure <= {"norms"} and not self._directions
 
     def take(self, parameter: str, whole: Contribution) -> None:
@@ -78,6 +80,16 @@ class Collector:
         for direction, dots in zip(given, found, strict=True):
             sofar = into.get(direction)
             into[direction] = dots if sofar is None else sofar + dots
+
+    def read_gradients(self, parameters: Mapping[str, Tensor]) -> None:
+        """Note the gradients of a pass, all there is in `.grad` now."""
+        if not self._keep_grads:
+            total = sum_of_squares(parameters)
+            if total is not None:
+                self.collected.grad_sq_norms.append(total)
+                return
+        grads = {name: p.grad for name, p in parameters.items()}
+        self.take_gradients({n: g for n, g in grads.items() if g is not None})
 
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Note the gradients of some parameters in this pass."""

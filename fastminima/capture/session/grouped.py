@@ -9,6 +9,7 @@ from torch import Tensor
 from ..graph.tape import Tape
 from .collector import Collected
 from .hooks import Session
+from .norms import Norms
 
 __all__ = ["GroupedSession"]
 
@@ -66,11 +67,15 @@ class GroupedSession:
         """Note the gradients of some parameters in this pass."""
         self._sessions[0].take_gradients(grads)
 
+    def read_gradients(self) -> None:
+        """Note the gradients of this pass, all there is in `.grad` now."""
+        self._sessions[0].read_gradients()
+
     def finish(self) -> Collected:
         """What all sessions gathered together; removes the hooks."""
         parts = [session.finish() for session in self._sessions]
         return Collected(
-            sq_norms=self._scattered([part.sq_norms for part in parts]),
+            sq_norms=Norms(_apart=self._scattered([part.sq_norms for part in parts])),
             second_moments=_added([part.second_moments for part in parts]),
             dots=self._scattered([part.dots for part in parts]),
             grad_sq_norms=parts[0].grad_sq_norms,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..contributions import Contribution
@@ -26,7 +27,8 @@ from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
 from .gradients import Gradients
 from .parts import Parts
-from .program import Program, Step, program_of
+from .norms import NormTable
+from .program import Program, program_of
 
 __all__ = ["Observer", "Session"]
 
@@ -49,6 +51,10 @@ class Observer(Protocol):
 
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Note the gradients of some parameters in this pass."""
+        ...
+
+    def read_gradients(self) -> None:
+        """Note the gradients of this pass, all there is in `.grad` now."""
         ...
 
     def finish(self) -> Collected:
@@ -92,6 +98,7 @@ class Session:
     ) -> None:
         recipe = reading.recipe
         self._names = {id(p): name for name, p in parameters.items()}
+        self._parameters = parameters
         self._batch, self._collector, self._announce = batch, collector, announce
         self._filter = PassFilter(owner, arrival, has_inner_passes=bool(recipe.regions))
         self._defer_errors = defer_errors
@@ -103,10 +110,16 @@ class Session:
         self._parts = Parts(missing, is_own_pass=arrival is None)
         self._gradients = Gradients(collector, parameters, split, self._filter)
         self._handles: list[Any] = []
+        self._program: Program | None = None
+        self._pass: Any = None  # of the program, in the extension
+        self._layouts = recipe.layouts
         try:
-            wants_norms_only = collector.wants_norms_only and not defer_errors
-            program = program_of(reading, wants_norms_only=wants_norms_only)
-            self._hook_graph(reading.tape, recipe.plan, recipe.layouts, program)
+            taken: frozenset[int] = frozenset()
+            if collector.wants_norms_only and not defer_errors and not collector.makes:
+                program = program_of(reading, parameters)
+                if program is not None:
+                    taken = self._start(program, reading.tape, waits=arrival is not None)
+            self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
                 self._handles.append(
@@ -126,6 +139,8 @@ class Session:
     def close(self) -> None:
         """Remove every hook and let go of what waits."""
         self._filter.close()
+        if self._pass is not None:
+            self._pass.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -141,6 +156,9 @@ class Session:
             for name, whole in self._parts.rest():
                 self._collector.take(name, whole)
             self._gradients.finish()
+        if self._program is not None:
+            norms = self._collector.collected.sq_norms
+            norms.filled = self._program.parameters(self._pass.taken)
         self.close()
         return self._collector.collected
 
@@ -152,35 +170,59 @@ class Session:
         """Note the gradients of some parameters in this pass."""
         self._collector.take_gradients(grads)
 
+    def read_gradients(self) -> None:
+        """Note the gradients of this pass, all there is in `.grad` now."""
+        self._collector.read_gradients(self._parameters)
+
+    def _start(self, program: Program, tape: Tape, *, waits: bool) -> frozenset[int]:
+        """Let the extension hook the uses that have a step; returns their nodes."""
+        with undisturbed():
+            values = torch.empty(
+                *(len(program.rows), self._batch), dtype=program.dtype, device="cpu"
+            )
+        self._program = program
+        self._collector.collected.sq_norms.table = NormTable(values, program.rows)
+        self._pass = program.start(self, values, waits=waits)
+        return program.nodes(self._pass.hook(tape.nodes))
+
+    def is_anothers(self) -> bool:
+        """Whether a pass that comes by a step is not the one that is observed."""
+        return self._filter.is_anothers()
+
+    def again(self, node: int) -> None:
+        """A use with a step is seen for the second time: an error.
+
+        Raises:
+            CaptureError: as `Parts.count`.
+        """
+        assert self._program is not None
+        use = self._program.use_at[node]
+        for name in use.parameters * 2:
+            self._parts.count(name, use.name)
+
+    def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Take a use whose step is not for such tensors the generic way.
+
+        A parameter comes rearranged at most, which changes no norm.
+        """
+        assert self._program is not None
+        use = self._program.use_at[node]
+        deliveries = [(s.number, path, None) for s in use.slots for path in s.paths]
+        with undisturbed():
+            at = readable(current_node())
+            self._visit(use, at, grads, self._layouts[node], deliveries)
+
     def _hook_graph(
-        self, tape: Tape, plan: Plan, layouts: Layouts, program: Program
+        self,
+        tape: Tape,
+        plan: Plan,
+        layouts: Layouts,
+        but: Container[int] = frozenset(),
     ) -> None:
         for use in plan.uses:
-            node = tape.nodes[use.node]
-            step = program.steps.get(use.node)
-            if step is not None and self._may_take(step, node):
-                hook = self._step_hook(use.name, step)
-            else:
+            if use.node not in but:
                 hook = self._use_hook(tape, use, layouts[use.node])
-            self._handles.append(node.register_prehook(hook))
-
-    def _may_take(self, step: Step, node: Node) -> bool:
-        return step.fits(node) and self._collector.makes.isdisjoint(step.parameters)
-
-    def _step_hook(
-        self, use: str, step: Step
-    ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def hook(grads: tuple[Tensor | None, ...]) -> None:
-            g = grads[0]
-            if g is None or self._filter.is_anothers():
-                return
-            with undisturbed():
-                norms = step.norms(current_node(), g)
-            for name in norms:
-                self._parts.count(name, use)
-            self._collector.collected.sq_norms |= norms
-
-        return hook
+                self._handles.append(tape.nodes[use.node].register_prehook(hook))
 
     def _use_hook(
         self, tape: Tape, use: Use, layouts: Sequence[RowLayout | None]
@@ -258,7 +300,7 @@ class Session:
                 )
             tape = region.read(inputs, outputs, self._names)
             plan = region.plan.sized(tape)
-            self._hook_graph(tape, plan, region.layouts, Program())
+            self._hook_graph(tape, plan, region.layouts)
             if self._reads_gradients:
                 self._handles += self._gradients.hook(tape, self._parts)
             # All of them: a node that rules call gives nothing that nobody asked for.

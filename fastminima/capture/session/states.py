@@ -64,15 +64,15 @@ class Outcome(NamedTuple):
         collected, factor = self.collected, self.factor
         batch = self.target.samples.count
         count = batch if self.chosen is None else len(self.chosen)
-        sq_norms = _in_order(collected.sq_norms, parameters)
-        norms = list(sq_norms.values())
+        norms = collected.sq_norms.total(parameters)
         to_mean = factor / batch
         # Where ranks join without the mean nothing was read: it is in .grad by then.
-        parts = collected.grad_sq_norms or [norms[0].new_zeros(())]
+        parts = collected.grad_sq_norms or [norms.new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         by_parameter = moments = mean = None
         if options.per_parameter:
-            by_parameter = {n: t * factor**2 for n, t in sq_norms.items()}
+            found = _in_order(collected.sq_norms, parameters)
+            by_parameter = {n: t * factor**2 for n, t in found.items()}
         if "second_moments" in options.measure:
             moments = {
                 name: t.mul_(factor**2 / count)  # made for this pass alone
@@ -86,7 +86,7 @@ class Outcome(NamedTuple):
         return GradientStatistics(
             count=count,
             parameter_count=parameter_count,
-            sq_norms=torch.stack(norms).sum(0) * factor**2,
+            sq_norms=norms * factor**2,
             mean_grad_sq_norm=total * to_mean**2,
             sq_norms_by_parameter=by_parameter,
             second_moments=moments,
@@ -94,7 +94,7 @@ class Outcome(NamedTuple):
             dots={
                 name: collected.dots[name] * factor
                 if name in collected.dots
-                else norms[0].new_zeros(count)  # it names only what was not reached
+                else norms.new_zeros(count)  # it names only what was not reached
                 for name in directions
             },
             mean_grad=mean,
@@ -120,8 +120,8 @@ class Pass:
         """For `backward(inputs=...)`: where the pass has to go; None for all leaves."""
         return None
 
-    def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
-        """Note the gradients of the pass, where nothing else reads them."""
+    def read_gradients(self) -> None:
+        """Note the gradients of the pass, all there is in `.grad` now."""
 
     def deliver(self) -> None:
         """Give parameters the gradients that the pass left out."""
@@ -201,9 +201,9 @@ class Observed(Pass):
     def inputs(self) -> list[Any] | None:
         return None if self.fusion is None else self.fusion.inputs
 
-    def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
+    def read_gradients(self) -> None:
         if self._result is None and self.observer is not None:
-            self.observer.take_gradients(grads)
+            self.observer.read_gradients()
 
     def deliver(self) -> None:
         if self.fusion is not None:

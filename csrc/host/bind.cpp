@@ -1,0 +1,179 @@
+// What Python makes programs with.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "host/graph.h"
+#include "host/kernels.h"
+#include "host/names.h"
+#include "host/program.h"
+
+namespace fastminima {
+
+namespace py = pybind11;
+
+namespace host {
+namespace {
+
+py::object stolen(PyObject* made) {
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+Layout layout_of(const std::tuple<int, int64_t, int64_t, int64_t>& x) {
+  return {std::get<0>(x), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+// The steps of one recipe, while they are added.
+class Program {
+ public:
+  Program(std::string dtype, std::string isa)
+      : dtype_(std::move(dtype)), isa_(std::move(isa)), steps_(std::make_shared<Steps>()) {}
+
+  void add(std::unique_ptr<Step> step, const py::dict& required) {
+    for (auto item : required) step->require(item.first.ptr(), item.second.ptr());
+    steps_->push_back(std::move(step));
+  }
+  size_t size() const { return steps_->size(); }
+  const std::string& dtype() const { return dtype_; }
+  const std::string& isa() const { return isa_; }
+  std::shared_ptr<const Steps> steps() const { return steps_; }
+
+ private:
+  std::string dtype_, isa_;
+  std::shared_ptr<Steps> steps_;
+};
+
+// |g|^2 over the gradients of some parameters, all together; false where one of them is not a
+// dense tensor in the host's memory, of one dtype with the others.
+template <typename scalar_t>
+bool sum_of_squares(const py::list& parameters, const std::string& isa, int threads, double& out) {
+  std::vector<const scalar_t*> x;
+  std::vector<int64_t> n;
+  std::vector<Object> held;
+  for (py::handle parameter : parameters) {
+    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    if (!grad) throw py::error_already_set();
+    if (grad.get() == Py_None) continue;
+    dlpack::Tensor g;
+    if (!read(grad.get(), g) || !is_float_on_cpu(g, 8 * sizeof(scalar_t)) || !is_contiguous(g))
+      return false;
+    x.push_back(static_cast<const scalar_t*>(g.data));
+    n.push_back(elements(g));
+    held.push_back(std::move(grad));
+  }
+  if (x.empty()) return false;
+  out = Kernels<scalar_t>::of(isa).multi_sq_norm(x.data(), n.data(), x.size(), threads);
+  return true;
+}
+
+// Whether no parameter has a gradient yet, nor a hook that takes it away.
+bool are_fresh(const py::list& parameters) {
+  for (py::handle parameter : parameters) {
+    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    if (!grad) throw py::error_already_set();
+    if (grad.get() != Py_None) return false;
+    Object hooks(PyObject_GetAttr(parameter.ptr(), names().post_accumulate_hooks));
+    if (!hooks) throw py::error_already_set();
+    int has_hooks = PyObject_IsTrue(hooks.get());
+    if (has_hooks < 0) throw py::error_already_set();
+    if (has_hooks) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace host
+
+void bind_host(py::module_& m) {
+  using namespace host;
+  py::module_ sub = m.def_submodule("host");
+  if (!ready_hooks()) throw py::error_already_set();
+
+  sub.def("learn", [](py::object tensor, py::object parameter, py::dict owners, py::object node) {
+    learn_asked({owners.ptr(), node.ptr()});
+    return learn_tensors(tensor.ptr(), parameter.ptr());
+  });
+  sub.def("are_fresh", &are_fresh);
+  sub.def("sum_of_squares",
+          [](const py::list& parameters, const std::string& dtype, const std::string& isa,
+             int threads) -> py::object {
+            double out = 0;
+            bool is_done = dtype == "f64" ? sum_of_squares<double>(parameters, isa, threads, out)
+                                          : sum_of_squares<float>(parameters, isa, threads, out);
+            return is_done ? py::object(py::float_(out)) : py::object(py::none());
+          });
+
+  py::class_<Wiring>(sub, "Wiring")
+      .def(py::init([](py::list names, py::list types, py::list children, py::list leaves) {
+        return std::make_unique<Wiring>(names.ptr(), types.ptr(), children.ptr(), leaves.ptr());
+      }))
+      .def("follow", [](const Wiring& self, py::object root, py::dict parameters) {
+        return stolen(self.follow(root.ptr(), parameters.ptr()));
+      });
+
+  py::class_<Conditions>(sub, "Conditions")
+      .def(py::init<>())
+      .def("add_value", [](Conditions& self, int64_t node, py::str attribute,
+                           py::object value) { self.add_value(node, attribute.ptr(), value.ptr()); })
+      .def("add_shapes", [](Conditions& self, int64_t node,
+                            py::object shapes) { self.add_shapes(node, shapes.ptr()); })
+      .def("hold", [](const Conditions& self, py::list nodes) {
+        int held = self.hold(nodes.ptr());
+        if (held < 0) throw py::error_already_set();
+        return held == 1;
+      });
+
+  using Place = std::pair<int64_t, int64_t>;
+  using Axis = std::tuple<int, int64_t, int64_t, int64_t>;
+  using Text = const std::string&;
+  py::class_<Program>(sub, "Program")
+      .def(py::init<std::string, std::string>())
+      .def("__len__", &Program::size)
+      .def("add_single_rows",
+           [](Program& p, int64_t node, Text saved, Place to, py::dict required) {
+             p.add(single_rows(node, saved, {to.first, to.second}, p.dtype(), p.isa()), required);
+           })
+      .def("add_sequences",
+           [](Program& p, int64_t node, Text saved, Place to, Axis axis, double guard,
+              py::dict required) {
+             p.add(sequences(node, saved, {to.first, to.second}, layout_of(axis), guard, p.dtype(),
+                             p.isa()),
+                   required);
+           })
+      .def("add_layer_norm",
+           [](Program& p, int64_t node, std::vector<std::string> saved, Place to, Axis axis,
+              int trailing, py::dict required) {
+             p.add(layer_norm(node, saved, {to.first, to.second}, layout_of(axis), trailing,
+                              p.dtype(), p.isa()),
+                   required);
+           })
+      .def("add_scale",
+           [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
+             p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
+           })
+      .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
+                           int64_t padding, py::dict required) {
+        p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);
+      });
+
+  py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
+      .def(py::init([](const Program& program, py::object session, py::object table, bool waits,
+                       int threads) {
+        auto pass = std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), waits,
+                                           threads);
+        if (PyErr_Occurred()) throw py::error_already_set();
+        return pass;
+      }))
+      .def_property_readonly("is_ready", &Pass::is_ready)
+      .def("hook", [](const std::shared_ptr<Pass>& self,
+                      py::list nodes) { return stolen(Pass::hook(self, nodes.ptr())); })
+      .def("close",
+           [](Pass& self) {
+             if (self.close() != 0) throw py::error_already_set();
+           })
+      .def_property_readonly("taken", [](const Pass& self) {
+        return py::bytes(self.taken().data(), self.taken().size());
+      });
+}
+
+}  // namespace fastminima

@@ -1,0 +1,23 @@
+#include "host/names.h"
+
+namespace fastminima {
+namespace host {
+
+const Names& names() {
+  static const Names made = {
+      PyUnicode_InternFromString("next_functions"),
+      PyUnicode_InternFromString("name"),
+      PyUnicode_InternFromString("variable"),
+      PyUnicode_InternFromString("_input_metadata"),
+      PyUnicode_InternFromString("shape"),
+      PyUnicode_InternFromString("unpack_hook"),
+      PyUnicode_InternFromString("register_prehook"),
+      PyUnicode_InternFromString("remove"),
+      PyUnicode_InternFromString("grad"),
+      PyUnicode_InternFromString("_post_accumulate_grad_hooks"),
+  };
+  return made;
+}
+
+}  // namespace host
+}  // namespace fastminima

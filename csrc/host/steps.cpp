@@ -1,0 +1,344 @@
+#include "host/steps.h"
+
+#include "host/kernels.h"
+#include "host/names.h"
+
+namespace fastminima {
+namespace host {
+namespace {
+
+PyObject* interned(const std::string& text) { return PyUnicode_InternFromString(text.c_str()); }
+
+// Strides of a tensor seen as [batch, time, ...]: its leading dims, without `trailing` others.
+struct Rows {
+  int64_t batch_stride, time_stride, time;
+};
+
+// False where no strides say it: dims that do not lie one after the other, another batch size.
+bool see_rows(const dlpack::Tensor& x, const Layout& layout, int trailing, Rows& out) {
+  int leading = x.ndim - trailing;
+  if (layout.dim >= leading) return false;
+  if (x.shape[layout.dim] != layout.outer * layout.batch * layout.inner) return false;
+  int64_t stride = x.strides[layout.dim];
+  struct Part {
+    int64_t size, stride;
+  } parts[16];
+  if (leading + 2 > 16) return false;
+  int count = 0;
+  // The order of `RegularLayout.rows`: dims before, what is left of the own one, dims after.
+  for (int i = 0; i < leading; i++) {
+    if (i != layout.dim) {
+      parts[count++] = {x.shape[i], x.strides[i]};
+      continue;
+    }
+    parts[count++] = {layout.outer, stride * layout.batch * layout.inner};
+    parts[count++] = {layout.inner, stride};
+  }
+  out.batch_stride = stride * layout.inner;
+  out.time = 1;
+  out.time_stride = 0;
+  for (int i = count - 1; i >= 0; i--) {
+    if (parts[i].size == 0) return false;
+    if (parts[i].size == 1) continue;
+    if (out.time == 1)
+      out.time_stride = parts[i].stride;
+    else if (parts[i].stride != out.time * out.time_stride)
+      return false;
+    out.time *= parts[i].size;
+  }
+  return true;
+}
+
+// Whether rows [batch, time] lie one after the other, each an element.
+bool is_list(const Rows& rows, int64_t batch) {
+  return (rows.time == 1 || rows.time_stride == 1) &&
+         (batch == 1 || rows.batch_stride == rows.time);
+}
+
+bool has_adjacent_features(const dlpack::Tensor& x) {
+  return x.ndim > 0 && x.strides[x.ndim - 1] == 1;
+}
+
+int64_t width_of(const dlpack::Tensor& x, int trailing) {
+  int64_t width = 1;
+  for (int i = x.ndim - trailing; i < x.ndim; i++) width *= x.shape[i];
+  return width;
+}
+
+// Whether the last dims can be read as one.
+bool is_flat(const dlpack::Tensor& x, int trailing) {
+  int64_t expected = 1;
+  for (int i = x.ndim - 1; i >= x.ndim - trailing; i--) {
+    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.shape[i];
+  }
+  return trailing == 0 || has_adjacent_features(x);
+}
+
+template <typename scalar_t>
+class Typed : public Step {
+ public:
+  Typed(int64_t node, const std::vector<std::string>& saved, Places places,
+        const std::string& isa)
+      : Step(node, saved), places_(places), kernels_(Kernels<scalar_t>::of(isa)) {}
+
+ protected:
+  static bool is_mine(const dlpack::Tensor& x) { return is_float_on_cpu(x, 8 * sizeof(scalar_t)); }
+  static const scalar_t* data(const dlpack::Tensor& x) {
+    return static_cast<const scalar_t*>(x.data);
+  }
+
+  // Squared norms of gradients [batch, width], to a row of the table.
+  void keep_norms(const scalar_t* gradients, int64_t width, int64_t place,
+                  const Workspace& workspace) const {
+    if (place >= 0)
+      kernels_.sample_sq_norms(gradients, workspace.batch, width,
+                               workspace.template row<scalar_t>(place), workspace.threads);
+  }
+
+  Places places_;
+  Kernels<scalar_t> kernels_;
+};
+
+template <typename scalar_t>
+class SingleRows : public Typed<scalar_t> {
+ public:
+  using Typed<scalar_t>::Typed;
+
+ protected:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &a = x[1];
+    if (!this->is_mine(g) || !this->is_mine(a) || g.ndim != 2 || a.ndim != 2) return false;
+    if (g.shape[0] != workspace.batch || a.shape[0] != workspace.batch) return false;
+    if (!has_adjacent_features(g) || !has_adjacent_features(a)) return false;
+    scalar_t* weight = workspace.template row<scalar_t>(this->places_.weight);
+    scalar_t* bias = workspace.template row<scalar_t>(this->places_.bias);
+    if (bias == nullptr) bias = workspace.template scratch<scalar_t>(workspace.batch);
+    this->kernels_.row_sq_norms(this->data(a), a.strides[0], this->data(g), g.strides[0],
+                                workspace.batch, a.shape[1], g.shape[1], weight, bias,
+                                workspace.threads);
+    return true;
+  }
+};
+
+template <typename scalar_t>
+class OverTime : public Typed<scalar_t> {
+ public:
+  OverTime(int64_t node, const std::vector<std::string>& saved, Places places, Layout layout,
+           const std::string& isa)
+      : Typed<scalar_t>(node, saved, places, isa), layout_(layout) {}
+
+ protected:
+  // Sees two tensors as rows of the same samples and times, whose features lie together.
+  bool see_both(const dlpack::Tensor& g, const dlpack::Tensor& x, int trailing, Rows& of_g,
+                Rows& of_x, const Workspace& workspace) const {
+    return this->is_mine(g) && this->is_mine(x) && layout_.batch == workspace.batch &&
+           g.ndim >= trailing && x.ndim >= trailing && is_flat(g, trailing) &&
+           is_flat(x, trailing) && see_rows(g, layout_, trailing, of_g) &&
+           see_rows(x, layout_, trailing, of_x) && of_g.time == of_x.time;
+  }
+
+  Layout layout_;
+};
+
+template <typename scalar_t>
+class SequencesOf : public OverTime<scalar_t> {
+ public:
+  SequencesOf(int64_t node, const std::string& saved, Places places, Layout layout, double guard,
+              const std::string& isa)
+      : OverTime<scalar_t>(node, {saved}, places, layout, isa), guard_(guard) {}
+
+ protected:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &a = x[1];
+    Rows of_g, of_a;
+    if (!this->see_both(g, a, 1, of_g, of_a, workspace)) return false;
+    Sequences<scalar_t> rows{this->data(a),     of_a.batch_stride, of_a.time_stride,
+                             this->data(g),     of_g.batch_stride, of_g.time_stride,
+                             workspace.batch,   of_g.time,         a.shape[a.ndim - 1],
+                             g.shape[g.ndim - 1]};
+    this->kernels_.sequence_sq_norms(
+        rows, guard_, workspace.template row<scalar_t>(this->places_.weight),
+        workspace.template row<scalar_t>(this->places_.bias), workspace.threads);
+    return true;
+  }
+
+ private:
+  double guard_;
+};
+
+template <typename scalar_t>
+class LayerNorm : public OverTime<scalar_t> {
+ public:
+  LayerNorm(int64_t node, const std::vector<std::string>& saved, Places places, Layout layout,
+            int trailing, const std::string& isa)
+      : OverTime<scalar_t>(node, saved, places, layout, isa), trailing_(trailing) {}
+
+ protected:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &input = x[1], &mean = x[2], &rstd = x[3];
+    Rows of_g, of_x, of_mean, of_rstd;
+    if (!this->see_both(g, input, trailing_, of_g, of_x, workspace)) return false;
+    if (!this->see_both(mean, rstd, trailing_, of_mean, of_rstd, workspace)) return false;
+    int64_t batch = workspace.batch, width = width_of(g, trailing_);
+    if (of_mean.time != of_g.time || !is_list(of_mean, batch) || !is_list(of_rstd, batch))
+      return false;
+    if (width_of(input, trailing_) != width || width_of(mean, trailing_) != 1 ||
+        width_of(rstd, trailing_) != 1)
+      return false;
+    scalar_t* weight = workspace.template scratch<scalar_t>(2 * batch * width);
+    scalar_t* bias = weight + batch * width;
+    this->kernels_.layer_norm_gradients(
+        this->data(g), of_g.batch_stride, of_g.time_stride, this->data(input), of_x.batch_stride,
+        of_x.time_stride, this->data(mean), this->data(rstd), batch, of_g.time, width, weight, bias,
+        workspace.threads);
+    this->keep_norms(weight, width, this->places_.weight, workspace);
+    this->keep_norms(bias, width, this->places_.bias, workspace);
+    return true;
+  }
+
+ private:
+  int trailing_;
+};
+
+template <typename scalar_t>
+class Scale : public OverTime<scalar_t> {
+ public:
+  Scale(int64_t node, const std::string& saved, Places places, Layout layout,
+        const std::string& isa)
+      : OverTime<scalar_t>(node, {saved}, places, layout, isa) {}
+
+ protected:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &other = x[1];
+    Rows of_g, of_other;
+    if (!this->see_both(g, other, 1, of_g, of_other, workspace)) return false;
+    int64_t width = width_of(g, 1);
+    if (width_of(other, 1) != width) return false;
+    scalar_t* gradients = workspace.template scratch<scalar_t>(workspace.batch * width);
+    this->kernels_.product_over_time(this->data(g), of_g.batch_stride, of_g.time_stride,
+                                     this->data(other), of_other.batch_stride,
+                                     of_other.time_stride, workspace.batch, of_g.time, width,
+                                     gradients, workspace.threads);
+    this->keep_norms(gradients, width, this->places_.weight, workspace);
+    return true;
+  }
+};
+
+template <typename scalar_t>
+class Table : public OverTime<scalar_t> {
+ public:
+  Table(int64_t node, const std::string& saved, Places places, Layout layout, int64_t padding,
+        const std::string& isa)
+      : OverTime<scalar_t>(node, {saved}, places, layout, isa), padding_(padding) {}
+
+ protected:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &ids = x[1];
+    Rows of_g, of_ids;
+    int64_t batch = workspace.batch;
+    if (!this->is_mine(g) || this->layout_.batch != batch || g.ndim != ids.ndim + 1) return false;
+    if (ids.device.type != dlpack::kCpu || ids.dtype.code != dlpack::kInt || ids.dtype.bits != 64)
+      return false;
+    if (!has_adjacent_features(g) || !see_rows(g, this->layout_, 1, of_g) ||
+        !see_rows(ids, this->layout_, 0, of_ids))
+      return false;
+    if (of_g.time != of_ids.time || !is_list(of_ids, batch)) return false;
+    this->kernels_.embedding_sq_norms(
+        static_cast<const int64_t*>(ids.data), this->data(g), of_g.batch_stride, of_g.time_stride,
+        padding_, batch, of_g.time, g.shape[g.ndim - 1],
+        workspace.template row<scalar_t>(this->places_.weight), workspace.threads);
+    return true;
+  }
+
+ private:
+  int64_t padding_;
+};
+
+template <template <typename> class Kind, typename... Args>
+std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
+  if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
+  return std::make_unique<Kind<float>>(args...);
+}
+
+}  // namespace
+
+Step::Step(int64_t node, const std::vector<std::string>& saved) : node_(node) {
+  for (const std::string& name : saved) saved_.push_back({interned(name), interned("_raw" + name)});
+}
+
+Step::~Step() {
+  for (Saved& s : saved_) {
+    Py_DECREF(s.value);
+    Py_DECREF(s.raw);
+  }
+  for (Required& r : required_) {
+    Py_DECREF(r.attribute);
+    Py_DECREF(r.value);
+  }
+}
+
+void Step::require(PyObject* attribute, PyObject* value) {
+  Py_INCREF(attribute);
+  PyUnicode_InternInPlace(&attribute);
+  required_.push_back({attribute, Py_NewRef(value)});
+}
+
+int Step::fits(PyObject* node) const {
+  for (const Required& r : required_) {
+    Object value(PyObject_GetAttr(node, r.attribute));
+    if (!value) return -1;
+    int same = PyObject_RichCompareBool(value.get(), r.value, Py_EQ);
+    if (same != 1) return same;
+  }
+  return 1;
+}
+
+int Step::run(PyObject* node, PyObject* grad, const Workspace& workspace) const {
+  constexpr size_t kMost = 4;
+  Object held[kMost];
+  dlpack::Tensor x[kMost];
+  if (saved_.size() >= kMost || !read(grad, x[0])) return 0;
+  for (size_t i = 0; i < saved_.size(); i++) {
+    // What a hook gives out, as a checkpoint does, it may give once.
+    Object raw(PyObject_GetAttr(node, saved_[i].raw));
+    if (!raw) return -1;
+    Object hook(PyObject_GetAttr(raw.get(), names().unpack_hook));
+    if (!hook) return -1;
+    if (hook.get() != Py_None) return 0;
+    held[i] = Object(PyObject_GetAttr(node, saved_[i].value));
+    if (!held[i]) return -1;
+    if (!read(held[i].get(), x[i + 1])) return 0;
+  }
+  return compute(x, workspace) ? 1 : 0;
+}
+
+std::unique_ptr<Step> single_rows(int64_t node, const std::string& saved, Places places,
+                                  const std::string& dtype, const std::string& isa) {
+  return made<SingleRows>(dtype, node, std::vector<std::string>{saved}, places, isa);
+}
+
+std::unique_ptr<Step> sequences(int64_t node, const std::string& saved, Places places,
+                                Layout layout, double guard, const std::string& dtype,
+                                const std::string& isa) {
+  return made<SequencesOf>(dtype, node, saved, places, layout, guard, isa);
+}
+
+std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved,
+                                 Places places, Layout layout, int trailing,
+                                 const std::string& dtype, const std::string& isa) {
+  return made<LayerNorm>(dtype, node, saved, places, layout, trailing, isa);
+}
+
+std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places places, Layout layout,
+                            const std::string& dtype, const std::string& isa) {
+  return made<Scale>(dtype, node, saved, places, layout, isa);
+}
+
+std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
+                            int64_t padding, const std::string& dtype, const std::string& isa) {
+  return made<Table>(dtype, node, saved, places, layout, padding, isa);
+}
+
+}  // namespace host
+}  // namespace fastminima

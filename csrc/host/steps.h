@@ -1,0 +1,102 @@
+// What is done with the output gradient of one use, once and for all decided.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host/tensors.h"
+
+namespace fastminima {
+namespace host {
+
+// Rows of a dimension that run over (outer, batch, inner); the middle is the sample.
+struct Layout {
+  int dim;
+  int64_t outer, batch, inner;
+};
+
+// Where squared norms go: rows of a table [parameters, batch]. -1: nobody asks.
+struct Places {
+  int64_t weight, bias;
+};
+
+// What a step may use besides its tensors.
+struct Workspace {
+  void* table;                // [parameters, batch], in the step's dtype
+  int64_t batch;
+  int threads;
+  std::vector<char>* memory;  // grows as needed
+
+  template <typename scalar_t>
+  scalar_t* row(int64_t place) const {
+    return place < 0 ? nullptr : static_cast<scalar_t*>(table) + place * batch;
+  }
+  template <typename scalar_t>
+  scalar_t* scratch(int64_t count) const {
+    size_t bytes = count * sizeof(scalar_t) + 64;
+    if (memory->size() < bytes) memory->resize(bytes);
+    return reinterpret_cast<scalar_t*>((reinterpret_cast<uintptr_t>(memory->data()) + 63) / 64 *
+                                       64);
+  }
+};
+
+// Made for the node of this number in its graph; reads what autograd saved by these names.
+class Step {
+ public:
+  Step(int64_t node, const std::vector<std::string>& saved);
+  virtual ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  int64_t node() const { return node_; }
+
+  // Attributes that must have a value in every graph, such as a factor of 1.
+  void require(PyObject* attribute, PyObject* value);
+  // 1: this node is what the step was made for; 0: not; -1 with a Python error set.
+  int fits(PyObject* node) const;
+
+  // 1: done; 0: not something that it knows, and nothing was done; -1 with a Python error set.
+  int run(PyObject* node, PyObject* grad, const Workspace& workspace) const;
+
+ protected:
+  // The gradient, then what was saved. False where they are not what the step was made for.
+  virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
+
+ private:
+  struct Saved {
+    PyObject *value, *raw;
+  };
+  struct Required {
+    PyObject *attribute, *value;
+  };
+  int64_t node_;
+  std::vector<Saved> saved_;
+  std::vector<Required> required_;
+};
+
+using Steps = std::vector<std::unique_ptr<Step>>;
+
+// A dense layer of which each sample has one row: inputs named `saved`.
+std::unique_ptr<Step> single_rows(int64_t node, const std::string& saved, Places places,
+                                  const std::string& dtype, const std::string& isa);
+// One of several rows a sample: by the Gram sum with this guard, or directly where it is negative.
+std::unique_ptr<Step> sequences(int64_t node, const std::string& saved, Places places,
+                                Layout layout, double guard, const std::string& dtype,
+                                const std::string& isa);
+// A layer norm's scale and shift.
+std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved,
+                                 Places places, Layout layout, int trailing,
+                                 const std::string& dtype, const std::string& isa);
+// A scale of the last dim.
+std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places places, Layout layout,
+                            const std::string& dtype, const std::string& isa);
+// A table whose rows are looked up.
+std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
+                            int64_t padding, const std::string& dtype, const std::string& isa);
+
+}  // namespace host
+}  // namespace fastminima

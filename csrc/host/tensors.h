@@ -1,0 +1,51 @@
+// Tensors as C++ sees them, from the Python objects that autograd's hooks are given.
+#pragma once
+
+#include <Python.h>
+
+#include "host/dlpack.h"
+
+namespace fastminima {
+namespace host {
+
+// Owns a reference.
+class Object {
+ public:
+  explicit Object(PyObject* owned = nullptr) : object_(owned) {}
+  Object(Object&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
+  Object& operator=(Object&& other) noexcept {
+    PyObject* before = object_;
+    object_ = other.object_;
+    other.object_ = nullptr;
+    Py_XDECREF(before);
+    return *this;
+  }
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+// What `read` takes tensors for: says how PyTorch shares them. False where it does not.
+bool learn_tensors(PyObject* tensor_type, PyObject* parameter_type);
+
+// A dense tensor that is exactly a torch.Tensor or a Parameter. Leaves no Python error behind.
+bool read(PyObject* tensor, dlpack::Tensor& out);
+
+// Whether a tensor lies in the host's memory and has this many bits of floating point.
+inline bool is_float_on_cpu(const dlpack::Tensor& x, int bits) {
+  return x.device.type == dlpack::kCpu && x.dtype.code == dlpack::kFloat && x.dtype.bits == bits &&
+         x.dtype.lanes == 1;
+}
+
+// Whether elements lie one after the other.
+bool is_contiguous(const dlpack::Tensor& x);
+
+int64_t elements(const dlpack::Tensor& x);
+
+}  // namespace host
+}  // namespace fastminima

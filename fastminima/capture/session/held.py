@@ -1,0 +1,43 @@
+"""What parameters hold in `.grad`, asked of all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ...ops._arguments import NATIVE, SUFFIX
+
+__all__ = ["have_no_gradient", "sum_of_squares"]
+
+
+def have_no_gradient(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether none has a gradient yet, nor a hook that takes it away."""
+    host = _native.host()
+    if host is not None:
+        return host.are_fresh(list(parameters.values()))
+    return all(
+        p.grad is None and not p._post_accumulate_grad_hooks
+        for p in parameters.values()
+    )
+
+
+def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:
+    """|grad|^2 over all parameters that have one, by one call of a kernel.
+
+    As `multi_sq_norm` gives it. None where that is not for these gradients: on a
+    device, of several dtypes, sparse, not contiguous.
+    """
+    host = _native.host()
+    dtype = next((p.dtype for p in parameters.values()), None)
+    if host is None or dtype not in NATIVE:
+        return None
+    isa = _native.available_isas()[0]
+    total = host.sum_of_squares(
+        list(parameters.values()), SUFFIX[dtype], isa, _native.threads()
+    )
+    if total is None:
+        return None
+    return torch.tensor(total, dtype=torch.float64, device="cpu").to(dtype)

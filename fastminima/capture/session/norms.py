@@ -1,0 +1,80 @@
+"""Squared norms of each parameter's sample gradients, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["NormTable", "Norms"]
+
+
+@dataclass(frozen=True)
+class NormTable:
+    """Rows that a program fills: one a parameter, in the order of the model.
+
+    Attributes:
+        values: `[parameters, batch]`.
+        rows: the place of each parameter.
+    """
+
+    values: Tensor
+    rows: Mapping[str, int]
+
+
+@dataclass
+class Norms(MutableMapping[str, Tensor]):
+    """`[batch]` for each parameter: rows of a table, or tensors of their own.
+
+    Attributes:
+        table: None where no program runs.
+        filled: the parameters whose rows are filled.
+    """
+
+    table: NormTable | None = None
+    filled: Collection[str] = ()
+    _apart: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        if parameter in self._apart:
+            return self._apart[parameter]
+        if self.table is None or parameter not in self.filled:
+            raise KeyError(parameter)
+        return self.table.values[self.table.rows[parameter]]
+
+    def __setitem__(self, parameter: str, norms: Tensor) -> None:
+        self._apart[parameter] = norms
+
+    def __delitem__(self, parameter: str) -> None:
+        del self._apart[parameter]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._apart
+        yield from (name for name in self.filled if name not in self._apart)
+
+    def __len__(self) -> int:
+        return len(self._apart) + sum(name not in self._apart for name in self.filled)
+
+    def total(self, order: Iterable[str]) -> Tensor:
+        """The sum over parameters, `[batch]`, added up in the order of the model."""
+        table = self.table
+        if table is None or not self._fits(table):
+            return torch.stack([self[name] for name in order if name in self]).sum(0)
+        for name, norms in self._apart.items():
+            table.values[table.rows[name]] = norms
+        if len(self) == len(table.values):
+            return table.values.sum(0)
+        there = sorted(table.rows[name] for name in self)
+        return torch.stack([table.values[row] for row in there]).sum(0)
+
+    def _fits(self, table: NormTable) -> bool:
+        """Whether what stands apart can be put into its rows."""
+        values = table.values
+        return all(
+            name in table.rows
+            and norms.dtype == values.dtype
+            and norms.device == values.device
+            for name, norms in self._apart.items()
+        )
