@@ -159,7 +159,7 @@ def narrow_gpt2(width: int) -> tuple[nn.Module, Callable[[], Tensor]]:
         embd_pdrop=0.0,
     )
     model = GPT2LMHeadModel(config).train()
-    ids = torch.randint(64, (4, 8))
+    ids = torch.randint(64, (4, 16))
 
     def losses() -> Tensor:
         logits = model(ids).logits

@@ -263,15 +263,14 @@ std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
 
 }  // namespace
 
-Step::Step(int64_t node, const std::vector<std::string>& saved) : node_(node) {
-  for (const std::string& name : saved) saved_.push_back({interned(name), interned("_raw" + name)});
+Step::Step(int64_t node, const std::vector<std::string>& saved)
+    : node_(node), raw_(interned("_raw" + saved[0])) {
+  for (const std::string& name : saved) saved_.push_back(interned(name));
 }
 
 Step::~Step() {
-  for (Saved& s : saved_) {
-    Py_DECREF(s.value);
-    Py_DECREF(s.raw);
-  }
+  Py_DECREF(raw_);
+  for (PyObject* name : saved_) Py_DECREF(name);
   for (Required& r : required_) {
     Py_DECREF(r.attribute);
     Py_DECREF(r.value);
@@ -299,14 +298,15 @@ int Step::run(PyObject* node, PyObject* grad, const Workspace& workspace) const 
   Object held[kMost];
   dlpack::Tensor x[kMost];
   if (saved_.size() >= kMost || !read(grad, x[0])) return 0;
+  // What a hook gives out, as a checkpoint does, it may give once. A node saves all it keeps at
+  // one time, under the same hooks or none: the first tells for all.
+  Object raw(PyObject_GetAttr(node, raw_));
+  if (!raw) return -1;
+  Object hook(PyObject_GetAttr(raw.get(), names().unpack_hook));
+  if (!hook) return -1;
+  if (hook.get() != Py_None) return 0;
   for (size_t i = 0; i < saved_.size(); i++) {
-    // What a hook gives out, as a checkpoint does, it may give once.
-    Object raw(PyObject_GetAttr(node, saved_[i].raw));
-    if (!raw) return -1;
-    Object hook(PyObject_GetAttr(raw.get(), names().unpack_hook));
-    if (!hook) return -1;
-    if (hook.get() != Py_None) return 0;
-    held[i] = Object(PyObject_GetAttr(node, saved_[i].value));
+    held[i] = Object(PyObject_GetAttr(node, saved_[i]));
     if (!held[i]) return -1;
     if (!read(held[i].get(), x[i + 1])) return 0;
   }

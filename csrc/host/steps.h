@@ -67,14 +67,12 @@ class Step {
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 
  private:
-  struct Saved {
-    PyObject *value, *raw;
-  };
   struct Required {
     PyObject *attribute, *value;
   };
   int64_t node_;
-  std::vector<Saved> saved_;
+  PyObject* raw_;                 // the first of them, not unpacked
+  std::vector<PyObject*> saved_;
   std::vector<Required> required_;
 };
 

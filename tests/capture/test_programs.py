@@ -1,6 +1,8 @@
 """Programs: uses whose steps are decided once give what the generic way gives."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -16,24 +18,54 @@ from fastminima.capture.session import hooks, program
 BY_NAME = {case.name: case for case in CASES}
 
 
+def steps_of(model, losses, **options):
+    """The parameters that have a step in the program of a graph."""
+    probe = fm.GradientProbe(model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reading = probe._reader.read(losses, Batch(len(losses)))
+    made = program.program_of(reading, probe._parameters)
+    return set() if made is None else {n for use in made.uses for n in use.parameters}
+
+
 @pytest.fixture
-def found(monkeypatch):
-    """The parameters that have a step, of each program that is made."""
-    seen = []
+def taken(monkeypatch):
+    """Of each pass in turn: how each of its steps went, "kernel" or "generic"."""
+    passes = []
+    start, generic, finish = (
+        getattr(hooks.Session, name) for name in ("_start", "generic", "finish")
+    )
 
-    def spying(reading):
-        made = honest(reading)
-        steps = made.steps.values()
-        seen.append({n for step in steps for n in (step.weight, step.bias) if n})
-        return made
+    def starting(session, *args, **kwargs):
+        nodes = start(session, *args, **kwargs)
+        passes.append(dict.fromkeys(nodes, "waits"))
+        return nodes
 
-    honest = program._make
-    monkeypatch.setattr(program, "_make", spying)
-    return seen
+    def going(session, node, grads):
+        passes[-1][node] = "generic"
+        return generic(session, node, grads)
+
+    def finishing(session):
+        if session._pass is not None:
+            for use, was in zip(
+                session._program.uses, session._pass.taken, strict=True
+            ):
+                if was and passes[-1].get(use.node) == "waits":
+                    passes[-1][use.node] = "kernel"
+        return finish(session)
+
+    for name, made in (("_start", starting), ("generic", going), ("finish", finishing)):
+        monkeypatch.setattr(hooks.Session, name, made)
+    return passes
+
+
+def ways(passes):
+    """How the steps of each pass went, in order of their names."""
+    return [sorted(each.values()) for each in passes]
 
 
 def without_programs(monkeypatch):
-    monkeypatch.setattr(hooks, "program_of", lambda *_, **__: program.Program())
+    monkeypatch.setattr(hooks, "program_of", lambda *_: None)
 
 
 def assert_norms(stats, gradients, rtol=1e-5):
@@ -64,46 +96,60 @@ def test_norms_alone_in_every_case(name):
     )
 
 
+def several(case, model, batch, steps):
+    """Statistics of the same step several times: from the third on all is known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        probe = fm.GradientProbe(model, per_parameter=True)
+        found = []
+        for _ in range(steps):
+            model.zero_grad()
+            found.append(probe.backward(case.losses(model, batch)))
+        return found
+
+
 @pytest.mark.parametrize("name", sorted(BY_NAME))
 def test_a_program_and_the_generic_way_give_the_same_bits(name, monkeypatch):
     case = BY_NAME[name]
     model, batch = case.make()
-    with_program = probed(model, case.losses(model, batch))
-    model.zero_grad()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(1)
+    with_program = several(case, model, batch, 4)
+    model.load_state_dict(state)
     without_programs(monkeypatch)
-    generic = probed(model, case.losses(model, batch))
-    assert torch.equal(with_program.sq_norms, generic.sq_norms)
-    for parameter, norms in generic.sq_norms_by_parameter.items():
-        assert torch.equal(with_program.sq_norms_by_parameter[parameter], norms)
-    assert torch.equal(with_program.mean_grad_sq_norm, generic.mean_grad_sq_norm)
+    torch.manual_seed(1)
+    for found, generic in zip(
+        with_program, several(case, model, batch, 4), strict=True
+    ):
+        assert torch.equal(found.sq_norms, generic.sq_norms)
+        for parameter, norms in generic.sq_norms_by_parameter.items():
+            assert torch.equal(found.sq_norms_by_parameter[parameter], norms)
+        assert torch.equal(found.mean_grad_sq_norm, generic.mean_grad_sq_norm)
 
 
 def test_programs_are_compared_with_something():
-    steps = 0
+    found = []
     for case in CASES:
         model, batch = case.make()
-        probe = fm.GradientProbe(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            losses = case.losses(model, batch)
-            reading = probe._reader.read(losses, Batch(len(losses)))
-        made = program.program_of(reading, wants_norms_only=True)
-        steps += len(made.steps)
-    assert steps >= 15
+            found += steps_of(model, case.losses(model, batch))
+    assert len(found) >= 30
 
 
-def test_a_step_that_does_not_fit_any_more(found):
+def test_a_step_that_does_not_fit_any_more(taken):
     """A number that is not part of the graph's structure says another thing later."""
     torch.manual_seed(0)
     w, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))
     x = torch.randn(4, 3)
     probe = fm.GradientProbe({"w": w, "b": b}, per_parameter=True)
-    for alpha in (1.0, 2.0, 1.0):
+    for alpha in (1.0, 1.0, 2.0, 1.0):
         y = torch.addmm(b, x, w, alpha=alpha)
         g = 2 * y.detach().double()
         want = {"w": alpha * torch.einsum("ni,no->nio", x.double(), g), "b": g}
+        w.grad = b.grad = None
         assert_norms(probe.backward(y.square().sum(1)), want)
-    assert found == [{"w", "b"}]  # one program, that the second step does not follow
+    assert ways(taken) == [["kernel"], ["kernel"], [], ["kernel"]]
 
 
 class Net(nn.Module):
@@ -132,27 +178,218 @@ def losses_of(model, x):
     return model(x).flatten(1).square().sum(1)
 
 
-def test_which_uses_go_the_short_way(found):
+def test_which_uses_have_a_step():
+    """Those used once; narrow sequences are left to PyTorch's products."""
     model, x = net()
-    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
-    probe = fm.GradientProbe(model, per_parameter=True)
-    for _ in range(2):
-        assert_norms(probe.backward(losses_of(model, x)), want)
     once = {"plain.weight", "plain.bias", "bare.weight", "columns"}
-    assert found == [once | {"sequence.weight", "sequence.bias"}]
+    assert steps_of(model, losses_of(model, x)) == once
+
+
+class Block(nn.Module):
+    """A table, a layer norm, a root mean square norm written out, a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 48, padding_idx=2)
+        self.norm = nn.LayerNorm(48)
+        self.scale = nn.Parameter(torch.rand(48))
+        self.mix = nn.Linear(48, 48)
+        self.head = nn.Linear(48, 40)
+
+    def forward(self, ids):
+        x = self.norm(self.table(ids))
+        x = self.scale * (x * x.square().mean(-1, keepdim=True).add(0.1).rsqrt())
+        return self.head(self.mix(x).relu())
+
+
+def block(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Block().to(dtype), torch.randint(11, (5, 20))
+
+
+def block_losses(model, ids):
+    return model(ids).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_block_of_a_transformer(taken, dtype):
+    model, ids = block(dtype)
+    want = single_sample_gradients(model, lambda m, b: block_losses(m, b[0]), [ids])
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(4):
+        model.zero_grad()
+        assert_norms(probe.backward(block_losses(model, ids)), want)
+    assert ways(taken) == [["kernel"] * 5] * 4
+
+
+def test_sizes_that_change_and_come_back(taken):
+    model, ids = block()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for rows, time in ((5, 20), (5, 20), (5, 20), (3, 20), (5, 17), (5, 17), (5, 20)):
+        some = ids[:rows, :time].contiguous()
+        want = single_sample_gradients(
+            model, lambda m, b: block_losses(m, b[0]), [some]
+        )
+        model.zero_grad()
+        assert_norms(probe.backward(block_losses(model, some)), want)
+    assert all(set(each) == {"kernel"} for each in ways(taken))
 
 
 @pytest.mark.parametrize(
-    "options", [{"measure": "second_moments"}, {"measure": "gram"}, {"sample": 3}]
+    "turn", [lambda t: t.int(), lambda t: t.t().contiguous().t()], ids=["int32", "t"]
 )
-def test_everything_else_goes_the_general_way(options, found):
+def test_indices_that_no_kernel_reads_go_the_generic_way(taken, turn):
+    model, ids = block()
+    want = single_sample_gradients(model, lambda m, b: block_losses(m, b[0]), [ids])
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(3):
+        model.zero_grad()
+        assert_norms(probe.backward(block_losses(model, turn(ids))), want)
+    assert ways(taken) == [["generic"] + ["kernel"] * 4] * 3
+
+
+def test_gradients_that_lie_apart_go_the_generic_way(taken):
+    """The gradient of a mean is one number, seen everywhere."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 5), torch.randn(7, 6)
+    want = single_sample_gradients(model, lambda m, b: m(b[0]).sum(1), [x])
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(3):
+        model.zero_grad()
+        assert_norms(probe.backward(model(x).sum(1)), want)
+    assert ways(taken) == [["generic"]] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"measure": "second_moments"},
+        {"measure": "gram"},
+        {"sample": 3},
+        {"directions": {"v": torch.ones(100)}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_everything_else_goes_the_general_way(options, taken):
     model, x = net()
     probe = fm.GradientProbe(model, **options)
     probe.backward(losses_of(model, x))
-    assert not any(found)
+    assert not any(taken)
 
 
-def test_scaled_products_go_the_general_way(found):
+def test_a_hook_of_a_user_changes_what_is_read(taken):
+    model, x = net()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    plain = probe.backward(losses_of(model, x))
+
+    def doubled(m, x):
+        inner = m.bare(m.plain(x).tanh())
+        inner.register_hook(lambda g: 2 * g)
+        return m.sequence(
+            m.twice(m.twice(inner @ m.columns).tanh()).reshape(-1, 2, 2)
+        )
+
+    model.zero_grad()
+    stats = probe.backward(doubled(model, x).flatten(1).square().sum(1))
+    for name in ("plain.weight", "plain.bias", "bare.weight"):
+        torch.testing.assert_close(
+            stats.sq_norms_by_parameter[name], 4 * plain.sq_norms_by_parameter[name]
+        )
+    assert taken
+
+
+def test_other_passes_come_by_and_are_not_seen():
+    model, x = net()
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(3):
+        model.zero_grad()
+        losses = losses_of(model, x)
+        probe.attach(losses)
+        torch.autograd.grad(model(x).sum(), model.plain.weight)
+        losses.mean().backward()
+        assert_norms(probe.collect(), want)
+
+
+def test_two_probes_on_one_graph():
+    model, x = net()
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    probes = [fm.GradientProbe(model, per_parameter=True) for _ in range(2)]
+    for _ in range(3):
+        model.zero_grad()
+        losses = losses_of(model, x)
+        for probe in probes:
+            probe.attach(losses)
+        losses.mean().backward()
+        for probe in probes:
+            assert_norms(probe.collect(), want)
+
+
+def test_a_probe_that_is_gone_when_the_pass_comes():
+    """Its hooks are on the graph still; nothing is written for nobody."""
+    model, x = net()
+    for _ in range(3):
+        probe = fm.GradientProbe(model)
+        losses = losses_of(model, x)
+        probe.attach(losses)
+        del probe
+        gc.collect()
+        losses.mean().backward()
+
+
+def test_a_detached_probe_leaves_no_hook(taken):
+    model, x = net()
+    probe = fm.GradientProbe(model)
+    probe.backward(losses_of(model, x))
+    losses = losses_of(model, x)
+    probe.attach(losses)
+    probe.detach()
+    losses.mean().backward()
+    assert set(taken[-1].values()) == {"waits"}
+
+
+def test_an_error_in_the_pass_leaves_no_hook():
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise RuntimeError("not today")
+
+    model, x = net()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    probe.backward(losses_of(model, x))
+    x = x.requires_grad_()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not today"):
+            probe.backward(losses_of(model, Bad.apply(x)))
+    model.zero_grad()
+    x = x.detach()
+    want = single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x])
+    assert_norms(probe.backward(losses_of(model, x)), want)
+
+
+def test_a_graph_is_let_go():
+    """Neither a program nor a known structure keeps what a graph saved."""
+    model, x = net()
+    probe = fm.GradientProbe(model)
+    gc.disable()
+    try:
+        for _ in range(4):
+            losses = losses_of(model, x)
+            held = weakref.ref(losses)
+            probe.attach(losses)
+            losses.mean().backward()
+            probe.collect()
+            del losses
+            assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_scaled_products_go_the_general_way():
     torch.manual_seed(0)
     w, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))
     x = torch.randn(4, 3)

@@ -62,6 +62,7 @@ class Structure:
         self._measured: list[tuple] = []
         self._last: _Last | None = None
         self._met: tuple | None = None  # the signature of the last graph
+        self.is_settled = False  # the graph recalled last is as the one before it
         self.recalls = 0  # steps since it was measured
         self._follows = True  # measured layouts were those carried over from the first
 
@@ -90,7 +91,13 @@ class Structure:
         if not all(guard.holds(tape) for guard in self._guards):
             return None
         last, sizes = self._last, _sizes(samples)
-        if last is not None and last.sizes == sizes and last.conditions.hold(tape.nodes):
+        self.is_settled = (
+            last is not None
+            and last.sizes == sizes
+            and last.conditions.hold(tape.nodes)
+        )
+        if self.is_settled:
+            assert last is not None
             return last.recipe.followed(tape, samples)
         signature = self._signature(tape, samples)
         recipe = self._recipes.get(signature)
@@ -117,16 +124,17 @@ class Structure:
         """Let the extension look for sizes that were met twice in a row."""
         met, self._met = self._met, signature
         host = _native.host()
-        if host is None or met != signature or self._regions:
+        deciding = batchnorm.deciding_numbers(tape, self._uses)
+        if host is None or met != signature or self._regions or deciding is None:
             return
         conditions = host.Conditions()
         shown = {use.node for use in self._uses if use.node not in self._routed}
         shown |= {i for i, _ in self._plan.prepared} | set(self._reordering)
         for i in sorted(shown):
             conditions.add_shapes(i, tape.shapes(i))
-        for i, names in self._placing:
-            for name in names:
-                conditions.add_value(i, name, getattr(tape.nodes[i], name))
+        numbers = [(i, name) for i, names in self._placing for name in names]
+        for i, name in (*numbers, *deciding):
+            conditions.add_value(i, name, getattr(tape.nodes[i], name))
         self._last = _Last(sizes, conditions, recipe)
 
     def remember(self, tape: Tape, samples: Samples, recipe: Recipe) -> None:

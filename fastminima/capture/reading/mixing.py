@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +14,13 @@ from ..graph.saved import saved_tensor
 from ..graph.saved_names import BATCH_NORMS, is_training
 from ..graph.tape import Tape
 from ..rows.layout import RegularLayout, RowLayout
-from .plan import Layouts, Plan
+from .plan import Layouts, Plan, Use
 from .refusals import Whereabouts
 
 __all__ = [
     "BATCH_NORMS",
     "counts_in_batch",
+    "deciding_numbers",
     "freeze",
     "mixing_nodes",
     "norm_nodes",
@@ -78,6 +79,25 @@ def normalises_over(tape: Tape, i: int, layout: RowLayout | None) -> bool:
     if name in BATCH_NORMS and is_training(node):
         return layout.dim != 1
     return False
+
+
+# Of uses that may mix: the number by which one that mixes is told, besides shapes.
+_DECIDING = {
+    **dict.fromkeys(NORMALISING_LAST, "_saved_normalized_shape"),
+    "NativeGroupNormBackward0": "_saved_group",
+    **dict.fromkeys((EMBEDDING, BAG), "_saved_scale_grad_by_freq"),
+}
+
+
+def deciding_numbers(tape: Tape, uses: Iterable[Use]) -> list[tuple[int, str]] | None:
+    """Nodes and attributes with which `refuse_mixing_uses` says what it said before.
+
+    None where that cannot be said: batch normalisations change their mode.
+    """
+    found = [use for use in uses if use.name in _MAY_MIX]
+    if any(use.name not in _DECIDING for use in found):
+        return None
+    return [(use.node, _DECIDING[use.name]) for use in found]
 
 
 def freeze(tape: Tape, nodes: list[int]) -> list[Any]:
