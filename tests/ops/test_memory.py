@@ -94,6 +94,8 @@ def vector_arguments(workload, dtype, times, device):
     yield "langevin_step_", (params, some(), None, 0.1, 0.0, noise)
     count = sum(p.numel() for p in model.parameters()) * times
     yield "sq_norm", (new.normal(count),)
+    if dtype == torch.float32:  # what is there is in the accumulation dtype
+        yield "sample_sq_norms", (new.normal(times, count),)
     if dtype == torch.float32:  # vectors are not narrower
         w, v, u = (new.normal(count) for _ in range(3))
         yield "lanczos_step", (w, v, u, new.normal().double())

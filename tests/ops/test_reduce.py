@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastminima.ops.reduce import sq_norm
+from fastminima.ops.reduce import sample_sq_norms, sq_norm
 
 
 @contextmanager
@@ -47,3 +47,20 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
             one = run(x)
         with threads(2):
             assert torch.equal(run(x), one), backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (1, 1), (5, 37), (3, 10_000)])
+def test_norms_of_samples(check, shape, dtype):
+    x = torch.randn(shape, dtype=dtype)
+    rtol = 1e-13 if dtype == torch.float64 else 1e-6
+    check(sample_sq_norms, x, rtol=rtol, atol=0, nonnegative=True)
+    wide = torch.randn(shape[0], shape[1] + 3, dtype=dtype)
+    check(sample_sq_norms, wide[:, 1 : 1 + shape[1]], rtol=rtol, atol=0)
+    check(sample_sq_norms, wide.T, rtol=rtol, atol=0)
+
+
+def test_norms_of_samples_neither_overflow_nor_lose_precision(check):
+    long = torch.full((2, 3_000_001), 1.1)
+    check(sample_sq_norms, long, rtol=1e-6, atol=0)
+    check(sample_sq_norms, torch.full((2, 100), 1e18), rtol=1e-6, atol=0)
