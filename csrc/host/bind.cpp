@@ -151,6 +151,10 @@ void bind_host(py::module_& m) {
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
+      .def("add_called",
+           [](Program& p, int64_t node, std::vector<std::string> saved, py::dict required) {
+             p.add(called(node, saved), required);
+           })
       .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
                            int64_t padding, py::dict required) {
         p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);

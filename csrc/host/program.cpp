@@ -68,10 +68,15 @@ Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* tabl
       table_(Py_NewRef(table)),
       waits_(waits),
       taken_(steps_->size(), 0) {
+  workspace_ = {nullptr, 0, threads, &memory_};
+  is_ready_ = session_ != nullptr && table == Py_None;
   dlpack::Tensor x;
-  is_ready_ = session_ != nullptr && read(table, x) && x.device.type == dlpack::kCpu &&
-              x.ndim == 2 && is_contiguous(x);
-  workspace_ = {is_ready_ ? x.data : nullptr, is_ready_ ? x.shape[1] : 0, threads, &memory_};
+  if (table != Py_None && read(table, x)) {
+    is_ready_ = session_ != nullptr && x.device.type == dlpack::kCpu && x.ndim == 2 &&
+                is_contiguous(x);
+    workspace_ = {x.data, x.shape[1], threads, &memory_};
+  }
+  for (const auto& step : *steps_) is_ready_ &= step->is_called() || table != Py_None;
 }
 
 Pass::~Pass() {
@@ -111,6 +116,25 @@ int Pass::close() {
   return failed;
 }
 
+int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
+  Object node(PyObject_CallNoArgs(asked.current_node));
+  if (!node) return -1;
+  dlpack::Tensor x[Step::kMost];
+  if (!step.is_called() && !read(grad, x[0])) return 0;
+  Object saved[Step::kMost];
+  int found = step.read_saved(node.get(), saved);
+  if (found != 1) return found;
+  if (step.is_called()) {
+    static PyObject* name = PyUnicode_InternFromString("call");
+    PyObject* args[Step::kMost + 3] = {session, number, grad};
+    for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
+    return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
+  }
+  for (size_t i = 0; i < step.saved(); i++)
+    if (!read(saved[i].get(), x[i + 1])) return 0;
+  return step.compute(x, workspace_) ? 1 : 0;
+}
+
 PyObject* Pass::run(size_t step, PyObject* grads) {
   PyObject* grad = PyTuple_GET_SIZE(grads) > 0 ? PyTuple_GET_ITEM(grads, 0) : Py_None;
   PyObject* session = PyWeakref_GetObject(session_);  // borrowed
@@ -131,9 +155,7 @@ PyObject* Pass::run(size_t step, PyObject* grads) {
     return PyObject_CallMethodOneArg(session, name, number.get());
   }
   taken_[step] = 1;
-  Object node(PyObject_CallNoArgs(asked.current_node));
-  if (!node) return nullptr;
-  int done = (*steps_)[step]->run(node.get(), grad, workspace_);
+  int done = take(*(*steps_)[step], session, number.get(), grad);
   if (done < 0) return nullptr;
   if (done > 0) Py_RETURN_NONE;
   static PyObject* name = PyUnicode_InternFromString("generic");

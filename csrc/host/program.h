@@ -14,6 +14,7 @@ namespace host {
 // What hooks ask Python for, in a pass: a session, called by these names.
 //   session.is_anothers()           whether the pass that runs is not the one that is observed
 //   session.again(node)             the use at this node was seen before; raises
+//   session.call(node, grad, ...)   a step that Python takes, with the tensors that it reads
 //   session.generic(node, grads)    the step could not be taken
 struct Asked {
   PyObject* owners;        // a dict, empty but while extra passes run
@@ -26,15 +27,15 @@ void learn_asked(Asked asked);
 // One backward pass over one graph.
 class Pass {
  public:
-  // `session` is referenced weakly. `table` is a tensor, and outlives the pass; `waits`: whether
-  // other passes may come by first.
+  // `session` is referenced weakly. `table` is a tensor, and outlives the pass, or None where all
+  // steps are Python's; `waits`: whether other passes may come by first.
   Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table, bool waits,
        int threads);
   ~Pass();
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;
 
-  bool is_ready() const { return is_ready_; }  // the table is one
+  bool is_ready() const { return is_ready_; }  // the table is one, or none is needed
   // Registers a hook on the node of each step that fits, and returns a bytes object with a 1 for
   // each of these. Null with a Python error set.
   static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes);
@@ -47,6 +48,9 @@ class Pass {
   PyObject* run(size_t step, PyObject* grads);
 
  private:
+  // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
+  int take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const;
+
   std::shared_ptr<const Steps> steps_;
   PyObject *session_, *table_;  // a weak reference, and the tensor
   bool waits_, is_ready_, is_closed_ = false;

@@ -1,5 +1,7 @@
 #include "host/steps.h"
 
+#include <stdexcept>
+
 #include "host/kernels.h"
 #include "host/names.h"
 
@@ -105,7 +107,7 @@ class SingleRows : public Typed<scalar_t> {
  public:
   using Typed<scalar_t>::Typed;
 
- protected:
+ public:
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &a = x[1];
     if (!this->is_mine(g) || !this->is_mine(a) || g.ndim != 2 || a.ndim != 2) return false;
@@ -148,7 +150,7 @@ class SequencesOf : public OverTime<scalar_t> {
               const std::string& isa)
       : OverTime<scalar_t>(node, {saved}, places, layout, isa), guard_(guard) {}
 
- protected:
+ public:
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &a = x[1];
     Rows of_g, of_a;
@@ -174,7 +176,7 @@ class LayerNorm : public OverTime<scalar_t> {
             int trailing, const std::string& isa)
       : OverTime<scalar_t>(node, saved, places, layout, isa), trailing_(trailing) {}
 
- protected:
+ public:
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &input = x[1], &mean = x[2], &rstd = x[3];
     Rows of_g, of_x, of_mean, of_rstd;
@@ -208,7 +210,7 @@ class Scale : public OverTime<scalar_t> {
         const std::string& isa)
       : OverTime<scalar_t>(node, {saved}, places, layout, isa) {}
 
- protected:
+ public:
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &other = x[1];
     Rows of_g, of_other;
@@ -232,7 +234,7 @@ class Table : public OverTime<scalar_t> {
         const std::string& isa)
       : OverTime<scalar_t>(node, {saved}, places, layout, isa), padding_(padding) {}
 
- protected:
+ public:
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &ids = x[1];
     Rows of_g, of_ids;
@@ -255,6 +257,13 @@ class Table : public OverTime<scalar_t> {
   int64_t padding_;
 };
 
+class Called : public Step {
+ public:
+  using Step::Step;
+  bool is_called() const override { return true; }
+  bool compute(const dlpack::Tensor*, const Workspace&) const override { return false; }
+};
+
 template <template <typename> class Kind, typename... Args>
 std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
   if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
@@ -264,7 +273,8 @@ std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
 }  // namespace
 
 Step::Step(int64_t node, const std::vector<std::string>& saved)
-    : node_(node), raw_(interned("_raw" + saved[0])) {
+    : node_(node), raw_(interned("_raw" + saved.at(0))) {
+  if (saved.size() >= kMost) throw std::invalid_argument("a step reads three tensors at most");
   for (const std::string& name : saved) saved_.push_back(interned(name));
 }
 
@@ -293,11 +303,7 @@ int Step::fits(PyObject* node) const {
   return 1;
 }
 
-int Step::run(PyObject* node, PyObject* grad, const Workspace& workspace) const {
-  constexpr size_t kMost = 4;
-  Object held[kMost];
-  dlpack::Tensor x[kMost];
-  if (saved_.size() >= kMost || !read(grad, x[0])) return 0;
+int Step::read_saved(PyObject* node, Object* saved) const {
   // What a hook gives out, as a checkpoint does, it may give once. A node saves all it keeps at
   // one time, under the same hooks or none: the first tells for all.
   Object raw(PyObject_GetAttr(node, raw_));
@@ -306,11 +312,10 @@ int Step::run(PyObject* node, PyObject* grad, const Workspace& workspace) const 
   if (!hook) return -1;
   if (hook.get() != Py_None) return 0;
   for (size_t i = 0; i < saved_.size(); i++) {
-    held[i] = Object(PyObject_GetAttr(node, saved_[i]));
-    if (!held[i]) return -1;
-    if (!read(held[i].get(), x[i + 1])) return 0;
+    saved[i] = Object(PyObject_GetAttr(node, saved_[i]));
+    if (!saved[i]) return -1;
   }
-  return compute(x, workspace) ? 1 : 0;
+  return 1;
 }
 
 std::unique_ptr<Step> single_rows(int64_t node, const std::string& saved, Places places,
@@ -338,6 +343,10 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa) {
   return made<Table>(dtype, node, saved, places, layout, padding, isa);
+}
+
+std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved) {
+  return std::make_unique<Called>(node, saved);
 }
 
 }  // namespace host

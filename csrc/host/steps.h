@@ -59,10 +59,15 @@ class Step {
   // 1: this node is what the step was made for; 0: not; -1 with a Python error set.
   int fits(PyObject* node) const;
 
-  // 1: done; 0: not something that it knows, and nothing was done; -1 with a Python error set.
-  int run(PyObject* node, PyObject* grad, const Workspace& workspace) const;
+  static constexpr size_t kMost = 4;  // tensors, with the gradient
 
- protected:
+  // Reads what the node has saved. 1: done; 0: something that may not be read here; -1 with a
+  // Python error set.
+  int read_saved(PyObject* node, Object* saved) const;
+  size_t saved() const { return saved_.size(); }
+
+  // Whether the tensors are for Python to compute with.
+  virtual bool is_called() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 
@@ -95,6 +100,9 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 // A table whose rows are looked up.
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);
+
+// One that Python takes: on another device, or in half precision.
+std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved);
 
 }  // namespace host
 }  // namespace fastminima

@@ -5,7 +5,7 @@ holding it. All results are in the accumulation dtype and for gradients as autog
 delivers them; who collects them scales them.
 """
 
-from .base import Contribution, Materialized
+from .base import Contribution, Materialized, sq_norms_of
 from .conv import Convolution, ConvolutionBias, Frames, Patches
 from .dense import Column, Dense, DenseBias, Products, Stacked
 from .embedding import Embedding
@@ -34,4 +34,5 @@ __all__ = [
     "in_pieces",
     "joined",
     "reshaped",
+    "sq_norms_of",
 ]

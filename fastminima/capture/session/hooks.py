@@ -176,12 +176,14 @@ class Session:
 
     def _start(self, program: Program, tape: Tape, *, waits: bool) -> frozenset[int]:
         """Let the extension hook the uses that have a step; returns their nodes."""
-        with undisturbed():
-            values = torch.empty(
-                *(len(program.rows), self._batch), dtype=program.dtype, device="cpu"
-            )
+        values = None
+        if program.dtype is not None:
+            with undisturbed():
+                values = torch.empty(
+                    *(len(program.rows), self._batch), dtype=program.dtype, device="cpu"
+                )
+            self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._program = program
-        self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._pass = program.start(self, values, waits=waits)
         return program.nodes(self._pass.hook(tape.nodes))
 
@@ -199,6 +201,13 @@ class Session:
         use = self._program.use_at[node]
         for name in use.parameters * 2:
             self._parts.count(name, use.name)
+
+    def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
+        """Take a step of Python's, with the tensors that it reads."""
+        assert self._program is not None
+        with undisturbed():
+            found = self._program.calls[node](g, *saved)
+        self._collector.collected.sq_norms.update(found)
 
     def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
         """Take a use whose step is not for such tensors the generic way.

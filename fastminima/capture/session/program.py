@@ -9,8 +9,10 @@ was made for, and calls the kernel, which writes into a row of the pass' table.
     addmm(bias [20], x [N, 10], weight.t()), one row a sample
     -> single rows of "_saved_mat1":  |g_n|^2 |x_n|^2  and  |g_n|^2, to two rows
 
-A use without a step, a step that does not fit (another dtype, strides that no kernel
-reads, a checkpoint) goes the generic way, which gives the same bits and serves everything.
+On other devices and in half precision the hook hands the tensors to a function here,
+which calls the op. A use without a step, a step that does not fit (another dtype, strides
+that no kernel reads, a checkpoint) goes the generic way, which gives the same bits and
+serves everything.
 
 To add one: a function here that says when a use is of its kind, a line in `_STEPS`, and
 a class in `csrc/host/steps.cpp`.
@@ -18,17 +20,20 @@ a class in `csrc/host/steps.cpp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _native
-from ...ops._arguments import SUFFIX
+from ...ops import dense, embedding, norm
+from ...ops._arguments import NATIVE, SUFFIX
 from ...ops.cost import dense as cost
+from ..contributions import Products, sq_norms_of
 from ..graph.nodes import ADDMM, EMBEDDING, PRODUCTS, REARRANGING
 from ..graph.passes import owners
 from ..graph.tape import Tape, signed
@@ -37,6 +42,9 @@ from ..reading.reader import Reading
 from ..rows.layout import RegularLayout
 
 __all__ = ["Program", "program_of"]
+
+# Takes the gradient and the saved tensors of a node; gives norms by parameter.
+Call = Callable[..., Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,25 +55,28 @@ class Program:
         steps: as the extension has them.
         uses: what each of them is for, in the same order.
         rows: of the table, for each parameter that the graph reaches.
-        dtype: of the table, and of all that the steps read.
+        dtype: of the table, and of all that kernels read; None where all is called.
+        calls: what takes the gradient and the saved tensors of a node, where it is not
+            a kernel; gives the norms by parameter.
     """
 
     steps: Any
     uses: tuple[Use, ...]
     rows: Mapping[str, int]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    calls: Mapping[int, Call]
 
     @cached_property
     def use_at(self) -> dict[int, Use]:
         """The use of each node that has a step."""
         return {use.node: use for use in self.uses}
 
-    def start(self, session: Any, table: Tensor, *, waits: bool) -> Any:
+    def start(self, session: Any, table: Tensor | None, *, waits: bool) -> Any:
         """A pass of the extension's, which calls `session` where it needs Python.
 
         Args:
             session: it is referenced weakly.
-            table: `[rows, batch]`.
+            table: `[rows, batch]`; None where `dtype` is.
             waits: whether other passes may come by before the one that is observed.
         """
         host = _native.host()
@@ -105,9 +116,13 @@ def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     recipe = reading.recipe
     if recipe.routes is not None or recipe.regions or not recipe.lasts:
         return None
-    if "norms" not in recipe.programs:
-        recipe.programs["norms"] = _make(reading, order)
-    return recipe.programs["norms"]
+    if not recipe.plan.uses:
+        return None
+    first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
+    key = "norms", first.device.type, first.dtype
+    if key not in recipe.programs:
+        recipe.programs[key] = _make(reading, order)
+    return recipe.programs[key]
 
 
 def _make(reading: Reading, order: Iterable[str]) -> Program | None:
@@ -118,20 +133,21 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     reached = recipe.plan.sources
     rows = {name: i for i, name in enumerate(n for n in order if n in reached)}
     dtype = _dtype_of(tape, recipe.plan.uses)
-    if dtype not in SUFFIX or dtype.itemsize < 4:
-        return None
-    steps = host.Program(SUFFIX[dtype], _native.available_isas()[0])
-    uses = []
+    suffix = SUFFIX[torch.float32 if dtype is None else dtype]
+    steps = host.Program(suffix, _native.available_isas()[0])
+    uses, calls = [], {}
     for use in recipe.plan.uses:
         make = _STEPS.get(use.name)
         layout = recipe.layouts[use.node][0]
         if make is None or not isinstance(layout, RegularLayout):
             continue
-        if layout.chosen is not None or not _is_on_cpu(tape, use, dtype):
+        if layout.chosen is not None:
             continue
-        if make(_Making(steps, tape, use, layout, rows, dtype)):
+        if make(_Making(steps, tape, use, layout, rows, dtype, calls)):
             uses.append(use)
-    return Program(steps, tuple(uses), rows, dtype) if uses else None
+    if not uses:
+        return None
+    return Program(steps, tuple(uses), rows, dtype, calls)
 
 
 def _learned() -> Any:
@@ -146,15 +162,11 @@ def _learned() -> Any:
     return host if knows else None
 
 
-def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype:
-    """That of most output gradients."""
-    dtypes = [tape.nodes[use.node]._input_metadata[0].dtype for use in uses]
-    return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
-
-
-def _is_on_cpu(tape: Tape, use: Use, dtype: torch.dtype) -> bool:
-    (output, *_) = tape.nodes[use.node]._input_metadata
-    return output.device.type == "cpu" and output.dtype == dtype
+def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype | None:
+    """That of most output gradients which kernels read; None where there is none."""
+    outputs = [tape.nodes[use.node]._input_metadata[0] for use in uses]
+    dtypes = [x.dtype for x in outputs if x.device.type == "cpu" and x.dtype in NATIVE]
+    return max(set(dtypes), key=dtypes.count) if dtypes else None
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,32 @@ class _Making:
     use: Use
     layout: RegularLayout
     rows: Mapping[str, int]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    calls: dict[int, Call]
+
+    @property
+    def is_for_kernels(self) -> bool:
+        """Whether kernels on the host read its tensors."""
+        (output, *_) = self.tape.nodes[self.use.node]._input_metadata
+        return output.device.type == "cpu" and output.dtype == self.dtype
+
+    def call(
+        self,
+        saved: Sequence[str],
+        slots: Sequence[Slot | None],
+        run: Callable[..., Sequence[Tensor | None]],
+        required: Mapping[str, Any] = MappingProxyType({}),
+    ) -> bool:
+        """Let Python take it: `run(g, *saved)` gives norms for each of the slots."""
+        names = [None if slot is None else slot.paths[0].parameter for slot in slots]
+
+        def norms(g: Tensor, *saved: Tensor) -> dict[str, Tensor]:
+            found = zip(names, run(g, *saved), strict=True)
+            return {n: x for n, x in found if n is not None and x is not None}
+
+        self.calls[self.use.node] = norms
+        self.steps.add_called(self.use.node, list(saved), dict(required))
+        return True
 
     @property
     def axis(self) -> tuple[int, int, int, int]:
@@ -207,9 +244,14 @@ def _dense(making: _Making) -> bool:
     saved = f"_saved_{product.operands[product.factors[0]]}"
     factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
     common = (making.use.node, saved, places)
+    if not making.is_for_kernels:
+        return making.call(
+            [saved], (weight, bias), _products(layout, bias is not None), factors
+        )
     if layout.is_one_row:
         making.steps.add_single_rows(*common, factors)
         return True
+    assert making.dtype is not None
     time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
     if cost.is_torch_faster(time, d_in, d_out):
         return False
@@ -217,6 +259,22 @@ def _dense(making: _Making) -> bool:
     guard = cost.guard(d_in, d_out, making.dtype) if is_gram else -1.0
     making.steps.add_sequences(*common, making.axis, guard, factors)
     return True
+
+
+def _products(
+    layout: RegularLayout, has_bias: bool
+) -> Callable[[Tensor, Tensor], Sequence[Tensor | None]]:
+    """Norms of a weight and its bias, by the ops."""
+    if layout.is_one_row:
+        return lambda g, a: dense.row_sq_norms(a, g)
+
+    def sequences(g: Tensor, a: Tensor) -> Sequence[Tensor | None]:
+        rows = layout.rows(a, 1), layout.rows(g, 1)
+        products = Products(*rows, with_bias=has_bias)
+        weight = products.weight_norms  # first: it leaves those of the bias
+        return weight, products.bias_norms if has_bias else None
+
+    return sequences
 
 
 def _layer_norm(making: _Making) -> bool:
@@ -230,12 +288,25 @@ def _layer_norm(making: _Making) -> bool:
     if any(slot.shape != shape for slot in slots.values()):
         return False
     saved = ["_saved_input", "_saved_result1", "_saved_result2"]
+    required = {"_saved_normalized_shape": node._saved_normalized_shape}
+    if not making.is_for_kernels:
+        affine = partial(_affine, making.layout, len(shape))
+        return making.call(saved, (slots.get(1), slots.get(2)), affine, required)
     places = making.row(slots.get(1)), making.row(slots.get(2))
     making.steps.add_layer_norm(
-        *(making.use.node, saved, places, making.axis, len(shape)),
-        {"_saved_normalized_shape": node._saved_normalized_shape},
+        *(making.use.node, saved, places, making.axis, len(shape)), required
     )
     return True
+
+
+def _affine(
+    layout: RegularLayout, trailing: int, g: Tensor, x: Tensor, *statistics: Tensor
+) -> Sequence[Tensor]:
+    """Norms of a layer norm's scale and shift, by the ops."""
+    tensors = (g, x, *statistics)
+    grads, x, means, rstds = (layout.rows(t, trailing).flatten(2) for t in tensors)
+    pair = norm.layer_norm_gradients(grads, x, means[..., 0], rstds[..., 0])
+    return [sq_norms_of(samples) for samples in pair]
 
 
 def _scale(making: _Making) -> bool:
@@ -247,7 +318,7 @@ def _scale(making: _Making) -> bool:
     (output,) = making.tape.shapes(making.use.node)
     shape = (1,) * (len(output) - len(slot.shape)) + tuple(slot.shape)
     is_last = all(size == 1 for size in shape[:-1]) and shape[-1:] == output[-1:]
-    if not is_last or making.layout.dim >= len(output) - 1:
+    if not is_last or making.layout.dim >= len(output) - 1 or not making.is_for_kernels:
         return False
     saved = "_saved_other" if number == 0 else "_saved_self"
     making.steps.add_scale(making.use.node, saved, making.row(slot), making.axis, {})
@@ -261,11 +332,25 @@ def _table(making: _Making) -> bool:
     (output,) = making.tape.shapes(making.use.node)
     if slots is None or making.layout.dim >= len(output) - 1:
         return False
-    padding = node._saved_padding_idx
+    padding, layout = signed(node._saved_padding_idx), making.layout
+    required = {
+        "_saved_scale_grad_by_freq": False,
+        "_saved_padding_idx": node._saved_padding_idx,
+    }
+    if not making.is_for_kernels:
+        return making.call(
+            ["_saved_indices"],
+            [slots[0]],
+            lambda g, ids: [
+                embedding.embedding_sq_norms(
+                    layout.rows(ids, 0), layout.rows(g, 1), padding
+                )
+            ],
+            required,
+        )
     making.steps.add_table(
         *(making.use.node, "_saved_indices", making.row(slots[0]), making.axis),
-        signed(padding),
-        {"_saved_scale_grad_by_freq": False, "_saved_padding_idx": padding},
+        *(padding, required),
     )
     return True
 
