@@ -6,7 +6,7 @@ from triton_cases import DTYPES, cancelling, far_apart, sequences
 
 from fastminima.ops import dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, dense_gram
+from fastminima.ops.triton import _launch, dense_gram, dense_settled
 from fastminima.ops.triton import dense as launchers
 from tools.kernels.interpreter import Report, interpreting
 
@@ -18,14 +18,40 @@ def counts(launcher, *args, **options):
     return {launch.kernel: launch for launch in report.per_launch}
 
 
-def test_samples_that_are_not_lost_are_not_read_again():
+@pytest.mark.parametrize(
+    ("launcher", "first"),
+    [
+        (launchers.sequence_sq_norms, "_gram_kernel"),
+        (launchers.sequence_sq_norms_by_torch, "_fold_kernel"),
+    ],
+)
+def test_samples_that_are_not_lost_are_not_read_again(launcher, first):
     a, g = sequences((3, 6, 200, 150))
-    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
-    assert direct.load_bytes == 4 * direct.programs  # the flags
-    assert direct.store_bytes == 0
+    found = counts(launcher, a, g, True)
+    assert [*found] == [first, "_settle_kernel"]
+    settle = found["_settle_kernel"]
+    assert settle.load_bytes == 4 * 4 * settle.programs  # sums and diagonals
     a, g = cancelling(torch.float32)
-    direct = counts(launchers.sequence_sq_norms, a, g, False)["_direct_kernel"]
-    assert direct.unique_load_bytes == 4 * (3 + 6 * 200 + 6 * 150)
+    settle = counts(launcher, a, g, True)["_settle_kernel"]
+    assert settle.unique_load_bytes == 4 * (3 * 4 + 6 * 200 + 6 * 150)
+    settle = counts(launcher, a, g, False)["_settle_kernel"]
+    assert settle.unique_load_bytes == 4 * (3 * 2 + 6 * 200 + 6 * 150)
+
+
+def test_programs_that_decide_are_about_as_many_as_made_the_sums():
+    """Or a GPU's worth of them: where nothing is lost, each costs its start."""
+    for batch, pairs in [(1, 1), (16, 10), (64, 1), (4096, 1), (4096, 10)]:
+        programs = dense_settled._programs(batch, pairs, 3072, 768, 128 * 128)
+        assert 1 <= programs <= max(pairs, _launch.PROGRAMS // batch, 1)
+
+
+@pytest.mark.parametrize("time", [16, 40, 70])
+def test_floor_of_sums_of_products_that_are_there(time):
+    a, g = sequences((2, time, 128, 128))
+    found = counts(launchers.sequence_sq_norms_by_torch, a, g, True)["_fold_kernel"]
+    block = min(64, max(16, 1 << (time - 1).bit_length()))
+    assert found.unique_load_bytes <= 4 * 2 * time * (time + block)
+    assert found.dot_flops == 0
 
 
 def close(count, floor):
@@ -103,7 +129,20 @@ def test_offsets_past_32_bits(name, strides):
     torch.testing.assert_close(got, want, rtol=3e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", launchers.__all__)
+def test_float32_norms_of_sequences_have_products_by_torch():
+    op = dense.sequence_sq_norms
+    assert op.backends("cuda", torch.float32)[0] == "torch"
+    assert op.backends("cuda", torch.float32).count("torch") == 1
+    run = op.on("torch", "cuda", torch.float32)
+    with interpreting() as report:
+        run(*sequences((2, 20, 70, 40)), True)
+    assert report.per_launch[0].kernel == "_fold_kernel"
+    assert op.on("torch", "cuda", torch.float64) is op.on("torch", "cpu", torch.float64)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in launchers.__all__ if not name.endswith("_by_torch")]
+)
 def test_every_launcher_is_in_the_table(name):
     op = getattr(dense, name)
     for dtype in DTYPES:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from unittest import mock
 
-from tools.kernels.cases import Case, cases
+from tools.kernels.cases import Case, launched
 from tools.kernels.compile import find_nvcc
 from tools.kernels.occupancy import MACHINES
 from tools.kernels.rows import Row, cuda_rows, regressions, table, triton_rows
@@ -108,7 +108,7 @@ def collect(
 
 def _chosen(architecture: str, only: str) -> list[Case]:
     """All cases, or of some ops and sizes the first."""
-    chosen = list(cases())
+    chosen = list(launched())
     if architecture != COMPLETE:
         found = (
             [c for c in chosen if c.label.startswith(f"{name} ")] for name in ELSEWHERE
