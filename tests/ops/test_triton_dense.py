@@ -6,7 +6,7 @@ from triton_cases import DTYPES, cancelling, each_shape, sequences
 
 from fastminima.ops import _pieces, dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, dense_settled
+from fastminima.ops.triton import _launch, _settle
 from fastminima.ops.triton import dense as launchers
 from tools.kernels.interpreter import interpreting
 
@@ -157,7 +157,7 @@ def cancelling_bias(time=70, d_in=200, d_out=150):
 def test_where_a_bias_cancels_its_gradient_is_made(
     place, monkeypatch, name, dtype, programs
 ):
-    monkeypatch.setattr(dense_settled, "PROGRAMS", 3 * programs)
+    monkeypatch.setattr(_settle, "PROGRAMS", 3 * programs)
     a, g = (x.to(dtype) for x in cancelling_bias())
     check(place, name, a, g, True, rtol=1e-4, atol=1e-9)
 
@@ -165,7 +165,7 @@ def test_where_a_bias_cancels_its_gradient_is_made(
 def test_every_program_count_gives_all_of_a_lost_sample(place, monkeypatch):
     a, g = cancelling(torch.float32)
     for most in (1, 2, 5):
-        monkeypatch.setattr(dense_settled, "_MOST", most)
+        monkeypatch.setattr(_settle, "MOST", most)
         check(place, "sequence_sq_norms", a, g, True, rtol=1e-4)
 
 

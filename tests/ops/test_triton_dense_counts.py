@@ -6,7 +6,7 @@ from triton_cases import DTYPES, cancelling, far_apart, sequences
 
 from fastminima.ops import dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, dense_gram, dense_settled
+from fastminima.ops.triton import _launch, _settle, dense_gram
 from fastminima.ops.triton import dense as launchers
 from tools.kernels.interpreter import Report, interpreting
 
@@ -41,7 +41,7 @@ def test_samples_that_are_not_lost_are_not_read_again(launcher, first):
 def test_programs_that_decide_are_about_as_many_as_made_the_sums():
     """Or a GPU's worth of them: where nothing is lost, each costs its start."""
     for batch, pairs in [(1, 1), (16, 10), (64, 1), (4096, 1), (4096, 10)]:
-        programs = dense_settled._programs(batch, pairs, 3072, 768, 128 * 128)
+        programs = _settle.sharers(batch, pairs, tiles=144)
         assert 1 <= programs <= max(pairs, _launch.PROGRAMS // batch, 1)
 
 

@@ -38,7 +38,9 @@ HERE = Path(__file__).resolve().parent
 # and the one with the most registers for its loads.
 COMPLETE = "sm_90a"
 ELSEWHERE = (
-    *("conv_fused", "gram_sq_norms", "layer_norm_gradients", "sequence_fused"),
+    *("conv_fused", "conv_sq_norms", "layer_norm_gradients", "row_sq_norms"),
+    *("sequence_fused", "sequence_sq_norms", "sum_over_time"),
+    "sequence_sq_norms 16x512x768->3072 by torch",
     "channel_norm_gradients 64x64x49",
 )
 BASELINE = HERE / "baseline.json"

@@ -7,28 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cost.dense import guard_on_gpu
-from ._launch import PROGRAMS
+from ._settle import added, sharers
 from .dense_blocks import gradient_blocks
 from .dense_tiles import gradient_tile, swizzled
 
 __all__ = ["settled"]
 
-_MOST = 32  # programs that share a sample
 _FEATURES, _STEPS = (
     64,
     64,
 )  # of a bias gradient at a time: a line of 128 bytes in halves
-
-
-@triton.jit
-def _added(parts_ptr, count, BLOCK: tl.constexpr):
-    """The sum of `count` numbers: by the same order wherever it is made."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        at = start + lanes
-        total += tl.load(parts_ptr + at, mask=at < count, other=0.0)
-    return tl.sum(total)
 
 
 @triton.jit
@@ -110,8 +98,8 @@ def _settle_kernel(
     g_ptr += n * g_batch
     parts_ptr += n * programs + share
 
-    total = _added(sums_ptr, pairs, 128)
-    lost = _is_lost(total, _added(sums_ptr + pairs, pairs, 128), least)
+    total = added(sums_ptr, pairs, 128)
+    lost = _is_lost(total, added(sums_ptr + pairs, pairs, 128), least)
     rows, columns = tl.cdiv(d_out, OUT), tl.cdiv(d_in, IN)
     made = 0.0
     for tile in range(share, tl.where(lost, rows * columns, 0), programs):
@@ -137,8 +125,8 @@ def _settle_kernel(
 
     if WITH_BIAS:
         sums_ptr += 2 * pairs
-        total = _added(sums_ptr, pairs, 128)
-        diagonal = _added(sums_ptr + pairs, pairs, 128)
+        total = added(sums_ptr, pairs, 128)
+        diagonal = added(sums_ptr + pairs, pairs, 128)
         lost = _is_lost(total, diagonal, least_of_bias)
         blocks = tl.where(lost, tl.cdiv(d_out, FEATURES), 0)
         made = _bias_squares(
@@ -161,7 +149,8 @@ def settled(
         zeros = sums.new_zeros(1 + with_bias, batch)
         return zeros[0], zeros[1] if with_bias else None
     blocks = gradient_blocks(a, g, time, kept=1)
-    programs = _programs(batch, sums.shape[2], d_out, d_in, blocks.out * blocks.inputs)
+    tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
+    programs = sharers(batch, sums.shape[2], tiles)
     parts = sums.new_empty(1 + with_bias, batch, programs)
     _settle_kernel[batch * programs,](
         *(a, g, sums, parts, batch, programs, sums.shape[2], time, d_in, d_out),
@@ -180,12 +169,3 @@ def settled(
     )
     norms = parts[:, :, 0] if programs == 1 else parts.sum(dim=2)
     return norms[0], norms[1] if with_bias else None
-
-
-def _programs(batch: int, pairs: int, d_out: int, d_in: int, tile: int) -> int:
-    """How many share a sample: as many as made its sums, or as keep a GPU busy.
-
-    Where nothing is lost, all that they cost is to be started.
-    """
-    tiles = triton.cdiv(d_out * d_in, tile)
-    return max(1, min(_MOST, tiles, max(pairs, PROGRAMS // max(1, batch))))
