@@ -6,7 +6,7 @@ from triton_cases import DTYPES, cancelling, each_shape, sequences
 
 from fastminima.ops import _pieces, dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, _settle
+from fastminima.ops.triton import _launch, _settle, dense_fused
 from fastminima.ops.triton import dense as launchers
 from tools.kernels.interpreter import interpreting
 
@@ -96,10 +96,13 @@ def test_a_batch_in_parts_where_the_layer_is_small(place, monkeypatch, batch, pa
     monkeypatch.setattr(_launch, "PROGRAMS", 8)
     assert _launch.split(batch, 1)[0] == parts
     assert _launch.split(batch, 6)[0] == 1
-    a, g = sequences((batch, 2, 5, 3))
-    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
     a, g = sequences((16 * batch, 1, 5, 3))
     check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+    a, g = sequences((batch, 2, 5, 3))
+    for each in (1, 3, batch):
+        cut = -(-batch // each), each
+        monkeypatch.setattr(dense_fused, "balanced", lambda *_, cut=cut: cut)
+        check(place, "sequence_fused", a, g, True, True, atol=1e-3)
 
 
 @pytest.mark.parametrize("time", [1, 20])
@@ -138,7 +141,7 @@ def test_what_is_not_finite_stays_so(place, value):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_contributions_cancel_the_gradient_is_made(place, name, dtype):
     a, g = cancelling(dtype)
-    assert dense_cost.choose_on_gpu(6, 200, 150) == "gram"
+    assert dense_cost.choose_on_gpu(6, 200, 150, dtype) == "gram"
     assert dense_cost.choose_by_torch_on_gpu(6, 200, 150) == "gram"
     check(place, name, a, g, True, rtol=1e-4)
     check(place, name, a, g, False, rtol=1e-4)

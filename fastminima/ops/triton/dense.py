@@ -62,13 +62,13 @@ def sequence_sq_norms(
     By Gram sums, of which those of g alone are the bias' norm, and directly where they
     are inaccurate: decided on the device.
     """
-    way = choose_on_gpu(g.shape[1], a.shape[2], g.shape[2])
+    a, g = one_dtype(a, g)
+    way = choose_on_gpu(g.shape[1], a.shape[2], g.shape[2], a.dtype)
     if way == "rows":
         weight, bias = row_sq_norms(a[:, 0], g[:, 0])
         return weight, bias if with_bias else None
     if way == "direct":
         return _direct(a, g, with_bias)
-    a, g = one_dtype(a, g)
     return settled(a, g, gram_sums(a, g, with_bias), with_bias)
 
 
