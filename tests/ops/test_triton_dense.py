@@ -215,12 +215,14 @@ def test_a_gram_sum_alone_loses_what_cancels(place):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_launches_are_captured_in_a_graph():
+@pytest.mark.parametrize("name", GUARDED)
+def test_launches_are_captured_in_a_graph(name):
     a, g = (x.cuda() for x in cancelling(torch.float32))
-    launchers.sequence_sq_norms(a, g, True)  # compiles
+    launch = getattr(launchers, name)
+    launch(a, g, True)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = launchers.sequence_sq_norms(a, g, True)
+        got = launch(a, g, True)
     a.mul_(2)
     graph.replay()
     want = dense.sequence_sq_norms.reference(a.double(), g.double(), True)
