@@ -19,8 +19,9 @@ int64_t vector_partials(int64_t n, int64_t sums);
 int64_t multi_partials(const int64_t* sizes, int64_t count);
 // 64-bit words of scratch for sorting `lists` lists of `length` steps.
 int64_t sort_words(int64_t lists, int64_t length);
-// Doubles of scratch for the norms of `batch` samples of `time` steps.
+// Doubles of scratch for the norms of `batch` samples of `time` steps, and for their dots.
 int64_t embedding_partials(int64_t batch, int64_t time, int64_t width);
+int64_t embedding_dot_partials(int64_t batch, int64_t time, int64_t width);
 
 // result = (alpha, norm); `u` null: no previous vector. See fastminima.ops.vector.
 #define FM_DECLARE(scalar_t, suffix)                                                               \
@@ -60,7 +61,8 @@ void sort_steps(const int64_t* ids, int64_t ids_batch, int64_t ids_time, int64_t
                 int64_t length, int64_t time, int64_t padding_idx, int64_t* words, Stream stream);
 
 // `words` as sort_steps left them: lists of samples for the norms, one list of the batch, shorter
-// than 2^32, for the second moment. g has unit stride along its width, the others in elements.
+// than 2^32, for the second moment. g has unit stride along its width, the others in elements. The
+// direction v is in the dtype of g, or where `is_wide` is not 0 in that of the result.
 #define FM_DECLARE(scalar_t, suffix, wide_t)                                                      \
   void embedding_sq_norms_##suffix(const int64_t* words, const scalar_t* g, int64_t g_batch,      \
                                    int64_t g_time, int64_t batch, int64_t time, int64_t width,    \
@@ -70,8 +72,9 @@ void sort_steps(const int64_t* ids, int64_t ids_batch, int64_t ids_time, int64_t
                                         int64_t width, wide_t* total, Stream stream);             \
   void embedding_dots_##suffix(const int64_t* ids, int64_t ids_batch, int64_t ids_time,           \
                                const scalar_t* g, int64_t g_batch, int64_t g_time, int64_t batch, \
-                               int64_t time, int64_t width, int64_t padding_idx, const wide_t* v, \
-                               int64_t v_row, double* partials, wide_t* dots, Stream stream);
+                               int64_t time, int64_t width, int64_t padding_idx, const void* v,   \
+                               int64_t v_row, int64_t is_wide, double* partials, wide_t* dots,    \
+                               Stream stream);
 FM_DECLARE(float, f32, float)
 FM_DECLARE(double, f64, double)
 FM_DECLARE(Half, f16, float)
@@ -98,6 +101,7 @@ FM_DECLARE(BFloat16, bf16, float)
   X(multi_partials)          \
   X(sort_words)              \
   X(embedding_partials)      \
+  X(embedding_dot_partials)  \
   X(sort_steps)              \
   FM_EACH_OF_VECTOR(X, f32)  \
   FM_EACH_OF_VECTOR(X, f64)  \

@@ -13,6 +13,7 @@ Keys keys_for(int64_t length) {
 }
 
 int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
+int64_t dot_chunks_of(int64_t length) { return (length + kSteps - 1) / kSteps; }
 int64_t slices_of(int64_t width, int vector) { return (width + 32 * vector - 1) / (32 * vector); }
 dim3 blocks_of(int64_t count, int each) { return dim3(unsigned((count + each - 1) / each)); }
 
@@ -76,27 +77,40 @@ void second_moment(const int64_t* words, const T* g, int64_t g_batch, int64_t g_
   launch(keys, g, g_batch, g_time, batch * time, time, width, total, stream);
 }
 
-template <typename T, int V>
+template <typename T, typename D, int V>
 void launch_dots(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, int64_t batch,
-                 int64_t width, const wide_t<T>* v, int64_t v_row, double* partials,
-                 wide_t<T>* dots, Stream stream) {
-  const int64_t chunks = chunks_of(ids.time), slices = slices_of(width, V);
+                 int64_t width, const D* v, int64_t v_row, double* partials, wide_t<T>* dots,
+                 Stream stream) {
+  const int64_t chunks = dot_chunks_of(ids.time), slices = slices_of(width, V);
   const int64_t units = batch * chunks * slices, each = chunks * slices;
   if (units)
-    FM_LAUNCH((step_dots<T, V>), blocks_of(units, kWarps), kBlock, 0, stream, ids, g, g_batch,
+    FM_LAUNCH((step_dots<T, D, V>), blocks_of(units, kWarps), kBlock, 0, stream, ids, g, g_batch,
               g_time, width, v, v_row, chunks, slices, units, partials);
   FM_LAUNCH((add_samples<wide_t<T>>), blocks_of(batch, kWarps), kBlock, 0, stream, partials, batch,
             each, dots);
 }
 
+template <typename T, typename D>
+void dots_with(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, int64_t batch,
+               int64_t width, const D* v, int64_t v_row, double* partials, wide_t<T>* out,
+               Stream stream) {
+  const bool aligned = rows_aligned(g, g_batch, g_time) && v_row % kVector<T> == 0 &&
+                       is_aligned(v, int(sizeof(Pack<D, kVector<T>>)));
+  auto* const launch = aligned ? &launch_dots<T, D, kVector<T>> : &launch_dots<T, D, 1>;
+  launch(ids, g, g_batch, g_time, batch, width, v, v_row, partials, out, stream);
+}
+
 template <typename T>
 void dots(const Ids& ids, const T* g, int64_t g_batch, int64_t g_time, int64_t batch, int64_t width,
-          const wide_t<T>* v, int64_t v_row, double* partials, wide_t<T>* out, Stream stream) {
+          const void* v, int64_t v_row, bool is_wide, double* partials, wide_t<T>* out,
+          Stream stream) {
   if (!batch) return;
-  const bool aligned = rows_aligned(g, g_batch, g_time) && v_row % kVector<T> == 0 &&
-                       is_aligned(v, int(sizeof(Pack<wide_t<T>, kVector<T>>)));
-  auto* const launch = aligned ? &launch_dots<T, kVector<T>> : &launch_dots<T, 1>;
-  launch(ids, g, g_batch, g_time, batch, width, v, v_row, partials, out, stream);
+  if (is_wide)
+    dots_with(ids, g, g_batch, g_time, batch, width, static_cast<const wide_t<T>*>(v), v_row,
+              partials, out, stream);
+  else
+    dots_with(ids, g, g_batch, g_time, batch, width, static_cast<const T*>(v), v_row, partials, out,
+              stream);
 }
 
 }  // namespace
@@ -107,6 +121,10 @@ int64_t sort_words(int64_t lists, int64_t length) {
 
 int64_t embedding_partials(int64_t batch, int64_t time, int64_t width) {
   return batch * chunks_of(time) * slices_of(width, 1);  // rows that are not aligned need the most
+}
+
+int64_t embedding_dot_partials(int64_t batch, int64_t time, int64_t width) {
+  return batch * dot_chunks_of(time) * slices_of(width, 1);
 }
 
 void sort_steps(const int64_t* ids, int64_t ids_batch, int64_t ids_time, int64_t lists,
@@ -142,10 +160,11 @@ void sort_steps(const int64_t* ids, int64_t ids_batch, int64_t ids_time, int64_t
   }                                                                                               \
   void embedding_dots_##suffix(const int64_t* ids, int64_t ids_batch, int64_t ids_time,           \
                                const scalar_t* g, int64_t g_batch, int64_t g_time, int64_t batch, \
-                               int64_t time, int64_t width, int64_t padding_idx, const wide_t* v, \
-                               int64_t v_row, double* partials, wide_t* out, Stream stream) {     \
+                               int64_t time, int64_t width, int64_t padding_idx, const void* v,   \
+                               int64_t v_row, int64_t is_wide, double* partials, wide_t* out,     \
+                               Stream stream) {                                                   \
     const Ids steps = {ids, ids_batch, ids_time, time, time, padding_idx};                        \
-    dots(steps, g, g_batch, g_time, batch, width, v, v_row, partials, out, stream);               \
+    dots(steps, g, g_batch, g_time, batch, width, v, v_row, is_wide != 0, partials, out, stream); \
   }
 FM_DEFINE(float, f32, float)
 FM_DEFINE(double, f64, double)

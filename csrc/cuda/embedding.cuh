@@ -14,6 +14,7 @@ constexpr int kRun = 4096;       // steps sorted in shared memory: 32 KiB
 constexpr int kSortBlock = 512;  // threads that sort a run, at most
 constexpr int kChunk = 32;       // sorted steps of a warp: a lane looks at one
 constexpr int kAhead = 8;        // rows that a lane loads before it uses the first
+constexpr int kSteps = 4;        // steps of a warp where ids are not sorted: rows of two tables
 
 // A key is id << bits | step; the rows of `padding_idx` get the largest id there is.
 struct Keys {
@@ -224,30 +225,40 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // partials[n, chunk, slice] = sum over the steps of the chunk of <v[ids[n, t]], g[n, t]>.
-template <typename T, int V>
+//
+// A chunk is kSteps steps: their ids are one wait for memory, their rows one more. The direction
+// is read in its own precision: a table of it in another one would be far larger than `g`.
+template <typename T, typename D, int V>
 __global__ void __launch_bounds__(kBlock)
-    step_dots(Ids ids, const T* g, int64_t g_batch, int64_t g_time, int64_t width,
-              const wide_t<T>* v, int64_t v_row, int64_t chunks, int64_t slices, int64_t units,
-              double* partials) {
+    step_dots(Ids ids, const T* g, int64_t g_batch, int64_t g_time, int64_t width, const D* v,
+              int64_t v_row, int64_t chunks, int64_t slices, int64_t units, double* partials) {
   const int64_t unit = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
   if (unit >= units) return;
-  const int64_t n = unit / slices / chunks, begin = unit / slices % chunks * kChunk;
+  const int64_t n = unit / slices / chunks, begin = unit / slices % chunks * kSteps;
   const Slice<T, V> slice(unit % slices, width);
-  const Slice<wide_t<T>, V> direction(unit % slices, width);
+  const Slice<D, V> direction(unit % slices, width);
+  int64_t id[kSteps];
+#pragma unroll
+  for (int k = 0; k < kSteps; k++)
+    id[k] = begin + k < ids.time ? ids.ids[n * ids.batch_stride + (begin + k) * ids.time_stride]
+                                 : ids.padding_idx;
+  Pack<T, V> a[kSteps];
+  Pack<D, V> b[kSteps];
+#pragma unroll
+  for (int k = 0; k < kSteps; k++)
+    if (id[k] != ids.padding_idx) {
+      a[k] = slice.load(g + n * g_batch + (begin + k) * g_time);
+      b[k] = direction.load(v + id[k] * v_row);
+    }
   double total = 0;
-#pragma unroll 4
-  for (int k = 0; k < kChunk; k++) {
-    const int64_t t = begin + k;
-    const int64_t id = t < ids.time ? ids.ids[n * ids.batch_stride + t * ids.time_stride] : 0;
-    if (t < ids.time && id != ids.padding_idx) {
-      const Pack<T, V> a = slice.load(g + n * g_batch + t * g_time);
-      const Pack<wide_t<T>, V> b = direction.load(v + id * v_row);
+#pragma unroll
+  for (int k = 0; k < kSteps; k++)
+    if (id[k] != ids.padding_idx) {
       wide_t<T> dot = 0;
 #pragma unroll
-      for (int j = 0; j < V; j++) dot += widen(a.v[j]) * b.v[j];
+      for (int j = 0; j < V; j++) dot += widen(a[k].v[j]) * widen(b[k].v[j]);
       total += dot;
     }
-  }
   total = warp_sum(total);
   if ((threadIdx.x & 31) == 0) partials[unit] = total;
 }

@@ -243,3 +243,9 @@ for _op in (
     *(sequence_second_moment, sequence_fused),
 ):
     _op.add_triton(f"dense.{_op.name}", dtypes=TRITON)
+sequence_sq_norms.add_triton(
+    *("dense.sequence_sq_norms_by_torch",),
+    dtypes=(torch.float32,),
+    preferred=True,
+    backend="torch",
+)

@@ -67,7 +67,10 @@ class Op:
         dtypes: Iterable[torch.dtype],
         preferred: bool = True,
     ) -> None:
-        """Add an implementation; the last one added with `preferred` is used."""
+        """Add an implementation; the last one added with `preferred` is used.
+
+        Of two with the same name for a device and dtype, the last one is there.
+        """
         self._implementations.append(
             Implementation(
                 backend, run, frozenset(devices), frozenset(dtypes), preferred
@@ -106,13 +109,15 @@ class Op:
         *,
         dtypes: Iterable[torch.dtype],
         preferred: bool | None = None,
+        backend: str = "triton",
     ) -> None:
         """Add the launcher named "module.function" of `fastminima.ops.triton`.
 
         Triton is imported when the launcher first runs. It launches on the device that
         is current, so the first tensor's is made that. Where Triton is not installed
         nothing is added. `preferred` is as `preferences.py` says, for each dtype, if it
-        is not given.
+        is not given. The `backend` "torch" is for a launcher whose products are
+        PyTorch's own, and takes the place of a way without Triton.
         """
         if preferred is None:
             for dtype in dtypes:
@@ -128,7 +133,7 @@ class Op:
             with torch.cuda.device_of(_leader(first)):
                 return getattr(found, name)(first, *args, **kwargs)
 
-        self.add("triton", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
+        self.add(backend, call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
 
     def add_cuda(
         self,
@@ -169,13 +174,13 @@ class Op:
         ]
         fast = [i.backend for i in reversed(fit) if i.is_preferred]
         slow = [i.backend for i in reversed(fit) if not i.is_preferred]
-        return (*fast, "reference", *slow)
+        return tuple(dict.fromkeys((*fast, "reference", *slow)))
 
     def on(self, backend: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
         """The implementation named `backend` for a device and dtype."""
         if backend == "reference":
             return self.reference
-        for i in self._implementations:
+        for i in reversed(self._implementations):
             if i.backend == backend and device in i.devices and dtype in i.dtypes:
                 return i.run
         raise LookupError(

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
+from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, launched
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -22,7 +22,7 @@ from tools.kernels.capturable import (
     cuda_ops,
 )
 
-CASES = {case.label: case for case in cases("triton")}
+CASES = {case.label: case for case in launched()}
 
 
 @triton.jit
@@ -110,11 +110,9 @@ def test_every_op_with_a_kernel_has_arguments():
 def test_launchers_are_capturable(label):
     """Twice the same: a graph is captured after a run that warms up."""
     case = CASES[label]
-    arguments = case.make(Tensors("meta", case.dtype))
-    run = case.op.on("triton", "cuda", case.key)
     found = []
     for _ in range(2):
         with capturing() as launches:
-            run(*arguments)
+            case.launch(Tensors("meta", case.dtype))
         found.append(launches)
     assert found[0] and found[0] == found[1]

@@ -53,6 +53,35 @@ def test_embedding(device, shape, padding_idx, dtype):
             break  # the layouts have been tried on small shapes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_v", [torch.float64, *ALL])
+@pytest.mark.parametrize("time", [7, 8, 9, 33])
+def test_directions_of_any_dtype(device, time, of_v, dtype):
+    """Read as they are where they are as `g` or wide; rows of 16 bytes, and others."""
+    ids = torch.randint(12, (2, time))
+    for width in (3, 40, 264):
+        g, v = torch.randn(2, time, width).to(dtype), torch.randn(12, width).to(of_v)
+        want = embedding.embedding_dots.reference(ids, g.double(), 5, v.double())
+        args = (device.put(ids), device.put(g), 5, device.put(v))
+        got = device.every(
+            lambda a=args: [embedding_cuda.embedding_dots(device.kernels, *a)]
+        )
+        same(got[0], want, rtol=2e-5, atol=1e-4)
+
+
+def test_a_half_direction_is_not_copied():
+    """It has the size of the table, which is far larger than what is read of it."""
+    from bytes_held import held
+
+    from tools.kernels.capturable import CudaStandIn
+
+    ids, g = torch.zeros(2, 8).long(), torch.zeros(2, 8, 64).bfloat16()
+    v = torch.zeros(5000, 64).bfloat16()
+    stand_in = CudaStandIn()
+    found = held(lambda: embedding_cuda.embedding_dots(stand_in, ids, g, -1, v))
+    assert found.most < v.nbytes / 10
+
+
 @pytest.mark.parametrize("time", [2, 31, 32, 33, 64, 500])
 def test_ids_that_fill_whole_chunks(device, time):
     """One id throughout, and ids whose steps cross the chunks of a warp."""

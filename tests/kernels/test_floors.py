@@ -10,7 +10,7 @@ from fastminima.ops._pieces import dense_parts
 from fastminima.ops.preferences import ON_GPU, is_preferred
 from tools.kernels import floors
 from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, cases
-from tools.kernels.measured import measured_preferences
+from tools.kernels.measured import RECORD, measured_preferences
 from tools.kernels.tally import tally
 from tools.kernels.work import FLOORS, Work, work_of
 
@@ -186,6 +186,24 @@ def test_a_kernel_is_preferred_where_it_was_measured_faster(tmp_path):
 )
 def test_what_was_measured_slower_is_not_preferred(op, dtype):
     assert not is_preferred(op, "triton", dtype)
+
+
+def test_no_way_is_used_that_the_record_shows_slower():
+    """Of kernels and of PyTorch's ways alike, over all sizes that were timed."""
+    ops, timed = all_ops(), json.loads(RECORD.read_text())["cases"]
+    sizes = {}
+    for label, row in timed.items():
+        name, *_, dtype = label.split()
+        if name in ops and "cuda" not in row:  # those are not in every build
+            sizes.setdefault((name, getattr(torch, dtype)), []).append(row)
+    assert len(sizes) > 30
+    for (name, dtype), rows in sizes.items():
+        used = ops[name].backends("cuda", dtype)[0]
+        for other in {*rows[0]} & {"triton", "torch", "reference"}:
+            ours, theirs = (
+                sum(row[way]["median_us"] for row in rows) for way in (used, other)
+            )
+            assert ours <= theirs, (name, dtype, used, other)
 
 
 def test_ops_prefer_what_the_preferences_say():

@@ -17,7 +17,7 @@ from benchmarks.workloads import WORKLOADS
 from fastminima.ops import _pieces
 from fastminima.ops.random import Noise
 from tools.kernels.capturable import CudaStandIn, cuda_ops
-from tools.kernels.cases import Tensors, all_ops
+from tools.kernels.cases import Tensors, all_ops, launchers
 
 DTYPES = [torch.float32, torch.bfloat16]
 OPS = all_ops()
@@ -151,10 +151,9 @@ def test_launchers(workload, dtype):
 
     for op, args in calls(workload, dtype):
         key = tensors(args)[0].dtype
-        if "triton" not in op.backends("cuda", key):
-            continue
-        with capturing():
-            check(op.on("triton", "cuda", key), args, f"{op.name} by Triton")
+        for backend in launchers(op, key):
+            with capturing():
+                check(op.on(backend, "cuda", key), args, f"{op.name} by {backend}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from ops.triton_cases import (
 )
 
 from fastminima.ops import broadcast, reduce
+from fastminima.ops.triton import _time_tiles
 from fastminima.ops.triton import broadcast as kernels
 from fastminima.ops.triton import reduce as reduce_kernels
 from tools.kernels.interpreter import Report, interpreting
@@ -95,9 +96,42 @@ def test_sums_are_at_their_floor(name, dtype):
     place(getattr(kernels, name), g)
     (launch,) = place.report.per_launch
     assert launch.load_bytes == launch.unique_load_bytes == g.nbytes
-    # Tiles of 64 steps by 32 features, of which 18 along time; or of 32 by 64.
-    kept, splits = (24, 2) if name == "sum_over_time" else (1100, 1)
+    # Of 1100 steps at least 128 a program, in whole tiles of 128; or of 24 steps.
+    kept, splits = (24, 5) if name == "sum_over_time" else (1100, 1)
     assert launch.store_bytes == 4 * 2 * kept * splits
+
+
+WIDTHS = [1, 7, 24, 64, 100, 768, 3072]
+
+
+@pytest.mark.parametrize("time", [1, 5, 100, 512, 5000])
+@pytest.mark.parametrize("batch", [1, 16, 300])
+@pytest.mark.parametrize("itemsizes", [(2,), (4,), (2, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize("time_is_contiguous", [False, True])
+def test_tiles(batch, time, itemsizes, time_is_contiguous):
+    """They cover everything once; loads fill lines, and time is split last."""
+    for features in WIDTHS:
+        cut = _time_tiles.tiles(
+            *(batch, time, features),
+            time_is_contiguous=time_is_contiguous,
+            itemsizes=itemsizes,
+        )
+        assert cut.span * (cut.splits - 1) < time <= cut.span * cut.splits
+        assert cut.blocks == -(-features // cut.block_features)
+        assert cut.span % cut.block_time == 0
+        assert cut.block_time * cut.block_features <= 8192 // min(itemsizes)
+        if time_is_contiguous:
+            continue
+        line = cut.block_features * min(itemsizes)
+        assert line >= min(64, features * min(itemsizes))
+        if cut.splits > 1:
+            assert batch * cut.blocks < _time_tiles.FEW
+            assert cut.span >= _time_tiles.LEAST_TIME
+
+
+def test_one_launch_where_samples_and_features_fill_a_gpu():
+    cut = _time_tiles.tiles(16, 512, 768, time_is_contiguous=False, itemsizes=(2,))
+    assert cut == _time_tiles.Tiles(128, 32, span=512, splits=1, blocks=24)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

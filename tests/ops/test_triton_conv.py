@@ -7,8 +7,8 @@ import torch
 
 from fastminima.ops import conv as ops
 from fastminima.ops.conv_geometry import ConvGeometry
-from fastminima.ops.triton import conv, conv_cost, conv_sizes
-from fastminima.ops.triton.conv_gram import gram_parts
+from fastminima.ops.triton import _settle, conv, conv_cost, conv_sizes
+from fastminima.ops.triton.conv_gram import gram_sums
 from fastminima.ops.triton.conv_sizes import operands
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -235,13 +235,33 @@ def test_cancelling_positions_are_done_again(place, way):
     want = ops.conv_sq_norms.reference(x.double(), g.double(), layer, False)[0]
     of = operands(x, g, layer)
     tile = conv_cost.gram_tile(of.sizes, of.image.dtype, way == "shifts")
-    gram = place(lambda x, g: gram_parts(operands(x, g, layer), tile)[0], x, g)
+    gram = place(
+        lambda x, g: gram_sums(operands(x, g, layer), tile)[:, 0].sum(dim=1), x, g
+    )
     error = (gram - want).abs() / want
     assert error[0] > 1e-3 > error[1]
     got = place(partial(norms_by, way, layer), x, g)
     assert torch.equal(got[1], gram[1])
     # The gradient carries an error of eps times the sizes that cancel.
     torch.testing.assert_close(got, want.float(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_programs_makes_all_of_a_gradient(
+    place, monkeypatch, most, dtype
+):
+    """Of several tiles, in groups; the samples with zeros everywhere hold."""
+    monkeypatch.setattr(_settle, "MOST", most)
+    layer = geometry((3, 3), padding=1, groups=2)
+    x, g = torch.randn(3, 128, 4, 4), torch.randn(3, 150, 4, 4)
+    g[1] = 0
+    x[0] = 1  # and gradients that cancel where no padding is near
+    g[0] -= g[0].mean(dim=(1, 2), keepdim=True)
+    x, g = x.to(dtype), g.to(dtype)
+    want = ops.conv_sq_norms.reference(x.double(), g.double(), layer, False)[0]
+    got = place(partial(norms_by, "gram", layer), x, g)
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastminima.ops.conv_geometry import ConvGeometry
-from fastminima.ops.triton import conv, conv_cost
+from fastminima.ops.triton import _settle, conv, conv_cost
 from fastminima.ops.triton.conv_sizes import operands
 from tools.kernels.interpreter import Report, interpreting
+from tools.kernels.tally import tally
 
 BATCH, CHANNELS, HEIGHT, SIDE, TAPS = 2, 32, 16, 8, 9
 LENGTH = SIDE * SIDE
@@ -93,3 +94,31 @@ def test_gram(shifts):
     close(image.unique_load_bytes, 4 * x.numel())
     close(image.load_bytes, 4 * x.numel() * (blocks + 1))
     close(image.dot_flops, flops * CHANNELS)
+
+
+def test_samples_that_hold_are_not_read_again():
+    x, g = tensors()
+    of = operands(x, g, LAYER)
+    tile = conv_cost.gram_tile(of.sizes, x.dtype, False)._replace(positions=32)
+    settle = launches(lambda: conv.gram_norms(of, tile))["_settle_kernel"]
+    assert settle.dot_flops == 0
+    assert settle.load_bytes == 4 * 2 * tile.pairs(LENGTH) * settle.programs
+    assert settle.programs <= BATCH * TAPS  # a block of channels a tap
+    x[:], inner = 1, g[:, :, 1:-1, 1:-1].clone()
+    g[:] = 0  # at the rim, where the padding's zeros would not cancel
+    g[:, :, 1:-1, 1:-1] = inner - inner.mean(dim=(2, 3), keepdim=True)
+    of = operands(x, g, LAYER)
+    settle = launches(lambda: conv.gram_norms(of, tile))["_settle_kernel"]
+    close(settle.dot_flops, 2 * BATCH * LENGTH * HEIGHT * CHANNELS * TAPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_packs_each_operand_once(dtype):
+    """What the Gram kernels have copied, the one behind them takes as it lies."""
+    x = torch.empty(64, 256, 8, 8, dtype=dtype, device="meta")
+    g = torch.empty(64, 512, 8, 8, dtype=dtype, device="meta")
+    found = tally(lambda: conv.conv_sq_norms(x, g, LAYER, False), ())
+    *copies, adding_up = [step.bytes for step in found.steps if step.bytes]
+    assert len(copies) <= 2 and all(moved >= 2 * x.nbytes for moved in copies)
+    assert adding_up <= 4 * 64 * (_settle.MOST + 1)
+    assert found.launches[-1] == "_settle_kernel"

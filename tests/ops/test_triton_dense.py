@@ -4,10 +4,11 @@ import pytest
 import torch
 from triton_cases import DTYPES, cancelling, each_shape, sequences
 
-from fastminima.ops import dense
+from fastminima.ops import _pieces, dense
 from fastminima.ops.cost import dense as dense_cost
-from fastminima.ops.triton import _launch, dense_gram
+from fastminima.ops.triton import _launch, _settle, dense_fused
 from fastminima.ops.triton import dense as launchers
+from tools.kernels.interpreter import interpreting
 
 # batch, time, d_in, d_out: empty, least, odd, and either side of the sides of blocks.
 SHAPES = [
@@ -24,10 +25,14 @@ def double(value):
     return value.double() if is_float else value
 
 
+GUARDED = ["sequence_sq_norms", "sequence_sq_norms_by_torch"]
+
+
 def check(place, name, *args, **room):
     """A launcher where it runs against the reference of its op in float64."""
     got = place(getattr(launchers, name), *args)
-    want = getattr(dense, name).reference(*map(double, args))
+    op = getattr(dense, name.removesuffix("_by_torch"))
+    want = op.reference(*map(double, args))
     many = isinstance(want, tuple)
     pairs = zip(got, want, strict=True) if many else [(got, want)]
     for part, truth in pairs:
@@ -44,8 +49,9 @@ def test_squared_norms(place, shape, dtype):
     a, g = sequences(shape, dtype)
     for name in NORMS:
         check(place, name, a, g)
-    check(place, "sequence_sq_norms", a, g, True)
-    check(place, "sequence_sq_norms", a, g, False)
+    for name in GUARDED:
+        check(place, name, a, g, True)
+        check(place, name, a, g, False)
 
 
 @each_shape(SHAPES, halves=True)
@@ -80,7 +86,8 @@ def test_layouts(place, layout, time, dtype):
     g = list(layouts(3, time, 9, dtype))[layout]
     for name in NORMS:
         check(place, name, a, g)
-    check(place, "sequence_sq_norms", a, g, True)
+    for name in GUARDED:
+        check(place, name, a, g, True)
     check(place, "sequence_fused", a, g, True, True, atol=1e-3)
 
 
@@ -89,10 +96,13 @@ def test_a_batch_in_parts_where_the_layer_is_small(place, monkeypatch, batch, pa
     monkeypatch.setattr(_launch, "PROGRAMS", 8)
     assert _launch.split(batch, 1)[0] == parts
     assert _launch.split(batch, 6)[0] == 1
-    a, g = sequences((batch, 2, 5, 3))
-    check(place, "sequence_fused", a, g, True, True, atol=1e-3)
     a, g = sequences((16 * batch, 1, 5, 3))
     check(place, "sequence_fused", a, g, True, True, atol=1e-3)
+    a, g = sequences((batch, 2, 5, 3))
+    for each in (1, 3, batch):
+        cut = -(-batch // each), each
+        monkeypatch.setattr(dense_fused, "balanced", lambda *_, cut=cut: cut)
+        check(place, "sequence_fused", a, g, True, True, atol=1e-3)
 
 
 @pytest.mark.parametrize("time", [1, 20])
@@ -127,14 +137,71 @@ def test_what_is_not_finite_stays_so(place, value):
     )
 
 
+@pytest.mark.parametrize("name", GUARDED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_where_contributions_cancel_the_gradient_is_made(place, dtype):
+def test_where_contributions_cancel_the_gradient_is_made(place, name, dtype):
     a, g = cancelling(dtype)
-    assert dense_cost.choose_on_gpu(6, 200, 150) == "gram"
-    share = dense_cost.guard_on_gpu(200, 150, dtype)
-    lost = place(lambda a, g: dense_gram.gram_sums(a, g, share).is_lost, a, g)
-    assert lost.tolist() == [0, 1, 0]
-    check(place, "sequence_sq_norms", a, g, True, rtol=1e-4)
+    assert dense_cost.choose_on_gpu(6, 200, 150, dtype) == "gram"
+    assert dense_cost.choose_by_torch_on_gpu(6, 200, 150) == "gram"
+    check(place, name, a, g, True, rtol=1e-4)
+    check(place, name, a, g, False, rtol=1e-4)
+
+
+def cancelling_bias(time=70, d_in=200, d_out=150):
+    """Three samples; the middle one's bias gradient cancels to a thousandth."""
+    a, g = sequences((3, time, d_in, d_out))
+    g[1, time // 2 :] = -g[1, : time // 2] + g[1, time // 2 :] / 1000
+    return a, g
+
+
+@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("programs", [1, 3, 256])
+def test_where_a_bias_cancels_its_gradient_is_made(
+    place, monkeypatch, name, dtype, programs
+):
+    monkeypatch.setattr(_settle, "PROGRAMS", 3 * programs)
+    a, g = (x.to(dtype) for x in cancelling_bias())
+    check(place, name, a, g, True, rtol=1e-4, atol=1e-9)
+
+
+def test_every_program_count_gives_all_of_a_lost_sample(place, monkeypatch):
+    a, g = cancelling(torch.float32)
+    for most in (1, 2, 5):
+        monkeypatch.setattr(_settle, "MOST", most)
+        check(place, "sequence_sq_norms", a, g, True, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_is_not_finite_stays_so_behind_the_guard(place, name, value):
+    a, g = sequences((3, 5, 70, 40))
+    g[1, 2, 3] = value
+    want = torch.tensor([False, True, False])
+    for norms in place(getattr(launchers, name), a, g, True):
+        assert torch.equal(~norms.isfinite(), want), name
+
+
+def test_products_by_torch_in_pieces_of_the_batch(place, monkeypatch):
+    monkeypatch.setattr(_pieces, "LIMIT", 2 * 2 * 2 * 20 * 20 * 4)  # two samples
+    a, g = sequences((5, 20, 70, 40))
+    check(place, "sequence_sq_norms_by_torch", a, g, True)
+    monkeypatch.setattr(_pieces, "LIMIT", 2 * 20 * 20 * 4)  # less than one sample
+    check(place, "sequence_sq_norms_by_torch", a, g, True)
+
+
+@pytest.mark.parametrize(
+    ("precision", "first"), [("high", "_gram_kernel"), ("highest", "_fold_kernel")]
+)
+def test_products_are_not_made_by_torch_where_tf32_is_allowed(precision, first):
+    a, g = sequences((2, 20, 70, 40))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with interpreting() as report:
+            launchers.sequence_sq_norms_by_torch(a, g, True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert report.per_launch[0].kernel == first
 
 
 def test_a_gram_sum_alone_loses_what_cancels(place):
@@ -148,12 +215,14 @@ def test_a_gram_sum_alone_loses_what_cancels(place):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_launches_are_captured_in_a_graph():
+@pytest.mark.parametrize("name", GUARDED)
+def test_launches_are_captured_in_a_graph(name):
     a, g = (x.cuda() for x in cancelling(torch.float32))
-    launchers.sequence_sq_norms(a, g, True)  # compiles
+    launch = getattr(launchers, name)
+    launch(a, g, True)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = launchers.sequence_sq_norms(a, g, True)
+        got = launch(a, g, True)
     a.mul_(2)
     graph.replay()
     want = dense.sequence_sq_norms.reference(a.double(), g.double(), True)

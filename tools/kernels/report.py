@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from unittest import mock
 
-from tools.kernels.cases import Case, cases
+from tools.kernels.cases import Case, launched
 from tools.kernels.compile import find_nvcc
 from tools.kernels.occupancy import MACHINES
 from tools.kernels.rows import Row, cuda_rows, regressions, table, triton_rows
@@ -38,7 +38,9 @@ HERE = Path(__file__).resolve().parent
 # and the one with the most registers for its loads.
 COMPLETE = "sm_90a"
 ELSEWHERE = (
-    *("conv_fused", "gram_sq_norms", "layer_norm_gradients", "sequence_fused"),
+    *("conv_fused", "conv_sq_norms", "layer_norm_gradients", "row_sq_norms"),
+    *("sequence_fused", "sequence_sq_norms", "sum_over_time"),
+    "sequence_sq_norms 16x512x768->3072 by torch",
     "channel_norm_gradients 64x64x49",
 )
 BASELINE = HERE / "baseline.json"
@@ -108,7 +110,7 @@ def collect(
 
 def _chosen(architecture: str, only: str) -> list[Case]:
     """All cases, or of some ops and sizes the first."""
-    chosen = list(cases())
+    chosen = list(launched())
     if architecture != COMPLETE:
         found = (
             [c for c in chosen if c.label.startswith(f"{name} ")] for name in ELSEWHERE

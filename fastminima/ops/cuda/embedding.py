@@ -67,11 +67,13 @@ def embedding_dots(
 ) -> Tensor:
     """See `fastminima.ops.embedding.embedding_dots`."""
     g, rows = _rows(g)
-    v = contiguous_rows(v.to(accumulation_dtype(g.dtype)))
-    dots = v.new_empty(len(g))
-    partials = scratch(kernels.embedding_partials(*g.shape), g)
+    wide = accumulation_dtype(g.dtype)
+    v = contiguous_rows(v if v.dtype in (g.dtype, wide) else v.to(wide))
+    dots = g.new_empty(len(g), dtype=wide)
+    partials = scratch(kernels.embedding_dot_partials(*g.shape), g)
     getattr(kernels, f"embedding_dots_{SUFFIX[g.dtype]}")(
         *(ids.data_ptr(), *ids.stride(), *rows, *g.shape, padding_idx),
-        *(v.data_ptr(), v.stride(0), partials.data_ptr(), dots.data_ptr(), stream(g)),
+        *(v.data_ptr(), v.stride(0), v.dtype == wide, partials.data_ptr()),
+        *(dots.data_ptr(), stream(g)),
     )
     return dots

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from .._arguments import TRITON, contiguous_rows
 
 __all__ = [
     "PROGRAMS",
+    "balanced",
     "has_vectors",
     "one_dtype",
     "power_of_two",
@@ -18,6 +21,7 @@ __all__ = [
 # Programs that keep a GPU of today busy: 108 to 148 multiprocessors, one to two blocks
 # each. One number for all of them, so that a result does not depend on the GPU.
 PROGRAMS = 256
+MULTIPROCESSORS = 132
 
 
 def one_dtype(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +49,31 @@ def split(items: int, programs: int) -> tuple[int, int]:
     parts = max(1, min(items, PROGRAMS // max(1, programs)))
     each = -(-items // parts)
     return -(-items // max(1, each)), each
+
+
+@functools.lru_cache(maxsize=1024)
+def balanced(samples: int, tiles: int, work: float, most: int) -> tuple[int, int]:
+    """Into how many parts to split a sum over samples, and the samples of a part.
+
+    A multiprocessor works on a tile at a time: 144 tiles take two rounds on 132, of
+    which the second is nearly empty, and 4 x 144 with a quarter of the samples five
+    short ones. More parts cost the writing of each, and its reading.
+
+    Args:
+        samples: what the sum is over.
+        tiles: programs of one part.
+        work: how many times longer a sample's product takes than to write its tile.
+        most: parts at most.
+    """
+
+    def time(parts: int) -> float:
+        rounds = -(-tiles * parts // MULTIPROCESSORS)
+        return rounds * (-(-samples // parts) * work + (1 if parts == 1 else 2))
+
+    useful = max(8, 4 * MULTIPROCESSORS // max(1, tiles))
+    parts = min(range(1, max(1, min(samples, most, useful)) + 1), key=time)
+    each = -(-samples // parts)
+    return -(-samples // max(1, each)), each
 
 
 def power_of_two(size: int) -> int:

@@ -55,7 +55,11 @@ def _time_sums(g: Tensor, x: Tensor | None) -> Tensor:
     (g, *others), time_is_contiguous = oriented(*(t for t in (g, x) if t is not None))
     x = others[0] if others else None
     batch, time, features = g.shape
-    cut = tiles(batch, time, features, time_is_contiguous=time_is_contiguous)
+    cut = tiles(
+        *g.shape,
+        time_is_contiguous=time_is_contiguous,
+        itemsizes=[g.itemsize, *(other.itemsize for other in others)],
+    )
     out = g.new_empty(cut.splits, batch, features, dtype=torch.float32)
     if out.numel():
         _time_sums_kernel[(cut.splits * batch * cut.blocks,)](

@@ -10,11 +10,17 @@ from torch import Tensor
 
 from .._pieces import in_pieces
 from ..conv_geometry import ConvGeometry
-from ..cost.dense import guard
-from .conv_cost import GramTile, direct_tile, fastest_gram, is_depthwise
+from .conv_cost import (
+    GramTile,
+    direct_tile,
+    fastest_gram,
+    is_depthwise,
+    tile_as_it_lies,
+)
 from .conv_depthwise import depthwise_products
 from .conv_direct import products
-from .conv_gram import gram_parts
+from .conv_gram import gram_sums
+from .conv_settled import settled
 from .conv_sizes import Operands, operands
 
 __all__ = ["conv_fused", "conv_second_moment", "conv_sq_norms"]
@@ -64,32 +70,28 @@ def _products(
     norms: bool = False,
     grad: bool = False,
     moment: bool = False,
-    wanted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By the kernel for depth-wise convolutions, or the one for all others."""
     if is_depthwise(of.sizes):
         return depthwise_products(of, norms=norms, grad=grad, moment=moment)
     packed, tile = direct_tile(of, outputs=grad + moment)
-    return products(packed, tile, norms=norms, grad=grad, moment=moment, wanted=wanted)
+    return products(packed, tile, norms=norms, grad=grad, moment=moment)
 
 
-def direct_norms(of: Operands, wanted: Tensor | None = None) -> Tensor:
-    """From the gradients themselves; of some samples only, where `wanted` says so."""
-    norms, _, _ = _products(of, norms=True, wanted=wanted)
+def direct_norms(of: Operands) -> Tensor:
+    """From the gradients themselves."""
+    norms, _, _ = _products(of, norms=True)
     return norms
 
 
 def gram_norms(of: Operands, tile: GramTile) -> Tensor:
     """From Gram matrices, and directly where rounding errors may be larger than 1e-4.
 
-    Which samples these are is known to the device only: the direct kernel is always
-    launched, and ends at once for the others.
+    What lies as the Gram kernels want it is left so for the few samples, if any, whose
+    gradients are made.
     """
-    total, diagonal = gram_parts(of, tile)
-    columns = of.sizes.channels * of.sizes.taps
-    # A sum that is not a number passes no test: its sample is done again, too.
-    holds = total >= guard(columns, of.sizes.height, torch.float32) * diagonal
-    return torch.where(holds, total, direct_norms(of, wanted=~holds))
+    of = of.packed(*tile.requests(of.sizes))
+    return settled(of, gram_sums(of, tile), tile_as_it_lies(of, outputs=0))
 
 
 def conv_second_moment(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:

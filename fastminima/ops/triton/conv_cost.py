@@ -21,6 +21,7 @@ __all__ = [
     "gram_tile",
     "is_depthwise",
     "samples_at_once",
+    "tile_as_it_lies",
 ]
 
 # Bytes of the Gram matrices of images that are alive at a time: they are to stay in the
@@ -148,7 +149,7 @@ def direct_tile(of: Operands, outputs: int) -> tuple[Operands, DirectTile]:
         _blocks(columns, 64) * (sizes.taps if _is_one_tap(sizes) else 1),
         _blocks(sizes.height, 64) * sizes.taps,
     )
-    return of, _direct_tile(of, outputs)
+    return of, tile_as_it_lies(of, outputs)
 
 
 def _is_one_tap(sizes: ConvSizes) -> bool:
@@ -156,7 +157,7 @@ def _is_one_tap(sizes: ConvSizes) -> bool:
     return sizes.channels >= 32
 
 
-def _direct_tile(of: Operands, outputs: int) -> DirectTile:
+def tile_as_it_lies(of: Operands, outputs: int) -> DirectTile:
     """Tiles for the direct kernel of operands as they lie in memory.
 
     `outputs` running sums lie beside the product of a sample: on sm_80, 90 and 100 no
@@ -232,7 +233,7 @@ def fastest_gram(of: Operands) -> GramTile | None:
     if is_depthwise(sizes):
         return None
     gather = _GATHER_SINGLE if dtype == torch.float32 else _GATHER_HALF
-    best, least = None, _direct_tile(of, 0).cost(sizes)
+    best, least = None, tile_as_it_lies(of, 0).cost(sizes)
     for shifts in (False, True):
         if shifts and (sizes.taps == 1 or 4 * sizes.gram > _WORKSPACE):
             continue

@@ -15,21 +15,68 @@ from .conv_outputs import outputs
 from .conv_sizes import Operands
 from .conv_tiles import advance, load_patches, load_rows, split, tap_of_column
 
-__all__ = ["products"]
+__all__ = ["products", "tile_gradient", "tiles_of"]
+
+
+@triton.jit
+def tiles_of(
+    height, channels, KERNEL: tl.constexpr, ONE_TAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Blocks of rows, and of columns, of the weight of a group."""
+    taps: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    if ONE_TAP:
+        columns = tl.cdiv(channels, BLOCK_C) * taps
+    else:
+        columns = tl.cdiv(channels * taps, BLOCK_C)
+    return tl.cdiv(height, BLOCK_R), columns
+
+
+@triton.jit
+def tile_gradient(
+    rows_ptr,  # [groups * height, length], of one sample
+    image_ptr,  # [groups * channels, *space], of one sample
+    group, r, c, tap, height, channels, length, space, out, row_strides, image_strides,
+    PRECISION: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    PADDING: tl.constexpr, DILATION: tl.constexpr, AXES: tl.constexpr,
+    ROWS_BY_POSITION: tl.constexpr, IMAGE_BY_POSITION: tl.constexpr,
+    WIDE: tl.constexpr, ONE_TAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dW[r, (c, k)] = sum_t rows[r, t] image[c, ...] of a group; zero outside of it."""
+    rows_ptr += (group * height).to(tl.int64) * row_strides[1]
+    image_ptr += (group * channels).to(tl.int64) * image_strides[1]
+    t_first = tl.arange(0, BLOCK_T)
+    step = split(BLOCK_T, out)
+    z, y, x = split(t_first, out)
+    grad = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, length, BLOCK_T):
+        t = start + t_first
+        left = load_rows(
+            *(rows_ptr, r, t, height, length, row_strides, ROWS_BY_POSITION, WIDE)
+        )
+        right = _load_columns(
+            *(image_ptr, c, tap, z, y, x),
+            *(t < length, channels, space, image_strides, KERNEL, STRIDE, PADDING),
+            *(DILATION, AXES, IMAGE_BY_POSITION, WIDE, ONE_TAP),
+        )
+        grad = tl.dot(left, right, grad, input_precision=PRECISION)
+        z, y, x = advance(z, y, x, step, out, AXES)
+    # An infinite pixel times the zeros beside the rows is not a number.
+    return tl.where((r < height)[:, None] & (c < channels)[None, :], grad, 0.0)
 
 
 @triton.jit
 def _products_kernel(
     rows_ptr,  # [batch, groups * height, length]
     image_ptr,  # [batch, groups * channels, *space]
-    wanted_ptr,  # [batch], of samples to look at, or unused
     norms_ptr,  # [batch, tiles]
     grad_ptr,  # [chunks, weight]
     moment_ptr,  # [chunks, weight]
     batch, per_chunk, groups, height, channels, length, space, out,
     row_strides, image_strides,
     NORMS: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr,
-    SELECTS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr, AXES: tl.constexpr, ROWS_BY_POSITION: tl.constexpr,
     IMAGE_BY_POSITION: tl.constexpr, WIDE: tl.constexpr, ONE_TAP: tl.constexpr,
@@ -45,24 +92,17 @@ def _products_kernel(
     kernel, that is once a tap) for each block of rows.
     """
     taps: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
-    row_blocks = tl.cdiv(height, BLOCK_R)
-    if ONE_TAP:
-        column_blocks = tl.cdiv(channels, BLOCK_C) * taps
-    else:
-        column_blocks = tl.cdiv(channels * taps, BLOCK_C)
+    row_blocks, column_blocks = tiles_of(
+        *(height, channels, KERNEL, ONE_TAP, BLOCK_R, BLOCK_C)
+    )
     tiles = groups * row_blocks * column_blocks
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles
     group = tile // (row_blocks * column_blocks)
     r = tile // column_blocks % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     c, tap = tap_of_column(tile % column_blocks, KERNEL, BLOCK_C, ONE_TAP)
-    rows_ptr += (group * height).to(tl.int64) * row_strides[1]
-    image_ptr += (group * channels).to(tl.int64) * image_strides[1]
-
     is_element = (r < height)[:, None] & (c < channels)[None, :]
 
-    step = split(BLOCK_T, out)
-    t_first = tl.arange(0, BLOCK_T)
     if GRAD:
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     if MOMENT:
@@ -70,26 +110,13 @@ def _products_kernel(
     first = chunk * per_chunk
     for n in range(first, tl.minimum(first + per_chunk, batch)):
         sample = tl.cast(n, tl.int64)
-        end = length
-        if SELECTS:
-            end = tl.where(tl.load(wanted_ptr + sample) != 0, length, 0)
-        z, y, x = split(t_first, out)
-        grad = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(0, end, BLOCK_T):
-            t = start + t_first
-            left = load_rows(
-                *(rows_ptr + sample * row_strides[0], r, t, height, length),
-                *(row_strides, ROWS_BY_POSITION, WIDE),
-            )
-            right = _load_columns(
-                *(image_ptr + sample * image_strides[0], c, tap, z, y, x),
-                *(t < length, channels, space, image_strides, KERNEL, STRIDE, PADDING),
-                *(DILATION, AXES, IMAGE_BY_POSITION, WIDE, ONE_TAP),
-            )
-            grad = tl.dot(left, right, grad, input_precision=PRECISION)
-            z, y, x = advance(z, y, x, step, out, AXES)
-        # An infinite pixel times the zeros beside the rows is not a number.
-        grad = tl.where(is_element, grad, 0.0)
+        grad = tile_gradient(
+            rows_ptr + sample * row_strides[0], image_ptr + sample * image_strides[0],
+            group, r, c, tap, height, channels, length, space, out,
+            row_strides, image_strides, PRECISION, KERNEL, STRIDE, PADDING, DILATION,
+            AXES, ROWS_BY_POSITION, IMAGE_BY_POSITION, WIDE, ONE_TAP,
+            BLOCK_R, BLOCK_C, BLOCK_T,
+        )  # fmt: skip
         if NORMS:
             tl.store(norms_ptr + sample * tiles + tile, tl.sum(grad * grad))
         if GRAD:
@@ -142,21 +169,18 @@ def products(
     norms: bool = False,
     grad: bool = False,
     moment: bool = False,
-    wanted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Squared norms [batch], summed gradient [weight], summed squares [weight].
 
-    What is not asked for is None. With `wanted`, a bool for each sample, the norms of
-    the others are zero; their programs end at once.
+    What is not asked for is None.
     """
     sizes, tiles = of.sizes, tile.count(of.sizes)
     to = outputs(of, tiles, norms, grad, moment)
     _products_kernel[(to.chunks * tiles,)](
-        *(of.rows, of.image, of.image if wanted is None else wanted),
-        *to.pointers(of.image),
+        *(of.rows, of.image, *to.pointers(of.image)),
         *(sizes.batch, to.per_chunk, sizes.groups, sizes.height, sizes.channels),
         *(sizes.length, sizes.space, sizes.out, *of.strides()),
-        *(norms, grad, moment, wanted is not None),
+        *(norms, grad, moment),
         **sizes.constants(),
         **of.layout(),
         **tile.constants(),

@@ -21,7 +21,7 @@ from .conv_cost import GramTile, samples_at_once
 from .conv_sizes import Operands
 from .conv_tiles import load_patches, load_rows, split, triangle
 
-__all__ = ["gram_parts"]
+__all__ = ["gram_sums"]
 
 
 @triton.jit
@@ -264,13 +264,13 @@ def _is_inside(z, y, x, shift, limit, exists, AXES: tl.constexpr):
     return inside
 
 
-def gram_parts(of: Operands, tile: GramTile) -> tuple[Tensor, Tensor]:
-    """R = |dW_n|^2, a Gram sum, and Q = sum_t |rows_t|^2 |patch_t|^2 of each sample.
+def gram_sums(of: Operands, tile: GramTile) -> Tensor:
+    """Parts of R = |dW_n|^2 and of Q = sum_t |rows_t|^2 |patch_t|^2 of each sample.
 
-    The smaller R / Q, the less of float32's precision is left in R.
+    `[batch, 2, groups * pairs]`; operands as they shall lie. The smaller R / Q, the
+    less of float32's precision is left in R.
     """
     sizes = of.sizes
-    of = of.packed(*tile.requests(sizes))
     pairs = tile.pairs(sizes.length)
     sums = of.rows.new_empty(sizes.batch, 2, sizes.groups * pairs, dtype=torch.float32)
     step = samples_at_once(sizes) if tile.shifts else sizes.batch
@@ -282,8 +282,7 @@ def gram_parts(of: Operands, tile: GramTile) -> tuple[Tensor, Tensor]:
         if tile.shifts:
             _image_gram(part, tile, gram)
         _pairs(part, tile, gram, sums[first : first + step])
-    total, diagonal = sums.sum(dim=2).unbind(1)
-    return total, diagonal
+    return sums
 
 
 def _image_gram(of: Operands, tile: GramTile, gram: Tensor) -> None:

@@ -14,11 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cost.dense import choose_on_gpu, guard_on_gpu
-from .dense_direct import direct_sums, replace_lost
+from .. import dense
+from .._pieces import step_of
+from ..cost.dense import choose_by_torch_on_gpu, choose_on_gpu
+from ._launch import one_dtype
+from .dense_direct import direct_sums
 from .dense_fused import sequence_sums
-from .dense_gram import gram_sums
+from .dense_gram import folded_sums, gram_sums
 from .dense_rows import row_sq_norms, row_sums
+from .dense_settled import settled
 
 __all__ = [
     "direct_sq_norms",
@@ -27,6 +31,7 @@ __all__ = [
     "sequence_fused",
     "sequence_second_moment",
     "sequence_sq_norms",
+    "sequence_sq_norms_by_torch",
 ]
 
 
@@ -37,33 +42,55 @@ def direct_sq_norms(a: Tensor, g: Tensor) -> Tensor:
 
 def gram_sq_norms(a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.gram_sq_norms`."""
-    return gram_sums(a, g, 0.0).norms
-
-
-def _guarded(a: Tensor, g: Tensor) -> Tensor:
-    """By Gram sums, and directly where those are inaccurate: decided on the device."""
-    share = guard_on_gpu(a.shape[-1], g.shape[-1], a.dtype)
-    norms, is_lost = gram_sums(a, g, share)
-    replace_lost(a, g, norms, is_lost)
-    return norms
+    return gram_sums(*one_dtype(a, g))[:, 0].sum(dim=1).clamp_min_(0)
 
 
 def _bias_grads(g: Tensor) -> Tensor:
     return g.sum(dim=1, dtype=torch.float32)
 
 
+def _direct(a: Tensor, g: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    bias = _bias_grads(g).square_().sum(dim=1) if with_bias else None
+    return direct_sums(a, g), bias
+
+
 def sequence_sq_norms(
     a: Tensor, g: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `fastminima.ops.dense.sequence_sq_norms`."""
-    way = choose_on_gpu(g.shape[1], a.shape[2], g.shape[2])
+    """See `fastminima.ops.dense.sequence_sq_norms`.
+
+    By Gram sums, of which those of g alone are the bias' norm, and directly where they
+    are inaccurate: decided on the device.
+    """
+    a, g = one_dtype(a, g)
+    way = choose_on_gpu(g.shape[1], a.shape[2], g.shape[2], a.dtype)
     if way == "rows":
         weight, bias = row_sq_norms(a[:, 0], g[:, 0])
         return weight, bias if with_bias else None
-    weight = direct_sq_norms(a, g) if way == "direct" else _guarded(a, g)
-    if not with_bias:
-        return weight, None
-    return weight, _bias_grads(g).square().sum(dim=1)
+    if way == "direct":
+        return _direct(a, g, with_bias)
+    return settled(a, g, gram_sums(a, g, with_bias), with_bias)
+
+
+def sequence_sq_norms_by_torch(
+    a: Tensor, g: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `sequence_sq_norms` in float32, with PyTorch's products of rows.
+
+    They come from tensor cores where TF32 is allowed, so the kernels' own are taken
+    there.
+    """
+    a, g = one_dtype(a, g)
+    if a.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return sequence_sq_norms(a, g, with_bias)
+    time = g.shape[1]
+    way = choose_by_torch_on_gpu(time, a.shape[2], g.shape[2])
+    if way == "rows":
+        weight, bias = dense.row_sq_norms(a[:, 0], g[:, 0])
+        return weight, bias if with_bias else None
+    if way == "direct" or 2 * time * time > step_of(a.itemsize):
+        return _direct(a, g, with_bias)
+    return settled(a, g, folded_sums(a, g, with_bias), with_bias)
 
 
 def sequence_fused(

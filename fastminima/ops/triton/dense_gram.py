@@ -9,20 +9,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import PROGRAMS, has_vectors, one_dtype, side
+from .._pieces import pieces
+from ._launch import PROGRAMS, has_vectors, side
 from .dense_tiles import lower_triangle, row_products
 
-__all__ = ["GramSums", "gram_sums"]
+__all__ = ["folded_sums", "gram_sums"]
+
+
+@triton.jit
+def _store_sums(
+    sums_ptr,  # [batch, kinds, pairs of tiles]
+    a,
+    g,
+    is_pair,
+    n,
+    pair,
+    pairs,
+    i,
+    j,
+    TIME: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+):
+    """The sums of a tile, twice those of pairs t > s, and their parts with t = s."""
+    # Without the mask an infinite row times the zeros of a missing one is no number.
+    both = tl.where(is_pair, a * g, 0.0)
+    lanes = tl.arange(0, TIME)
+    is_diagonal = (i == j) & (lanes[:, None] == lanes[None, :])
+    times = tl.where(i == j, 1.0, 2.0)
+    kinds: tl.constexpr = 4 if WITH_BIAS else 2
+    place = sums_ptr + n * kinds * pairs + pair
+    tl.store(place, times * tl.sum(both))
+    tl.store(place + pairs, tl.sum(tl.where(is_diagonal, both, 0.0)))
+    if WITH_BIAS:
+        g = tl.where(is_pair, g, 0.0)
+        tl.store(place + 2 * pairs, times * tl.sum(g))
+        tl.store(place + 3 * pairs, tl.sum(tl.where(is_diagonal, g, 0.0)))
 
 
 @triton.jit
 def _gram_kernel(
     a_ptr,  # [batch, time, d_in]
     g_ptr,  # [batch, time, d_out]
-    sums_ptr,  # [batch, pairs of tiles]
-    diagonals_ptr,  # [batch, tiles]
+    sums_ptr,  # [batch, kinds, pairs of tiles]
     pairs,
-    tiles,
     time,
     d_in,
     d_out,
@@ -33,11 +62,12 @@ def _gram_kernel(
     TIME: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
 ):
     """Sums of (a_t . a_s)(g_t . g_s) over a tile of t >= s, twice off the diagonal.
 
-    One program a tile of the lower triangle and sample; diagonals[n] are the parts of
-    sum_t |a_t|^2 |g_t|^2.
+    One program a tile of the lower triangle and sample. Beside the sum its part of
+    sum_t |a_t|^2 |g_t|^2; WITH_BIAS both of g_t . g_s alone, for |sum_t g_t|^2.
 
     Floor, with e bytes an element: a and g once, e batch time (d_in + d_out) bytes;
     TIME^2 (d_in + d_out) multiply-adds for each of the tiles (tiles + 1) / 2 pairs of a
@@ -72,43 +102,35 @@ def _gram_kernel(
         INNER,
         PRECISION,
     )
-    # Without the mask an infinite row times the zeros of a missing one is no number.
-    both = tl.where(is_t[:, None] & is_s[None, :], a * g, 0.0)
-    total = tl.sum(both)
-    tl.store(sums_ptr + n * pairs + pair, tl.where(i == j, total, 2.0 * total))
-    if i == j:
-        diagonal = tl.sum(tl.where(t[:, None] == s[None, :], both, 0.0))
-        tl.store(diagonals_ptr + n * tiles + i, diagonal)
+    is_pair = is_t[:, None] & is_s[None, :]
+    _store_sums(sums_ptr, a, g, is_pair, n, pair, pairs, i, j, TIME, WITH_BIAS)
 
 
 @triton.jit
-def _finish_kernel(
-    sums_ptr,  # [batch, pairs]
-    diagonals_ptr,  # [batch, tiles]
-    norms_ptr,  # [batch]
-    is_lost_ptr,  # [batch]
+def _fold_kernel(
+    a_ptr,  # [batch, time, time]
+    g_ptr,  # [batch, time, time]
+    sums_ptr,  # [batch, kinds, pairs of tiles]
     pairs,
-    tiles,
-    share,
-    BLOCK: tl.constexpr,
+    time,
+    TIME: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
 ):
-    """norms[n] = sum of its parts, not below 0; is_lost where < share * diagonal.
+    """As `_gram_kernel`, of products that are there: a_t . a_s and g_t . g_s.
 
-    One program a sample. Floor: 4 batch (pairs + tiles) bytes.
+    One program a tile of the lower triangle and sample. Floor: 4 bytes of each tile of
+    both, 4 batch time (time + TIME) bytes.
     """
-    n = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, pairs, BLOCK):
-        at = start + lanes
-        sums += tl.load(sums_ptr + n * pairs + at, mask=at < pairs, other=0.0)
-    diagonals = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, tiles, BLOCK):
-        at = start + lanes
-        diagonals += tl.load(diagonals_ptr + n * tiles + at, mask=at < tiles, other=0.0)
-    norm = tl.sum(sums)
-    tl.store(is_lost_ptr + n, (norm < share * tl.sum(diagonals)).to(tl.int32))
-    tl.store(norms_ptr + n, tl.where(norm < 0.0, 0.0, norm))  # keeps what is no number
+    pair = tl.program_id(0) % pairs
+    n = (tl.program_id(0) // pairs).to(tl.int64)
+    i, j = lower_triangle(pair)
+    t = i * TIME + tl.arange(0, TIME)
+    s = j * TIME + tl.arange(0, TIME)
+    is_pair = (t < time)[:, None] & (s < time)[None, :]
+    places = (n * time + t)[:, None] * time + s[None, :]
+    a = tl.load(a_ptr + places, mask=is_pair, other=0.0)
+    g = tl.load(g_ptr + places, mask=is_pair, other=0.0)
+    _store_sums(sums_ptr, a, g, is_pair, n, pair, pairs, i, j, TIME, WITH_BIAS)
 
 
 class _Blocks(NamedTuple):
@@ -139,39 +161,54 @@ def _blocks(a: Tensor, g: Tensor, time: int, batch: int) -> _Blocks:
     return _Blocks(64, 64, 4 if is_wide else 8, 4)
 
 
-class GramSums(NamedTuple):
-    """Squared norms, and 1 where too little of the sum was left by cancellation."""
+def gram_sums(a: Tensor, g: Tensor, with_bias: bool = False) -> Tensor:
+    """Parts of the Gram sums of `[batch, time, *]`, over pairs of blocks of time.
 
-    norms: Tensor
-    is_lost: Tensor
-
-
-def gram_sums(a: Tensor, g: Tensor, share: float) -> GramSums:
-    """Launch the Gram kernels on `[batch, time, *]`.
-
-    `share` as from `fastminima.ops.cost.dense.guard_on_gpu`.
+    `[batch, kinds, pairs]`: of sum_{t,s} (a_t . a_s)(g_t . g_s) and of its diagonal
+    t = s, then with the bias of sum_{t,s} g_t . g_s and of its diagonal.
     """
-    a, g = one_dtype(a, g)
     batch, time = g.shape[:2]
-    norms = g.new_empty(batch, dtype=torch.float32)
-    is_lost = g.new_empty(batch, dtype=torch.int32)
-    if batch * time == 0:
-        return GramSums(norms.zero_(), is_lost.zero_())
     blocks = _blocks(a, g, time, batch)
-    tiles = triton.cdiv(time, blocks.time)
-    pairs = tiles * (tiles + 1) // 2
-    sums = norms.new_empty(batch, pairs)
-    diagonals = norms.new_empty(batch, tiles)
+    sums, pairs = _room(g, batch, time, blocks.time, with_bias)
+    if batch * time == 0:
+        return sums.zero_()
     _gram_kernel[pairs * batch,](
-        *(a, g, sums, diagonals, pairs, tiles, time, a.shape[2], g.shape[2]),
+        *(a, g, sums, pairs, time, a.shape[2], g.shape[2]),
         *(*a.stride()[:2], *g.stride()[:2]),
         TIME=blocks.time,
         INNER=blocks.inner,
         PRECISION="ieee",
+        WITH_BIAS=with_bias,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    _finish_kernel[batch,](
-        sums, diagonals, norms, is_lost, pairs, tiles, share, BLOCK=256
-    )
-    return GramSums(norms, is_lost)
+    return sums
+
+
+def folded_sums(a: Tensor, g: Tensor, with_bias: bool) -> Tensor:
+    """As `gram_sums`, in float32, of the products of rows made by PyTorch."""
+    batch, time = g.shape[:2]
+    block = side(time, 64)
+    sums, pairs = _room(g, batch, time, block, with_bias)
+    for rows in pieces(batch, 2 * time * time * sums.itemsize):
+        inputs, grads = a[rows], g[rows]
+        some = sums[rows]
+        _fold_kernel[pairs * len(some),](
+            torch.bmm(inputs, inputs.transpose(1, 2)),
+            torch.bmm(grads, grads.transpose(1, 2)),
+            *(some, pairs, time),
+            TIME=block,
+            WITH_BIAS=with_bias,
+            num_warps=4,
+        )
+    return sums
+
+
+def _room(
+    like: Tensor, batch: int, time: int, block: int, with_bias: bool
+) -> tuple[Tensor, int]:
+    """For the parts of the sums, and how many of each there are."""
+    tiles = triton.cdiv(time, block)
+    pairs = tiles * (tiles + 1) // 2
+    kinds = 4 if with_bias else 2
+    return like.new_empty(batch, kinds, pairs, dtype=torch.float32), pairs

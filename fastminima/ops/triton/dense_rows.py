@@ -17,16 +17,10 @@ _SIDE, _SAMPLES = 64, 16  # the tile of a program of `_row_sums_kernel`, rows at
 
 
 @triton.jit
-def _row_squares(x_ptr, rows, is_row, stride, width, BLOCK: tl.constexpr):
-    """Squared norms of the rows of `width`."""
-    lanes = tl.arange(0, BLOCK)
-    x_at = x_ptr + rows[:, None] * stride + lanes[None, :]
-    squares = tl.zeros((rows.shape[0], BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
-        mask = is_row[:, None] & (lanes < width - start)[None, :]
-        x = tl.load(x_at + start, mask=mask, other=0.0).to(tl.float32)
-        squares += x * x
-    return tl.sum(squares, axis=1)
+def _load_row(at, is_row, left, lanes):
+    """Elements of rows that are there, float32."""
+    mask = is_row[:, None] & (lanes < left)[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -45,14 +39,25 @@ def _row_norms_kernel(
 ):
     """weight[n] = |a_n|^2 |g_n|^2 and bias[n] = |g_n|^2, ROWS samples a program.
 
+    Both rows are asked for before either is waited for.
+
     Floor, with e bytes an element: a and g once, batch (e (d_in + d_out) + 8) bytes.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = rows < batch
-    a = _row_squares(a_ptr, rows, is_row, a_batch, d_in, BLOCK)
-    g = _row_squares(g_ptr, rows, is_row, g_batch, d_out, BLOCK)
-    tl.store(weight_ptr + rows, a * g, mask=is_row)
-    tl.store(bias_ptr + rows, g, mask=is_row)
+    lanes = tl.arange(0, BLOCK)
+    a_at = a_ptr + rows[:, None] * a_batch + lanes[None, :]
+    g_at = g_ptr + rows[:, None] * g_batch + lanes[None, :]
+    a_squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    g_squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, tl.maximum(d_in, d_out), BLOCK):
+        a = _load_row(a_at + start, is_row, d_in - start, lanes)
+        g = _load_row(g_at + start, is_row, d_out - start, lanes)
+        a_squares += a * a
+        g_squares += g * g
+    bias = tl.sum(g_squares, axis=1)
+    tl.store(weight_ptr + rows, tl.sum(a_squares, axis=1) * bias, mask=is_row)
+    tl.store(bias_ptr + rows, bias, mask=is_row)
 
 
 def row_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

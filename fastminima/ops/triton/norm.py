@@ -104,7 +104,11 @@ def _gradients(
     mean = None if mean is None else mean.to(torch.float32).contiguous()
     stat_n = 0 if len(rstd) == 1 else rstd.shape[1]  # to the next sample's statistics
     group = 1 if by_time else max(1, g.shape[2] // rstd.shape[1])
-    cut = tiles(*g.shape, time_is_contiguous=time_is_contiguous)
+    cut = tiles(
+        *g.shape,
+        time_is_contiguous=time_is_contiguous,
+        itemsizes=(g.itemsize, x.itemsize),
+    )
     out = g.new_empty(cut.splits, 2, g.shape[0], g.shape[2], dtype=torch.float32)
     if out.numel():
         _gradients_kernel[(cut.splits * g.shape[0] * cut.blocks,)](

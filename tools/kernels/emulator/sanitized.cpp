@@ -103,9 +103,14 @@ VECTOR_CASES(double, f64)
     sort_steps(ids.data(), time, 1, 1, batch * time, time, 3, all.data(), nullptr);              \
     embedding_second_moment_##suffix(all.data(), g.data(), time * width, width, batch, time,     \
                                      width, moment.data(), nullptr);                             \
-    embedding_dots_##suffix(ids.data(), time, 1, g.data(), time * width, width, batch, time,     \
-                            width, 3, table.data(), width, partials.data(), norms.data(),        \
-                            nullptr);                                                            \
+    std::vector<double> dots(size_t(embedding_dot_partials(batch, time, width)));                \
+    Buffer<scalar_t> narrow_table(7 * width, shift);                                             \
+    for (int wide_too = 0; wide_too < 2; wide_too++) {                                           \
+      const void* const v =                                                                      \
+          wide_too ? static_cast<const void*>(table.data()) : narrow_table.data();               \
+      embedding_dots_##suffix(ids.data(), time, 1, g.data(), time * width, width, batch, time,   \
+                              width, 3, v, width, wide_too, dots.data(), norms.data(), nullptr); \
+    }                                                                                            \
   }
 TENSOR_CASES(float, f32)
 TENSOR_CASES(double, f64)
