@@ -14,6 +14,7 @@ import torch  # first: its OpenMP runtime is the one the extension runs on
 
 __all__ = [
     "available_isas",
+    "best_isa",
     "cuda_architectures",
     "cuda_kernels",
     "cuda_missing_reason",
@@ -86,9 +87,8 @@ def kernels_for(isa: str) -> ModuleType:
     return getattr(_extension, isa)
 
 
-kernels: ModuleType | None = (
-    None if _extension is None else kernels_for(available_isas()[0])
-)
+best_isa: str | None = None if _extension is None else available_isas()[0]
+kernels: ModuleType | None = None if best_isa is None else kernels_for(best_isa)
 
 
 def host() -> Any:

@@ -43,10 +43,14 @@ class Program {
   std::shared_ptr<Steps> steps_;
 };
 
-// |g|^2 over the gradients of some parameters, all together; false where one of them is not a
-// dense tensor in the host's memory, of one dtype with the others.
+// |g|^2 over the gradients of some parameters, all together, into a tensor of one number; false
+// where one of them is not a dense tensor in the host's memory, of one dtype with that.
 template <typename scalar_t>
-bool sum_of_squares(const py::list& parameters, const std::string& isa, int threads, double& out) {
+bool sum_of_squares(const py::list& parameters, const std::string& isa, int threads,
+                    const py::object& out) {
+  dlpack::Tensor to;
+  if (!read(out.ptr(), to) || !is_float_on_cpu(to, 8 * sizeof(scalar_t)) || elements(to) != 1)
+    return false;
   std::vector<const scalar_t*> x;
   std::vector<int64_t> n;
   std::vector<Object> held;
@@ -62,8 +66,24 @@ bool sum_of_squares(const py::list& parameters, const std::string& isa, int thre
     held.push_back(std::move(grad));
   }
   if (x.empty()) return false;
-  out = Kernels<scalar_t>::of(isa).multi_sq_norm(x.data(), n.data(), x.size(), threads);
+  *static_cast<scalar_t*>(to.data) =
+      Kernels<scalar_t>::of(isa).multi_sq_norm(x.data(), n.data(), x.size(), threads);
   return true;
+}
+
+// The sum of a dense vector, or of one number, in the host's memory; None where it is another.
+py::object total_of(const py::object& tensor) {
+  dlpack::Tensor x;
+  if (!read(tensor.ptr(), x) || x.ndim > 1) return py::none();
+  int64_t count = elements(x), stride = x.ndim ? x.strides[0] : 1;
+  double total = 0;
+  if (is_float_on_cpu(x, 32))
+    for (int64_t i = 0; i < count; i++) total += static_cast<const float*>(x.data)[i * stride];
+  else if (is_float_on_cpu(x, 64))
+    for (int64_t i = 0; i < count; i++) total += static_cast<const double*>(x.data)[i * stride];
+  else
+    return py::none();
+  return py::float_(total);
 }
 
 // Whether no parameter has a gradient yet, nor a hook that takes it away.
@@ -94,14 +114,12 @@ void bind_host(py::module_& m) {
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);
-  sub.def("sum_of_squares",
-          [](const py::list& parameters, const std::string& dtype, const std::string& isa,
-             int threads) -> py::object {
-            double out = 0;
-            bool is_done = dtype == "f64" ? sum_of_squares<double>(parameters, isa, threads, out)
-                                          : sum_of_squares<float>(parameters, isa, threads, out);
-            return is_done ? py::object(py::float_(out)) : py::object(py::none());
-          });
+  sub.def("total", &total_of);
+  sub.def("sum_of_squares", [](const py::list& parameters, const std::string& isa, int threads,
+                               const py::object& out) {
+    return sum_of_squares<float>(parameters, isa, threads, out) ||
+           sum_of_squares<double>(parameters, isa, threads, out);
+  });
 
   py::class_<Wiring>(sub, "Wiring")
       .def(py::init([](py::list names, py::list types, py::list children, py::list leaves) {

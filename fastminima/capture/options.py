@@ -120,6 +120,8 @@ class Request(NamedTuple):
         """What is backpropagated: a scalar as it is, a vector as its mean."""
         if not self.loss.dim():
             return self.loss
+        if torch.is_grad_enabled():
+            return self.loss.mean()
         with torch.enable_grad():  # the graph is there, whatever the caller has set
             return self.loss.mean()
 
@@ -174,17 +176,18 @@ def _count(loss: Tensor, batch_size: int | None) -> int:
             "losses.flatten(1).mean(1)."
         )
     if loss.dim() == 1:
-        if len(loss) == 0:
+        count = loss.shape[0]
+        if count == 0:
             raise CaptureError(
                 "The vector of per-sample losses is empty, so there is no sample to "
                 "take statistics of. Leave this step out."
             )
-        if batch_size not in (None, len(loss)):
+        if batch_size not in (None, count):
             raise ValueError(
-                f"batch_size={batch_size}, but there are {len(loss)} losses; leave it "
+                f"batch_size={batch_size}, but there are {count} losses; leave it "
                 "out for a vector of losses."
             )
-        batch_size = len(loss)
+        batch_size = count
     if batch_size is None:
         raise ValueError(
             "A scalar loss needs its number of samples: pass batch_size=len(x)."

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ... import _native
 from ...statistics import GradientStatistics
 from ..graph.passes import is_capturing
 
@@ -35,10 +36,11 @@ class Jumps:
         """Keep the numbers of a step."""
         if stats.sq_norms is None or _is_out_of_reach(stats.sq_norms):
             return
-        total = stats.sq_norms.detach().sum()
-        if total.device.type == "cpu":
-            self._weigh("norm", math.sqrt(max(float(total), 0.0) / stats.count))
+        if stats.sq_norms.device.type == "cpu":
+            total = _total(stats.sq_norms)
+            self._weigh("norm", math.sqrt(max(total, 0.0) / stats.count))
             return
+        total = stats.sq_norms.detach().sum()
         self._keep("norm", (total / stats.count).sqrt())
         self._keep("loss", loss.detach().mean().abs())
 
@@ -49,7 +51,7 @@ class Jumps:
         self._steps += 1
         self._rest -= 1
         if loss.device.type == "cpu":
-            self._weigh("loss", abs(float(loss.detach().mean())))
+            self._weigh("loss", abs(_total(loss)) / loss.numel())
         elif self._coming:
             self._collect()
         jumped, self._jumped = self._jumped and self._rest <= 0, False
@@ -90,6 +92,13 @@ class Jumps:
             return True
         ratio = math.exp(min(math.log(value) - self._usual[name], 700.0))
         return ratio > _FACTOR or (name == "norm" and ratio < 1 / _FACTOR)
+
+
+def _total(t: Tensor) -> float:
+    """The sum of a vector in the host's memory."""
+    host = _native.host()
+    total = None if host is None else host.total(t)
+    return float(t.detach().sum()) if total is None else total
 
 
 def _is_out_of_reach(t: Tensor) -> bool:

@@ -66,6 +66,11 @@ class Gradients:
                 handles.append(tape.nodes[parent].register_hook(hook))
         return handles
 
+    @property
+    def are_in_parts(self) -> bool:
+        """Whether there are some to hand over at the end."""
+        return bool(self._parts)
+
     def finish(self) -> None:
         """Hand over what came in parts."""
         self._collector.take_gradients(self._parts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ...ops._arguments import NATIVE, SUFFIX
+from ...ops._arguments import NATIVE
 
 __all__ = ["have_no_gradient", "sum_of_squares"]
 
@@ -34,10 +34,8 @@ def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:
     dtype = next((p.dtype for p in parameters.values()), None)
     if host is None or dtype not in NATIVE:
         return None
-    isa = _native.available_isas()[0]
-    total = host.sum_of_squares(
-        list(parameters.values()), SUFFIX[dtype], isa, _native.threads()
+    total = torch.empty((), dtype=dtype, device="cpu")
+    is_done = host.sum_of_squares(
+        list(parameters.values()), _native.best_isa, _native.threads(), total
     )
-    if total is None:
-        return None
-    return torch.tensor(total, dtype=torch.float64, device="cpu").to(dtype)
+    return total if is_done else None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ..contributions import Contribution
@@ -27,7 +26,7 @@ from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
 from .gradients import Gradients
 from .parts import Parts
-from .norms import NormTable
+from .norms import NormTable, new_table
 from .program import Program, program_of
 
 __all__ = ["Observer", "Session"]
@@ -152,10 +151,11 @@ class Session:
         if self._error is not None:
             self.close()
             raise self._error
-        with undisturbed():
-            for name, whole in self._parts.rest():
-                self._collector.take(name, whole)
-            self._gradients.finish()
+        if self._parts.are_waiting or self._gradients.are_in_parts:
+            with undisturbed():
+                for name, whole in self._parts.rest():
+                    self._collector.take(name, whole)
+                self._gradients.finish()
         if self._program is not None:
             norms = self._collector.collected.sq_norms
             norms.filled = self._program.parameters(self._pass.taken)
@@ -178,10 +178,7 @@ class Session:
         """Let the extension hook the uses that have a step; returns their nodes."""
         values = None
         if program.dtype is not None:
-            with undisturbed():
-                values = torch.empty(
-                    *(len(program.rows), self._batch), dtype=program.dtype, device="cpu"
-                )
+            values = new_table(len(program.rows), self._batch, program.dtype)
             self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._program = program
         self._pass = program.start(self, values, waits=waits)

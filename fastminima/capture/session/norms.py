@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["NormTable", "Norms"]
+__all__ = ["NormTable", "Norms", "new_table"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,11 @@ class Norms(MutableMapping[str, Tensor]):
             and norms.device == values.device
             for name, norms in self._apart.items()
         )
+
+
+def new_table(parameters: int, batch: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a table; statistics are made of it when inference mode is over."""
+    if not torch.is_inference_mode_enabled():
+        return torch.empty(parameters, batch, dtype=dtype, device="cpu")
+    with torch.inference_mode(False):
+        return torch.empty(parameters, batch, dtype=dtype, device="cpu")

@@ -28,6 +28,11 @@ class Parts:
         """Whether the graph has uses of a parameter."""
         return parameter in self._missing
 
+    @property
+    def are_waiting(self) -> bool:
+        """Whether there are contributions to parameters some of whose uses miss."""
+        return bool(self._waiting)
+
     def count(self, parameter: str, use: str) -> None:
         """Note that one of the uses of a parameter was seen.
 

@@ -134,7 +134,7 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     rows = {name: i for i, name in enumerate(n for n in order if n in reached)}
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
-    steps = host.Program(suffix, _native.available_isas()[0])
+    steps = host.Program(suffix, _native.best_isa)
     uses, calls = [], {}
     for use in recipe.plan.uses:
         make = _STEPS.get(use.name)
