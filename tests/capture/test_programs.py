@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
 from fastminima.capture.rows.samples import Batch
-from fastminima.capture.session import hooks, program
+from fastminima.capture.session import hooks, program, repeat
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -32,31 +32,53 @@ def steps_of(model, losses, **options):
 def taken(monkeypatch):
     """Of each pass in turn: how each of its steps went, "kernel" or "generic"."""
     passes = []
-    start, generic, finish = (
-        getattr(hooks.Session, name) for name in ("_start", "generic", "finish")
-    )
 
-    def starting(session, *args, **kwargs):
-        nodes = start(session, *args, **kwargs)
-        passes.append(dict.fromkeys(nodes, "waits"))
-        return nodes
+    def hooked(honest):
+        def hook(session, *args, **kwargs):
+            found = honest(session, *args, **kwargs)
+            uses = session._program.uses
+            passes.append({use.node: "waits" for use in uses if found})
+            return found
 
-    def going(session, node, grads):
-        passes[-1][node] = "generic"
-        return generic(session, node, grads)
+        return hook
 
-    def finishing(session):
-        if session._pass is not None:
-            for use, was in zip(
-                session._program.uses, session._pass.taken, strict=True
-            ):
-                if was and passes[-1].get(use.node) == "waits":
-                    passes[-1][use.node] = "kernel"
-        return finish(session)
+    def generic(honest):
+        def go(session, node, grads):
+            passes[-1][node] = "generic"
+            return honest(session, node, grads)
 
-    for name, made in (("_start", starting), ("generic", going), ("finish", finishing)):
-        monkeypatch.setattr(hooks.Session, name, made)
+        return go
+
+    def finishing(honest):
+        def finish(session):
+            if session._pass is not None:
+                taken = zip(session._program.uses, session._pass.taken, strict=True)
+                for use, was in taken:
+                    if was and passes[-1].get(use.node) == "waits":
+                        passes[-1][use.node] = "kernel"
+            return honest(session)
+
+        return finish
+
+    for owner, start in ((hooks.Session, "_start"), (repeat.Repeated, "hook")):
+        for name, spy in ((start, hooked), ("generic", generic), ("finish", finishing)):
+            monkeypatch.setattr(owner, name, spy(getattr(owner, name)))
     return passes
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Whether each step that could be like the one before was taken so."""
+    found = []
+    honest = repeat.Repeat.attach
+
+    def attach(self, *args):
+        made = honest(self, *args)
+        found.append(made is not None)
+        return made
+
+    monkeypatch.setattr(repeat.Repeat, "attach", attach)
+    return found
 
 
 def ways(passes):
@@ -97,7 +119,7 @@ def test_norms_alone_in_every_case(name):
 
 
 def several(case, model, batch, steps):
-    """Statistics of the same step several times: from the third on all is known."""
+    """Statistics of the same step several times: from the fifth on it is repeated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         probe = fm.GradientProbe(model, per_parameter=True)
@@ -114,12 +136,12 @@ def test_a_program_and_the_generic_way_give_the_same_bits(name, monkeypatch):
     model, batch = case.make()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     torch.manual_seed(1)
-    with_program = several(case, model, batch, 4)
+    with_program = several(case, model, batch, 7)
     model.load_state_dict(state)
     without_programs(monkeypatch)
     torch.manual_seed(1)
     for found, generic in zip(
-        with_program, several(case, model, batch, 4), strict=True
+        with_program, several(case, model, batch, 7), strict=True
     ):
         assert torch.equal(found.sq_norms, generic.sq_norms)
         for parameter, norms in generic.sq_norms_by_parameter.items():
@@ -216,10 +238,10 @@ def test_a_block_of_a_transformer(taken, dtype):
     model, ids = block(dtype)
     want = single_sample_gradients(model, lambda m, b: block_losses(m, b[0]), [ids])
     probe = fm.GradientProbe(model, per_parameter=True)
-    for _ in range(4):
+    for _ in range(7):
         model.zero_grad()
         assert_norms(probe.backward(block_losses(model, ids)), want)
-    assert ways(taken) == [["kernel"] * 5] * 4
+    assert ways(taken) == [["kernel"] * 5] * 7
 
 
 def test_sizes_that_change_and_come_back(taken):
@@ -254,10 +276,10 @@ def test_gradients_that_lie_apart_go_the_generic_way(taken):
     model, x = nn.Linear(6, 5), torch.randn(7, 6)
     want = single_sample_gradients(model, lambda m, b: m(b[0]).sum(1), [x])
     probe = fm.GradientProbe(model, per_parameter=True)
-    for _ in range(3):
+    for _ in range(7):
         model.zero_grad()
         assert_norms(probe.backward(model(x).sum(1)), want)
-    assert ways(taken) == [["generic"]] * 3
+    assert ways(taken) == [["generic"]] * 7
 
 
 @pytest.mark.parametrize(
@@ -387,6 +409,155 @@ def test_a_graph_is_let_go():
             assert held() is None
     finally:
         gc.enable()
+
+
+def whole(m, x):
+    """Every use has a step."""
+    return m(x).square().sum(1)
+
+
+def whole_net():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)
+    return nn.Sequential(*layers), torch.randn(7, 6)
+
+
+def test_steps_are_repeated_as_long_as_nothing_is_new(repeated):
+    model, x = whole_net()
+    probe = fm.GradientProbe(model, per_parameter=True)
+
+    def step(x, losses=whole):
+        want = single_sample_gradients(model, lambda m, b: losses(m, b[0]), [x])
+        model.zero_grad()
+        assert_norms(probe.backward(losses(model, x)), want)
+
+    for _ in range(8):
+        step(x)
+    assert repeated == [True] * 4
+    repeated.clear()
+    step(x[:3])  # another batch size
+    step(x, lambda m, x: m(x).abs().sum(1))  # another graph
+    assert repeated == [False]
+    for _ in range(8):
+        step(x)
+    assert repeated[-1]
+
+
+def test_a_repeated_step_follows_scale_and_weights(repeated):
+    model, x = whole_net()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for k in range(9):
+        losses = lambda m, b, k=k: whole(m, b[0] * (1 + k))
+        want = single_sample_gradients(model, losses, [x])
+        model.zero_grad()
+        assert_norms(probe.backward(3 * losses(model, [x]), scale=3.0), want)
+    assert all(repeated) and repeated
+
+
+def test_a_parameter_that_is_frozen_or_replaced_ends_repeating(repeated):
+    model, x = whole_net()
+    probe = fm.GradientProbe(model, per_parameter=True)
+
+    def step():
+        want = single_sample_gradients(model, lambda m, b: whole(m, b[0]), [x])
+        model.zero_grad()
+        stats = probe.backward(whole(model, x))
+        assert stats.sq_norms_by_parameter.keys() == want.keys()
+        assert_norms(stats, want)
+
+    for change in (
+        lambda: model[0].bias.requires_grad_(False),
+        lambda: model[0].bias.requires_grad_(True),
+        lambda: setattr(model[2], "weight", nn.Parameter(torch.randn(4, 5))),
+    ):
+        for _ in range(8):
+            step()
+        assert repeated[-1]
+        change()
+    step()
+
+
+def test_gradients_that_are_there_already_are_not_this_pass(repeated):
+    """Under accumulation a step is an ordinary one."""
+    model, x = whole_net()
+    want = single_sample_gradients(model, lambda m, b: whole(m, b[0]), [x])
+    mean = sum(g.mean(0).square().sum() for g in want.values())
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for step in range(12):
+        if step % 3 != 1:
+            model.zero_grad()
+        stats = probe.backward(whole(model, x))
+        assert_norms(stats, want)
+        torch.testing.assert_close(
+            stats.mean_grad_sq_norm.double(), mean, rtol=1e-5, atol=0
+        )
+    assert any(repeated)
+
+
+def test_a_repeated_step_is_checked_in_its_time(repeated, monkeypatch):
+    from fastminima.capture.reading.reader import Reader
+
+    measured = []
+    honest = Reader._measure
+
+    def measure(self, graph):
+        measured.append(1)
+        return honest(self, graph)
+
+    monkeypatch.setattr(Reader, "_measure", measure)
+    model, x = whole_net()
+    probe = fm.GradientProbe(model, check_every=20)
+    for _ in range(60):
+        model.zero_grad()
+        probe.backward(whole(model, x))
+    # Once at first, after ten steps, and every twenty: at 20 and at 40.
+    assert len(measured) == 4
+    assert sum(repeated) > 40
+
+
+def test_a_jump_makes_an_ordinary_step(repeated):
+    model, x = whole_net()
+    probe = fm.GradientProbe(model)
+    for k in range(9):
+        model.zero_grad()
+        probe.backward(whole(model, x) * (100.0 if k == 8 else 1.0))
+    assert repeated == [True] * 4
+
+
+def test_a_repeated_pass_that_runs_twice_is_refused(repeated):
+    model, x = whole_net()
+    probe = fm.GradientProbe(model)
+
+    class Again(torch.autograd.Function):
+        """Runs a backward pass through the loss it is part of, inside the pass."""
+
+        run = False
+        losses = None
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            if Again.run:
+                Again.run = False
+                with torch.enable_grad():
+                    again = Again.losses.sum()
+                parameters = list(model.parameters())
+                torch.autograd.grad(again, parameters, retain_graph=True)
+            return g
+
+    for step in range(9):
+        model.zero_grad()
+        Again.losses = losses = whole(model, Again.apply(x.clone().requires_grad_()))
+        Again.run = step == 8
+        if step < 8:
+            probe.backward(losses)
+            continue
+        with pytest.raises(fm.CaptureError, match="more uses than the graph had"):
+            probe.backward(losses, retain_graph=True)
+    assert repeated
 
 
 def test_scaled_products_go_the_general_way():

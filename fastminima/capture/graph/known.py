@@ -37,6 +37,12 @@ class KnownGraphs:
         self._remember(tape)
         return tape
 
+    def wiring_of(self, tape: Tape) -> Any:
+        """What the extension knows of the graph walked last; None if nothing."""
+        if not self._wirings or self._wirings[0][1].key != tape.key:
+            return None
+        return self._wirings[0][0]
+
     def _remember(self, tape: Tape) -> None:
         """Keep a structure that is met for the second time."""
         host = _native.host()

@@ -51,7 +51,7 @@ class Jumps:
         self._steps += 1
         self._rest -= 1
         if loss.device.type == "cpu":
-            self._weigh("loss", abs(_total(loss)) / loss.numel())
+            self._weigh("loss", abs(_total(loss)) / max(1, loss.numel()))
         elif self._coming:
             self._collect()
         jumped, self._jumped = self._jumped and self._rest <= 0, False

@@ -71,8 +71,25 @@ class Structure:
 
         Every so many steps, and once early on.
         """
+        is_due = self.will_be_due(every)
         self.recalls += 1
-        return self.recalls % every == 0 or self.recalls == min(_EARLY, every)
+        return is_due
+
+    def will_be_due(self, every: int) -> bool:
+        """Whether it is to be measured anew in the next step."""
+        steps = self.recalls + 1
+        return steps % every == 0 or steps == min(_EARLY, every)
+
+    @property
+    def conditions(self) -> Any:
+        """Of a graph like the last one, where nothing else tells its rows; else None.
+
+        None too where it has been met once in its sizes, and where batch normalisation
+        may change its mode.
+        """
+        if not self.is_settled or self._last is None or self._guards or self.norms:
+            return None
+        return self._last.conditions
 
     def fits(self, recipe: Recipe, guards: Sequence[Guard | OwnGuard]) -> bool:
         """Whether a new measurement speaks of the same uses under the same guards."""

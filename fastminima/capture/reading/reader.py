@@ -17,6 +17,7 @@ from ..rows.samples import Samples, Segments
 from . import mixing
 from .attempt import Attempt, Graph, OtherAxis, Understood
 from .fit import disagreement, nodes_to_watch
+from .known import KnownReading
 from .memory import Structure
 from .recipe import Recipe
 from .refusals import (
@@ -65,6 +66,7 @@ class Reader:
         self._check_every = check_every
         self.is_suspicious = False  # whether the next graph is to be measured anew
         self._structures: dict[tuple, Structure] = {}
+        self._recalled: Structure | None = None  # what served the last graph
         self._announced_gates: set[str] = set()
 
     @property
@@ -98,6 +100,23 @@ class Reader:
             return self._read(tape, loss, samples, regions)
         finally:
             self.accompany(loss)
+
+    def known(self, reading: Reading) -> KnownReading | None:
+        """The graph read last, to be recognised; None where it has to be read.
+
+        Where parameters are sharded or not all reached, and where rows are routed, each
+        graph is looked at.
+        """
+        structure, recipe = self._recalled, reading.recipe
+        wiring = self._model.wiring(reading.tape)
+        if structure is None or wiring is None or recipe.regions or not recipe.lasts:
+            return None
+        if recipe.routes is not None or structure.conditions is None:
+            return None
+        return KnownReading(
+            *(structure, recipe, wiring, structure.conditions),
+            *(self.names, self._check_every),
+        )
 
     def extra_passes(self, tape: Tape) -> AbstractContextManager[None]:
         """What wraps the model takes no notice of passes in this context."""
@@ -144,6 +163,7 @@ class Reader:
             raise CaptureError(self._model.where.mixing_message(tape, mixes))
         graph = Graph(key, tape, loss, samples, mixes, regions)
         recipe = None if known is None else known.recall(tape, samples)
+        self._recalled = None
         if recipe is None:
             understood = self._measure(graph)
             self._remember(graph, understood)
@@ -161,6 +181,7 @@ class Reader:
         may_check = batch > 1 and not is_capturing(loss)
         if may_check and (known.is_due(self._check_every) or self.is_suspicious):
             self._check(known, recipe, graph)
+        self._recalled = known
         return Reading(tape, recipe, mixes)
 
     def _check(self, known: Structure, recipe: Recipe, graph: Graph) -> None:

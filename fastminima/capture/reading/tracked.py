@@ -68,6 +68,17 @@ class TrackedModel:
             tape = Tape([root], self.names)
         return tape
 
+    def wiring(self, tape: Tape) -> Any:
+        """The wiring of the graph walked last, where a walk over it is all there is.
+
+        None where it is not known yet, and where what it does not reach tells whether
+        parameters have changed.
+        """
+        is_whole = len(tape.leaves) == len(self._parameters)
+        if self.sharding is not None or not is_whole or untracked_leaves(tape):
+            return None
+        return self._graphs.wiring_of(tape)
+
     def _check_given(self, tape: Tape, others: Sequence[Tensor]) -> None:
         was_whole, self._is_whole = self._is_whole, not others
         frozen = [n for n, p in self._parameters.items() if not p.requires_grad]

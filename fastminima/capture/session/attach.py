@@ -24,6 +24,8 @@ from .collector import Collected, Collector, FusedCollector
 from .fused import Fusion, find_fusion
 from .grouped import GroupedSession
 from .hooks import Observer, Session
+from .program import program_of
+from .repeat import Repeat, new_repeat
 from .states import Frozen, Observed, Pass
 from .timed import TimedCollector, TimedSession
 
@@ -56,6 +58,13 @@ class Attacher:
         self._generator = torch.Generator(device="cpu").manual_seed(0)
         self._jumps = Jumps()
         self._announced: set[str] = set()
+        self._repeat: Repeat | None = None
+        self._may_repeat = (
+            options.measure == {"norms"}
+            and options.sample is None
+            and not (options.keep_mean or options.is_fused or directions)
+            and not defer_errors
+        )
 
     def note(self, loss: Tensor, stats: GradientStatistics) -> None:
         """Keep what a step brought, by which a jump is told."""
@@ -86,13 +95,18 @@ class Attacher:
             ValueError: for a request that does not make sense.
         """
         loss = request.loss
+        self._reader.is_suspicious = self._jumps.is_suspicious(loss)
+        if is_fresh and self._repeat is not None and not self._reader.is_suspicious:
+            repeated = self._repeat.attach(request, self._reader.names)
+            if repeated is not None:
+                return repeated
+        self._repeat = None
         try:
             target = request.checked(self._options.batch_dim)
         except ValueError:
             self._reader.accompany(loss)
             raise
         with explaining():
-            self._reader.is_suspicious = self._jumps.is_suspicious(loss)
             reading = self._reader.read(loss, target.samples)
             chosen = self._chosen(target.samples.count)
             if chosen is not None:
@@ -111,6 +125,12 @@ class Attacher:
         except BaseException:
             observed.close()
             raise
+        if is_fresh and self._may_repeat:
+            self._repeat = new_repeat(
+                self._reader.known(reading),
+                program_of(reading, self._parameters),
+                *(target, self._parameters, self.announce),
+            )
         return observed
 
     def _observe(

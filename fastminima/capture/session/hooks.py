@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -19,8 +18,6 @@ from ..reading.reader import Reading
 from ..reading.recipe import Region
 from ..reading.regions import Watcher, is_reentrant, watch
 from ..rows.layout import RowLayout
-from ..rules import contributions_of
-from ..rules.universal import Universal
 from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
@@ -28,6 +25,7 @@ from .gradients import Gradients
 from .parts import Parts
 from .norms import NormTable, new_table
 from .program import Program, program_of
+from .visit import Announce, check_rows, contributions_at
 
 __all__ = ["Observer", "Session"]
 
@@ -90,7 +88,7 @@ class Session:
         collector: Collector,
         *,
         hook_gradients: bool,
-        announce: Callable[[str, Sequence[str]], None],
+        announce: Announce,
         defer_errors: bool = False,
         arrival: Arrival | None = None,
         owner: object = None,
@@ -263,13 +261,7 @@ class Session:
         layouts: Sequence[RowLayout | None],
         deliveries: _Deliveries,
     ) -> None:
-        for grad, layout in zip_longest(grads, layouts):
-            if grad is not None and layout is None:
-                raise CaptureError(
-                    f"A gradient of shape {tuple(grad.shape)} reached {use.name} "
-                    f"(parameters {use.parameters}) where none came when its rows were "
-                    "measured. Make a new probe; report it if that does not help."
-                )
+        check_rows(use, grads, layouts)
         found, _ = self._contributions(use, node, grads, layouts)
         if len(deliveries) > 1:
             deliveries = sorted(deliveries, key=lambda d: found[d[0]].reads_another)
@@ -288,12 +280,9 @@ class Session:
         layouts: Sequence[RowLayout | None],
     ) -> tuple[dict[int, Contribution], list[Slot]]:
         """Of each slot of a use, by its number; and the slots that no rule covers."""
-        found = contributions_of(use.name, node, grads, layouts, use.slots)
-        rest = [slot for slot in use.slots if slot.number not in found]
-        if rest:
-            self._announce(use.name, [name for s in rest for name in s.parameters])
-            found |= Universal(node, grads, layouts, self._batch).contributions(rest)
-        return found, rest
+        return contributions_at(
+            use, node, grads, layouts, self._batch, self._announce
+        )
 
     def _region_watcher(self, region: Region | None) -> Watcher:
         def watcher(

@@ -1,0 +1,55 @@
+"""A graph as it was read last, to be recognised without being read again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..graph.node import Node
+from .memory import Structure
+from .plan import Layouts
+from .recipe import Recipe
+
+__all__ = ["KnownReading"]
+
+
+class KnownReading:
+    """Recognises a graph: its wiring, and what its sizes are told by.
+
+    Args:
+        structure: what is remembered of the graph.
+        recipe: how it was read.
+        wiring: its nodes and edges, as the extension has them.
+        conditions: hold where all sizes and numbers are those of the last graph.
+        names: of the tracked parameters, by id.
+        check_every: steps after which a structure is measured anew.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        recipe: Recipe,
+        wiring: Any,
+        conditions: Any,
+        names: dict[int, str],
+        check_every: int,
+    ) -> None:
+        self._structure, self._check_every = structure, check_every
+        self._wiring, self._conditions, self._names = wiring, conditions, names
+        self.layouts: Layouts = recipe.layouts
+        self.uses = len(recipe.plan.uses)
+
+    def nodes(self, root: Node | None, names: dict[int, str]) -> list[Node] | None:
+        """The nodes below a root; None where they have to be read.
+
+        So it is every so many steps, when the graph is measured anew.
+        """
+        if names is not self._names or self._structure.will_be_due(self._check_every):
+            return None
+        nodes = self._wiring.follow(root, names)
+        if nodes is None or not self._conditions.hold(nodes):
+            return None
+        return nodes
+
+    def count(self) -> None:
+        """Count a step in which the graph was recognised."""
+        self._structure.recalls += 1

@@ -1,0 +1,182 @@
+"""A step like the one before, of which nothing has to be decided again.
+
+Most steps of a training loop differ from the last one in their numbers alone: the same
+graph in the same sizes, a program that serves every use, norms that are all that counts.
+Such a step is a walk in C++, hooks in C++, and the sums at the end. Whatever is not as
+it was makes it an ordinary step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..contributions import Contribution
+from ..graph.node import current_node
+from ..graph.passes import owner_of_pass
+from ..graph.saved import readable
+from ..graph.undisturbed import undisturbed
+from ..options import Request, Target
+from ..reading.known import KnownReading
+from .collector import Collected, Collector
+from .norms import NormTable, new_table
+from .parts import Parts
+from .program import Program
+from .states import Outcome, Pass
+from .visit import Announce, check_rows, contributions_at
+
+__all__ = ["Repeat", "Repeated", "new_repeat"]
+
+
+class Repeat:
+    """What the last step was, for those that repeat it.
+
+    Args:
+        known: recognises the graph.
+        program: serves every use of it.
+        target: the loss of the last step, and its samples.
+        parameters: the tracked parameters by name.
+        announce: as for a session.
+    """
+
+    def __init__(
+        self,
+        known: KnownReading,
+        program: Program,
+        target: Target,
+        parameters: Mapping[str, Tensor],
+        announce: Announce,
+    ) -> None:
+        self.known, self.program = known, program
+        self.parameters, self.announce = parameters, announce
+        self._samples, self._count = target.samples, target.samples.count
+
+    def attach(self, request: Request, names: dict[int, str]) -> Repeated | None:
+        """The pass of a loss, hooked; None where this is no step like the last one.
+
+        Args:
+            request: the loss.
+            names: of the tracked parameters, by id.
+        """
+        if not self._is_alike(request):
+            return None
+        nodes = self.known.nodes(request.loss.grad_fn, names)
+        if nodes is None:
+            return None
+        target = Target(request.loss, self._samples, True, request.scale)
+        repeated = Repeated(self, target)
+        if repeated.hook(nodes):
+            self.known.count()
+            return repeated
+        repeated.close()
+        return None
+
+    def _is_alike(self, request: Request) -> bool:
+        loss = request.loss
+        return (
+            loss.dim() == 1
+            and loss.shape[0] == self._count
+            and loss.grad_fn is not None
+            and request.batch_size in (None, self._count)
+            and request.batch_dim is None
+            and request.segment_ids is None
+            and request.scale > 0
+            and not torch.is_inference_mode_enabled()
+        )
+
+
+class Repeated(Pass):
+    """A pass of the probe's own over a known graph, `.grad` being its alone."""
+
+    def __init__(self, repeat: Repeat, target: Target) -> None:
+        self._repeat, self._target = repeat, target
+        self._program = program = repeat.program
+        self._collector = Collector(frozenset(["norms"]), {}, keep_grads=False)
+        self._parts: Parts | None = None
+        table = None
+        if program.dtype is not None:
+            count = target.samples.count
+            table = new_table(len(program.rows), count, program.dtype)
+            self._norms.table = NormTable(table, program.rows)
+        self._pass: Any = program.start(self, table, waits=False)
+
+    @property
+    def _collected(self) -> Collected:
+        return self._collector.collected
+
+    @property
+    def _norms(self) -> Any:
+        return self._collector.collected.sq_norms
+
+    def hook(self, nodes: list[Any]) -> bool:
+        """Hook all uses; returns whether all fit."""
+        return 0 not in self._pass.hook(nodes)
+
+    def read_gradients(self) -> None:
+        self._collector.read_gradients(self._repeat.parameters)
+
+    def finish(self) -> Outcome:
+        self._norms.filled = self._program.parameters(self._pass.taken)
+        self.close()
+        target = self._target
+        return Outcome(self._collected, target, target.factor, None)
+
+    def close(self) -> None:
+        self._pass.close()
+
+    def is_anothers(self) -> bool:
+        """Whether a pass that comes by a step is not the one that is observed."""
+        return owner_of_pass() is not None
+
+    def again(self, node: int) -> None:
+        """A use is seen for the second time: an error.
+
+        Raises:
+            CaptureError: as `Parts.count`.
+        """
+        use = self._program.use_at[node]
+        parts = Parts(dict.fromkeys(use.parameters, 1), is_own_pass=True)
+        for name in use.parameters * 2:
+            parts.count(name, use.name)
+
+    def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
+        """Take a step of Python's, with the tensors that it reads."""
+        with undisturbed():
+            self._norms.update(self._program.calls[node](g, *saved))
+
+    def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Take a use whose step is not for such tensors the generic way."""
+        use = self._program.use_at[node]
+        layouts = self._repeat.known.layouts[node]
+        check_rows(use, grads, layouts)
+        with undisturbed():
+            found, _ = contributions_at(
+                *(use, readable(current_node()), grads, layouts),
+                *(self._target.samples.count, self._repeat.announce),
+            )
+            for slot in sorted(use.slots, key=lambda s: _reads(found[s.number])):
+                name = slot.paths[0].parameter
+                self._norms[name] = found[slot.number].sq_norms()
+
+
+def _reads(contribution: Contribution) -> bool:
+    return contribution.reads_another
+
+
+def new_repeat(
+    known: KnownReading | None,
+    program: Program | None,
+    target: Target,
+    parameters: Mapping[str, Tensor],
+    announce: Announce,
+) -> Repeat | None:
+    """What a step was, if others can repeat it: its program serves every use."""
+    if known is None or program is None or _native.host() is None:
+        return None
+    if target.loss.dim() != 1 or len(program.uses) != known.uses:
+        return None
+    return Repeat(known, program, target, parameters, announce)
