@@ -189,14 +189,8 @@ class GradientProbe:
                 `.grad` is incomplete.) With `process_group` it is raised on every rank
                 and after the pass, as is a ValueError.
             ValueError: for a loss of two dimensions or a scalar without batch size;
-                with `process_group`, when `.grad` is not the mean over all samples;
-                with mode="fused", under `torch.distributed`.
+                with `process_group`, when `.grad` is not the mean over all samples.
         """
-        if self._options.is_fused and is_distributed():
-            raise ValueError(
-                'mode="fused" gives parameters their gradients after the pass, when '
-                'torch.distributed\'s wrappers no longer look. Use mode="observe".'
-            )
         request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
             request.checked(self._options.batch_dim)

@@ -79,7 +79,10 @@ class Mixed(nn.Module):
         return self.head(x.mean(1))
 
 
-FUSED = {"conv.weight", "conv.bias", "pointwise.weight", "dense.weight", "dense.bias"}
+FUSED = {
+    *("conv.weight", "conv.bias", "pointwise.weight"),
+    *("dense.weight", "dense.bias", "twice.weight", "twice.bias"),
+}
 
 
 def mixed(dtype=torch.float32, n=5):
@@ -521,21 +524,21 @@ ODD_USES = {
     ),
     "transposed bias": (
         lambda w, b, x: F.linear(x, w, b.t()),
-        *((3, 4), (3,), (6, 4), {"w"}),
+        *((3, 4), (3,), (6, 4), {"w", "b"}),
     ),
     "transposed twice": (
         lambda w, b, x: F.linear(x, w.t().t(), b),
-        *((3, 4), (3,), (6, 4), set()),
+        *((3, 4), (3,), (6, 4), {"w", "b"}),
     ),
     "transposed kernel": (
         lambda w, b, x: F.conv2d(x, w.transpose(0, 1), b),
-        *((2, 3, 3, 2), (3,), (2, 5, 4), set()),
+        *((2, 3, 3, 2), (3,), (2, 5, 4), {"w", "b"}),
     ),
 }
 
 
 @pytest.mark.parametrize("name", ODD_USES)
-def test_odd_uses_are_observed(name, fusions):
+def test_odd_uses(name, fusions):
     torch.manual_seed(0)
     use, w, b, sample, names = ODD_USES[name]
 

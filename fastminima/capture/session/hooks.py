@@ -137,12 +137,18 @@ class Session:
         if self._error is not None:
             self.close()
             raise self._error
+        self.complete()
         with undisturbed():
-            for name, whole in self._parts.rest():
-                self._collector.take(name, whole)
             self._gradients.finish()
         self.close()
         return self._collector.collected
+
+    def complete(self) -> None:
+        """Take the parameters some of whose uses got no gradient."""
+        with undisturbed():
+            for name, whole in self._parts.rest():
+                self._collector.take(name, whole)
+        self._parts.clear()
 
     def separate(self, tape: Tape, names: Iterable[str]) -> None:
         """Read some parameters' gradients where they leave this graph, from now on."""
