@@ -88,7 +88,7 @@ def mv(
 def bmm(
     node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    """`a @ weight` in each product of a batch, or `weight @ b`, samples along columns."""
+    """`a @ weight` in each product of a batch; `weight @ b`, samples as columns."""
     if 1 in numbers(slots):
         return _stacked(1, node._saved_self, g, layout)
     if not isinstance(layout, RegularLayout) or layout.dim != 2:
