@@ -60,22 +60,13 @@ class Fusion:
         """Accumulate the gradients as a backward pass does, with every hook."""
         if not self.made:
             return
-        handles = []
-        grads = []
         parameters = [self._parameters[name] for name in self.made]
-        try:
-            for parameter in parameters:
-                grad = self.made.pop(next(iter(self.made)))
-                if parameter.grad is None and not parameter._backward_hooks:
-                    # Handed over inside the pass, where nobody else holds it, it
-                    # becomes `.grad` itself; a gradient from outside would be copied.
-                    handles.append(parameter.register_hook(_hand_over([grad])))
-                    grad = parameter.new_zeros(()).expand_as(parameter)
-                grads.append(grad)
-            torch.autograd.backward(parameters, grads)
-        finally:
-            for handle in handles:
-                handle.remove()
+        grads = list(self.made.values())
+        self.made.clear()
+        with torch.enable_grad():
+            source = _Source.apply(grads, *parameters)
+        assert isinstance(source, Tensor)
+        source.backward()
 
     def close(self) -> None:
         """Let go of the graph."""
@@ -83,6 +74,24 @@ class Fusion:
             handle.remove()
         self._handles.clear()
         self.made.clear()
+
+
+class _Source(torch.autograd.Function):
+    """Where gradients come from: inside a pass, and held by nobody else.
+
+    So they become `.grad` themselves; those from outside would be copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None, *ctx.grads)
+        ctx.grads.clear()
+        return grads
 
 
 def _after_use(deliver: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None]:
@@ -234,7 +243,3 @@ def _may_be_left_out(parameter: Tensor) -> bool:
     """
     is_plain = parameter.layout == torch.strided and not parameter._backward_hooks
     return is_plain and parameter.requires_grad
-
-
-def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda _: held.pop()
