@@ -50,8 +50,8 @@ class GradientProbe:
         mode: "observe"; or "fused": `backward` leaves the weight gradients of dense
             layers over several rows a sample and of convolutions out of the pass, and
             the kernels that compute their norms make them from the same tiles. They
-            are then equal to rounding, not bitwise. For parameters used once; the rest
-            is observed.
+            are then equal to rounding, not bitwise. So are heads that are tied to a
+            table; other parameters are observed.
         batchnorm: what to do about batch normalisation in training mode, which mixes
             samples: "error"; "rows", each sample's rows of the ordinary backward pass,
             which sum to the gradient; "frozen", batch statistics as constants, at the

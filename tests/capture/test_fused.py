@@ -628,7 +628,11 @@ def test_packed_documents():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"measure": ("norms", "gram")}, "gram"), ({"sample": 2}, "sample")],
+    [
+        ({"measure": ("norms", "gram")}, "gram"),
+        ({"sample": 2}, "sample"),
+        ({"process_group": "world"}, "all_reduce"),
+    ],
 )
 def test_what_fused_mode_has_no_kernels_for(options, word):
     with pytest.raises(ValueError, match=word):
