@@ -148,7 +148,7 @@ def test_what_is_fused(fusions):
 WHOLE = {
     "tied head": {"tokens.weight"},
     "tied head padding": {"tokens.weight"},
-    "tied twice": {"table.weight", "layer.weight", "layer.bias"},
+    "tied often": {"table.weight", "layer.weight", "layer.bias"},
     "reused": {"layer.weight"},
     "unrolled": {f"cell.{n}_{m}" for n in ("weight", "bias") for m in ("ih", "hh")},
     "mha cross packed": {"in_proj_weight", "out_proj.weight", "out_proj.bias"},

@@ -185,7 +185,7 @@ def _part_of(tape: Tape, use: Use, layouts: Sequence[Any]) -> _Part | None:
     layout, node = layouts[0] if layouts else None, tape.nodes[use.node]
     if not isinstance(layout, RegularLayout) or layout.chosen is not None:
         return None
-    if use.name == EMBEDDING:
+    if use.name in _TABLES:
         return _table_of(tape, use, layout)
     if use.name not in _FACTORS or is_scaled(node, use.name):
         return None
@@ -206,15 +206,21 @@ def _part_of(tape: Tape, use: Use, layouts: Sequence[Any]) -> _Part | None:
 
 def _table_of(tape: Tape, use: Use, layout: RegularLayout) -> _Part | None:
     """A look-up of rows, whose gradients are added to those of a product."""
-    node, (slot,) = tape.nodes[use.node], use.slots
-    (shape,) = tape.shapes(use.node)
-    if node._saved_scale_grad_by_freq or node._saved_sparse:
-        return None
-    if layout.dim == len(shape) - 1 or delivery_of(tape, slot, slot.paths[0]):
-        return None  # samples along the features, or a part of a parameter
-    if not _is_moved(tape, slot):
-        return None
+    (slot,), (shape,) = use.slots, tape.shapes(use.node)
+    node = tape.nodes[use.node]
+    if len(slot.shape) != 2 or layout.dim == len(shape) - 1 or len(slot.paths) != 1:
+        return None  # samples along the features
+    if not _TABLES[use.name](node) or delivery_of(tape, slot, slot.paths[0]):
+        return None  # or a part of a parameter
     return _Part(node, slot.paths[0].parameter, None, 0)
+
+
+# Whether a node adds each row of its gradient to one of the table's.
+_TABLES: dict[str, Callable[[Node], bool]] = {
+    EMBEDDING: lambda n: not (n._saved_scale_grad_by_freq or n._saved_sparse),
+    "IndexBackward0": lambda n: len(n._saved_indices) == 1,
+    "IndexSelectBackward0": lambda n: n._saved_dim == 0,
+}
 
 
 def _bias_of(tape: Tape, use: Use, shape: Sequence[int]) -> str | None:
