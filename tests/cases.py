@@ -121,6 +121,59 @@ class TransposedTie(nn.Module):
         return (x @ self.weight).tanh() @ self.weight.t()
 
 
+class TiedOften(nn.Module):
+    """A table looked up in three ways that is the head of two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, ids):
+        rows = self.table.weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+        x = self.layer(self.table(ids).tanh() * self.table.weight[ids.flip(1)] + rows)
+        return F.linear(x, self.table.weight).tanh() + x.tanh() @ self.table.weight.T
+
+
+class Formula(nn.Module):
+    """One weight in a formula."""
+
+    def __init__(self, shape, formula):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x, self.weight)
+
+
+def halves(x, w):
+    gate, value = w.T.chunk(2, 1)
+    return (x @ gate).tanh() * (x @ value)
+
+
+FORMULAS = {
+    "permuted": ((4, 6), lambda x, w: x @ w.T),
+    "permuted twice": ((6, 4), lambda x, w: x.tanh() @ w.T.T),
+    "swapped": ((4, 6), lambda x, w: x @ w.mT.clone()),
+    "three dims": ((6, 2, 2), lambda x, w: x @ w.permute(0, 2, 1).flatten(1)),
+    "on the left": ((4, 6), lambda x, w: w @ x.mT),
+    "on the left, 2d": ((4, 6), lambda x, w: (w @ x.flatten(0, 1).T).T.unflatten(0, x.shape[:2])),
+    "einsum": ((4, 6), lambda x, w: torch.einsum("btd,pd->btp", x, w)),
+    "einsum, weight first": ((4, 6), lambda x, w: torch.einsum("pd,btd->btp", w, x)),
+    "einsum to heads": ((2, 6, 3), lambda x, w: torch.einsum("btd,hdk->bhtk", x, w)),
+    "einsum per head": ((3, 2, 4), lambda x, w: torch.einsum("bthd,hdk->bthk", x.unflatten(2, (3, 2)), w)),
+    "halves": ((4, 6), halves),
+    "stepped": ((8, 6), lambda x, w: x @ w[::2].T + (x @ w[1::2].T).tanh()),
+    "unbound": ((4, 6, 2), lambda x, w: x @ w.unbind(-1)[0].T + x @ w.select(-1, 1).T),
+    "split": ((4, 8), lambda x, w: x @ w.split([2, 6], -1)[1].T),
+    "squeezed": ((4, 1, 6), lambda x, w: F.linear(x, w.squeeze(1).clone())),
+    "some rows": ((9, 6), lambda x, w: x @ w[2:6].T + x @ w[-4:].T),
+    "convolved twice": ((3, 3, 3), lambda x, w: F.conv1d(F.conv1d(x, w).tanh(), w)),
+    "of one row, twice": ((6, 6), lambda x, w: F.linear(F.linear(x[:, 0], w).tanh(), w)),
+}  # fmt: skip
+
+
 class LowRank(nn.Module):
     def __init__(self):
         super().__init__()
@@ -495,6 +548,11 @@ CASES = [
     Case("tied head padding", lambda: Language(True, padding_idx=2), ids(4, 4, 5)),
     Case("reused", Reused, rows(4, 6, 6)),
     Case("matrix and transpose", TransposedTie, rows(5, 3, 6)),
+    Case("tied often", TiedOften, ids(9, 4, 5)),
+    *[
+        Case(f"weight {name}", lambda formula=formula: Formula(*formula), rows(5, 3, 6))
+        for name, formula in FORMULAS.items()
+    ],
     Case("low rank", LowRank, rows(5, 6)),
     Case("one plus", OnePlus, rows(5, 3, 6)),
     Case(

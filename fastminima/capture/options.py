@@ -75,16 +75,19 @@ class Options:
             )
 
     def _check_fused(self, group: object) -> None:
-        asked = {
-            'measure="gram"': "gram" in self.measure,
-            "sample": self.sample is not None,
-            "process_group": group is not None,
-        }
+        if group is not None:
+            raise ValueError(
+                'mode="fused" makes gradients that other ranks wait for, and has none '
+                "to give where a layer cannot be read: it does not go with "
+                'process_group. Use mode="observe", or leave process_group out and '
+                "join the statistics of the ranks by stats.all_reduce()."
+            )
+        asked = {'measure="gram"': "gram" in self.measure, "sample": self.sample}
         for what, is_asked in asked.items():
             if is_asked:
                 raise ValueError(
-                    f'mode="fused" makes the weight gradients of whole batches in one '
-                    f'process and does not go with {what}. Use mode="observe".'
+                    f'mode="fused" makes the weight gradients of whole batches and '
+                    f'does not go with {what}. Use mode="observe".'
                 )
 
 

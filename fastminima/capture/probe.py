@@ -51,8 +51,8 @@ class GradientProbe:
         mode: "observe"; or "fused": `backward` leaves the weight gradients of dense
             layers over several rows a sample and of convolutions out of the pass, and
             the kernels that compute their norms make them from the same tiles. They
-            are then equal to rounding, not bitwise. For parameters used once; the rest
-            is observed.
+            are then equal to rounding, not bitwise. So are heads that are tied to a
+            table; other parameters are observed.
         batchnorm: what to do about batch normalisation in training mode, which mixes
             samples: "error"; "rows", each sample's rows of the ordinary backward pass,
             which sum to the gradient; "frozen", batch statistics as constants, at the
@@ -190,14 +190,8 @@ class GradientProbe:
                 `.grad` is incomplete.) With `process_group` it is raised on every rank
                 and after the pass, as is a ValueError.
             ValueError: for a loss of two dimensions or a scalar without batch size;
-                with `process_group`, when `.grad` is not the mean over all samples;
-                with mode="fused", under `torch.distributed`.
+                with `process_group`, when `.grad` is not the mean over all samples.
         """
-        if self._options.is_fused and is_distributed():
-            raise ValueError(
-                'mode="fused" gives parameters their gradients after the pass, when '
-                'torch.distributed\'s wrappers no longer look. Use mode="observe".'
-            )
         request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
         if self._rests():
             request.checked(self._options.batch_dim)

@@ -70,6 +70,9 @@ FAMILIES = [
     *("ddp_buckets", "ddp_plain_keep_mean", "ddp_static_keep_mean"),
     *("fsdp_mlp", "fsdp_mlp_unresharded", "fsdp_block"),
     *("fsdp_mlp_keep_mean", "fsdp_block_keep_mean"),
+    *(f"ddp_fused_{n}" for n in ("plain", "unused", "static", "static_unused")),
+    *("ddp_fused_views", "ddp_fused_buckets"),
+    *("fsdp_fused_block", "fsdp_fused_unresharded"),
 ]
 
 

@@ -8,13 +8,14 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import CASES, FORMULAS
 from oracles import flat, single_sample_gradients
 from torch import nn
 
 import fastminima as fm
 from fastminima.capture.session import fused
 from fastminima.capture.session.states import Nothing
+from fastminima.ops import dense
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -79,7 +80,10 @@ class Mixed(nn.Module):
         return self.head(x.mean(1))
 
 
-FUSED = {"conv.weight", "conv.bias", "pointwise.weight", "dense.weight", "dense.bias"}
+FUSED = {
+    *("conv.weight", "conv.bias", "pointwise.weight"),
+    *("dense.weight", "dense.bias", "twice.weight", "twice.bias"),
+}
 
 
 def mixed(dtype=torch.float32, n=5):
@@ -139,6 +143,96 @@ def test_what_is_fused(fusions):
     fused_probe(model).backward(losses_of(model, x))
     assert fusions == [FUSED]
     assert_same_gradients(model, plain)
+
+
+WHOLE = {
+    "tied head": {"tokens.weight"},
+    "tied head padding": {"tokens.weight"},
+    "tied often": {"table.weight", "layer.weight", "layer.bias"},
+    "reused": {"layer.weight"},
+    "unrolled": {f"cell.{n}_{m}" for n in ("weight", "bias") for m in ("ih", "hh")},
+    "mha cross packed": {"in_proj_weight", "out_proj.weight", "out_proj.bias"},
+    "rows apart": {"weight"},
+    "rows in common": {"weight"},
+    **{f"weight {name}": {"weight"} for name in FORMULAS},
+    # One row a sample, a table alone, uneven rows, and what is no such product.
+    "linear 2d": set(),
+    "embedding": {"head.weight"},
+    "experts": {"inner.weight", "inner.bias"},
+    "scale last": set(),
+    "low rank": set(),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_fused_of_every_case(name, fusions):
+    model, batch = BY_NAME[name].make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused_probe(model).backward(BY_NAME[name].losses(model, batch))
+    assert fusions == [WHOLE[name]]
+
+
+class Words(nn.Module):
+    """A language model with a tied head over many words."""
+
+    def __init__(self, words, width):
+        super().__init__()
+        self.tokens = nn.Embedding(words, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        return self.head(self.tokens(ids).tanh())
+
+
+@pytest.mark.parametrize("measure", [("norms",), ("norms", "second_moments")])
+def test_a_tied_head_makes_one_product(measure):
+    torch.manual_seed(0)
+    model, ids = Words(1000, 16), torch.randint(1000, (4, 12))
+
+    def losses(model):
+        return model(ids).square().sum((1, 2))
+
+    plain = plain_gradients(model, losses)
+    probe = fused_probe(model, measure=measure)
+
+    for _ in range(2):  # the first step measures the rows
+        model.zero_grad()
+        with torch.profiler.profile() as profile:
+            probe.backward(losses(model))
+    names = [event.name for event in profile.events()]
+    assert names.count("EmbeddingBackward0") == 1
+    assert "aten::embedding_dense_backward" not in names
+    (head,) = (e for e in profile.events() if e.name == "MmBackward0")
+    assert [c.name for c in head.cpu_children].count("aten::mm") == 1  # of the input
+    assert_same_gradients(model, plain)
+
+
+def test_a_tied_head_holds_no_gradient_of_each_sample(monkeypatch):
+    torch.manual_seed(0)
+    model, ids = Words(1000, 16), torch.randint(1000, (4, 12))
+    model(ids).square().sum().backward()
+    made = []
+
+    def spying(a, g, *rest):
+        made.append((len(g), g.shape[2]))
+        return gradients(a, g, *rest)
+
+    gradients = dense.sequence_gradients
+    monkeypatch.setattr(dense, "sequence_gradients", spying)
+    stats = fused_probe(model, measure=("norms", "second_moments")).backward(
+        model(ids).square().sum((1, 2))
+    )
+    # Second moments make those of the rows that are looked up.
+    assert made and max(rows for _, rows in made) <= ids.numel()
+    want = single_sample_gradients(
+        model, lambda m, b: m(b[0]).square().sum((1, 2)), [ids]
+    )
+    exact = flat(want).square()
+    torch.testing.assert_close(stats.sq_norms.double(), exact.sum(1), rtol=1e-5, atol=0)
+    got = stats.second_moments["tokens.weight"].double().flatten()
+    torch.testing.assert_close(got, exact.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_pass_makes_none_of_these_gradients():
@@ -202,6 +296,75 @@ def test_hooks_of_parameters_fire_once_with_the_gradient():
             (got,) = seen[name]
             torch.testing.assert_close(got, want, msg=name)
     assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_hooks_on_several_parameters_fire_once(mode, fusions):
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    names = ["dense.weight", "conv.bias", "norm.weight", "twice.weight"]
+    seen = []
+    torch.autograd.graph.register_multi_grad_hook(
+        [model.get_parameter(name) for name in names], seen.append, mode=mode
+    )
+    stats = fused_probe(model).backward(losses_of(model, x))
+    # The pass makes the gradients of these parameters itself.
+    assert fusions == [FUSED - {*names, "dense.bias", "twice.bias"}]
+    (got,) = seen
+    if mode == "all":
+        for name, grad in zip(names, got, strict=True):
+            torch.testing.assert_close(grad, plain[name])
+    assert_same_gradients(model, plain)
+    observed = fm.GradientProbe(model).backward(losses_of(model, x))
+    torch.testing.assert_close(stats.sq_norms, observed.sq_norms)
+
+
+def test_hooks_of_accumulators_fire_once():
+    model, x = mixed()
+    plain = plain_gradients(model, lambda m: losses_of(m, x))
+    before, after = [], []
+    nodes = []  # which nothing else keeps
+    for name, p in model.named_parameters():
+        (node,) = [p.expand_as(p).grad_fn.next_functions[0][0]]
+        nodes.append(node)
+        node.register_prehook(lambda g, n=name: before.append((n, g[0].clone())))
+        node.register_hook(lambda *_, n=name: after.append(n))
+    fused_probe(model).backward(losses_of(model, x))
+    assert sorted(after) == sorted(plain)
+    assert sorted(name for name, _ in before) == sorted(plain)
+    for name, grad in before:
+        torch.testing.assert_close(grad, plain[name], msg=name)
+
+
+def test_an_optimizer_in_the_backward_pass(fusions):
+    """It steps in place as soon as a gradient is there, and lets go of it."""
+    model, x = mixed(torch.float64)
+    other, order = copy.deepcopy(model), {}
+
+    def stepping(model, kind):
+        def step(p, name):
+            order[kind].append(name)
+            with torch.no_grad():
+                p -= 0.05 * p.grad
+            p.grad = None
+
+        for name, p in model.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda p, n=name: step(p, n))
+
+    stepping(model, "fused")
+    stepping(other, "plain")
+    probe = fused_probe(model)
+    for _ in range(5):
+        order["fused"], order["plain"] = [], []
+        probe.backward(losses_of(model, x))
+        losses_of(other, x).mean().backward()
+        assert sorted(order["fused"]) == sorted(order["plain"])
+    assert set(fusions[-1]) == FUSED
+    # Inside the pass: the last layer's weight long before the first one's inputs.
+    assert order["fused"].index("twice.weight") < order["fused"].index("norm.weight")
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+        assert p.grad is None
 
 
 def test_a_hook_that_changes_the_gradient():
@@ -465,7 +628,11 @@ def test_packed_documents():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"measure": ("norms", "gram")}, "gram"), ({"sample": 2}, "sample")],
+    [
+        ({"measure": ("norms", "gram")}, "gram"),
+        ({"sample": 2}, "sample"),
+        ({"process_group": "world"}, "all_reduce"),
+    ],
 )
 def test_what_fused_mode_has_no_kernels_for(options, word):
     with pytest.raises(ValueError, match=word):
@@ -521,21 +688,21 @@ ODD_USES = {
     ),
     "transposed bias": (
         lambda w, b, x: F.linear(x, w, b.t()),
-        *((3, 4), (3,), (6, 4), {"w"}),
+        *((3, 4), (3,), (6, 4), {"w", "b"}),
     ),
     "transposed twice": (
         lambda w, b, x: F.linear(x, w.t().t(), b),
-        *((3, 4), (3,), (6, 4), set()),
+        *((3, 4), (3,), (6, 4), {"w", "b"}),
     ),
     "transposed kernel": (
         lambda w, b, x: F.conv2d(x, w.transpose(0, 1), b),
-        *((2, 3, 3, 2), (3,), (2, 5, 4), set()),
+        *((2, 3, 3, 2), (3,), (2, 5, 4), {"w", "b"}),
     ),
 }
 
 
 @pytest.mark.parametrize("name", ODD_USES)
-def test_odd_uses_are_observed(name, fusions):
+def test_odd_uses(name, fusions):
     torch.manual_seed(0)
     use, w, b, sample, names = ODD_USES[name]
 

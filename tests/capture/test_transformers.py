@@ -30,6 +30,7 @@ from transformers_models import (
 
 import fastminima as fm
 from fastminima.capture.reading import attempt
+from fastminima.capture.session import fused
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 BEGIN, END = "<!-- table:transformers -->", "<!-- /table -->"
@@ -226,6 +227,41 @@ def test_dropout(name):
     probe = fm.GradientProbe(model, per_parameter=True)
     for _ in range(3):
         agrees_with_autograd(probe, model, zoo.losses(model, batch))
+
+
+HEADS = {
+    "GPT-2": "transformer.wte.weight",
+    "T5": "shared.weight",
+    "Gemma 2": "model.embed_tokens.weight",
+    "BART": "model.shared.weight",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_tied_heads_in_fused_mode(name, monkeypatch):
+    (zoo,) = (zoo for zoo in MODELS.values() if zoo.name == name)
+    model, batch = zoo.make()
+    zoo.losses(model, batch).mean().backward()
+    plain = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    names = []
+
+    def spying(reading, parameters):
+        fusion = fused.find_fusion(reading, parameters)
+        names.extend(fusion.names)
+        return fusion
+
+    monkeypatch.setattr("fastminima.capture.session.attach.find_fusion", spying)
+    probe = fm.GradientProbe(model, mode="fused", per_parameter=True)
+    stats = probe.backward(zoo.losses(model, batch))
+    assert HEADS[name] in names
+    whole = torch.stack([g.square().sum() for g in plain.values()]).sum().sqrt()
+    for n, p in model.named_parameters():
+        error = (p.grad - plain[n]).norm() / plain[n].norm().clamp_min(whole / 100)
+        assert error <= 1e-6, n
+    want = norms(single_sample_gradients(twin(model), zoo.losses, batch))
+    got = {k: v.double().sqrt() for k, v in stats.sq_norms_by_parameter.items()}
+    assert worst(got, want) <= BOUND
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral"])

@@ -130,8 +130,9 @@ class Tied(nn.Module):
         return nn.functional.linear(x, self.table.weight).flatten(1)
 
 
-def test_a_tied_head_is_capturable(gpu, monkeypatch):
-    model, probe = warmed_up(Tied)
+@pytest.mark.parametrize("mode", ["observe", "fused"])
+def test_a_tied_head_is_capturable(gpu, monkeypatch, mode):
+    model, probe = warmed_up(Tied, mode=mode)
     ids = torch.empty(N, T, dtype=torch.long, device="meta")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with capturing():

@@ -73,6 +73,32 @@ def test_sequences_in_every_way(shape, dtype, flags):
             assert_agree(way(a, g, *flags), want, wide, name)
 
 
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(16, 16, 0), (8, 32, 1 << 9)])
+def test_gradients_in_blocks_of_rows(size, dtype, flags, monkeypatch):
+    least, most, block = size
+    calls = []
+
+    def counted(kernels, a, g, *rest):
+        calls.append(g.shape[2])
+        return made(kernels, a, g, *rest)
+
+    made = dense_native._fused
+    monkeypatch.setattr(dense_native, "_fused", counted)
+    monkeypatch.setattr(dense_native, "_ROWS", least)
+    monkeypatch.setattr(dense_native, "_BLOCK", block)
+    for a, g in pairs((3, 7, 9, 70), dtype):
+        want = sequence_fused.reference(a.double(), g.double(), *flags)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for isa in _native.available_isas():
+            calls.clear()
+            kernels = _native.kernels_for(isa)
+            got = dense_native.sequence_fused(kernels, a, g, *flags)
+            assert_agree(got, want, wide, isa)
+            assert sum(calls) == 70 and len(calls) > 2 and max(calls) <= most
+
+
 # Wide layers over few and many steps, by product and norms and by tiles, and one whose
 # inputs are on the left of the tiles.
 @pytest.mark.parametrize(

@@ -197,6 +197,20 @@ class Stacked(Contribution):
     def second_moment(self) -> Tensor:
         return torch.stack([block.second_moment() for block in self.blocks])
 
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        found = [
+            block.fused(with_second_moment=with_second_moment) for block in self.blocks
+        ]
+        moments = [f.second_moment for f in found if f.second_moment is not None]
+        return Fused(
+            torch.stack([f.total for f in found]),
+            summed(f.sq_norms for f in found),
+            torch.stack(moments) if moments else None,
+        )
+
+    def total(self) -> Tensor:
+        return torch.stack([block.total() for block in self.blocks])
+
     def gram(self) -> Tensor:
         return summed(block.gram() for block in self.blocks)
 

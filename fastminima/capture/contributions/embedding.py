@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..._dtypes import accumulation_dtype
 from ...ops import embedding
+from ...ops._pieces import itemsize, pieces
 from .base import Contribution
 
 __all__ = ["Embedding"]
@@ -30,6 +32,25 @@ class Embedding(Contribution):
         return embedding.embedding_second_moment(
             self.ids, self.g, self.padding_idx, self.shape[0]
         )
+
+    def total(self) -> Tensor:
+        dtype = accumulation_dtype(self.g.dtype)
+        return self.add_to(self.g.new_zeros(self.shape, dtype=dtype))
+
+    def add_to(self, total: Tensor) -> Tensor:
+        """Add the ordinary gradient to a tensor of this shape, row by row."""
+        _, time, width = self.g.shape
+        size = total.itemsize + itemsize(self.g.dtype, total.dtype)
+        for some in pieces(self.batch, time * width * size):
+            ids = self.ids[some].long()
+            is_left_out = ids == self.padding_idx
+            rows = self.g[some].to(total.dtype)
+            rows = rows.masked_fill(is_left_out.unsqueeze(2), 0).flatten(0, 1)
+            places = ids.masked_fill(is_left_out, 0).flatten()
+            # By sorting, where `index_add_` on a GPU adds in any order.
+            total.index_put_((places,), rows, accumulate=True)
+            del rows
+        return total
 
     def gram(self) -> Tensor:
         return embedding.embedding_gram(self.ids, self.g, self.padding_idx)

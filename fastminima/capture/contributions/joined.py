@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops import embedding
-from .base import Contribution, sq_norms_of, summed
+from .base import Contribution, Fused, sq_norms_of, summed
 from .dense import Dense, Products
 from .embedding import Embedding
 from .moved import Placed
@@ -31,6 +31,21 @@ class Joined(Contribution):
     def total(self) -> Tensor:
         return summed(part.total() for part in self.parts)
 
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        """All from the same sample gradients, which are made once."""
+        total = moment = None
+        norms = []
+        for samples in self.chunks():
+            part = samples.sum(0)
+            total = part if total is None else total.add_(part)
+            norms.append(sq_norms_of(samples))
+            if with_second_moment:
+                part = samples.square_().sum(0)
+                moment = part if moment is None else moment.add_(part)
+            del samples
+        assert total is not None  # a batch has a sample
+        return Fused(total, torch.cat(norms), moment)
+
     def dots(self, direction: Tensor) -> Tensor:
         return summed(part.dots(direction) for part in self.parts)
 
@@ -48,6 +63,17 @@ class Apart(Joined):
     def second_moment(self) -> Tensor:
         return summed(part.second_moment() for part in self.parts)
 
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        total, norms, moment = self.parts[0].fused(
+            with_second_moment=with_second_moment
+        )
+        for part in self.parts[1:]:
+            more = part.fused(with_second_moment=with_second_moment)
+            total, norms = total.add_(more.total), norms + more.sq_norms
+            if moment is not None and more.second_moment is not None:
+                moment = moment.add_(more.second_moment)
+        return Fused(total, norms, moment)
+
     def gram(self) -> Tensor:
         return summed(part.gram() for part in self.parts)
 
@@ -60,11 +86,26 @@ class _TiedHead(Joined):
         self.table, self.head = table, head
 
     def sq_norms(self) -> Tensor:
-        table, head = self.table, self.head
+        return self._with_table(self.head.sq_norms())
+
+    def second_moment(self) -> Tensor:
+        return self._moment_with_table(self.head.second_moment())
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        """One product for the head; of it the table changes the rows it looks up."""
+        head = self.head.fused(with_second_moment=with_second_moment)
+        norms, moment = self._with_table(head.sq_norms), head.second_moment
+        if moment is not None:
+            moment = self._moment_with_table(moment)
+        return Fused(self.table.add_to(head.total), norms, moment)
+
+    def _with_table(self, head: Tensor) -> Tensor:
+        """Norms of the sum, from those of the head: |h|^2 + |e|^2 + 2 <h, e>."""
+        table = self.table
         cross = embedding.tied_cross(
-            table.ids, table.g, table.padding_idx, head.right, head.left
+            table.ids, table.g, table.padding_idx, self.head.right, self.head.left
         )
-        parts = table.sq_norms() + head.sq_norms()
+        parts = table.sq_norms() + head
         total = parts + 2 * cross
         if not _may_look(total):
             return total.clamp_min(0)
@@ -72,6 +113,31 @@ class _TiedHead(Joined):
         for n in torch.nonzero(total < 1e-2 * parts).flatten().tolist():
             total[n] = sq_norms_of(self.per_sample(n, n + 1))[0]
         return total
+
+    def _moment_with_table(self, head: Tensor) -> Tensor:
+        """Second moments of the sum, from those of the head: other rows are the same.
+
+        Those that are looked up are made anew, since squares nearly cancel in
+        h^2 + e^2 + 2 h e.
+        """
+        table = self.table
+        rows = table.ids[table.ids != table.padding_idx].unique()
+        if len(rows):
+            head[rows] = self._rows(rows).second_moment()
+        return head
+
+    def _rows(self, rows: Tensor) -> Joined:
+        """The gradients of some rows of the table alone, which are in order."""
+        table, head = self.table, self.head
+        ids = torch.searchsorted(rows, table.ids.contiguous())
+        ids = ids.masked_fill(table.ids == table.padding_idx, -1)
+        products = Products(head.right, head.left.index_select(2, rows))
+        return Joined(
+            [
+                Embedding(ids, table.g, -1, len(rows)),
+                Dense(products, out_first=True),
+            ]
+        )
 
 
 def _may_look(x: Tensor) -> bool:

@@ -88,8 +88,13 @@ def mv(
 def bmm(
     node: Node, g: Tensor, layout: RowLayout, slots: Sequence[Slot]
 ) -> Contributions:
-    """`a @ weight` in each product of a batch."""
-    return _stacked(1, node._saved_self, g, layout) if 1 in numbers(slots) else {}
+    """`a @ weight` in each product of a batch; `weight @ b`, samples as columns."""
+    if 1 in numbers(slots):
+        return _stacked(1, node._saved_self, g, layout)
+    if not isinstance(layout, RegularLayout) or layout.dim != 2:
+        return {}
+    rows, grads = node._saved_mat2.transpose(1, 2), g.transpose(1, 2)
+    return _stacked(0, rows, grads, layout.along(1), out_first=True)
 
 
 def baddbmm(
@@ -105,13 +110,15 @@ def baddbmm(
     return found
 
 
-def _stacked(number: int, a: Tensor, g: Tensor, layout: RowLayout) -> Contributions:
+def _stacked(
+    number: int, a: Tensor, g: Tensor, layout: RowLayout, *, out_first: bool = False
+) -> Contributions:
     """Only when samples are rows of each product, not products of the batch."""
     if not isinstance(layout, RegularLayout) or layout.dim != 1:
         return {}
     a, g = layout.isolate(a), layout.isolate(g)  # [count, product, time, features]
     pairs = zip(a.unbind(1), g.unbind(1), strict=True)
-    return {number: Stacked([Dense(Products(*p), out_first=False) for p in pairs])}
+    return {number: Stacked([Dense(Products(*p), out_first=out_first) for p in pairs])}
 
 
 # How `F.bilinear` calls the node: x1 [N, 1, d1, 1], weight [1, p, d1, d2],

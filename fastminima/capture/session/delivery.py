@@ -17,11 +17,12 @@ from torch.autograd.graph import GradientEdge
 
 from ..contributions import Contribution, Dense, Embedding, Placed, Pushed
 from ..graph.node import Node, edge_of
-from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING, TRANSPOSING
+from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING
 from ..graph.passes import nobodys
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape, signed
 from ..reading.plan import Path, Slot
+from .moves import Move, is_known, move_of, turns_of
 
 __all__ = ["Delivery", "delivery_of"]
 
@@ -31,7 +32,7 @@ Delivery = Callable[[Contribution], Contribution]
 def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
     """How a contribution to a slot becomes one to the parameter behind it.
 
-    None where it is one already. What is returned holds the nodes between the
+    None where it is one already. What is returned holds at most the nodes between the
     parameter and its use, and not the use itself.
     """
     if path.steps == ():
@@ -45,19 +46,25 @@ def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
     nodes = [tape.nodes[node] for node, _, _ in path.steps]
     if names[-1] == EMBEDDING:
         return _from_table(nodes, names, shape, parameter)
-    moves = [name for name in names if name != ROUNDING]
-    if not moves:  # contributions are in the accumulation dtype anyway
-        return None
-    is_transpose = len(moves) == 1 and moves[0] in TRANSPOSING
-    steps = path.steps
-    span = _span(nodes[-1], names[-1], steps[-1][1])
+    if all(name == ROUNDING for name in names):
+        return None  # contributions are in the accumulation dtype anyway
+    is_turned = turns_of(nodes, names) if len(shape) == 2 else None
+    if is_turned is not None:
+        return _turned if is_turned else None
+    span = _span(nodes[-1], names[-1], path.steps[-1][1])
+    place = _placer(nodes, names, path.steps)
+    return lambda inner: Placed(inner, shape, place, span)
 
-    def placed(inner: Contribution) -> Contribution:
-        if is_transpose and isinstance(inner, Dense):
-            return inner.transposed()
-        return Placed(inner, shape, _placer(nodes, names, steps), span)
 
-    return placed
+def _turned(inner: Contribution) -> Contribution:
+    """For the transposed matrix."""
+    if isinstance(inner, Dense):
+        return inner.transposed()
+    return Placed(inner, inner.shape[::-1], _transpose)
+
+
+def _transpose(t: Tensor) -> Tensor:
+    return t.t()
 
 
 def _span(node: Node, name: str, output: int) -> tuple[int, int] | None:
@@ -118,20 +125,30 @@ def _pusher(edge: GradientEdge, parameter: Tensor) -> Callable[[Tensor], Tensor]
 
 def _placer(
     nodes: list[Node], names: list[str], steps: Sequence[tuple[int, int, int]]
-) -> Callable[[Tensor], Tensor]:
-    """A gradient of the slot to that of the parameter, by nodes that only move it."""
-    chain = [
-        (node, len(node._input_metadata), output, number)
+) -> Move:
+    """A gradient of the slot to that of the parameter, by what only moves it."""
+    moves = [
+        move_of(node, name, output, number)
+        if is_known(name)
+        else _called(node, output, number)
         for node, name, (_, output, number) in zip(nodes, names, steps, strict=True)
-        if name != ROUNDING
     ]
 
     def place(t: Tensor) -> Tensor:
-        for node, outputs, output, number in chain:
-            grads: list[Tensor | None] = [None] * outputs
-            grads[output] = t
-            moved = node(*grads)
-            t = moved[number] if isinstance(moved, tuple) else moved
+        for move in moves:
+            t = move(t)
         return t
 
     return place
+
+
+def _called(node: Node, output: int, number: int) -> Move:
+    outputs = len(node._input_metadata)
+
+    def move(t: Tensor) -> Tensor:
+        grads: list[Tensor | None] = [None] * outputs
+        grads[output] = t
+        moved = node(*grads)
+        return moved[number] if isinstance(moved, tuple) else moved
+
+    return move

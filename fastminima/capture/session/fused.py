@@ -6,19 +6,18 @@ the kernel that computes the statistics of a use makes its gradient from the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from ..graph.node import edge_of
-from ..graph.nodes import CONVOLUTION, PRODUCTS, ROUNDING, TRANSPOSING, is_scaled
-from ..graph.tape import Tape
-from ..reading.plan import Path, Use
+from ..graph.node import Node, edge_of
+from ..graph.passes import is_distributed
 from ..reading.reader import Reading
-from ..rows.layout import RegularLayout
+from .fusible import part_of
 
 __all__ = ["Fusion", "find_fusion"]
 
@@ -30,67 +29,114 @@ class Fusion:
         names: parameters whose gradients the session makes.
         inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
             uses, so that the pass visits them.
-        made: the gradients, from the time their use is seen until `deliver`, which
-            `add` fills.
+        made: the gradients, from the time their last use is seen until they are
+            delivered, which `add` fills.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], inputs: list[Any]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], others: list[Any], uses: Sequence[Node]
+    ) -> None:
         self._parameters = parameters
         self.names = frozenset(parameters)
-        self.inputs = inputs
+        self.inputs = [*others, *(edge_of(node, 0) for node in uses)]
         self.made: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        if is_distributed() or any(map(_has_step, parameters.values())):
+            # The graph does not keep this alive, nor this the graph.
+            deliver = weakref.WeakMethod(self.deliver)
+            for node in uses:
+                self._handles.append(node.register_hook(_after_use(deliver)))
 
     def add(self, name: str, grad: Tensor) -> None:
-        """Keep a gradient, in its parameter's dtype: all of them wait at once."""
-        self.made[name] = grad.to(self._parameters[name].dtype)
+        """Keep a gradient as its parameter is: all of them may wait at once."""
+        self.made[name] = grad.to(self._parameters[name])
 
     def deliver(self) -> None:
         """Accumulate the gradients as a backward pass does, with every hook."""
-        handles = []
-        grads = []
+        if not self.made:
+            return
         parameters = [self._parameters[name] for name in self.made]
-        try:
-            for parameter in parameters:
-                grad = self.made.pop(next(iter(self.made)))
-                if parameter.grad is None and not parameter._backward_hooks:
-                    # Handed over inside the pass, where nobody else holds it, it
-                    # becomes `.grad` itself; a gradient from outside would be copied.
-                    handles.append(parameter.register_hook(_hand_over([grad])))
-                    grad = parameter.new_zeros(()).expand_as(parameter)
-                grads.append(grad)
-            if parameters:
-                torch.autograd.backward(parameters, grads)
-        finally:
-            for handle in handles:
-                handle.remove()
+        grads = list(self.made.values())
+        self.made.clear()
+        with torch.inference_mode(False), torch.enable_grad():
+            source = _Source.apply(grads, *parameters)
+        assert isinstance(source, Tensor)
+        source.backward()
+
+    def close(self) -> None:
+        """Let go of the graph."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.made.clear()
+
+
+class _Source(torch.autograd.Function):
+    """Where gradients come from: inside a pass, and held by nobody else.
+
+    So they become `.grad` themselves; those from outside would be copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None, *ctx.grads)
+        ctx.grads.clear()
+        return grads
+
+
+def _after_use(deliver: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None]:
+    """Deliver inside the pass, where a parameter's last use has run.
+
+    Not before: what is called with the gradient may change the parameter, as an
+    optimizer does, and the use reads it.
+    """
+
+    def hook(*_: Any) -> None:
+        run = deliver()
+        if run is not None:
+            run()
+
+    return hook
+
+
+def _has_step(parameter: Tensor) -> bool:
+    """Whether something is called as soon as a gradient is there, as by optimizers."""
+    return bool(parameter._post_accumulate_grad_hooks)
 
 
 def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | None:
     """The parameters of this graph that can be fused; None where there are none.
 
-    Those of dense layers over several rows a sample and of convolutions, used once.
+    Weights of dense layers over several rows a sample and of convolutions, the biases
+    beside them, and tables that are such weights too: all of whose uses are known.
     With one row a sample there is nothing to share: norms are products of row norms.
     """
     tape, recipe = reading.tape, reading.recipe
     if recipe.regions:  # they run by a backward pass of their own
         return None
-    names: set[str] = set()
-    edges: list[GradientEdge] = []
-    for use in recipe.plan.uses:
-        layouts = recipe.layouts[use.node]
-        if not _has_rows(tape, use, layouts[0] if layouts else None):
-            continue
-        slots = _whole_slots(tape, use)
-        fused = {
-            number: name
-            for number, name in slots.items()
-            if recipe.plan.sources[name] == 1
-            and parameters[name].layout == torch.strided
-            and parameters[name].requires_grad
-        }
-        if PRODUCTS[use.name].weight in fused:
-            names.update(fused.values())
-            edges.append(edge_of(tape.nodes[use.node], 0))
+    uses = [
+        part
+        for use in recipe.plan.uses
+        if (part := part_of(tape, use, recipe.layouts[use.node])) is not None
+    ]
+
+    def whole(found: Counter[str]) -> set[str]:
+        """The parameters of which these are all uses."""
+        sources = recipe.plan.sources
+        names = (name for name, count in found.items() if count == sources[name])
+        return {name for name in names if _may_be_left_out(parameters[name])}
+
+    rows = Counter[str]()
+    for part in uses:
+        rows[part.weight] += part.rows
+    names = whole(Counter(part.weight for part in uses if rows[part.weight] > 1))
+    beside = (part for part in uses if part.weight in names)
+    names |= whole(Counter(part.bias for part in beside if part.bias is not None))
     if not names:
         return None
     left_out = {tape.leaves[name] for name in names}
@@ -101,56 +147,16 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
         and i not in left_out
         and (leaf := tape.nodes[i].variable).requires_grad  # not frozen since
     ]
+    nodes = [part.node for part in uses if part.weight in names]
     fused = {name: parameters[name] for name in sorted(names)}
-    return Fusion(fused, [*others, *edges])
+    return Fusion(fused, others, nodes)
 
 
-def _has_rows(tape: Tape, use: Use, layout: Any) -> bool:
-    """Whether a use is one that the kernels know, with several rows a sample."""
-    if use.name not in PRODUCTS or not isinstance(layout, RegularLayout):
-        return False
-    if PRODUCTS[use.name].weight is None:
-        return False
-    if layout.dim != 0 or layout.chosen is not None:
-        return False
-    node = tape.nodes[use.node]
-    if is_scaled(node, use.name):
-        return False
-    (shape,) = tape.shapes(use.node)
-    if use.name == CONVOLUTION:
-        return layout.is_one_row and torch.Size(shape[2:]).numel() > 1
-    return layout.outer * layout.inner > 1
+def _may_be_left_out(parameter: Tensor) -> bool:
+    """Whether nobody notices that the pass itself has no gradient of a parameter.
 
-
-def _whole_slots(tape: Tape, use: Use) -> dict[int, str]:
-    """The parameters that are a use's weight and bias, where they come as they are."""
-    weight, bias = PRODUCTS[use.name].weight, PRODUCTS[use.name].bias
-    (shape,) = tape.shapes(use.node)
-    whole: dict[int, str] = {}
-    for slot in use.slots:
-        if slot.number not in (weight, bias) or len(slot.paths) != 1:
-            continue
-        is_broadcast = (
-            slot.number == bias and torch.Size(slot.shape).numel() != shape[1]
-        )
-        may_turn = slot.number == weight and use.name != CONVOLUTION
-        if not is_broadcast and _is_plain(tape, slot.paths[0], may_turn=may_turn):
-            whole[slot.number] = slot.paths[0].parameter
-    return whole
-
-
-def _is_plain(tape: Tape, path: Path, *, may_turn: bool) -> bool:
-    """Whether a gradient is rounded at most on its way, and matrices transposed once.
-
-    Other steps are taken by the nodes themselves, which return nothing to a parameter
-    whose gradient was not asked for.
+    Hooks on the parameter may count the gradients that one pass brings them, as those
+    of `torch.autograd.graph.register_multi_grad_hook` do.
     """
-    if path.steps is None:
-        return False
-    moves = [tape.names[node] for node, _, _ in path.steps]
-    moves = [name for name in moves if name != ROUNDING]
-    return not moves or (may_turn and len(moves) == 1 and moves[0] in TRANSPOSING)
-
-
-def _hand_over(held: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda _: held.pop()
+    is_plain = parameter.layout == torch.strided and not parameter._backward_hooks
+    return is_plain and parameter.requires_grad

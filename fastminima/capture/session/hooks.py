@@ -149,16 +149,24 @@ class Session:
         if self._error is not None:
             self.close()
             raise self._error
-        if self._parts.are_waiting or self._gradients.are_in_parts:
+        self.complete()
+        if self._gradients.are_in_parts:
             with undisturbed():
-                for name, whole in self._parts.rest():
-                    self._collector.take(name, whole)
                 self._gradients.finish()
         if self._program is not None:
             norms = self._collector.collected.sq_norms
             norms.filled = self._program.parameters(self._pass.taken)
         self.close()
         return self._collector.collected
+
+    def complete(self) -> None:
+        """Take the parameters some of whose uses got no gradient."""
+        if not self._parts.are_waiting:
+            return
+        with undisturbed():
+            for name, whole in self._parts.rest():
+                self._collector.take(name, whole)
+        self._parts.clear()
 
     def separate(self, tape: Tape, names: Iterable[str]) -> None:
         """Read some parameters' gradients where they leave this graph, from now on."""

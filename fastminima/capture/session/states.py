@@ -29,7 +29,7 @@ from ..options import Options, Target
 from .arrival import Arrival, Surroundings
 from .collector import Collected
 from .fused import Fusion
-from .hooks import Observer
+from .hooks import Observer, Session
 
 __all__ = ["Failed", "Frozen", "Nothing", "Observed", "Outcome", "Pass", "Resting"]
 
@@ -207,11 +207,15 @@ class Observed(Pass):
 
     def deliver(self) -> None:
         if self.fusion is not None:
+            assert isinstance(self.observer, Session)
+            self.observer.complete()
             self.fusion.deliver()
 
     def close(self) -> None:
         if self.arrival is not None:
             self.arrival.remove()
+        if self.fusion is not None:
+            self.fusion.close()
         if self.observer is not None:
             self.observer.close()
 
@@ -225,6 +229,8 @@ class Observed(Pass):
         if collected is None:
             assert self.observer is not None
             collected = self.observer.finish()
+        if self.fusion is not None:
+            self.fusion.close()
         if not collected.sq_norms:
             raise CaptureError(
                 "No backward pass reached the graph since probe.attach(loss, ...). "

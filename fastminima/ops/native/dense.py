@@ -20,6 +20,10 @@ __all__ = [
     "sequence_sq_norms",
 ]
 
+# Bytes of a gradient that stay in the caches while samples are added to it, and rows of
+# it that a block has at least, since the inputs are read anew for each.
+_BLOCK, _ROWS = 1 << 20, 512
+
 
 def _numbers(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     a, g = accumulated_rows(a, g)
@@ -94,11 +98,50 @@ def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
 def sequence_fused(
     kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See `fastminima.ops.dense.sequence_fused`: all from the tiles of one product."""
-    a, g, numbers = _numbers(a, g)
-    grad, norms = g.new_empty(g.shape[2], a.shape[2]), g.new_empty(len(g))
-    bias = g.new_empty(len(g), g.shape[2]) if with_bias else None
+    """See `fastminima.ops.dense.sequence_fused`: all from the tiles of one product.
+
+    Of a large gradient, such as that of a head over a vocabulary, some rows at a time:
+    the kernel goes over them once for each sample.
+    """
+    batch, d_out = len(g), g.shape[2]
+    rows = max(_ROWS, _BLOCK // max(1, a.shape[2] * a.itemsize))
+    if d_out < 2 * rows:
+        return _fused(kernels, a, g, with_bias, with_second_moment)
+    a, g = accumulated_rows(a, g)
+    grad = g.new_empty(d_out, a.shape[2])
+    bias = g.new_empty(batch, d_out) if with_bias else None
     moment = torch.empty_like(grad) if with_second_moment else None
+    norms = []
+    for lo in range(0, d_out, rows):
+        some = slice(lo, lo + rows)
+        part = _fused(
+            *(kernels, a, g[:, :, some], with_bias, with_second_moment),
+            grad[some],
+            None if moment is None else moment[some],
+        )
+        norms.append(part[1])
+        if bias is not None and part[2] is not None:
+            bias[:, some] = part[2]
+    total = torch.stack(norms).sum(0, dtype=torch.float64).to(g.dtype)
+    return grad, total, bias, moment
+
+
+def _fused(
+    kernels: Any,
+    a: Tensor,
+    g: Tensor,
+    with_bias: bool,
+    with_second_moment: bool,
+    grad: Tensor | None = None,
+    moment: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """All of it at once, into the gradient and second moment if they are given."""
+    a, g, numbers = _numbers(a, g)
+    if grad is None:
+        grad = g.new_empty(g.shape[2], a.shape[2])
+        moment = torch.empty_like(grad) if with_second_moment else None
+    norms = g.new_empty(len(g))
+    bias = g.new_empty(len(g), g.shape[2]) if with_bias else None
     getattr(kernels, f"sequence_fused_{SUFFIX[g.dtype]}")(
         *(numbers, grad.data_ptr(), norms.data_ptr()),
         *(0 if bias is None else bias.data_ptr(),),

@@ -18,7 +18,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from setting import CHECKS
 
-for module in ("replicated", "replicated_faults", "sharded", "sharded_faults"):
+for module in (
+    *("replicated", "replicated_faults", "sharded", "sharded_faults", "fused_mode"),
+):
     importlib.import_module(module)  # which adds to CHECKS
 
 
