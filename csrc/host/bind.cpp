@@ -187,8 +187,10 @@ void bind_host(py::module_& m) {
         return pass;
       }))
       .def_property_readonly("is_ready", &Pass::is_ready)
-      .def("hook", [](const std::shared_ptr<Pass>& self,
-                      py::list nodes) { return stolen(Pass::hook(self, nodes.ptr())); })
+      .def("hook",
+           [](const std::shared_ptr<Pass>& self, py::list nodes, const std::string& wanted) {
+             return stolen(Pass::hook(self, nodes.ptr(), wanted));
+           })
       .def("close",
            [](Pass& self) {
              if (self.close() != 0) throw py::error_already_set();

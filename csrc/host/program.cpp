@@ -85,13 +85,14 @@ Pass::~Pass() {
   Py_DECREF(table_);
 }
 
-PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes) {
+PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
+                     const std::string& wanted) {
   const Steps& steps = *pass->steps_;
   Object hooked(PyBytes_FromStringAndSize(nullptr, steps.size()));
   if (!hooked) return nullptr;
   for (size_t i = 0; i < steps.size(); i++) {
     PyObject* node = PyList_GET_ITEM(nodes, steps[i]->node());
-    int fits = steps[i]->fits(node);
+    int fits = i < wanted.size() && wanted[i] ? steps[i]->fits(node) : 0;
     if (fits < 0) return nullptr;
     PyBytes_AS_STRING(hooked.get())[i] = static_cast<char>(fits);
     if (!fits) continue;

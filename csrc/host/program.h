@@ -36,9 +36,10 @@ class Pass {
   Pass& operator=(const Pass&) = delete;
 
   bool is_ready() const { return is_ready_; }  // the table is one, or none is needed
-  // Registers a hook on the node of each step that fits, and returns a bytes object with a 1 for
-  // each of these. Null with a Python error set.
-  static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes);
+  // Registers a hook on the node of each step that fits, of those with a 1 in `wanted`, and returns
+  // a bytes object with a 1 for each of these. Null with a Python error set.
+  static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
+                        const std::string& wanted);
   // Removes the hooks; a node that runs calls them still, and nothing happens.
   int close();
   // Of each step, whether it was taken.

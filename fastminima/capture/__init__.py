@@ -29,7 +29,8 @@ Words:
     recipe        how to read a graph; *structure*: what all graphs of one shape taught
     region        a node with a graph of its own (checkpoint, compiled), run again
     contribution  what one use adds to the gradient of each sample
-    program       the steps of a recipe that are decided once
+    program       the steps of a recipe that are decided once, run by the extension
+    repeat        a whole pass like the one before, of which nothing is decided again
 """
 
 from .audit import Audit

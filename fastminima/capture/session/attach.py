@@ -62,7 +62,7 @@ class Attacher:
         self._may_repeat = (
             options.measure == {"norms"}
             and options.sample is None
-            and not (options.keep_mean or options.is_fused or directions)
+            and not (options.keep_mean or directions)
             and not defer_errors
         )
 
@@ -125,7 +125,7 @@ class Attacher:
         except BaseException:
             observed.close()
             raise
-        if is_fresh and self._may_repeat:
+        if is_fresh and self._may_repeat and observed.fusion is None:
             self._repeat = new_repeat(
                 self._reader.known(reading),
                 program_of(reading, self._parameters),

@@ -112,7 +112,7 @@ class Session:
         self._layouts = recipe.layouts
         try:
             taken: frozenset[int] = frozenset()
-            if collector.wants_norms_only and not defer_errors and not collector.makes:
+            if collector.wants_norms_only and not defer_errors:
                 program = program_of(reading, parameters)
                 if program is not None:
                     taken = self._start(program, reading.tape, waits=arrival is not None)
@@ -188,7 +188,8 @@ class Session:
             self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._program = program
         self._pass = program.start(self, values, waits=waits)
-        return program.nodes(self._pass.hook(tape.nodes))
+        wanted = program.wanted(self._collector.makes)
+        return program.nodes(self._pass.hook(tape.nodes, wanted))
 
     def is_anothers(self) -> bool:
         """Whether a pass that comes by a step is not the one that is observed."""

@@ -84,6 +84,16 @@ class Program:
         assert made.is_ready
         return made
 
+    def wanted(self, but: frozenset[str]) -> bytes:
+        """A 1 for each step but those of some parameters."""
+        if not but:
+            return self._all
+        return bytes(but.isdisjoint(use.parameters) for use in self.uses)
+
+    @cached_property
+    def _all(self) -> bytes:
+        return bytes([1]) * len(self.uses)
+
     def nodes(self, hooked: bytes) -> frozenset[int]:
         """The nodes of the steps that have a 1."""
         if 0 not in hooked:

@@ -114,7 +114,7 @@ class Repeated(Pass):
 
     def hook(self, nodes: list[Any]) -> bool:
         """Hook all uses; returns whether all fit."""
-        return 0 not in self._pass.hook(nodes)
+        return 0 not in self._pass.hook(nodes, self._program.wanted(frozenset()))
 
     def read_gradients(self) -> None:
         self._collector.read_gradients(self._repeat.parameters)
