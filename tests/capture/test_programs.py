@@ -12,8 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
+from fastminima import _native
 from fastminima.capture.rows.samples import Batch
 from fastminima.capture.session import hooks, program, repeat
+
+if _native.host() is None:
+    pytest.skip("no native extension", allow_module_level=True)
 
 BY_NAME = {case.name: case for case in CASES}
 
