@@ -93,8 +93,9 @@ def prepare(provider: Provider, measure: str, workload: Workload):
     if not provider.choices:
         return make(workload), {}
     ((option, values),) = provider.choices.items()
-    limit = workload.batch_size
-    values = list(dict.fromkeys(min(value, limit) for value in values))
+    if option == "chunk":  # of samples: no more than there are
+        values = dict.fromkeys(min(value, workload.batch_size) for value in values)
+    values = list(values)
     best = choose_option(lambda value: make(workload, **{option: value}), values)
     return make(workload, **{option: best}), {option: best}
 

@@ -19,7 +19,7 @@ __all__ = ["enlarged", "steps"]
 
 DEVICE = "cuda"
 # Times the batch of the CPU's workload, so that a step keeps a large GPU busy.
-FACTORS = {"W1": 32, "W1L": 32, "W2": 32, "W3": 16, "W4": 16, "W5": 4}
+FACTORS = {"W1": 32, "W1L": 32, "W2": 32, "W3": 16, "W4": 16, "W5": 4, "W6": 8}
 _CHECKED = 4  # samples whose norms are compared with a backward pass of their own
 _WRONG = 1e-2  # cuDNN and cuBLAS choose algorithms; TF32 is off in both steps
 
