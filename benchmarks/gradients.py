@@ -89,7 +89,12 @@ def compare_gradients(
     return results | skipped
 
 
-def prepare(provider: Provider, measure: str, workload: Workload):
+def prepare(
+    provider: Provider,
+    measure: str,
+    workload: Workload,
+    clock: Callable[[], float] = time.perf_counter,
+):
     """A provider's step at its best setting, and what that setting is."""
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", message="Extension saving to .* does not have")
@@ -101,7 +106,7 @@ def prepare(provider: Provider, measure: str, workload: Workload):
     if option == "chunk":  # of samples: no more than there are
         values = dict.fromkeys(min(value, workload.batch_size) for value in values)
     values = list(values)
-    best = choose_option(lambda value: make(workload, **{option: value}), values)
+    best = choose_option(lambda value: make(workload, **{option: value}), values, clock)
     return make(workload, **{option: best}), {option: best}
 
 

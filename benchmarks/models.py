@@ -16,6 +16,7 @@ from torch.nn import functional as F
 __all__ = [
     "GPT2",
     "Decoder",
+    "DecoderBlock",
     "ResNet20",
     "mlp",
     "narrow_gpt2",
@@ -104,6 +105,8 @@ class ResNet20(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm block: causal attention with packed projections, then a GELU MLP."""
 
+    is_causal = True
+
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
@@ -120,7 +123,7 @@ class DecoderBlock(nn.Module):
             part.view(batch, time, self.heads, -1).transpose(1, 2)
             for part in self.qkv(x).split(width, dim=2)
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         return self.projection(out.transpose(1, 2).reshape(batch, time, width))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from benchmarks import models
 
 __all__ = ["WORKLOADS", "Workload", "build", "freeze_norms", "train"]
 
-NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm)
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)

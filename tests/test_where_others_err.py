@@ -205,8 +205,8 @@ def ids(high, *shape):
 
 # What makes a model and its batch. Squared norms added up from the inputs and output
 # gradients of modules, as dattri-llm 0.1.0 does, are not those of the samples there. It
-# warns of tables looked up once for all, and its manual says that uses of a shared weight
-# are taken for several weights; of the others it says nothing.
+# warns of tables that are looked up once for all, and its manual says that uses of one
+# weight are taken for several weights; of the others it says nothing.
 BY_MODULES = {
     "tied weights": lambda: (Tied(), ids(7, 6, 4)),
     "a layer called twice": lambda: (Reused(), torch.randn(6, 5)),
