@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.gpu.suites import workers
 from benchmarks.records import HERE
 from tools.kernels.cases import Case, Tensors, cases
 
@@ -22,8 +23,10 @@ DEVICE = "cuda"
 
 
 def tests(seconds: float) -> dict:
-    """The tests that are marked gpu."""
+    """The tests that are marked gpu, in as many processes as `suites.workers` says."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
+    if workers() > 1:
+        command += ["-n", str(workers())]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "--durations=10"],
         cwd=ROOT,

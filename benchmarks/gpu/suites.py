@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks.records import HERE
 
-__all__ = ["FOLDERS", "command", "read_report", "suites"]
+__all__ = ["FOLDERS", "WORKERS", "command", "read_report", "suites", "workers"]
 
 ROOT = HERE.parent
 FOLDERS = ("capture", "curvature", "spectrum", "optim")
+WORKERS = "FASTMINIMA_TEST_WORKERS"  # in the environment: how many processes
 _LINES = 4  # of each error
 _TO_REPORT = 20.0  # seconds that pytest gets to write down what it has found
 
@@ -34,9 +35,14 @@ def suites(seconds: float, device: str = "cuda") -> dict:
 
 
 def workers() -> int:
-    """Processes that share the device: half the cores, one without pytest-xdist."""
+    """Processes that share the device: as `-n` says, or half the cores.
+
+    One without pytest-xdist.
+    """
     if importlib.util.find_spec("xdist") is None:
         return 1
+    if asked := os.environ.get(WORKERS):
+        return max(1, int(asked))
     return max(1, (os.cpu_count() or 2) // 2)
 
 

@@ -7,7 +7,6 @@ passes of single samples before it is timed.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastminima as fm
+from benchmarks.gpu.device import clock_of, let_go, peak_mib
 from benchmarks.gpu.launches import started
 from benchmarks.gpu.zoo import RECIPES, TOLERANCE, Recipe, build
 from benchmarks.gradients import prepare
@@ -36,6 +36,7 @@ _OURS = {
 }
 _SINGLE = 3  # samples that are differentiated one by one
 _HOST_ROUNDS = 15
+_SMOKE = 2.0  # seconds a model, however long it takes
 
 Keep = Callable[[dict], None]
 Truth = dict[str, Tensor]  # by parameter, squared norms of the first samples
@@ -68,7 +69,9 @@ def training(
         stop = time.monotonic() + share * (end - time.monotonic())
         for left, (recipe, row) in enumerate(zip(RECIPES, rows.values(), strict=True)):
             budget = (stop - time.monotonic()) / (len(RECIPES) - left)
-            if budget < 3:
+            if size == "smoke":
+                budget = _SMOKE
+            elif budget < 3:
                 row.setdefault("left out", []).append(part.__name__.strip("_"))
                 continue
             try:
@@ -76,23 +79,8 @@ def training(
             except FAILURES as failure:
                 row |= {"ok": False, "error": reason_of(failure)}
             keep(result())
-            _let_go(device)
+            let_go(device)
     return result()
-
-
-def _let_go(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-
-
-def _clock(device: str) -> Callable[[], float]:
-    def now() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return now
 
 
 def _ours(
@@ -111,15 +99,15 @@ def _ours(
     }
     steps = {"plain": by_name("plain").measures["norms"](workload)}
     for name, (provider, measure) in _OURS.items():
-        start = time.monotonic()
-        steps[name] = by_name(provider).measures[measure](workload)
-        answer = steps[name]()
-        error = _error(answer, truth, workload)
-        right = error <= TOLERANCE[recipe.precision]
-        row[name] = {"worst_error": error, "right": right}
-        row[name]["first_seconds"] = time.monotonic() - start
-        if not right:
-            del steps[name]
+        try:
+            step, row[name] = _checked(
+                by_name(provider).measures[measure], workload, truth, recipe.precision
+            )
+        except FAILURES as failure:
+            row[name] = {"right": False, "error": reason_of(failure)}
+        else:
+            if row[name]["right"]:
+                steps[name] = step
     row["ok"] = all(row[name]["right"] for name in _OURS)
     tell()
     _time(steps, row, 0.5 * budget, device)
@@ -127,8 +115,23 @@ def _ours(
     row["every=10"] = _every(workload, 0.2 * budget, device)
     tell()
     del workload, steps
-    _let_go(device)
+    let_go(device)
     row["host"] = _host(recipe, device, "narrow" if size == "full" else size)
+
+
+def _checked(
+    make: Callable[[Workload], Callable[[], Any]],
+    workload: Workload,
+    truth: Truth,
+    precision: str,
+) -> tuple[Callable[[], Any], dict]:
+    """A step, whether it is right, and the seconds of its first call."""
+    start = time.monotonic()
+    step = make(workload)
+    error = _error(step(), truth, workload)
+    seconds = time.monotonic() - start
+    found = {"worst_error": error, "right": error <= TOLERANCE[precision]}
+    return step, found | {"first_seconds": seconds}
 
 
 def _truth(workload: Workload) -> Truth:
@@ -156,26 +159,14 @@ def _error(answer: Any, truth: Truth, workload: Workload) -> float:
 
 def _time(steps: dict, row: dict, budget: float, device: str) -> None:
     times = interleave(
-        steps, plain="plain", budget=budget, min_rounds=3, clock=_clock(device)
+        steps, plain="plain", budget=budget, min_rounds=3, clock=clock_of(device)
     )
     plain = [1e3 * t for t in times["plain"] if t is not None]
     row["plain_ms"] = statistics.median(plain)
-    row["peak_mib"] = {name: _peak(step, device) for name, step in steps.items()}
+    row["peak_mib"] = {name: peak_mib(step, device) for name, step in steps.items()}
     for name in steps:
         if name != "plain":
             row[name] |= dataclasses.asdict(ratio(times[name], times["plain"]))
-
-
-def _peak(step: Callable[[], object], device: str) -> float | None:
-    """MiB that a step needs beside what lives between steps; None on a CPU."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _every(workload: Workload, budget: float, device: str) -> dict:
@@ -193,7 +184,7 @@ def _every(workload: Workload, budget: float, device: str) -> dict:
     steps = {"plain": ten(lambda losses: losses.mean().backward())}
     steps["every=10"] = ten(probe.backward)
     times = interleave(
-        steps, plain="plain", budget=budget, min_rounds=3, clock=_clock(device)
+        steps, plain="plain", budget=budget, min_rounds=3, clock=clock_of(device)
     )
     return dataclasses.asdict(ratio(times["every=10"], times["plain"]))
 
@@ -210,7 +201,7 @@ def _host(recipe: Recipe, device: str, size: str) -> dict:
         steps[mode] = by_name(provider).measures[measure](workload)
     probe = fm.GradientProbe(workload.model)
     uses = uses_of(probe, workload.losses())
-    clock = _clock(device)
+    clock = clock_of(device)
     found: dict[str, Any] = {"uses": uses, "inputs": list(workload.inputs.shape)}
     for name, step in steps.items():
         for _ in range(3):
@@ -250,7 +241,7 @@ def _peers(
         provider = by_name(name)
         if reason := provider.missing("norms"):
             found[name] = {"skipped": reason}
-        elif share < 1:
+        elif share < 1 and size != "smoke":
             found[name] = {"skipped": "no time was left"}
         else:
             try:
@@ -258,7 +249,7 @@ def _peers(
             except FAILURES as failure:
                 found[name] = {"skipped": reason_of(failure)}
         tell()
-        _let_go(device)
+        let_go(device)
 
 
 def _peer(
@@ -267,7 +258,7 @@ def _peer(
     other, mine = (build(recipe, size, device) for _ in range(2))
     if provider.without_norms:  # it skips such layers, on whatever model
         other, mine = freeze_norms(other), freeze_norms(mine)
-    clock = _clock(device)
+    clock = clock_of(device)
     truth = _truth(mine)
     step, settings = prepare(provider, "norms", mine, clock)
     error = _error(step(), truth, mine)
@@ -279,5 +270,5 @@ def _peer(
     times = interleave(
         steps, plain="plain", budget=0.5 * budget, min_rounds=3, clock=clock
     )
-    found["peak_mib"] = _peak(step, device)
+    found["peak_mib"] = peak_mib(step, device)
     return found | dataclasses.asdict(ratio(times[provider.name], times["plain"]))
