@@ -10,9 +10,9 @@ python -m benchmarks.gpu --smoke          without a GPU: tiny models on the CPU
 
 Each stage runs in a process of its own and within its share of the time, so that one
 that crashes or hangs costs its own record only. A record is written when its stage
-ends; long stages write what they have to FOLDER/<stage>.part as they go, so that nothing
-is lost to what ends all of it. Without a GPU: says why, exit status 2. Exit status 1
-where a stage failed. Needs no network.
+ends; long stages write what they have to FOLDER/<stage>.part as they go, so that
+nothing is lost to what ends all of it. Without a GPU: says why, exit status 2. Exit
+status 1 where a stage failed. Needs no network.
 """
 
 from __future__ import annotations
@@ -63,7 +63,13 @@ STAGES = (
     Stage("rounding", 15, "checks.rounding", "how TF32 rounds, and what norms lose"),
     Stage("sanitizer", 40, "checks.sanitizer", "compute-sanitizer on small cases"),
     Stage("kernels", 80, "timing.kernels", "every op against its floor and PyTorch"),
-    Stage("steps", 55, "steps.steps", "W1 to W6: a probed step over a plain one"),
+    Stage(
+        "steps",
+        55,
+        "steps.steps",
+        "W1 to W6: a probed step over a plain one",
+        is_told=True,
+    ),
     Stage(
         "training",
         240,

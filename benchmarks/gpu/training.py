@@ -116,7 +116,8 @@ def _ours(
     tell()
     del workload, steps
     let_go(device)
-    row["host"] = _host(recipe, device, "narrow" if size == "full" else size)
+    modes = [mode for mode in ("observe", "fused") if row[mode]["right"]]
+    row["host"] = _host(recipe, modes, device, "narrow" if size == "full" else size)
 
 
 def _checked(
@@ -189,14 +190,14 @@ def _every(workload: Workload, budget: float, device: str) -> dict:
     return dataclasses.asdict(ratio(times["every=10"], times["plain"]))
 
 
-def _host(recipe: Recipe, device: str, size: str) -> dict:
+def _host(recipe: Recipe, modes: list[str], device: str, size: str) -> dict:
     """What the host does for a use: microseconds, launches and operators beyond plain.
 
     Of a model with few numbers and all layers, whose steps wait for nothing else.
     """
     workload = build(recipe, size, device)
     steps = {"plain": by_name("plain").measures["norms"](workload)}
-    for mode in ("observe", "fused"):
+    for mode in modes:
         provider, measure = _OURS[mode]
         steps[mode] = by_name(provider).measures[measure](workload)
     probe = fm.GradientProbe(workload.model)
@@ -212,7 +213,7 @@ def _host(recipe: Recipe, device: str, size: str) -> dict:
             step()
             seconds.append(clock() - start)
         found[name] = {"ms": 1e3 * statistics.median(seconds)} | started(step, device)
-    for mode in ("observe", "fused"):
+    for mode in modes:
         found[mode] |= _beyond(found[mode], found["plain"], uses)
     return found
 
