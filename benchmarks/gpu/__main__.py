@@ -57,7 +57,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("tests", 90, "checks.tests", "the tests that are marked gpu"),
+    Stage("tests", 110, "checks.tests", "the tests that are marked gpu"),
     Stage("streams", 25, "checks.streams", "kernels follow the stream of PyTorch"),
     Stage("capture", 25, "checks.capture", "kernels replay in a CUDA graph"),
     Stage("rounding", 15, "checks.rounding", "how TF32 rounds, and what norms lose"),
@@ -72,7 +72,7 @@ STAGES = (
     ),
     Stage(
         "training",
-        240,
+        220,
         "training.training",
         "GPT-2, Llama, ViT, ResNet-50: every mode, the host, peers",
         is_told=True,

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.records import HERE
 
-__all__ = ["FOLDERS", "WORKERS", "command", "read_report", "suites", "workers"]
+__all__ = ["FOLDERS", "WORKERS", "command", "reported", "suites", "workers"]
 
 ROOT = HERE.parent
 FOLDERS = ("capture", "curvature", "spectrum", "optim")
@@ -24,14 +25,26 @@ _TO_REPORT = 20.0  # seconds that pytest gets to write down what it has found
 
 def suites(seconds: float, device: str = "cuda") -> dict:
     """Runs capture, curvature, spectrum and optim with models and batches there."""
+    return reported(lambda report: command(device, report), seconds) | {
+        "device": device
+    }
+
+
+def reported(words: Callable[[Path], list[str]], seconds: float) -> dict:
+    """What pytest found, also where it was interrupted for time.
+
+    Args:
+        words: the command, of the file that pytest writes its report to.
+        seconds: for everything.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        status, said = _run(command(device, report), seconds)
+        status, said = _run(words(report), seconds)
         found = read_report(report)
     found["ok"] = status == 0 and found["counts"].get("passed", 0) > 0
     if not report_is_enough(found):
         found["said"] = said[-4000:]
-    return found | {"status": status, "workers": workers(), "device": device}
+    return found | {"status": status, "workers": workers()}
 
 
 def workers() -> int:

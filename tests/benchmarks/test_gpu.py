@@ -155,6 +155,28 @@ def test_suites_run_on_the_device_asked_for(tmp_path):
     assert ("-n" in words) == (suites.workers() > 1)
 
 
+def test_gpu_tests_are_run_in_workers_and_reported(monkeypatch):
+    asked = []
+    monkeypatch.setenv(suites.WORKERS, "3")
+
+    def run(words, seconds):
+        asked.append(words)
+        (report,) = (w.split("=")[1] for w in words if w.startswith("--junitxml"))
+        Path(report).write_text(
+            '<testsuite><testcase classname="tests.a" name="b" time="1"/></testsuite>'
+        )
+        return None, "interrupted"
+
+    monkeypatch.setattr(suites, "_run", run)
+    found = checks.tests(60)
+    assert found["counts"] == {"passed": 1} and not found["ok"]
+    assert found["said"] == "interrupted"
+    ((*words,),) = asked
+    assert words[words.index("-m", 3) + 1] == "gpu"
+    if suites.workers() > 1:
+        assert words[words.index("-n") + 1] == "3"
+
+
 class _Event:
     """Stands for an event: a millisecond after the one before it."""
 
