@@ -14,7 +14,7 @@ from benchmarks.workloads import WORKLOADS
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks")
     group.addoption(
-        "--workloads", default="W1,W2", help="of W1,W1L,W2,W3,W4,W5, or 'all'"
+        "--workloads", default="W1,W2", help=f"of {','.join(WORKLOADS)}, or 'all'"
     )
     group.addoption(
         "--budget", type=float, default=5.0, help="seconds of rounds a workload"

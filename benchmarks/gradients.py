@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 
-from benchmarks.gradients_oracle import judge, sample_truth
+from benchmarks.gradients_oracle import Truth, judge, sample_truth
 from benchmarks.harness import Result, compare
 from benchmarks.providers import (
     FAILURES,
@@ -30,9 +30,14 @@ def compare_gradients(
     *,
     budget: float = 20.0,
     progress: Callable[[str], None] = lambda _: None,
+    truth: Truth | None = None,
     **options,
 ) -> dict[str, Result]:
-    """Checks and times the providers of "norms" or "second_moments" on a workload."""
+    """Checks and times the providers of "norms" or "second_moments" on a workload.
+
+    With `truth`, that of `sample_truth`, it is not computed again; with `timed=False`
+    providers are only checked.
+    """
     steps, settings, workloads, baselines, skipped = {}, {}, {}, {}, {}
 
     def add(label: str, provider: Provider, mine: Workload):
@@ -59,14 +64,14 @@ def compare_gradients(
     if baselines:
         add(PLAIN_WITHOUT_NORMS, by_name("plain"), freeze_norms(workload.fresh()))
 
-    progress(f"{workload.name}: float64 oracle")
-    whole = sample_truth(workload)
-    partial = sample_truth(workloads[PLAIN_WITHOUT_NORMS]) if baselines else None
+    if truth is None:
+        progress(f"{workload.name}: float64 oracle")
+        truth = sample_truth(workload)
 
     def check(label, answer):
+        progress(f"{workload.name}: checking {label}")
         mine = workloads[label]
-        truth = partial if mine.note else whole
-        return judge(answer, gradients(mine), truth)
+        return judge(answer, gradients(mine), truth.of(mine.parameters))
 
     results = compare(
         steps,
@@ -84,7 +89,12 @@ def compare_gradients(
     return results | skipped
 
 
-def prepare(provider: Provider, measure: str, workload: Workload):
+def prepare(
+    provider: Provider,
+    measure: str,
+    workload: Workload,
+    clock: Callable[[], float] = time.perf_counter,
+):
     """A provider's step at its best setting, and what that setting is."""
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", message="Extension saving to .* does not have")
@@ -93,9 +103,10 @@ def prepare(provider: Provider, measure: str, workload: Workload):
     if not provider.choices:
         return make(workload), {}
     ((option, values),) = provider.choices.items()
-    limit = workload.batch_size
-    values = list(dict.fromkeys(min(value, limit) for value in values))
-    best = choose_option(lambda value: make(workload, **{option: value}), values)
+    if option == "chunk":  # of samples: no more than there are
+        values = dict.fromkeys(min(value, workload.batch_size) for value in values)
+    values = list(values)
+    best = choose_option(lambda value: make(workload, **{option: value}), values, clock)
     return make(workload, **{option: best}), {option: best}
 
 

@@ -5,6 +5,7 @@ Nothing here uses the package or a peer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,20 @@ MEDIAN = 1e-4
 class Truth:
     """Float64 statistics of the per-sample gradients of one workload."""
 
-    norms: Tensor  # [batch], squared norms
+    sq_norms: dict[str, Tensor]  # [batch] of each parameter
     second_moments: dict[str, Tensor]  # mean over samples of the squared gradient
     gradient: dict[str, Tensor]  # mean over samples of the gradient
+
+    @property
+    def norms(self) -> Tensor:
+        """`[batch]`: squared norms of the samples' whole gradients."""
+        return torch.stack(list(self.sq_norms.values())).sum(dim=0)
+
+    def of(self, names: Iterable[str]) -> Truth:
+        """What is true when only these parameters require a gradient."""
+        parts = self.sq_norms, self.second_moments, self.gradient
+        wanted = list(names)
+        return Truth(*({name: part[name] for name in wanted} for part in parts))
 
 
 def sample_truth(workload: Workload) -> Truth:
@@ -38,21 +50,21 @@ def sample_truth(workload: Workload) -> Truth:
     parameters = exact.parameters
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    norms = []
+    sq_norms: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for n in range(exact.batch_size):
         one = Workload(
             exact.name, exact.model, exact.inputs[n : n + 1], exact.targets[n : n + 1]
         )
         grads = torch.autograd.grad(one.losses().sum(), list(parameters.values()))
-        norms.append(sum(g.square().sum() for g in grads))
         for name, g in zip(parameters, grads, strict=True):
+            sq_norms[name].append(g.square().sum())
             sums[name] += g
             squares[name].addcmul_(g, g)
     count = exact.batch_size
     return Truth(
-        torch.stack(norms),
-        {name: s / count for name, s in squares.items()},
-        {name: s / count for name, s in sums.items()},
+        {name: torch.stack(norms) for name, norms in sq_norms.items()},
+        {name: s.div_(count) for name, s in squares.items()},
+        {name: s.div_(count) for name, s in sums.items()},
     )
 
 
@@ -73,9 +85,10 @@ def judge(answer, gradient: dict[str, Tensor], truth: Truth) -> Verdict:
     if isinstance(answer, dict):
         worst = _by_parameter(answer, truth.second_moments).max().item()
         return Verdict(worst <= WORST, worst, "second moments")
-    if answer.shape != truth.norms.shape:
+    norms = truth.norms
+    if answer.shape != norms.shape:
         return Verdict(False, float("inf"), f"shape {tuple(answer.shape)}")
-    errors = (answer.double() - truth.norms).abs() / truth.norms
+    errors = (answer.double() - norms).abs() / norms
     # `<=` so that NaN is wrong.
     ok = bool(errors.max() <= WORST) and bool(errors.median() <= MEDIAN)
     return Verdict(ok, errors.max().item(), "squared norms")

@@ -153,6 +153,7 @@ def compare(
     plain: str,
     check: Callable[[str, object], Verdict],
     baselines: Mapping[str, str] | None = None,
+    timed: bool = True,
     **options,
 ) -> dict[str, Result]:
     """Checks every step once, then times the right ones against the plain step.
@@ -162,6 +163,7 @@ def compare(
         plain: the name of the step that the others are divided by.
         check: judges a provider's answer, before anything is timed.
         baselines: the plain step of a provider that needs another one than `plain`.
+        timed: whether to time at all, or to check only.
         **options: of `interleave`.
 
     Raises:
@@ -184,6 +186,8 @@ def compare(
     for name in {plain, *baselines.values()} - right.keys():
         said = results[name].skipped or results[name].verdict
         raise RuntimeError(f"The plain step {name!r} is {said}.")
+    if not timed:
+        return results
     times = interleave(right, plain=plain, **options)
     for name, seconds in times.items():
         baseline = times[baselines.get(name, plain)]

@@ -12,7 +12,7 @@ from fastminima.capture.graph.tape import Tape
 from fastminima.capture.rows.decode import Scheme
 from fastminima.capture.rows.samples import Batch
 
-__all__ = ["Pieces", "digits_of", "pieces_of"]
+__all__ = ["Pieces", "digits_of", "pieces_of", "uses_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def pieces_of(probe: GradientProbe, losses: Tensor) -> Pieces:
         hook=lambda: hook(gradients=False),
         hook_with_gradients=lambda: hook(gradients=True),
     )
+
+
+def uses_of(probe: GradientProbe, losses: Tensor) -> int:
+    """Places where parameters enter the graph of some losses."""
+    return len(probe._reader.read(losses, Batch(len(losses))).recipe.plan.uses)
 
 
 def digits_of(batch: int) -> int:

@@ -2,7 +2,8 @@
 
 Run as a module this file is the child. It builds the workload and the step; runs one
 such step of a copy, so that what libraries set up once is not counted, and drops the
-copy; notes the resident memory; runs four steps; prints by how much the peak passed.
+copy; notes the resident memory; runs four steps, or as many as begin within five
+seconds, at least two; prints by how much the peak passed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 __all__ = ["peak_growth"]
 
-STEPS = 3  # before the warm one
+STEPS = 4
+ENOUGH = 5.0  # seconds of steps: slow ones have their peak in the first already
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,10 +32,10 @@ def peak_growth(
     """MiB by which the peak of four steps passes what model and data take.
 
     Returns:
-        `growth`, the peak over four steps, and `first`, that of the first alone, over
-        the resident memory `before` the first; `warm`, the peak during the fourth step
-        over the resident memory between it and the third, which the allocator has by
-        then filled with what earlier steps freed.
+        `growth`, the peak over all steps, and `first`, that of the first alone, over
+        the resident memory `before` the first; `warm`, the peak during the last step
+        over the resident memory just before it, which the allocator has by then filled
+        with what earlier steps freed; and how many `steps` there were.
 
     Raises:
         RuntimeError: when the child fails, with the end of what it said.
@@ -65,26 +68,29 @@ def _child(workload_name, measure, provider_name, options, threads):
     options = json.loads(options)
     if options.pop("without_norms", False):
         workload = freeze_norms(workload)
-    step = provider.measures[measure](workload, **options)
-    provider.measures[measure](workload.fresh(), **options)()
+    make = provider.measures[measure]
+    step = make(workload, **options)
+    make(workload.fresh(), **options)()
+    print(json.dumps(_growth_of(step)))
+
+
+def _growth_of(step) -> dict[str, float]:
     _return_freed_memory()
     before = _resident()
-    _reset_peak()
-    step()
-    first = _peak()
-    for _ in range(STEPS - 1):
+    peaks: list[int] = []
+    end = time.monotonic() + ENOUGH
+    while len(peaks) < 2 or (len(peaks) < STEPS and time.monotonic() < end):
+        between = _resident()
+        _reset_peak()
         step()
-    peak = _peak()
-    between = _resident()
-    _reset_peak()
-    step()
+        peaks.append(_peak())
     growths = {
-        "first": first - before,
-        "growth": max(first, peak, _peak()) - before,
-        "warm": _peak() - between,
+        "first": peaks[0] - before,
+        "growth": max(peaks) - before,
+        "warm": peaks[-1] - between,
         "before": before,
     }
-    print(json.dumps({name: size / MIB for name, size in growths.items()}))
+    return {name: size / MIB for name, size in growths.items()} | {"steps": len(peaks)}
 
 
 def _return_freed_memory() -> None:

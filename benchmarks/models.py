@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Decoder", "ResNet20", "mlp", "narrow_gpt2", "small_convnet", "vgg11"]
+__all__ = [
+    "GPT2",
+    "Decoder",
+    "DecoderBlock",
+    "ResNet20",
+    "mlp",
+    "narrow_gpt2",
+    "small_convnet",
+    "vgg11",
+]
 
 VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 
@@ -96,6 +105,8 @@ class ResNet20(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm block: causal attention with packed projections, then a GELU MLP."""
 
+    is_causal = True
+
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
@@ -112,7 +123,7 @@ class DecoderBlock(nn.Module):
             part.view(batch, time, self.heads, -1).transpose(1, 2)
             for part in self.qkv(x).split(width, dim=2)
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         return self.projection(out.transpose(1, 2).reshape(batch, time, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +150,19 @@ class Decoder(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         x = self.tokens(ids) + self.positions(positions)
         return self.head(self.norm(self.blocks(x)))
+
+
+class GPT2(Decoder):
+    """GPT-2's width, vocabulary, tied head and start, with four of 12 blocks (W6)."""
+
+    def __init__(self, vocabulary=50257, time=64, width=768, heads=12, depth=4):
+        super().__init__(vocabulary, time, width, heads, depth)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.head.weight = self.tokens.weight
 
 
 def narrow_gpt2(width: int) -> tuple[nn.Module, Callable[[], Tensor]]:

@@ -163,7 +163,7 @@ def adapters(budget: float) -> dict:
 
 
 def first(rounds: int) -> dict:
-    """The first probed step of W1 to W5 and of a GPT-2 with its whole vocabulary."""
+    """The first probed step of all workloads and of a longer GPT-2."""
     return {name: first_step(name, rounds) for name in NAMES}
 
 

@@ -27,6 +27,7 @@ PACKAGES = (
     "numpy",
     "backpack-for-pytorch",
     "opacus",
+    "dattri-llm",
     "PyHessian",
     "curvlinops-for-pytorch",
     "hessian-eigenthings",

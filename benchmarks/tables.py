@@ -1,51 +1,33 @@
 """Measures the comparison tables, prints them, and keeps a record.
 
-python -m benchmarks.tables                  all tables, about a quarter of an hour
-python -m benchmarks.tables --quick          the small workloads, a minute or two
+python -m benchmarks.tables                  all tables, half an hour on two idle cores
+python -m benchmarks.tables --quick          the small workloads, a few minutes
 python -m benchmarks.tables --from FILE      draws a record again
+
+The record is written after each column, so that what stops a run loses no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from benchmarks.curvature import PROBLEMS, compare_eigenvalues, compare_products
+from benchmarks.curvature import compare_eigenvalues, compare_products
 from benchmarks.gradients import compare_gradients
+from benchmarks.gradients_oracle import Truth, sample_truth
 from benchmarks.markdown import TITLES, render
-from benchmarks.memory import peak_growth
+from benchmarks.memory_cells import memory_cells
+from benchmarks.plan import FULL, QUICK, Block, blocks
 from benchmarks.providers import by_name
 from benchmarks.records import describe_run, describe_workload, save, summary
 from benchmarks.workloads import WORKLOADS, build
-
-COLUMNS = {
-    "norms": tuple(WORKLOADS),
-    "second_moments": tuple(WORKLOADS),
-    "memory": ("W3", "W5"),
-    "product": ("W1L", "W3", "W5"),
-    "eigenvalue": tuple(PROBLEMS),
-}
-# (seconds a cell block may take, fewest rounds); the full run fits in 15 minutes on
-# two idle cores.
-FULL = {
-    "norms": {"budget": 18.0, "min_rounds": 7},
-    "second_moments": {"budget": 10.0, "min_rounds": 5},
-    "product": {"budget": 12.0, "min_rounds": 5},
-    "eigenvalue": {"budget": 30.0, "max_rounds": 5},
-}
-QUICK = {
-    "norms": {"budget": 2.0, "min_rounds": 3},
-    "second_moments": {"budget": 2.0, "min_rounds": 3},
-    "product": {"budget": 2.0, "min_rounds": 3},
-    "eigenvalue": {"budget": 5.0, "max_rounds": 1},
-}
-QUICK_COLUMNS = {"W1", "W1L", "W2", "W1L trained"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,62 +37,86 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    record = measure(options)
+    record = start(options)
     path = save(record, options.output)
+    measure(record, options, keep=lambda: save(record, path))
     print(render(record))
     print(f"Recorded in {path}")
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Runs what was asked for; after Ctrl-C, what there is by then."""
+def start(options: argparse.Namespace) -> dict:
+    """The record of a run, with nothing measured yet."""
     for name in options.providers or ():
         by_name(name)
-    settings = QUICK if options.quick else FULL
-    work = [
-        (table, column)
-        for table in options.tables
-        for column in _columns(table, options)
-    ]
-    record: dict = {
+    work = blocks(options.tables, options.workloads, quick=options.quick)
+    return {
         "run": describe_run(options.threads),
-        "settings": {"quick": options.quick, **settings},
+        "settings": {"quick": options.quick, **(QUICK if options.quick else FULL)},
         "workloads": {
             name: describe_workload(build(name))
-            for name in dict.fromkeys(column.split()[0] for _, column in work)
+            for name in dict.fromkeys(block.workload for block in work)
         },
         "tables": {},
     }
-    bar = _bar(len(work))
-    for table, column in work:
+
+
+def measure(
+    record: dict, options: argparse.Namespace, keep: Callable[[], object]
+) -> None:
+    """Runs what was asked for; after Ctrl-C the record has what there is by then."""
+    work = blocks(options.tables, options.workloads, quick=options.quick)
+    bar = _bar(work)
+    measured: dict[str, dict] = {table: {} for table in options.tables}
+    for block in work:
+        table, column = block.table, block.column
         bar.set_description(f"{table} {column}")
         try:
-            cells = _cells(
-                table, column, options, settings, record, bar.set_postfix_str
-            )
+            cells = _cells(block, options, record, bar.set_postfix_str)
         except KeyboardInterrupt:
             bar.write(f"Stopped at {table} {column}; what came before is kept.")
             break
         except Exception as error:
             bar.write(f"{table} {column} failed: {type(error).__name__}: {error}")
             record.setdefault("failed", {})[f"{table} {column}"] = repr(error)
-            continue
-        record["tables"].setdefault(table, {})[column] = cells
-        bar.update()
+        else:
+            measured[table][column] = cells
+            record["tables"] = {
+                t: columns for t, columns in measured.items() if columns
+            }
+        bar.update(block.seconds)
+        keep()
     bar.close()
-    return record
 
 
-def _cells(table, column, options, settings, record, progress) -> dict:
-    if table == "memory":
-        return _memory(column, options, record, progress)
-    asked = {"names": options.providers, "progress": progress, **settings[table]}
+@lru_cache(maxsize=1)
+def _truth(name: str) -> Truth:
+    return sample_truth(build(name))
+
+
+def _cells(
+    block: Block, options: argparse.Namespace, record: dict, progress
+) -> dict[str, dict]:
+    table, column = block.table, block.column
+    asked = {"names": options.providers, "progress": progress}
+    asked |= record["settings"][table]
     if table == "eigenvalue":
-        results = compare_eigenvalues(column, include_slow=options.slow, **asked)
-        return {name: _eigenvalue(result) for name, result in results.items()}
+        found = compare_eigenvalues(column, include_slow=options.slow, **asked)
+        return {name: _eigenvalue(result) for name, result in found.items()}
+    if table == "memory":
+        done = record["tables"]
+        known = {m: done[m].get(column, {}) for m in done}
+        return memory_cells(
+            column,
+            known,
+            threads=options.threads,
+            truth=lambda: _truth(column),
+            **asked,
+        )
     if table == "product":
         results = compare_products(build(column), **asked)
     else:
-        results = compare_gradients(build(column), table, **asked)
+        progress(f"{column}: float64 oracle")
+        results = compare_gradients(build(column), table, truth=_truth(column), **asked)
     return {name: summary(result) for name, result in results.items()}
 
 
@@ -125,74 +131,18 @@ def _eigenvalue(result) -> dict:
     return fields
 
 
-def _memory(column, options, record, progress) -> dict:
-    """Peak growth of every provider of norms and second moments found right."""
-    cells = {"plain": _growth(column, "norms", "plain", {}, options, progress)}
-    for measure_name in ("norms", "second_moments"):
-        timed = record["tables"].get(measure_name, {}).get(column)
-        if timed is None:
-            # Only to know who is right, and the best chunk.
-            results = compare_gradients(
-                build(column), measure_name, options.providers, budget=0, min_rounds=1
-            )
-            timed = {name: summary(result) for name, result in results.items()}
-        for name, cell in timed.items():
-            provider = name.split(",")[0]
-            label = name if measure_name == "norms" else f"{name} second_moments"
-            if provider == "plain" and measure_name == "norms" and name != "plain":
-                settings = {"without_norms": True}
-                cells[name] = _growth(
-                    column, "norms", "plain", settings, options, progress
-                )
-            elif provider == "plain":
-                continue
-            elif cell.get("skipped") or not cell["right"]:
-                cells[label] = cell
-            else:
-                try:
-                    cells[label] = _probed(
-                        column, measure_name, name, cell, options, progress
-                    )
-                except RuntimeError as failure:
-                    said = str(failure).splitlines()
-                    cells[label] = {"skipped": f"{said[0]} {said[-1]}"}
-    return cells
-
-
-def _probed(column, measure_name, name, cell, options, progress) -> dict:
-    settings = dict(cell["settings"])
-    if column in by_name(name).without_norms:
-        settings["without_norms"] = True
-    growth = _growth(column, measure_name, name, settings, options, progress)
-    growth["note"] = cell["note"]
-    if "without_norms" in settings:
-        growth["baseline"] = "plain, norm parameters off"
-    return growth
-
-
-def _growth(column, measure_name, name, settings, options, progress) -> dict:
-    progress(f"{name} {measure_name}")
-    runs = [
-        peak_growth(column, measure_name, name, settings, options.threads)
-        for _ in range(2 if measure_name == "norms" and not options.quick else 1)
-    ]
-    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-    return {"right": True, "worst_error": 0.0, "runs": runs, **mean}
-
-
-def _columns(table: str, options: argparse.Namespace) -> list[str]:
-    columns = COLUMNS[table]
-    if options.workloads and table == "memory":
-        return options.workloads
-    if options.workloads:
-        return [name for name in columns if name.split()[0] in options.workloads]
-    return [name for name in columns if not options.quick or name in QUICK_COLUMNS]
-
-
-def _bar(total: int):
+def _bar(work: list[Block]):
+    """A bar in seconds as estimated, so that what it says is left is about right."""
     from tqdm import tqdm
 
-    return tqdm(total=total, file=sys.stderr, dynamic_ncols=True)
+    total = sum(block.seconds for block in work)
+    print(
+        f"{len(work)} columns, about {max(1, round(total / 60))} minutes on two idle "
+        "cores with all libraries installed",
+        file=sys.stderr,
+    )
+    shape = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
+    return tqdm(total=total, file=sys.stderr, dynamic_ncols=True, bar_format=shape)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ MEASURES = ("norms",)
 
 @lru_cache(maxsize=1)
 def results_of(measure, column):
-    return compare_gradients(build(column), measure, budget=0, min_rounds=1)
+    return compare_gradients(build(column), measure, timed=False)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
-"""What is trained in the benchmarks: W1, W1L, W2, W3, W4, W5.
+"""What is trained in the benchmarks: W1, W1L, W2, W3, W4, W5, W6.
 
-Random inputs and targets, cross-entropy, PyTorch's default initialisation, fixed seeds.
+Random inputs and targets, cross-entropy, PyTorch's default initialisation, fixed seeds;
+but W6 starts as GPT-2 does and predicts the next of tokens that recur as in a text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks import models
 
 __all__ = ["WORKLOADS", "Workload", "build", "freeze_norms", "train"]
 
-NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm)
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ def _tokens(batch: int, time: int, vocabulary: int):
     )
 
 
+def _text(batch: int, time: int, vocabulary: int):
+    """Tokens as frequent as words are (Zipf's law), targets that are the next ones.
+
+    So tokens recur, and a table that is tied to the head meets its own rows there.
+    """
+
+    def make():
+        chances = 1 / torch.arange(1, vocabulary + 1)
+        ids = chances.multinomial(batch * (time + 1), replacement=True)
+        ids = ids.view(batch, time + 1)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    return make
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to make a workload. The seed is that of the model, and plus one of the data.
@@ -116,6 +132,7 @@ WORKLOADS: dict[str, Recipe] = {
     "W3": Recipe(models.vgg11, _classes(64, 3, 32, 32), seed=1),
     "W4": Recipe(models.ResNet20, _classes(64, 3, 32, 32)),
     "W5": Recipe(models.Decoder, _tokens(16, 128, 2048)),
+    "W6": Recipe(models.GPT2, _text(4, 64, 50257)),
 }
 
 

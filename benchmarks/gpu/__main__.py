@@ -4,11 +4,15 @@ python -m benchmarks.gpu                  all stages; records go to benchmarks/r
 python -m benchmarks.gpu --dry-run        only says what it would do
 python -m benchmarks.gpu --stages steps   some of them
 python -m benchmarks.gpu --stages suites  whole models, in a run of its own
+python -m benchmarks.gpu -n 12            as many processes for the tests
 python -m benchmarks.gpu --output FOLDER  records elsewhere
+python -m benchmarks.gpu --smoke          without a GPU: tiny models on the CPU
 
 Each stage runs in a process of its own and within its share of the time, so that one
-that crashes or hangs costs its own record only. Without a GPU: says why, exit status 2.
-Exit status 1 where a stage failed. Needs no network.
+that crashes or hangs costs its own record only. A record is written when its stage
+ends; long stages write what they have to FOLDER/<stage>.part as they go, so that
+nothing is lost to what ends all of it. Without a GPU: says why, exit status 2. Exit
+status 1 where a stage failed. Needs no network.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.suites import WORKERS
 from benchmarks.records import HERE, describe_run, save
 
 __all__ = ["STAGES", "Stage", "main", "run_stages", "why_no_gpu"]
@@ -45,24 +51,47 @@ class Stage:
     module: str
     what: str
     is_alone: bool = False  # runs where it is asked for: it takes all the time
+    # Takes `keep`, which it calls with what it has, and `device` and `size`: on a small
+    # one it runs on a CPU.
+    is_told: bool = False
 
 
 STAGES = (
-    Stage("tests", 150, "checks.tests", "the tests that are marked gpu"),
-    Stage("streams", 30, "checks.streams", "kernels follow the stream of PyTorch"),
-    Stage("capture", 30, "checks.capture", "kernels replay in a CUDA graph"),
-    Stage("rounding", 20, "checks.rounding", "how TF32 rounds, and what norms lose"),
-    Stage("sanitizer", 60, "checks.sanitizer", "compute-sanitizer on small cases"),
-    Stage("kernels", 160, "timing.kernels", "every op against its floor and PyTorch"),
-    Stage("steps", 120, "steps.steps", "W1 to W5: a probed step over a plain one"),
+    Stage("tests", 110, "checks.tests", "the tests that are marked gpu"),
+    Stage("streams", 25, "checks.streams", "kernels follow the stream of PyTorch"),
+    Stage("capture", 25, "checks.capture", "kernels replay in a CUDA graph"),
+    Stage("rounding", 15, "checks.rounding", "how TF32 rounds, and what norms lose"),
+    Stage("sanitizer", 40, "checks.sanitizer", "compute-sanitizer on small cases"),
+    Stage("kernels", 80, "timing.kernels", "every op against its floor and PyTorch"),
+    Stage(
+        "steps",
+        55,
+        "steps.steps",
+        "W1 to W6: a probed step over a plain one",
+        is_told=True,
+    ),
+    Stage(
+        "training",
+        220,
+        "training.training",
+        "GPT-2, Llama, ViT, ResNet-50: every mode, the host, peers",
+        is_told=True,
+    ),
     Stage(
         "models",
         240,
         "models.models",
-        "GPT-2, Llama, ViT, ResNet-50, VGG: right, and the cost",
-        True,
+        "GPT-2, Llama, ViT of transformers, ResNets, VGG: right, and the cost",
+        is_alone=True,
+        is_told=True,
     ),
-    Stage("suites", 560, "suites.suites", "capture, curvature, spectrum, optim", True),
+    Stage(
+        "suites",
+        560,
+        "suites.suites",
+        "capture, curvature, spectrum, optim",
+        is_alone=True,
+    ),
 )
 DEFAULT = tuple(s.name for s in STAGES if not s.is_alone)
 
@@ -75,13 +104,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(DEFAULT))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--budget", type=float, default=TOTAL, help="seconds in all")
+    parser.add_argument("-n", "--workers", type=int, help="processes for tests")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models on the CPU: does it run"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.workers:
+        os.environ[WORKERS] = str(options.workers)
     asked = options.stages.split(",")
+    if options.smoke and options.stages == parser.get_default("stages"):
+        asked = [s.name for s in STAGES if s.is_told]
     if unknown := set(asked) - {s.name for s in STAGES}:
         known = ", ".join(s.name for s in STAGES)
         parser.error(f"unknown stages {sorted(unknown)}; choose from {known}")
     chosen = [s for s in STAGES if s.name in asked]
+    if options.smoke and (large := [s.name for s in chosen if not s.is_told]):
+        small = ", ".join(s.name for s in STAGES if s.is_told)
+        parser.error(f"stages {large} need a GPU; --smoke runs {small}")
     if options.dry_run:
         for stage in chosen:
             print(f"{stage.name:10} {stage.seconds:4.0f} s  {stage.what}")
@@ -91,11 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"left out: {stage.name} ({stage.seconds:.0f} s), {stage.what}")
         return 0
     if options.child:
-        return _child(chosen[0], options.budget, options.child)
-    if reason := why_no_gpu():
+        return _child(chosen[0], options.budget, options.child, smoke=options.smoke)
+    if not options.smoke and (reason := why_no_gpu()):
         print(f"Nothing to run on: {reason}")
         return 2
-    return _all(chosen, options.budget, options.output)
+    return _all(chosen, options.budget, options.output, smoke=options.smoke)
 
 
 def why_no_gpu() -> str | None:
@@ -127,15 +167,22 @@ def describe_gpu() -> dict:
     }
 
 
-def _all(stages: list[Stage], budget: float, output: Path | None) -> int:
-    run = describe_run(torch.get_num_threads()) | {"gpu": describe_gpu()}
+def _all(
+    stages: list[Stage], budget: float, output: Path | None, *, smoke: bool
+) -> int:
+    run = describe_run(torch.get_num_threads())
+    if not smoke:
+        run["gpu"] = describe_gpu()
     if output is None:
         stamp = run["when"][:16].replace(":", "").replace("T", "-")
         commit = (run["commit"] or "unknown")[:8]
-        output = HERE / "records" / f"{stamp}-{commit}-gpu"
-    found = run_stages(stages, budget, output)
-    for name, record in found.items():
+        kind = "smoke" if smoke else "gpu"
+        output = HERE / "records" / f"{stamp}-{commit}-{kind}"
+
+    def write(name: str, record: dict) -> None:
         save({"run": run, "stage": name} | record, output / f"{name}.json")
+
+    found = run_stages(stages, budget, output, write, smoke=smoke)
     failed = [name for name, record in found.items() if not record["ok"]]
     print(f"Recorded in {output}")
     if failed:
@@ -143,8 +190,18 @@ def _all(stages: list[Stage], budget: float, output: Path | None) -> int:
     return 1 if failed else 0
 
 
-def run_stages(stages: list[Stage], budget: float, output: Path) -> dict[str, dict]:
-    """Each in its own process; what it found, or how it ended, by name."""
+def run_stages(
+    stages: list[Stage],
+    budget: float,
+    output: Path,
+    write: Callable[[str, dict], None] = lambda name, record: None,
+    *,
+    smoke: bool = False,
+) -> dict[str, dict]:
+    """Each in its own process; what it found, or how it ended, by name.
+
+    `write` gets each as soon as it has ended.
+    """
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + budget
     found: dict[str, dict] = {}
@@ -152,18 +209,22 @@ def run_stages(stages: list[Stage], budget: float, output: Path) -> dict[str, di
         seconds = min(stage.seconds, end - time.monotonic())
         print(f"{stage.name}: {stage.what} ({seconds:.0f} s)", flush=True)
         if seconds < 5:
-            found[stage.name] = {"ok": False, "error": "no time was left"}
-            continue
-        start = time.monotonic()
-        found[stage.name] = _spawn(stage, seconds, output / f"{stage.name}.part")
-        found[stage.name]["stage_seconds"] = round(time.monotonic() - start, 1)
-        print(f"  {'ok' if found[stage.name]['ok'] else 'FAILED'}", flush=True)
+            record = {"ok": False, "error": "no time was left"}
+        else:
+            start = time.monotonic()
+            record = _spawn(stage, seconds, output / f"{stage.name}.part", smoke)
+            record["stage_seconds"] = round(time.monotonic() - start, 1)
+            print(f"  {'ok' if record['ok'] else 'FAILED'}", flush=True)
+        found[stage.name] = record
+        write(stage.name, record)
+        (output / f"{stage.name}.part").unlink(missing_ok=True)
     return found
 
 
-def _spawn(stage: Stage, seconds: float, part: Path) -> dict:
+def _spawn(stage: Stage, seconds: float, part: Path, smoke: bool) -> dict:
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--stages", stage.name]
+    command += ["--smoke"] if smoke else []
     try:
         done = subprocess.run(
             [*command, "--budget", str(0.85 * seconds), "--child", str(part)],
@@ -186,18 +247,25 @@ def _spawn(stage: Stage, seconds: float, part: Path) -> dict:
 
 
 def _read(part: Path) -> dict:
-    """What a stage has written, and no file left."""
-    if not part.exists():
-        return {}
-    found = json.loads(part.read_text())
-    part.unlink()
-    return found
+    """What a stage has written."""
+    return json.loads(part.read_text()) if part.exists() else {}
 
 
-def _child(stage: Stage, seconds: float, part: Path) -> int:
+def _child(stage: Stage, seconds: float, part: Path, *, smoke: bool) -> int:
     module, function = stage.module.split(".")
     run = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
-    part.write_text(json.dumps(run(seconds), indent=1, default=str))
+
+    def keep(found: dict) -> None:
+        """In one move, so that no half of it is ever read."""
+        fresh = part.with_suffix(".new")
+        fresh.write_text(json.dumps(found, indent=1, default=str))
+        fresh.replace(part)
+
+    where = {}
+    if smoke:
+        torch.set_num_threads(1)
+        where = {"device": "cpu", "size": "smoke"}
+    keep(run(seconds, keep, **where) if stage.is_told else run(seconds))
     return 0
 
 

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.gpu.suites import reported, workers
 from benchmarks.records import HERE
 from tools.kernels.cases import Case, Tensors, cases
 
@@ -22,21 +24,14 @@ DEVICE = "cuda"
 
 
 def tests(seconds: float) -> dict:
-    """The tests that are marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "--durations=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    return {
-        "ok": done.returncode == 0,
-        "status": done.returncode,
-        "said": done.stdout[-6000:],
-    }
+    """The tests that are marked gpu, in as many processes as `suites.workers` says."""
+
+    def words(report: Path) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+        return [*command, "-n", str(workers())] if workers() > 1 else command
+
+    return reported(words, seconds)
 
 
 def _kernels() -> Iterator[tuple[Case, str]]:

@@ -1,13 +1,13 @@
-"""Models that people train on GPUs: is the probe right there, and what does it cost.
+"""Models as people install them: is the probe right there, and what does it cost.
 
 Each is probed in the precision it is trained in and compared with single samples of the
 same graph, one `autograd.grad(losses[n])` each. Both round, and GPUs add with atomics,
-so in bfloat16 they agree to some 1e-2 of a sample's squared norm.
+so in bfloat16 they agree to some 1e-2 of a sample's squared norm. GPT-2, Llama and ViT
+are those of transformers: without it they are left out, by name.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 import warnings
@@ -20,16 +20,18 @@ from torch.nn import functional as F
 
 import fastminima as fm
 from benchmarks import models as ours
+from benchmarks.gpu.device import let_go, wait
+from benchmarks.gpu.networks import ResNet50
+from benchmarks.gpu.zoo import TOLERANCE
 
 __all__ = ["MODELS", "models"]
 
-DEVICE = torch.device("cuda")
 _ROUNDS = 7
 _SINGLE = 3  # samples that are differentiated one by one
-# Of squared norms: bfloat16 has 8 bits, and a gradient's rounding adds up over layers.
-_TOLERANCE = {"float32": 1e-3, "autocast": 3e-2, "bfloat16": 6e-2}
 
 Losses = Callable[[], Tensor]
+# Of a device and a size, "full" or "smoke".
+Maker = Callable[[str, str], tuple[nn.Module, Losses]]
 
 
 @dataclass(frozen=True)
@@ -38,58 +40,69 @@ class Model:
 
     name: str
     precision: str  # float32, autocast or bfloat16
-    make: Callable[[], tuple[nn.Module, Losses]]
+    make: Maker
 
 
-def models(seconds: float) -> dict:
-    """All of them, in order, as far as the time goes."""
+def models(
+    seconds: float,
+    keep: Callable[[dict], None] = lambda found: None,
+    *,
+    device: str = "cuda",
+    size: str = "full",
+) -> dict:
+    """All of them, in order, as far as the time goes; `keep` gets what there is."""
     end = time.monotonic() + seconds
     found: dict = {}
+
+    def result() -> dict:
+        left_out = [name for name, row in found.items() if "skipped" in row]
+        ok = all(row.get("ok") for name, row in found.items() if name not in left_out)
+        return {"ok": ok, "left out": left_out, "models": found}
+
     for model in MODELS:
         name = f"{model.name}, {model.precision}"
-        if time.monotonic() > end - 15:
+        if size == "full" and time.monotonic() > end - 15:
             found[name] = {"ok": False, "error": "no time was left"}
             continue
         try:
-            found[name] = _look_at(model)
+            found[name] = _look_at(model, device, size)
+        except ModuleNotFoundError as absent:
+            found[name] = {"skipped": f"not installed: pip install {absent.name}"}
         except Exception as error:  # one that fails must not hide the others
             said = f"{type(error).__name__}: {error}"[:1500]
             found[name] = {"ok": False, "error": said}
         print(name, found[name], flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    return {"ok": all(m["ok"] for m in found.values()), "models": found}
+        keep(result())
+        let_go(device)
+    return result()
 
 
-def _look_at(model: Model) -> dict:
+def _look_at(model: Model, device: str, size: str) -> dict:
     torch.manual_seed(0)
-    network, losses = model.make()
+    network, losses = model.make(device, size)
     plain = _step(network, lambda: losses().mean().backward())
     plain()
     plain()
-    plain_peak = _peak(plain)
-    plain_seconds = _median(plain)
+    plain_peak = _peak(plain, device)
+    plain_seconds = _median(plain, device)
     probe = fm.GradientProbe(network)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         start = time.perf_counter()
         stats = _step(network, lambda: probe.backward(losses()))()
-        torch.cuda.synchronize()
+        wait(device)
         cold = time.perf_counter() - start  # with kernels compiled on the way
     first_probe = fm.GradientProbe(network)
-    torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    _step(network, lambda: first_probe.backward(losses()))()
-    torch.cuda.synchronize()
+    first_peak = _peak(_step(network, lambda: first_probe.backward(losses())), device)
     first = time.perf_counter() - start
-    first_peak = torch.cuda.max_memory_allocated()
     probed = _step(network, lambda: probe.backward(losses()))
     fused_probe = fm.GradientProbe(network, mode="fused")
     fused = _step(network, lambda: fused_probe.backward(losses()))
     fused()
     error = _worst_error(network, losses, fm.GradientProbe(network))
     return {
-        "ok": error <= _TOLERANCE[model.precision] and bool(stats.is_finite),
+        "ok": error <= TOLERANCE[model.precision] and bool(stats.is_finite),
         "worst_error": error,
         "fallbacks": sorted(
             {str(w.message)[:120] for w in said if "No rule" in str(w.message)}
@@ -99,9 +112,9 @@ def _look_at(model: Model) -> dict:
         "plain_ms": 1e3 * plain_seconds,
         "cold_seconds": cold,
         "first_over_plain": first / plain_seconds,
-        "first_peak_over_plain": first_peak / plain_peak,
-        "observe_over_plain": _median(probed) / plain_seconds,
-        "fused_over_plain": _median(fused) / plain_seconds,
+        "first_peak_over_plain": first_peak / plain_peak if plain_peak else None,
+        "observe_over_plain": _median(probed, device) / plain_seconds,
+        "fused_over_plain": _median(fused, device) / plain_seconds,
     }
 
 
@@ -113,21 +126,26 @@ def _step(network: nn.Module, run: Callable[[], object]) -> Callable[[], object]
     return step
 
 
-def _median(step: Callable[[], object]) -> float:
+def _median(step: Callable[[], object], device: str) -> float:
     step()
     found = []
     for _ in range(_ROUNDS):
-        torch.cuda.synchronize()
+        wait(device)
         start = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        wait(device)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
 
 
-def _peak(step: Callable[[], object]) -> int:
+def _peak(step: Callable[[], object], device: str) -> int:
+    """Bytes with all that lives between steps; zero on a CPU."""
+    if device == "cpu":
+        step()
+        return 0
     torch.cuda.reset_peak_memory_stats()
     step()
+    wait(device)
     return torch.cuda.max_memory_allocated()
 
 
@@ -151,19 +169,20 @@ def _worst_error(network: nn.Module, losses: Losses, probe: fm.GradientProbe) ->
     return float(((got - torch.stack(want)) / torch.stack(want)).abs().max())
 
 
-def _autocast(precision: str):
-    return torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast")
+def _autocast(device: str, precision: str):
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "autocast")
 
 
-def _language(make: Callable[[], nn.Module], precision: str, vocabulary: int):
-    def build() -> tuple[nn.Module, Losses]:
-        network = make().to(DEVICE)
+def _language(make: Callable[[str], nn.Module], precision: str, vocabulary: int):
+    def build(device: str, size: str) -> tuple[nn.Module, Losses]:
+        network = make(size).to(device)
         if precision == "bfloat16":
             network = network.bfloat16()
-        ids = torch.randint(vocabulary, (8, 1024), device=DEVICE)
+        shape, high = ((8, 1024), vocabulary) if size == "full" else ((3, 16), 512)
+        ids = torch.randint(high, shape, device=device)
 
         def losses() -> Tensor:
-            with _autocast(precision):
+            with _autocast(device, precision):
                 logits = network(ids).logits[:, :-1]
             tokens = F.cross_entropy(
                 logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
@@ -175,40 +194,44 @@ def _language(make: Callable[[], nn.Module], precision: str, vocabulary: int):
     return build
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(size: str) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    if size != "full":
+        config.n_layer, config.n_embd, config.n_head, config.vocab_size = 2, 64, 2, 512
     return GPT2LMHeadModel(config)
 
 
-def _llama() -> nn.Module:
+def _llama(size: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    full = size == "full"
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        vocab_size=32000 if full else 512,
+        hidden_size=1024 if full else 64,
+        intermediate_size=2816 if full else 128,
+        num_hidden_layers=16 if full else 2,
+        num_attention_heads=16 if full else 4,
+        num_key_value_heads=4 if full else 2,
     )
     return LlamaForCausalLM(config)
 
 
 def _images(
-    make: Callable[[], nn.Module],
+    make: Callable[[str], nn.Module],
     precision: str,
     batch: int,
-    size: int,
+    side: int,
     classes: int,
     *,
     channels_last: bool = False,
 ):
-    def build() -> tuple[nn.Module, Losses]:
-        network = make().to(DEVICE)
-        x = torch.randn(batch, 3, size, size, device=DEVICE)
-        y = torch.randint(classes, (batch,), device=DEVICE)
+    def build(device: str, size: str) -> tuple[nn.Module, Losses]:
+        count, edge = (batch, side) if size == "full" else (3, 32)
+        network = make(size).to(device)
+        x = torch.randn(count, 3, edge, edge, device=device)
+        y = torch.randint(classes, (count,), device=device)
         if precision == "bfloat16":
             network, x = network.bfloat16(), x.bfloat16()
         if channels_last:
@@ -216,7 +239,7 @@ def _images(
             x = x.to(memory_format=torch.channels_last)
 
         def losses() -> Tensor:
-            with _autocast(precision):
+            with _autocast(device, precision):
                 out = network(x)
             out = out if isinstance(out, Tensor) else out.logits
             return F.cross_entropy(out.float(), y, reduction="none")
@@ -226,28 +249,35 @@ def _images(
     return build
 
 
-def _vit() -> nn.Module:
+def _vit(size: str) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         num_labels=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
+    if size != "full":
+        config.hidden_size, config.intermediate_size, config.image_size = 64, 128, 32
+        config.num_hidden_layers, config.num_attention_heads = 2, 2
     return ViTForImageClassification(config)
 
 
-def _resnet50() -> nn.Module:
-    from torchvision.models import resnet50
+def _resnet50(size: str) -> nn.Module:
+    return ResNet50() if size == "full" else ResNet50((1, 1, 1, 1))
 
-    return resnet50(norm_layer=lambda channels: nn.GroupNorm(32, channels))
+
+def _vgg11(size: str) -> nn.Module:
+    return ours.vgg11()
+
+
+def _resnet20(size: str) -> nn.Module:
+    return ours.ResNet20()
 
 
 MODELS = (
     Model("GPT-2 124M", "autocast", _language(_gpt2, "autocast", 50257)),
     Model("Llama 0.3B, GQA", "bfloat16", _language(_llama, "bfloat16", 32000)),
-    Model("VGG-11, 1024", "float32", _images(ours.vgg11, "float32", 1024, 32, 10)),
-    Model(
-        "ResNet-20, 1024", "float32", _images(ours.ResNet20, "float32", 1024, 32, 10)
-    ),
+    Model("VGG-11, 1024", "float32", _images(_vgg11, "float32", 1024, 32, 10)),
+    Model("ResNet-20, 1024", "float32", _images(_resnet20, "float32", 1024, 32, 10)),
     Model("ViT-B/16", "autocast", _images(_vit, "autocast", 32, 224, 1000)),
     Model(
         "ResNet-50, channels last",
@@ -256,6 +286,6 @@ MODELS = (
     ),
     Model("GPT-2 124M", "bfloat16", _language(_gpt2, "bfloat16", 50257)),
     Model("Llama 0.3B, GQA", "autocast", _language(_llama, "autocast", 32000)),
-    Model("VGG-11, 1024", "autocast", _images(ours.vgg11, "autocast", 1024, 32, 10)),
+    Model("VGG-11, 1024", "autocast", _images(_vgg11, "autocast", 1024, 32, 10)),
     Model("ViT-B/16", "bfloat16", _images(_vit, "bfloat16", 32, 224, 1000)),
 )

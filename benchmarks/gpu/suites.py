@@ -9,34 +9,53 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.records import HERE
 
-__all__ = ["FOLDERS", "command", "read_report", "suites"]
+__all__ = ["FOLDERS", "WORKERS", "command", "reported", "suites", "workers"]
 
 ROOT = HERE.parent
 FOLDERS = ("capture", "curvature", "spectrum", "optim")
+WORKERS = "FASTMINIMA_TEST_WORKERS"  # in the environment: how many processes
 _LINES = 4  # of each error
 _TO_REPORT = 20.0  # seconds that pytest gets to write down what it has found
 
 
 def suites(seconds: float, device: str = "cuda") -> dict:
     """Runs capture, curvature, spectrum and optim with models and batches there."""
+    return reported(lambda report: command(device, report), seconds) | {
+        "device": device
+    }
+
+
+def reported(words: Callable[[Path], list[str]], seconds: float) -> dict:
+    """What pytest found, also where it was interrupted for time.
+
+    Args:
+        words: the command, of the file that pytest writes its report to.
+        seconds: for everything.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        status, said = _run(command(device, report), seconds)
+        status, said = _run(words(report), seconds)
         found = read_report(report)
     found["ok"] = status == 0 and found["counts"].get("passed", 0) > 0
     if not report_is_enough(found):
         found["said"] = said[-4000:]
-    return found | {"status": status, "workers": workers(), "device": device}
+    return found | {"status": status, "workers": workers()}
 
 
 def workers() -> int:
-    """Processes that share the device: half the cores, one without pytest-xdist."""
+    """Processes that share the device: as `-n` says, or half the cores.
+
+    One without pytest-xdist.
+    """
     if importlib.util.find_spec("xdist") is None:
         return 1
+    if asked := os.environ.get(WORKERS):
+        return max(1, int(asked))
     return max(1, (os.cpu_count() or 2) // 2)
 
 

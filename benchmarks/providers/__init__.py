@@ -19,6 +19,7 @@ MODULES = (
     "ours",
     "backpack",
     "opacus",
+    "dattri",
     "vmap",
     "pyhessian",
     "curvlinops",

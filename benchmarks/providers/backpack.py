@@ -64,6 +64,6 @@ PROVIDERS = [
         {"norms": _norms, "second_moments": _second_moments},
         module="backpack",
         package="backpack-for-pytorch==1.7.1",
-        without_norms=frozenset({"W4", "W5"}),
+        without_norms=frozenset({"W4", "W5", "W6"}),
     )
 ]

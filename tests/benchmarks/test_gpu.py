@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import checks, steps, suites, timing
+from benchmarks.gpu import (
+    checks,
+    launches,
+    models,
+    steps,
+    suites,
+    timing,
+    training,
+    zoo,
+)
 from benchmarks.workloads import build
 from tools.kernels.cases import cases
 
@@ -146,6 +155,28 @@ def test_suites_run_on_the_device_asked_for(tmp_path):
     assert ("-n" in words) == (suites.workers() > 1)
 
 
+def test_gpu_tests_are_run_in_workers_and_reported(monkeypatch):
+    asked = []
+    monkeypatch.setenv(suites.WORKERS, "3")
+
+    def run(words, seconds):
+        asked.append(words)
+        (report,) = (w.split("=")[1] for w in words if w.startswith("--junitxml"))
+        Path(report).write_text(
+            '<testsuite><testcase classname="tests.a" name="b" time="1"/></testsuite>'
+        )
+        return None, "interrupted"
+
+    monkeypatch.setattr(suites, "_run", run)
+    found = checks.tests(60)
+    assert found["counts"] == {"passed": 1} and not found["ok"]
+    assert found["said"] == "interrupted"
+    ((*words,),) = asked
+    assert words[words.index("-m", 3) + 1] == "gpu"
+    if suites.workers() > 1:
+        assert words[words.index("-n") + 1] == "3"
+
+
 class _Event:
     """Stands for an event: a millisecond after the one before it."""
 
@@ -180,7 +211,7 @@ def pretended(monkeypatch):
     }
     for name, stand_in in cuda.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    for module in (checks, timing, steps):
+    for module in (checks, timing):
         monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
@@ -240,18 +271,228 @@ def test_small_cases_still_belong_together(pretended, monkeypatch):
     checks.small()
 
 
-def test_workloads_grow_and_are_checked(pretended):
+def test_workloads_grow_and_are_checked():
     workload = steps.enlarged(build("W1"), 2, "cpu")
     assert workload.inputs.shape == (256, 784)
     assert int(workload.targets.max()) < 10
     step = steps.by_name("fastminima").measures["norms"](workload)
     norms = step()
-    assert steps._worst_norm(norms, workload) < 1e-4
-    assert steps._worst_norm(2 * norms, workload) > 0.5
+    assert steps._worst_norm(norms, workload, "cpu") < 1e-4
+    assert steps._worst_norm(2 * norms, workload, "cpu") > 0.5
 
 
-def test_a_workload_is_timed_in_both_modes(pretended, monkeypatch):
-    monkeypatch.setattr(steps, "FACTORS", {"W1": 1})
-    row = steps._workload("W1", 0.1)
+def test_a_workload_is_timed_in_both_modes():
+    kept = []
+    found = steps.steps(
+        0.4, lambda found: kept.append(list(found["workloads"])), **TINY
+    )
+    assert found["ok"], found
+    row = found["workloads"]["W1"]
     assert row["right"] and row["batch"] == 128
     assert row["observe"]["value"] > 0 and row["fused"]["value"] > 0
+    assert kept == [["W1"], ["W1", "W2"]]
+    assert steps.FACTORS.keys() == steps.WORKLOADS.keys()
+
+
+TINY = {"device": "cpu", "size": "smoke"}
+LABEL = "ViT-B/16, autocast"
+
+
+@pytest.fixture
+def few_recipes(monkeypatch):
+    recipe = next(r for r in zoo.RECIPES if r.name == "ViT-B/16")
+    monkeypatch.setattr(training, "RECIPES", (recipe,))
+    monkeypatch.setattr(training, "_SMOKE", 0.1)
+    monkeypatch.setattr(training, "_HOST_ROUNDS", 3)
+    return recipe
+
+
+def test_training_is_checked_timed_and_kept_as_it_goes(few_recipes, monkeypatch):
+    monkeypatch.setattr(training, "PEERS", ("vmap", "fastminima"))
+    kept = []
+    found = training.training(
+        1, lambda found: kept.append({**found["models"][LABEL]}), **TINY
+    )
+    row = found["models"][LABEL]
+    assert found["ok"], row
+    for name in training._OURS:
+        assert row[name]["right"] and row[name]["value"] > 0
+    assert row["every=10"]["value"] > 0
+    assert {"plain_ms", "host"}.isdisjoint(kept[0])
+    assert "every=10" not in kept[1] and "host" in kept[-1]
+    host = row["host"]
+    assert host["uses"] == 5 + 2 * 6 and host["observe"]["launches"] is None
+    assert host["fused"]["operators_a_use"] > 0 and "us_a_use" in host["fused"]
+    assert {p: r["right"] for p, r in row["peers"].items()} == {
+        "vmap": True,
+        "fastminima": True,
+    }
+
+
+def _planted(measure, change):
+    """A provider of ours that is wrong, or raises, by one measure."""
+    ours = steps.by_name("fastminima")
+
+    def make(workload):
+        step = ours.measures[measure](workload)
+        return lambda: change(step())
+
+    return SimpleNamespace(measures=ours.measures | {measure: make})
+
+
+def _refuse(norms):
+    raise RuntimeError("no rule for this")
+
+
+@pytest.mark.parametrize(
+    ("measure", "change", "said"),
+    [
+        ("norms", lambda norms: 1.1 * norms, None),
+        ("norms", lambda norms: norms[:-1], None),
+        ("second_moments", lambda m: {k: 1.1 * v for k, v in m.items()}, None),
+        ("norms", _refuse, "no rule for this"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(few_recipes, monkeypatch, measure, change, said):
+    planted = _planted(measure, change)
+    monkeypatch.setattr(
+        training, "by_name", lambda n: planted if n == "fastminima-fused" else named(n)
+    )
+    named = steps.by_name
+    row: dict = {}
+    training._ours(few_recipes, row, 0.1, "cpu", "smoke", lambda: None)
+    key = "fused" if measure == "norms" else "second moments, fused"
+    assert not row["ok"] and not row[key]["right"] and "value" not in row[key]
+    assert row["observe"]["right"] and row["observe"]["value"] > 0
+    assert said is None or said in row[key]["error"]
+
+
+def test_absent_peers_are_named(few_recipes, monkeypatch):
+    from benchmarks.providers import Provider
+
+    absent = Provider("absent", "absent", {}, module="no_such", package="nsl==1")
+    monkeypatch.setattr(training, "by_name", lambda name: absent)
+    row: dict = {}
+    training._peers(few_recipes, row, 10, "cpu", "smoke", lambda: None)
+    assert {r["skipped"] for r in row["peers"].values()} == {
+        "not installed: pip install nsl==1"
+    }
+
+
+def test_training_without_time_says_what_it_left_out(few_recipes):
+    found = training.training(1, device="cpu", size="full")
+    assert found["models"][LABEL] == {"left out": ["ours", "peers"]}
+    assert found["bad"] == [LABEL]
+
+
+@pytest.mark.parametrize("recipe", zoo.RECIPES, ids=lambda r: f"{r.name} {r.precision}")
+def test_networks_are_those_they_are_named_after(recipe):
+    millions = {"GPT-2": 124.4, "Llama": 245.9, "ViT-B/16": 86.6, "ResNet-50": 25.6}
+    with torch.device("meta"):
+        model = recipe.make("full")
+        inputs, _ = recipe.data("full")
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(millions[recipe.name.split()[0]], abs=0.05)
+    assert len(inputs) in (8, 32, 64)
+    small = zoo.build(recipe, "smoke", "cpu")
+    assert small.losses().shape == (small.batch_size,)
+    again = zoo.build(recipe, "smoke", "cpu")
+    assert torch.equal(small.losses(), again.losses())
+
+
+def test_narrow_models_have_all_layers():
+    for recipe in zoo.RECIPES:
+        with torch.device("meta"):
+            full, narrow = recipe.make("full"), recipe.make("narrow")
+        names = [[name for name, _ in m.named_parameters()] for m in (full, narrow)]
+        assert names[0] == names[1]
+
+
+def test_operators_of_a_step_are_counted():
+    x, y = torch.ones(2), torch.ones(2)
+    found = launches.started(lambda: x + y + y, "cpu")
+    assert found["operators"] == 2 and found["launches"] is None
+
+
+def test_kernels_that_the_profiler_does_not_see_are_counted_by_a_graph(monkeypatch):
+    nothing = {"operators": 5, "launches": 0, "how": "profiler"}
+    monkeypatch.setattr(launches, "_by_profiler", lambda step, device: nothing)
+    monkeypatch.setattr(launches, "_by_graph", lambda step: 7)
+    assert launches.started(lambda: None, "cuda")["launches"] == 7
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(launches, "_by_graph", refuse)
+    found = launches.started(lambda: None, "cuda")
+    assert found["launches"] is None and "not permitted" in found["how"]
+
+
+def test_models_that_cannot_be_made_are_named(monkeypatch):
+    def absent(device, size):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(models, "MODELS", (models.Model("A", "float32", absent),))
+    found = models.models(60, **TINY)
+    assert found["left out"] == ["A, float32"]
+    assert found["models"]["A, float32"]["skipped"].endswith("install transformers")
+
+
+@pytest.mark.parametrize(
+    "model", models.MODELS, ids=lambda m: f"{m.name} {m.precision}"
+)
+def test_models_are_looked_at(model, monkeypatch):
+    if model.make.__qualname__.startswith("_language") or "ViT" in model.name:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "_ROUNDS", 1)
+    row = models._look_at(model, "cpu", "smoke")
+    assert row["ok"], row
+
+
+def test_as_many_workers_as_asked(monkeypatch):
+    pytest.importorskip("xdist")
+    monkeypatch.setenv(suites.WORKERS, "5")
+    assert suites.workers() == 5
+    monkeypatch.delenv(suites.WORKERS)
+    assert suites.workers() >= 1
+
+
+@pytest.mark.slow
+def test_a_smoke_run_from_the_command_line(tmp_path):
+    words = "--stages", "steps", "--output", str(tmp_path)
+    done = subprocess.run(
+        [gpu.sys.executable, "-m", "benchmarks.gpu", "--smoke", *words],
+        cwd=gpu.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["steps.json"]
+    assert '"W2"' in (tmp_path / "steps.json").read_text()
+
+
+def test_smoke_refuses_what_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--smoke", "--stages", "kernels"])
+    assert "need a GPU" in capsys.readouterr().err
+
+
+def test_what_a_stage_kept_outlives_its_time(tmp_path, monkeypatch):
+    """It wrote a part, then took too long: the part is in its record."""
+
+    def late(command, **options):
+        Path(command[-1]).write_text('{"ok": true, "models": {"A": {"ok": true}}}')
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(gpu.subprocess, "run", late)
+    named = {stage.name: stage for stage in gpu.STAGES}
+    written = []
+    gpu.run_stages(
+        [named["training"]], 300, tmp_path, lambda name, r: written.append((name, r))
+    )
+    ((name, record),) = written
+    assert name == "training" and not record["ok"]
+    assert record["models"] == {"A": {"ok": True}}
+    assert "took more than" in record["error"]
+    assert not list(tmp_path.iterdir())

@@ -48,6 +48,10 @@ PARAMETERS = {
     + 4 * (2 * 512 + 257 * 768 + 257 * 256 + 257 * 1024 + 1025 * 256)
     + 512
     + 256 * 2048,
+    # The same with one table for tokens and head.
+    "W6": (50257 + 64) * 768
+    + 4 * (4 * 768 + 769 * 2304 + 769 * 768 + 769 * 3072 + 3073 * 768)
+    + 2 * 768,
 }
 PARAMETERS["W1L"] = PARAMETERS["W1"]
 SHAPES = {
@@ -57,6 +61,7 @@ SHAPES = {
     "W3": ((64, 3, 32, 32), (64,)),
     "W4": ((64, 3, 32, 32), (64,)),
     "W5": ((16, 128), (16, 128)),
+    "W6": ((4, 64), (4, 64)),
 }
 
 
@@ -395,7 +400,7 @@ def test_absent_libraries_are_named_with_their_package(tiny, monkeypatch):
 def test_no_peer_is_imported_before_it_is_asked_for():
     code = (
         "import sys, benchmarks.tables\n"
-        "peers = {'backpack', 'opacus', 'pyhessian', 'curvlinops', 'fastminima'}\n"
+        "peers = {'backpack', 'opacus', 'dattri_llm', 'pyhessian', 'fastminima'}\n"
         "assert not peers & set(sys.modules), peers & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
