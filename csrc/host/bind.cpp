@@ -131,8 +131,10 @@ void bind_host(py::module_& m) {
 
   py::class_<Conditions>(sub, "Conditions")
       .def(py::init<>())
-      .def("add_value", [](Conditions& self, int64_t node, py::str attribute,
-                           py::object value) { self.add_value(node, attribute.ptr(), value.ptr()); })
+      .def("add_value",
+           [](Conditions& self, int64_t node, py::str attribute, py::object value) {
+             self.add_value(node, attribute.ptr(), value.ptr());
+           })
       .def("add_shapes", [](Conditions& self, int64_t node,
                             py::object shapes) { self.add_shapes(node, shapes.ptr()); })
       .def("hold", [](const Conditions& self, py::list nodes) {
@@ -169,10 +171,8 @@ void bind_host(py::module_& m) {
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
-      .def("add_called",
-           [](Program& p, int64_t node, std::vector<std::string> saved, py::dict required) {
-             p.add(called(node, saved), required);
-           })
+      .def("add_called", [](Program& p, int64_t node, std::vector<std::string> saved,
+                            py::dict required) { p.add(called(node, saved), required); })
       .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
                            int64_t padding, py::dict required) {
         p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);
@@ -181,8 +181,8 @@ void bind_host(py::module_& m) {
   py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
       .def(py::init([](const Program& program, py::object session, py::object table, bool waits,
                        int threads) {
-        auto pass = std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), waits,
-                                           threads);
+        auto pass =
+            std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), waits, threads);
         if (PyErr_Occurred()) throw py::error_already_set();
         return pass;
       }))

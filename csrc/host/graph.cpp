@@ -66,7 +66,7 @@ Wiring::Wiring(PyObject* names, PyObject* types, PyObject* children, PyObject* l
     auto* type = reinterpret_cast<PyTypeObject*>(PyList_GET_ITEM(types, i));
     PyObject* edges = PyList_GET_ITEM(children, i);
     Node node{Py_NewRef(name), type, false, false, Py_NewRef(PyList_GET_ITEM(leaves, i)),
-              edges_.size(), 0};
+              edges_.size(),   0};
     Py_INCREF(type);
     const char* text = PyUnicode_AsUTF8(name);
     node.is_named_by_type = is_own_type(type, text);

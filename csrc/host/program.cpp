@@ -11,8 +11,7 @@ namespace {
 Asked asked{nullptr, nullptr};
 
 struct Hook {
-  PyObject_HEAD
-  vectorcallfunc call;
+  PyObject_HEAD vectorcallfunc call;
   std::shared_ptr<Pass> pass;
   size_t step;
 };
@@ -72,8 +71,8 @@ Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* tabl
   is_ready_ = session_ != nullptr && table == Py_None;
   dlpack::Tensor x;
   if (table != Py_None && read(table, x)) {
-    is_ready_ = session_ != nullptr && x.device.type == dlpack::kCpu && x.ndim == 2 &&
-                is_contiguous(x);
+    is_ready_ =
+        session_ != nullptr && x.device.type == dlpack::kCpu && x.ndim == 2 && is_contiguous(x);
     workspace_ = {x.data, x.shape[1], threads, &memory_};
   }
   for (const auto& step : *steps_) is_ready_ &= step->is_called() || table != Py_None;

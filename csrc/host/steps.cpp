@@ -80,8 +80,7 @@ bool is_flat(const dlpack::Tensor& x, int trailing) {
 template <typename scalar_t>
 class Typed : public Step {
  public:
-  Typed(int64_t node, const std::vector<std::string>& saved, Places places,
-        const std::string& isa)
+  Typed(int64_t node, const std::vector<std::string>& saved, Places places, const std::string& isa)
       : Step(node, saved), places_(places), kernels_(Kernels<scalar_t>::of(isa)) {}
 
  protected:
@@ -155,9 +154,9 @@ class SequencesOf : public OverTime<scalar_t> {
     const dlpack::Tensor &g = x[0], &a = x[1];
     Rows of_g, of_a;
     if (!this->see_both(g, a, 1, of_g, of_a, workspace)) return false;
-    Sequences<scalar_t> rows{this->data(a),     of_a.batch_stride, of_a.time_stride,
-                             this->data(g),     of_g.batch_stride, of_g.time_stride,
-                             workspace.batch,   of_g.time,         a.shape[a.ndim - 1],
+    Sequences<scalar_t> rows{this->data(a),      of_a.batch_stride, of_a.time_stride,
+                             this->data(g),      of_g.batch_stride, of_g.time_stride,
+                             workspace.batch,    of_g.time,         a.shape[a.ndim - 1],
                              g.shape[g.ndim - 1]};
     this->kernels_.sequence_sq_norms(
         rows, guard_, workspace.template row<scalar_t>(this->places_.weight),
@@ -190,10 +189,10 @@ class LayerNorm : public OverTime<scalar_t> {
       return false;
     scalar_t* weight = workspace.template scratch<scalar_t>(2 * batch * width);
     scalar_t* bias = weight + batch * width;
-    this->kernels_.layer_norm_gradients(
-        this->data(g), of_g.batch_stride, of_g.time_stride, this->data(input), of_x.batch_stride,
-        of_x.time_stride, this->data(mean), this->data(rstd), batch, of_g.time, width, weight, bias,
-        workspace.threads);
+    this->kernels_.layer_norm_gradients(this->data(g), of_g.batch_stride, of_g.time_stride,
+                                        this->data(input), of_x.batch_stride, of_x.time_stride,
+                                        this->data(mean), this->data(rstd), batch, of_g.time, width,
+                                        weight, bias, workspace.threads);
     this->keep_norms(weight, width, this->places_.weight, workspace);
     this->keep_norms(bias, width, this->places_.bias, workspace);
     return true;
@@ -219,9 +218,9 @@ class Scale : public OverTime<scalar_t> {
     if (width_of(other, 1) != width) return false;
     scalar_t* gradients = workspace.template scratch<scalar_t>(workspace.batch * width);
     this->kernels_.product_over_time(this->data(g), of_g.batch_stride, of_g.time_stride,
-                                     this->data(other), of_other.batch_stride,
-                                     of_other.time_stride, workspace.batch, of_g.time, width,
-                                     gradients, workspace.threads);
+                                     this->data(other), of_other.batch_stride, of_other.time_stride,
+                                     workspace.batch, of_g.time, width, gradients,
+                                     workspace.threads);
     this->keep_norms(gradients, width, this->places_.weight, workspace);
     return true;
   }
@@ -329,9 +328,9 @@ std::unique_ptr<Step> sequences(int64_t node, const std::string& saved, Places p
   return made<SequencesOf>(dtype, node, saved, places, layout, guard, isa);
 }
 
-std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved,
-                                 Places places, Layout layout, int trailing,
-                                 const std::string& dtype, const std::string& isa) {
+std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved, Places places,
+                                 Layout layout, int trailing, const std::string& dtype,
+                                 const std::string& isa) {
   return made<LayerNorm>(dtype, node, saved, places, layout, trailing, isa);
 }
 

@@ -26,7 +26,7 @@ struct Places {
 
 // What a step may use besides its tensors.
 struct Workspace {
-  void* table;                // [parameters, batch], in the step's dtype
+  void* table;  // [parameters, batch], in the step's dtype
   int64_t batch;
   int threads;
   std::vector<char>* memory;  // grows as needed
@@ -76,7 +76,7 @@ class Step {
     PyObject *attribute, *value;
   };
   int64_t node_;
-  PyObject* raw_;                 // the first of them, not unpacked
+  PyObject* raw_;  // the first of them, not unpacked
   std::vector<PyObject*> saved_;
   std::vector<Required> required_;
 };
@@ -91,9 +91,9 @@ std::unique_ptr<Step> sequences(int64_t node, const std::string& saved, Places p
                                 Layout layout, double guard, const std::string& dtype,
                                 const std::string& isa);
 // A layer norm's scale and shift.
-std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved,
-                                 Places places, Layout layout, int trailing,
-                                 const std::string& dtype, const std::string& isa);
+std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& saved, Places places,
+                                 Layout layout, int trailing, const std::string& dtype,
+                                 const std::string& isa);
 // A scale of the last dim.
 std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places places, Layout layout,
                             const std::string& dtype, const std::string& isa);

@@ -28,7 +28,7 @@ def _sq_norm(x: Float[Tensor, ...]) -> Float[Tensor, ""]:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def _sample_sq_norms(x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+def _sample_sq_norms(x: Float[Tensor, "batch width"]) -> Float[Tensor, " batch"]:
     """Squared norms of samples' gradients that are there, in their own dtype.
 
     By sums of squares: `torch.linalg.vector_norm` adds up long float32 rows one by one

@@ -311,9 +311,7 @@ def test_a_hook_of_a_user_changes_what_is_read(taken):
     def doubled(m, x):
         inner = m.bare(m.plain(x).tanh())
         inner.register_hook(lambda g: 2 * g)
-        return m.sequence(
-            m.twice(m.twice(inner @ m.columns).tanh()).reshape(-1, 2, 2)
-        )
+        return m.sequence(m.twice(m.twice(inner @ m.columns).tanh()).reshape(-1, 2, 2))
 
     model.zero_grad()
     stats = probe.backward(doubled(model, x).flatten(1).square().sum(1))
@@ -451,7 +449,10 @@ def test_a_repeated_step_follows_scale_and_weights(repeated):
     model, x = whole_net()
     probe = fm.GradientProbe(model, per_parameter=True)
     for k in range(9):
-        losses = lambda m, b, k=k: whole(m, b[0] * (1 + k))
+
+        def losses(m, b, k=k):
+            return whole(m, b[0] * (1 + k))
+
         want = single_sample_gradients(model, losses, [x])
         model.zero_grad()
         assert_norms(probe.backward(3 * losses(model, [x]), scale=3.0), want)

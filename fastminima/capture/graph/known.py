@@ -1,8 +1,8 @@
 """Graphs that were met before, walked again by the extension.
 
-A training loop makes one graph, or a few, over and over. The first walk over one is that
-of `tape.py`; from the second on the extension walks it, comparing as it goes, and what
-does not agree is walked anew.
+A training loop makes one graph, or a few, over and over. The first two walks over one
+are those of `tape.py`; then the extension walks it, comparing as it goes, and what does
+not agree is walked anew.
 """
 
 from __future__ import annotations

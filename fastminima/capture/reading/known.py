@@ -38,7 +38,7 @@ class KnownReading:
         self.layouts: Layouts = recipe.layouts
         self.uses = len(recipe.plan.uses)
 
-    def nodes(self, root: Node | None, names: dict[int, str]) -> list[Node] | None:
+    def nodes(self, root: Any, names: dict[int, str]) -> list[Node] | None:
         """The nodes below a root; None where they have to be read.
 
         So it is every so many steps, when the graph is measured anew.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ class Region:
         places: what says where rows go; None where they all belong to one sample.
     """
 
-    key: tuple
+    key: Hashable
     plan: Plan
     layouts: Layouts
     shapes: tuple
@@ -107,7 +107,7 @@ class Recipe:
         if labels is None:
             return None
         routed = {
-            use.node: self.routes.layouts(tape, labels, use.node, samples.count)
+            use.node: tuple(self.routes.layouts(tape, labels, use.node, samples.count))
             for use in self.plan.uses
             if use.node in self.routes.nodes
         }
@@ -123,9 +123,7 @@ class Recipe:
 
     def _for_now(self, layouts: Layouts, regions: dict[int, Region | None]) -> Recipe:
         """This recipe with other layouts, for one step."""
-        return replace(
-            self, layouts=layouts, regions=regions, programs={}, lasts=False
-        )
+        return replace(self, layouts=layouts, regions=regions, programs={}, lasts=False)
 
 
 def _resolved(

@@ -22,8 +22,8 @@ from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
 from .gradients import Gradients
-from .parts import Parts
 from .norms import NormTable, new_table
+from .parts import Parts
 from .program import Program, program_of
 from .visit import Announce, check_rows, contributions_at
 
@@ -115,7 +115,9 @@ class Session:
             if collector.wants_norms_only and not defer_errors:
                 program = program_of(reading, parameters)
                 if program is not None:
-                    taken = self._start(program, reading.tape, waits=arrival is not None)
+                    taken = self._start(
+                        program, reading.tape, waits=arrival is not None
+                    )
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
@@ -289,9 +291,7 @@ class Session:
         layouts: Sequence[RowLayout | None],
     ) -> tuple[dict[int, Contribution], list[Slot]]:
         """Of each slot of a use, by its number; and the slots that no rule covers."""
-        return contributions_at(
-            use, node, grads, layouts, self._batch, self._announce
-        )
+        return contributions_at(use, node, grads, layouts, self._batch, self._announce)
 
     def _region_watcher(self, region: Region | None) -> Watcher:
         def watcher(

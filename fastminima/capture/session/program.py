@@ -1,18 +1,18 @@
 """What is done with the gradients of a known graph: decided once, run in every step.
 
 The generic way asks each use anew for its rule, its contributions, their way to the
-parameters. Where the recipe of a graph already says the layout, the kernel and where
-the result goes, all of that is one *step* of a program, which the extension runs: a hook
-in C++ reads the gradient and what the node has saved, checks that they are what the step
-was made for, and calls the kernel, which writes into a row of the pass' table.
+parameters. Where the recipe of a graph says the layout, the kernel and where the result
+goes, all of that is one *step* of a program, which the extension runs: a hook in C++
+reads the gradient and what the node has saved, checks that they are what the step was
+made for, and calls the kernel, which writes into a row of the pass' table.
 
     addmm(bias [20], x [N, 10], weight.t()), one row a sample
     -> single rows of "_saved_mat1":  |g_n|^2 |x_n|^2  and  |g_n|^2, to two rows
 
 On other devices and in half precision the hook hands the tensors to a function here,
-which calls the op. A use without a step, a step that does not fit (another dtype, strides
-that no kernel reads, a checkpoint) goes the generic way, which gives the same bits and
-serves everything.
+which calls the op. A use without a step, or whose step does not fit (another dtype,
+strides that no kernel reads, a checkpoint), goes the generic way, which gives the same
+bits and serves everything.
 
 To add one: a function here that says when a use is of its kind, a line in `_STEPS`, and
 a class in `csrc/host/steps.cpp`.

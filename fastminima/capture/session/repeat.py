@@ -1,7 +1,7 @@
 """A step like the one before, of which nothing has to be decided again.
 
 Most steps of a training loop differ from the last one in their numbers alone: the same
-graph in the same sizes, a program that serves every use, norms that are all that counts.
+graph in the same sizes, a program for every use, norms that are all that counts.
 Such a step is a walk in C++, hooks in C++, and the sums at the end. Whatever is not as
 it was makes it an ordinary step.
 """
