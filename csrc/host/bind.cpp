@@ -4,6 +4,7 @@
 
 #include "host/graph.h"
 #include "host/kernels.h"
+#include "host/leaves.h"
 #include "host/names.h"
 #include "host/program.h"
 
@@ -109,8 +110,9 @@ void bind_host(py::module_& m) {
   py::module_ sub = m.def_submodule("host");
   if (!ready_hooks()) throw py::error_already_set();
 
-  sub.def("learn", [](py::object tensor, py::object parameter, py::dict owners, py::object node) {
-    learn_asked({owners.ptr(), node.ptr()});
+  sub.def("learn", [](py::object tensor, py::object parameter, py::dict owners, py::object node,
+                      py::object task) {
+    learn_asked({owners.ptr(), node.ptr(), task.ptr()});
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);
@@ -179,10 +181,10 @@ void bind_host(py::module_& m) {
       });
 
   py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
-      .def(py::init([](const Program& program, py::object session, py::object table, bool waits,
-                       int threads) {
-        auto pass =
-            std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), waits, threads);
+      .def(py::init([](const Program& program, py::object session, py::object table,
+                       py::object arrival, bool by_task, int threads) {
+        auto pass = std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(),
+                                           arrival.ptr(), by_task, threads);
         if (PyErr_Occurred()) throw py::error_already_set();
         return pass;
       }))
@@ -197,6 +199,26 @@ void bind_host(py::module_& m) {
            })
       .def_property_readonly("taken", [](const Pass& self) {
         return py::bytes(self.taken().data(), self.taken().size());
+      });
+
+  py::class_<Leaves, std::shared_ptr<Leaves>>(sub, "Leaves")
+      .def(py::init([](py::object gradients, py::object squares, py::object arrival, bool by_task,
+                       const std::string& isa, int threads) {
+        auto leaves = std::make_shared<Leaves>(gradients.ptr(), squares.ptr(), arrival.ptr(),
+                                               by_task, isa, threads);
+        if (PyErr_Occurred()) throw py::error_already_set();
+        return leaves;
+      }))
+      .def_property_readonly("is_ready", &Leaves::is_ready)
+      .def_property_readonly("count", &Leaves::count)
+      .def("hook",
+           [](const std::shared_ptr<Leaves>& self, py::list nodes,
+              const std::vector<int64_t>& numbers) {
+             if (!Leaves::hook(self, nodes.ptr(), numbers)) throw py::error_already_set();
+           })
+      .def("leave_out", &Leaves::leave_out)
+      .def("close", [](Leaves& self) {
+        if (self.close() != 0) throw py::error_already_set();
       });
 }
 

@@ -15,6 +15,7 @@ const Names& names() {
       PyUnicode_InternFromString("remove"),
       PyUnicode_InternFromString("grad"),
       PyUnicode_InternFromString("_post_accumulate_grad_hooks"),
+      PyUnicode_InternFromString("task"),
   };
   return made;
 }

@@ -1,71 +1,16 @@
 #include "host/program.h"
 
-#include <new>
-
 #include "host/names.h"
 
 namespace fastminima {
 namespace host {
-namespace {
 
-Asked asked{nullptr, nullptr};
-
-struct Hook {
-  PyObject_HEAD vectorcallfunc call;
-  std::shared_ptr<Pass> pass;
-  size_t step;
-};
-
-PyObject* call_hook(PyObject* self, PyObject* const* args, size_t count, PyObject*) {
-  auto* hook = reinterpret_cast<Hook*>(self);
-  if (PyVectorcall_NARGS(count) != 1 || !PyTuple_Check(args[0])) {
-    PyErr_SetString(PyExc_TypeError, "a hook before a node takes the tuple of its gradients");
-    return nullptr;
-  }
-  std::shared_ptr<Pass> pass = hook->pass;  // a hook may be removed while it runs
-  return pass->run(hook->step, args[0]);
-}
-
-void free_hook(PyObject* self) {
-  reinterpret_cast<Hook*>(self)->pass.~shared_ptr();
-  Py_TYPE(self)->tp_free(self);
-}
-
-PyTypeObject* hook_type() {
-  static PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
-  return &type;
-}
-
-PyObject* new_hook(const std::shared_ptr<Pass>& pass, size_t step) {
-  auto* hook = PyObject_New(Hook, hook_type());
-  if (hook == nullptr) return nullptr;
-  hook->call = call_hook;
-  new (&hook->pass) std::shared_ptr<Pass>(pass);
-  hook->step = step;
-  return reinterpret_cast<PyObject*>(hook);
-}
-
-}  // namespace
-
-void learn_asked(Asked found) { asked = {Py_NewRef(found.owners), Py_NewRef(found.current_node)}; }
-
-bool ready_hooks() {
-  PyTypeObject* type = hook_type();
-  type->tp_name = "fastminima._native_ext.Hook";
-  type->tp_basicsize = sizeof(Hook);
-  type->tp_dealloc = free_hook;
-  type->tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  type->tp_vectorcall_offset = offsetof(Hook, call);
-  type->tp_call = PyVectorcall_Call;
-  return PyType_Ready(type) == 0;
-}
-
-Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table, bool waits,
-           int threads)
+Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table,
+           PyObject* arrival, bool by_task, int threads)
     : steps_(std::move(steps)),
       session_(PyWeakref_NewRef(session, nullptr)),
       table_(Py_NewRef(table)),
-      waits_(waits),
+      filter_(arrival, by_task),
       taken_(steps_->size(), 0) {
   workspace_ = {nullptr, 0, threads, &memory_};
   is_ready_ = session_ != nullptr && table == Py_None;
@@ -79,7 +24,6 @@ Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* tabl
 }
 
 Pass::~Pass() {
-  for (PyObject* handle : handles_) Py_DECREF(handle);
   Py_XDECREF(session_);
   Py_DECREF(table_);
 }
@@ -94,30 +38,28 @@ PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
     int fits = i < wanted.size() && wanted[i] ? steps[i]->fits(node) : 0;
     if (fits < 0) return nullptr;
     PyBytes_AS_STRING(hooked.get())[i] = static_cast<char>(fits);
-    if (!fits) continue;
-    Object hook(new_hook(pass, i));
-    if (!hook) return nullptr;
-    PyObject* handle = PyObject_CallMethodOneArg(node, names().register_prehook, hook.get());
-    if (handle == nullptr) return nullptr;
-    pass->handles_.push_back(handle);
+    if (fits && !pass->hooks_.add(node, pass, i)) return nullptr;
   }
   return Py_NewRef(hooked.get());
 }
 
 int Pass::close() {
-  is_closed_ = true;
-  std::vector<PyObject*> handles;
-  handles.swap(handles_);
-  int failed = 0;
-  for (PyObject* handle : handles) {
-    if (!failed && !Object(PyObject_CallMethodNoArgs(handle, names().remove))) failed = -1;
-    Py_DECREF(handle);
-  }
-  return failed;
+  is_closed_ = true;  // of a node that runs, hooks are called still
+  return hooks_.remove();
+}
+
+int Pass::is_observed(PyObject* session) const {
+  PassFilter::Answer answer = filter_.ask();
+  if (answer != PassFilter::unknown) return answer == PassFilter::over ? 0 : answer;
+  static PyObject* name = PyUnicode_InternFromString("is_anothers");
+  Object other(PyObject_CallMethodNoArgs(session, name));
+  if (!other) return -1;
+  int is_anothers = PyObject_IsTrue(other.get());
+  return is_anothers < 0 ? -1 : !is_anothers;
 }
 
 int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
-  Object node(PyObject_CallNoArgs(asked.current_node));
+  Object node(current_node());
   if (!node) return -1;
   dlpack::Tensor x[Step::kMost];
   if (!step.is_called() && !read(grad, x[0])) return 0;
@@ -140,14 +82,9 @@ PyObject* Pass::run(size_t step, PyObject* grads) {
   PyObject* session = PyWeakref_GetObject(session_);  // borrowed
   if (is_closed_ || grad == Py_None || session == Py_None) Py_RETURN_NONE;
   Object held(Py_NewRef(session));
-  if (waits_ || PyDict_GET_SIZE(asked.owners) > 0) {
-    static PyObject* name = PyUnicode_InternFromString("is_anothers");
-    Object other(PyObject_CallMethodNoArgs(session, name));
-    if (!other) return nullptr;
-    int is_anothers = PyObject_IsTrue(other.get());
-    if (is_anothers < 0) return nullptr;
-    if (is_anothers) Py_RETURN_NONE;
-  }
+  int observed = is_observed(session);
+  if (observed < 0) return nullptr;
+  if (!observed) Py_RETURN_NONE;
   Object number(PyLong_FromLongLong((*steps_)[step]->node()));
   if (!number) return nullptr;
   if (taken_[step]) {

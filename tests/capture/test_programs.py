@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastminima as fm
 from fastminima import _native
 from fastminima.capture.rows.samples import Batch
-from fastminima.capture.session import hooks, program, repeat
+from fastminima.capture.session import gradients, hooks, program, repeat
 
 if _native.host() is None:
     pytest.skip("no native extension", allow_module_level=True)
@@ -618,3 +618,82 @@ def test_half_precision():
     model, x = model.bfloat16(), x.bfloat16()
     stats = probed(model, losses_of(model, x).float())
     assert stats.sq_norms.dtype == torch.float32
+
+
+def attached(case, model, batch, steps):
+    """Mean gradients of some steps under accumulation, whose hooks read them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        probe = fm.GradientProbe(model)
+        model.zero_grad()
+        found = []
+        for _ in range(steps):
+            losses = case.losses(model, batch)
+            probe.attach(losses)
+            losses.mean().backward()
+            found.append(probe.collect().mean_grad_sq_norm)
+        return found
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_gradients_are_read_by_the_extension_as_by_python(name, monkeypatch):
+    case = BY_NAME[name]
+    model, batch = case.make()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(1)
+    known = attached(case, model, batch, 2)
+    model.load_state_dict(state)
+    monkeypatch.setattr(gradients, "learned", lambda: None)
+    torch.manual_seed(1)
+    for found, want in zip(known, attached(case, model, batch, 2), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+
+
+def leaves_read(monkeypatch):
+    """How many gradients the extension has read, and Python, in each pass."""
+    counts = []
+    honest = gradients.Gradients.finish
+
+    def finish(self):
+        read = 0 if self._leaves is None else self._leaves.count
+        counts.append((read, len(self._taken)))
+        return honest(self)
+
+    monkeypatch.setattr(gradients.Gradients, "finish", finish)
+    return counts
+
+
+def test_which_gradients_the_extension_reads(monkeypatch):
+    counts = leaves_read(monkeypatch)
+    model, x = net()
+    probe = fm.GradientProbe(model)
+    for _ in range(2):
+        losses = losses_of(model, x)
+        probe.attach(losses)
+        losses.mean().backward()
+        probe.collect()
+    assert counts == [(8, 0)] * 2
+    counts.clear()
+    table = nn.Embedding(5, 3, sparse=True)
+    probe = fm.GradientProbe(table)
+    losses = table(torch.tensor([[0, 1], [2, 2]])).square().sum((1, 2))
+    probe.attach(losses)
+    losses.mean().backward()
+    stats = probe.collect()
+    want = table.weight.grad.to_dense().square().sum()
+    torch.testing.assert_close(stats.mean_grad_sq_norm, want)
+    assert counts == [(0, 1)]
+
+
+def test_a_penalty_on_weights_is_left_out_of_what_the_extension_reads(monkeypatch):
+    counts = leaves_read(monkeypatch)
+    model, x = net()
+    probe = fm.GradientProbe(model)
+    want = probe.backward(losses_of(model, x)).mean_grad_sq_norm
+    for _ in range(3):
+        model.zero_grad()
+        losses = losses_of(model, x)
+        probe.attach(losses)
+        (losses.mean() + model.plain.weight.square().sum()).backward()
+        torch.testing.assert_close(probe.collect().mean_grad_sq_norm, want)
+    assert counts[-1] == (7, 0)

@@ -112,8 +112,8 @@ class PassFilter:
     ) -> None:
         # Not the session: what it holds would hold it.
         self.owner = object() if owner is None else owner
-        self._arrival = arrival
-        self._by_task = not has_inner_passes
+        self.arrival = arrival
+        self.by_task = not has_inner_passes
         self._is_closed = False
 
     def close(self) -> None:
@@ -127,15 +127,15 @@ class PassFilter:
         owner = owner_of_pass()
         if owner is not None:
             return owner is not self.owner
-        arrival = self._arrival
-        return arrival is not None and not arrival.is_on(by_task=self._by_task)
+        arrival = self.arrival
+        return arrival is not None and not arrival.is_on(by_task=self.by_task)
 
     def is_over(self) -> bool:
         """Whether what comes now comes after the pass, which left it out.
 
         As of a probe in fused mode that runs the pass.
         """
-        is_over = self._arrival is not None and self._arrival.is_on(by_task=False)
+        is_over = self.arrival is not None and self.arrival.is_on(by_task=False)
         return is_over and owner_of_pass() is None
 
 

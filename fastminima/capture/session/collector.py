@@ -91,6 +91,15 @@ class Collector:
         grads = {name: p.grad for name, p in parameters.items()}
         self.take_gradients({n: g for n, g in grads.items() if g is not None})
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether it wants the gradients themselves."""
+        return self._keep_grads
+
+    def take_squares(self, squares: Tensor) -> None:
+        """Note squared norms of gradients, as they came."""
+        self.collected.grad_sq_norms.append(squares.sum())
+
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
         """Note the gradients of some parameters in this pass."""
         values = []

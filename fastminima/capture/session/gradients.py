@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
+from ...ops._arguments import NATIVE
+from ..graph.extension import learned
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
 from .arrival import PassFilter
 from .collector import Collector
+from .norms import new_numbers
 
 __all__ = ["Gradients"]
 
@@ -39,6 +43,10 @@ class Gradients:
         self._separated: set[str] = set()
         self._taken: set[str] = set()
         self._parts: dict[str, Tensor] = {}
+        # Of the extension: hooks, squared norms as they come, and the leaves' names.
+        self._leaves: Any = None
+        self._squares: Tensor | None = None
+        self._names: list[str] = []
 
     def hook(self, tape: Tape, used: Container[str]) -> list[Any]:
         """Read the gradients of the parameters that are leaves; returns handles."""
@@ -51,6 +59,32 @@ class Gradients:
                 handles.append(node.register_prehook(self._leaf_hook(name)))
         return handles
 
+    def hook_known(self, tape: Tape, used: Container[str]) -> bool:
+        """As `hook`, by the extension; False where it cannot read these.
+
+        Their squared norms alone are kept, each in its parameter's dtype.
+        """
+        host = learned()
+        found = {name: i for name, i in tape.leaves.items() if name in used}
+        dtypes = {self._parameters[name].dtype for name in found}
+        if host is None or self._collector.keeps_gradients or len(dtypes) != 1:
+            return False
+        (dtype,) = dtypes
+        if dtype not in NATIVE:
+            return False
+        self._squares = new_numbers(len(found), dtype=dtype)
+        self._names = list(found)
+        self._leaves = host.Leaves(
+            *(self, self._squares, self._filter.arrival, self._filter.by_task),
+            *(_native.best_isa, _native.threads()),
+        )
+        self._leaves.hook(tape.nodes, list(found.values()))
+        return True
+
+    def leaf(self, number: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Take a gradient that the extension does not read."""
+        self._leaf_hook(self._names[number])(grads)
+
     def separate(self, tape: Tape, names: Iterable[str]) -> list[Any]:
         """Read some parameters' gradients where they leave this graph, from now on.
 
@@ -60,24 +94,28 @@ class Gradients:
         handles = []
         for name in names:
             self._separated.add(name)
+            if self._leaves is not None and name in self._names:
+                self._leaves.leave_out(self._names.index(name))
             shape = self._parameters[name].shape
             for parent, number, _ in tape.parents[tape.leaves[name]]:
                 hook = self._edge_hook(name, number, shape)
                 handles.append(tape.nodes[parent].register_hook(hook))
         return handles
 
-    @property
-    def are_in_parts(self) -> bool:
-        """Whether there are some to hand over at the end."""
-        return bool(self._parts)
-
     def finish(self) -> None:
-        """Hand over what came in parts."""
-        self._collector.take_gradients(self._parts)
+        """Hand over what came in parts, and what the extension has read."""
+        if self._parts:
+            with undisturbed():
+                self._collector.take_gradients(self._parts)
+        if self._leaves is not None and self._leaves.count:
+            assert self._squares is not None
+            self._collector.take_squares(self._squares[: self._leaves.count])
 
     def clear(self) -> None:
         """Let go of the graphs."""
         self._accumulators.clear()
+        if self._leaves is not None:
+            self._leaves.close()
 
     def _add(self, name: str, grad: Tensor) -> None:
         sofar = self._parts.get(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _native
 from ...ops._arguments import NATIVE
+from ..graph.extension import learned
 
 __all__ = ["have_no_gradient", "sum_of_squares"]
 
@@ -30,7 +31,7 @@ def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:
     As `multi_sq_norm` gives it. None where that is not for these gradients: on a
     device, of several dtypes, sparse, not contiguous.
     """
-    host = _native.host()
+    host = learned()
     dtype = next((p.dtype for p in parameters.values()), None)
     if host is None or dtype not in NATIVE:
         return None

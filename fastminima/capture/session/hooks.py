@@ -22,7 +22,7 @@ from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import Delivery, delivery_of
 from .gradients import Gradients
-from .norms import NormTable, new_table
+from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program, program_of
 from .visit import Announce, check_rows, contributions_at
@@ -115,9 +115,7 @@ class Session:
             if collector.wants_norms_only and not defer_errors:
                 program = program_of(reading, parameters)
                 if program is not None:
-                    taken = self._start(
-                        program, reading.tape, waits=arrival is not None
-                    )
+                    taken = self._start(program, reading.tape)
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
@@ -125,7 +123,11 @@ class Session:
                     watch(node, self._region_watcher(region), self.owner)
                 )
             if hook_gradients:
-                self._handles += self._gradients.hook(reading.tape, self._parts)
+                is_known = not recipe.regions and self._gradients.hook_known(
+                    reading.tape, self._parts
+                )
+                if not is_known:
+                    self._handles += self._gradients.hook(reading.tape, self._parts)
         except BaseException:
             self.close()
             raise
@@ -152,9 +154,7 @@ class Session:
             self.close()
             raise self._error
         self.complete()
-        if self._gradients.are_in_parts:
-            with undisturbed():
-                self._gradients.finish()
+        self._gradients.finish()
         if self._program is not None:
             norms = self._collector.collected.sq_norms
             norms.filled = self._program.parameters(self._pass.taken)
@@ -182,14 +182,14 @@ class Session:
         """Note the gradients of this pass, all there is in `.grad` now."""
         self._collector.read_gradients(self._parameters)
 
-    def _start(self, program: Program, tape: Tape, *, waits: bool) -> frozenset[int]:
+    def _start(self, program: Program, tape: Tape) -> frozenset[int]:
         """Let the extension hook the uses that have a step; returns their nodes."""
         values = None
         if program.dtype is not None:
-            values = new_table(len(program.rows), self._batch, program.dtype)
+            values = new_numbers(*(len(program.rows), self._batch), dtype=program.dtype)
             self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._program = program
-        self._pass = program.start(self, values, waits=waits)
+        self._pass = program.start(self, values, self._filter)
         wanted = program.wanted(self._collector.makes)
         return program.nodes(self._pass.hook(tape.nodes, wanted))
 

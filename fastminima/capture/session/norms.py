@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["NormTable", "Norms", "new_table"]
+__all__ = ["NormTable", "Norms", "new_numbers"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Norms(MutableMapping[str, Tensor]):
         )
 
 
-def new_table(parameters: int, batch: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a table; statistics are made of it when inference mode is over."""
+def new_numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory on the host; statistics are made of it when inference mode is over."""
     if not torch.is_inference_mode_enabled():
-        return torch.empty(parameters, batch, dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with torch.inference_mode(False):
-        return torch.empty(parameters, batch, dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")

@@ -34,12 +34,13 @@ from ...ops import dense, embedding, norm
 from ...ops._arguments import NATIVE, SUFFIX
 from ...ops.cost import dense as cost
 from ..contributions import Products, sq_norms_of
+from ..graph.extension import learned
 from ..graph.nodes import ADDMM, EMBEDDING, PRODUCTS, REARRANGING
-from ..graph.passes import owners
 from ..graph.tape import Tape, signed
 from ..reading.plan import Slot, Use
 from ..reading.reader import Reading
 from ..rows.layout import RegularLayout
+from .arrival import PassFilter
 
 __all__ = ["Program", "program_of"]
 
@@ -71,16 +72,20 @@ class Program:
         """The use of each node that has a step."""
         return {use.node: use for use in self.uses}
 
-    def start(self, session: Any, table: Tensor | None, *, waits: bool) -> Any:
+    def start(
+        self, session: Any, table: Tensor | None, of_pass: PassFilter | None = None
+    ) -> Any:
         """A pass of the extension's, which calls `session` where it needs Python.
 
         Args:
             session: it is referenced weakly.
             table: `[rows, batch]`; None where `dtype` is.
-            waits: whether other passes may come by before the one that is observed.
+            of_pass: tells the pass that is observed from others; None where the probe
+                itself runs it and nothing inside belongs to it.
         """
         host = _native.host()
-        made = host.Pass(self.steps, session, table, waits, _native.threads())
+        told = (None, True) if of_pass is None else (of_pass.arrival, of_pass.by_task)
+        made = host.Pass(self.steps, session, table, *told, _native.threads())
         assert made.is_ready
         return made
 
@@ -136,7 +141,7 @@ def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
 
 
 def _make(reading: Reading, order: Iterable[str]) -> Program | None:
-    host = _learned()
+    host = learned()
     if host is None:
         return None
     recipe, tape = reading.recipe, reading.tape
@@ -158,18 +163,6 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     if not uses:
         return None
     return Program(steps, tuple(uses), rows, dtype, calls)
-
-
-def _learned() -> Any:
-    """What runs steps, once it knows what tensors and passes are; None without."""
-    host = _native.host()
-    if host is None:
-        return None
-    knows = host.learn(
-        *(torch.Tensor, torch.nn.Parameter, owners()),
-        torch._C._current_autograd_node,
-    )
-    return host if knows else None
 
 
 def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype | None:

@@ -23,7 +23,7 @@ from ..graph.undisturbed import undisturbed
 from ..options import Request, Target
 from ..reading.known import KnownReading
 from .collector import Collected, Collector
-from .norms import NormTable, new_table
+from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program
 from .states import Outcome, Pass
@@ -100,9 +100,9 @@ class Repeated(Pass):
         table = None
         if program.dtype is not None:
             count = target.samples.count
-            table = new_table(len(program.rows), count, program.dtype)
+            table = new_numbers(len(program.rows), count, dtype=program.dtype)
             self._norms.table = NormTable(table, program.rows)
-        self._pass: Any = program.start(self, table, waits=False)
+        self._pass: Any = program.start(self, table)
 
     @property
     def _collected(self) -> Collected:
