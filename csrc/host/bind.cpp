@@ -173,6 +173,7 @@ void bind_host(py::module_& m) {
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
+      .def("add_by_rule", [](Program& p, int64_t node) { p.add(by_rule(node), py::dict()); })
       .def("add_called", [](Program& p, int64_t node, std::vector<std::string> saved,
                             py::dict required) { p.add(called(node, saved), required); })
       .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,

@@ -58,6 +58,13 @@ int Pass::is_observed(PyObject* session) const {
   return is_anothers < 0 ? -1 : !is_anothers;
 }
 
+// Whether a gradient came to one of the outputs at least.
+static bool has_any(PyObject* grads) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(grads); i++)
+    if (PyTuple_GET_ITEM(grads, i) != Py_None) return true;
+  return false;
+}
+
 int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
   Object node(current_node());
   if (!node) return -1;
@@ -78,9 +85,8 @@ int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* 
 }
 
 PyObject* Pass::run(size_t step, PyObject* grads) {
-  PyObject* grad = PyTuple_GET_SIZE(grads) > 0 ? PyTuple_GET_ITEM(grads, 0) : Py_None;
   PyObject* session = PyWeakref_GetObject(session_);  // borrowed
-  if (is_closed_ || grad == Py_None || session == Py_None) Py_RETURN_NONE;
+  if (is_closed_ || session == Py_None || !has_any(grads)) Py_RETURN_NONE;
   Object held(Py_NewRef(session));
   int observed = is_observed(session);
   if (observed < 0) return nullptr;
@@ -92,7 +98,9 @@ PyObject* Pass::run(size_t step, PyObject* grads) {
     return PyObject_CallMethodOneArg(session, name, number.get());
   }
   taken_[step] = 1;
-  int done = take(*(*steps_)[step], session, number.get(), grad);
+  PyObject* grad = PyTuple_GET_ITEM(grads, 0);
+  const Step& taken = *(*steps_)[step];
+  int done = taken.is_by_rule() || grad == Py_None ? 0 : take(taken, session, number.get(), grad);
   if (done < 0) return nullptr;
   if (done > 0) Py_RETURN_NONE;
   static PyObject* name = PyUnicode_InternFromString("generic");

@@ -263,6 +263,12 @@ class Called : public Step {
   bool compute(const dlpack::Tensor*, const Workspace&) const override { return false; }
 };
 
+class ByRule : public Called {
+ public:
+  explicit ByRule(int64_t node) : Called(node, {}) {}
+  bool is_by_rule() const override { return true; }
+};
+
 template <template <typename> class Kind, typename... Args>
 std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
   if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
@@ -272,7 +278,7 @@ std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
 }  // namespace
 
 Step::Step(int64_t node, const std::vector<std::string>& saved)
-    : node_(node), raw_(interned("_raw" + saved.at(0))) {
+    : node_(node), raw_(interned(saved.empty() ? "" : "_raw" + saved[0])) {
   if (saved.size() >= kMost) throw std::invalid_argument("a step reads three tensors at most");
   for (const std::string& name : saved) saved_.push_back(interned(name));
 }
@@ -343,6 +349,8 @@ std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places place
                             int64_t padding, const std::string& dtype, const std::string& isa) {
   return made<Table>(dtype, node, saved, places, layout, padding, isa);
 }
+
+std::unique_ptr<Step> by_rule(int64_t node) { return std::make_unique<ByRule>(node); }
 
 std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved) {
   return std::make_unique<Called>(node, saved);

@@ -66,8 +66,9 @@ class Step {
   int read_saved(PyObject* node, Object* saved) const;
   size_t saved() const { return saved_.size(); }
 
-  // Whether the tensors are for Python to compute with.
+  // Whether the tensors are for Python to compute with, and whether all is its affair.
   virtual bool is_called() const { return false; }
+  virtual bool is_by_rule() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 
@@ -101,8 +102,10 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);
 
-// One that Python takes: on another device, or in half precision.
+// One that Python takes: on another device, in half precision, or without a kernel here.
 std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved);
+// One of any kind, which reads what it needs by itself.
+std::unique_ptr<Step> by_rule(int64_t node);
 
 }  // namespace host
 }  // namespace fastminima

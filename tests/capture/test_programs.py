@@ -205,9 +205,10 @@ def losses_of(model, x):
 
 
 def test_which_uses_have_a_step():
-    """Those used once; narrow sequences are left to PyTorch's products."""
+    """Those of parameters that are used once."""
     model, x = net()
     once = {"plain.weight", "plain.bias", "bare.weight", "columns"}
+    once |= {"sequence.weight", "sequence.bias"}
     assert steps_of(model, losses_of(model, x)) == once
 
 

@@ -9,10 +9,11 @@ made for, and calls the kernel, which writes into a row of the pass' table.
     addmm(bias [20], x [N, 10], weight.t()), one row a sample
     -> single rows of "_saved_mat1":  |g_n|^2 |x_n|^2  and  |g_n|^2, to two rows
 
-On other devices and in half precision the hook hands the tensors to a function here,
-which calls the op. A use without a step, or whose step does not fit (another dtype,
-strides that no kernel reads, a checkpoint), goes the generic way, which gives the same
-bits and serves everything.
+Where there is no such kernel (other devices, half precision, convolutions) the hook
+hands the tensors to a function here, which calls the op. Any other use is taken by its
+rule, and so is one whose step does not fit (another dtype, strides that no kernel reads,
+a checkpoint): that gives the same bits and serves everything. A use has no step when its
+parameters are used elsewhere too, or changed on their way by more than an order.
 
 To add one: a function here that says when a use is of its kind, a line in `_STEPS`, and
 a class in `csrc/host/steps.cpp`.
@@ -32,10 +33,11 @@ from torch import Tensor
 from ... import _native
 from ...ops import dense, embedding, norm
 from ...ops._arguments import NATIVE, SUFFIX
+from ...ops.conv_geometry import ConvGeometry
 from ...ops.cost import dense as cost
-from ..contributions import Products, sq_norms_of
+from ..contributions import Patches, Products, sq_norms_of
 from ..graph.extension import learned
-from ..graph.nodes import ADDMM, EMBEDDING, PRODUCTS, REARRANGING
+from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
 from ..graph.tape import Tape, signed
 from ..reading.plan import Slot, Use
 from ..reading.reader import Reading
@@ -152,13 +154,10 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     steps = host.Program(suffix, _native.best_isa)
     uses, calls = [], {}
     for use in recipe.plan.uses:
-        make = _STEPS.get(use.name)
-        layout = recipe.layouts[use.node][0]
-        if make is None or not isinstance(layout, RegularLayout):
-            continue
-        if layout.chosen is not None:
-            continue
-        if make(_Making(steps, tape, use, layout, rows, dtype, calls)):
+        making = _Making(
+            *(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls
+        )
+        if making.is_alone and (making.by_kind() or making.by_rule()):
             uses.append(use)
     if not uses:
         return None
@@ -179,10 +178,31 @@ class _Making:
     steps: Any
     tape: Tape
     use: Use
-    layout: RegularLayout
+    layout: Any
     rows: Mapping[str, int]
     dtype: torch.dtype | None
     calls: dict[int, Call]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its parameters are used only here, rearranged at most.
+
+        Norms do not change with the order of elements.
+        """
+        return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
+
+    def by_kind(self) -> bool:
+        """Add a step for a use of a known kind; returns whether it is one."""
+        make = _STEPS.get(self.use.name)
+        layout = self.layout
+        if make is None or not isinstance(layout, RegularLayout):
+            return False
+        return layout.chosen is None and make(self)
+
+    def by_rule(self) -> bool:
+        """Add a step that asks the use's rule, whatever it is."""
+        self.steps.add_by_rule(self.use.node)
+        return True
 
     @property
     def is_for_kernels(self) -> bool:
@@ -215,15 +235,9 @@ class _Making:
         return layout.dim, layout.outer, layout.batch, layout.inner
 
     def slots(self, *numbers: int | None) -> dict[int, Slot] | None:
-        """The slots by number; None where others take parameters, or not as they are.
-
-        Rearranged they may be: norms do not change with the order of elements.
-        """
+        """The slots by number; None where others take parameters."""
         slots = {slot.number: slot for slot in self.use.slots}
-        if not slots or not slots.keys() <= set(numbers):
-            return None
-        alone = (_comes_alone(self.tape, slot) for slot in slots.values())
-        return slots if all(alone) else None
+        return slots if slots and slots.keys() <= set(numbers) else None
 
     def row(self, slot: Slot | None) -> int:
         """Where the norms of the slot's parameter go; -1 where it has none."""
@@ -247,17 +261,14 @@ def _dense(making: _Making) -> bool:
     saved = f"_saved_{product.operands[product.factors[0]]}"
     factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
     common = (making.use.node, saved, places)
-    if not making.is_for_kernels:
-        return making.call(
-            [saved], (weight, bias), _products(layout, bias is not None), factors
-        )
+    time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
+    if not making.is_for_kernels or cost.is_torch_faster(time, d_in, d_out):
+        products = _products(layout, bias is not None)
+        return making.call([saved], (weight, bias), products, factors)
     if layout.is_one_row:
         making.steps.add_single_rows(*common, factors)
         return True
     assert making.dtype is not None
-    time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
-    if cost.is_torch_faster(time, d_in, d_out):
-        return False
     is_gram = cost.choose(time, d_in, d_out) == "gram"
     guard = cost.guard(d_in, d_out, making.dtype) if is_gram else -1.0
     making.steps.add_sequences(*common, making.axis, guard, factors)
@@ -278,6 +289,36 @@ def _products(
         return weight, products.bias_norms if has_bias else None
 
     return sequences
+
+
+def _convolution(making: _Making) -> bool:
+    """A convolution over images, one a sample."""
+    slots = making.slots(1, 2)
+    if slots is None or 1 not in slots:
+        return False
+    if making.layout.dim != 0 or not making.layout.is_one_row:
+        return False
+    node = making.tape.nodes[making.use.node]
+    words = ("stride", "padding", "dilation", "output_padding")
+    numbers = {word: tuple(getattr(node, f"_saved_{word}")) for word in words}
+    geometry = ConvGeometry(
+        kernel_size=tuple(slots[1].shape[2:]),
+        groups=node._saved_groups,
+        transposed=node._saved_transposed,
+        **numbers,
+    )
+    required = {
+        f"_saved_{word}": getattr(node, f"_saved_{word}")
+        for word in (*words, "groups", "transposed")
+    }
+    has_bias = 2 in slots
+
+    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        patches = Patches(x, g, geometry, with_bias=has_bias)
+        weight = patches.weight_norms  # first: it leaves those of the bias
+        return weight, patches.bias_norms if has_bias else None
+
+    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
 
 
 def _layer_norm(making: _Making) -> bool:
@@ -368,6 +409,7 @@ def _comes_alone(tape: Tape, slot: Slot) -> bool:
 # What makes the step of a use, by the name of its node; returns whether there is one.
 _STEPS: dict[str, Callable[[_Making], bool]] = {
     **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},
+    CONVOLUTION: _convolution,
     "NativeLayerNormBackward0": _layer_norm,
     "MulBackward0": _scale,
     EMBEDDING: _table,
