@@ -11,9 +11,10 @@ made for, and calls the kernel, which writes into a row of the pass' table.
 
 Where there is no such kernel (other devices, half precision, convolutions) the hook
 hands the tensors to a function here, which calls the op. Any other use is taken by its
-rule, and so is one whose step does not fit (another dtype, strides that no kernel reads,
-a checkpoint): that gives the same bits and serves everything. A use has no step when its
-parameters are used elsewhere too, or changed on their way by more than an order.
+rule, and so is one whose step does not fit (another dtype, strides that no kernel
+reads, a checkpoint): that gives the same bits and serves everything. A use has no step
+where its parameters are used elsewhere too, or changed on their way by more than an
+order.
 
 To add one: a function here that says when a use is of its kind, a line in `_STEPS`, and
 a class in `csrc/host/steps.cpp`.
