@@ -57,6 +57,14 @@ int have_same_items(PyObject* left, PyObject* right) {
   return 1;
 }
 
+// Whether a tensor's shape is a tuple's.
+bool has_shape(const dlpack::Tensor& x, PyObject* shape) {
+  if (x.ndim != PyTuple_GET_SIZE(shape)) return false;
+  for (int i = 0; i < x.ndim; i++)
+    if (x.shape[i] != PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i))) return false;
+  return true;
+}
+
 }  // namespace
 
 Wiring::Wiring(PyObject* names, PyObject* types, PyObject* children, PyObject* leaves) {
@@ -163,34 +171,46 @@ Conditions::~Conditions() {
 void Conditions::add_value(int64_t node, PyObject* attribute, PyObject* value) {
   Py_INCREF(attribute);
   PyUnicode_InternInPlace(&attribute);
-  conditions_.push_back({node, attribute, Py_NewRef(value)});
+  conditions_.push_back({node, attribute, Py_NewRef(value), false});
 }
 
 void Conditions::add_shapes(int64_t node, PyObject* shapes) {
-  conditions_.push_back({node, nullptr, PySequence_Tuple(shapes)});
+  conditions_.push_back({node, nullptr, PySequence_Tuple(shapes), false});
+}
+
+void Conditions::add_leaf(int64_t node, PyObject* shape) {
+  conditions_.push_back({node, nullptr, PyTuple_Pack(1, shape), true});
 }
 
 int Conditions::hold(PyObject* nodes) const {
   for (const Condition& c : conditions_) {
-    PyObject* node = PyList_GET_ITEM(nodes, c.node);
-    if (c.attribute != nullptr) {
-      Object value(PyObject_GetAttr(node, c.attribute));
-      if (!value) return -1;
-      int same = PyObject_RichCompareBool(value.get(), c.value, Py_EQ);
-      if (same != 1) return same;
-      continue;
-    }
-    Object outputs(PyObject_GetAttr(node, names().input_metadata));
-    if (!outputs) return -1;
-    Object each(PySequence_Fast(outputs.get(), "a node's outputs"));
-    if (!each) return -1;
-    if (PySequence_Fast_GET_SIZE(each.get()) != PyTuple_GET_SIZE(c.value)) return 0;
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(c.value); k++) {
-      Object shape(PyObject_GetAttr(PySequence_Fast_GET_ITEM(each.get(), k), names().shape));
-      if (!shape) return -1;
-      int same = have_same_items(shape.get(), PyTuple_GET_ITEM(c.value, k));
-      if (same != 1) return same;
-    }
+    int held = holds(c, PyList_GET_ITEM(nodes, c.node));
+    if (held != 1) return held;
+  }
+  return 1;
+}
+
+int Conditions::holds(const Condition& c, PyObject* node) {
+  if (c.attribute != nullptr) {
+    Object value(PyObject_GetAttr(node, c.attribute));
+    return value ? PyObject_RichCompareBool(value.get(), c.value, Py_EQ) : -1;
+  }
+  if (c.is_leaf) {  // most are seen without a Python object of their shape
+    Object variable(PyObject_GetAttr(node, names().variable));
+    if (!variable) return -1;
+    dlpack::Tensor x;
+    if (read(variable.get(), x)) return has_shape(x, PyTuple_GET_ITEM(c.value, 0));
+  }
+  Object outputs(PyObject_GetAttr(node, names().input_metadata));
+  if (!outputs) return -1;
+  Object each(PySequence_Fast(outputs.get(), "a node's outputs"));
+  if (!each) return -1;
+  if (PySequence_Fast_GET_SIZE(each.get()) != PyTuple_GET_SIZE(c.value)) return 0;
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(c.value); k++) {
+    Object shape(PyObject_GetAttr(PySequence_Fast_GET_ITEM(each.get(), k), names().shape));
+    if (!shape) return -1;
+    int same = have_same_items(shape.get(), PyTuple_GET_ITEM(c.value, k));
+    if (same != 1) return same;
   }
   return 1;
 }

@@ -57,6 +57,8 @@ class Conditions {
   void add_value(int64_t node, PyObject* attribute, PyObject* value);
   // The shapes of the outputs of node `node` are a sequence of tuples.
   void add_shapes(int64_t node, PyObject* shapes);
+  // Node `node` accumulates the gradient of a leaf of this shape.
+  void add_leaf(int64_t node, PyObject* shape);
   // 1: all of them hold; 0: not; -1 with a Python error set.
   int hold(PyObject* nodes) const;
 
@@ -65,7 +67,11 @@ class Conditions {
     int64_t node;
     PyObject* attribute;  // null: shapes
     PyObject* value;
+    bool is_leaf;
   };
+  // As `hold`, of one of them.
+  static int holds(const Condition& condition, PyObject* node);
+
   std::vector<Condition> conditions_;
 };
 

@@ -79,8 +79,13 @@ int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* 
     for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
     return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
   }
-  for (size_t i = 0; i < step.saved(); i++)
+  for (size_t i = 0; i < step.saved(); i++) {
+    if (step.minds_signs()) {
+      int negated = is_negated(saved[i].get());
+      if (negated != 0) return negated < 0 ? -1 : 0;
+    }
     if (!read(saved[i].get(), x[i + 1])) return 0;
+  }
   return step.compute(x, workspace_) ? 1 : 0;
 }
 

@@ -176,6 +176,7 @@ class LayerNorm : public OverTime<scalar_t> {
       : OverTime<scalar_t>(node, saved, places, layout, isa), trailing_(trailing) {}
 
  public:
+  bool minds_signs() const override { return true; }  // the mean is taken from the input
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &input = x[1], &mean = x[2], &rstd = x[3];
     Rows of_g, of_x, of_mean, of_rstd;

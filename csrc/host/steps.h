@@ -69,6 +69,9 @@ class Step {
   // Whether the tensors are for Python to compute with, and whether all is its affair.
   virtual bool is_called() const { return false; }
   virtual bool is_by_rule() const { return false; }
+  // Whether the sign of what was saved counts. No norm changes with the sign of a whole tensor,
+  // so a product does not mind a view whose negation is not done in memory.
+  virtual bool minds_signs() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 

@@ -1,5 +1,7 @@
 #include "host/tensors.h"
 
+#include "host/names.h"
+
 namespace fastminima {
 namespace host {
 namespace {
@@ -31,8 +33,15 @@ bool read(PyObject* tensor, dlpack::Tensor& out) {
     PyErr_Clear();
     return false;
   }
+  if (out.data == nullptr && elements(out) != 0) return false;  // zeros that nobody wrote down
   out.data = static_cast<char*>(out.data) + out.byte_offset;
   return true;
+}
+
+int is_negated(PyObject* tensor) {
+  if (tensor == Py_None) return 0;
+  Object answer(PyObject_CallMethodNoArgs(tensor, names().is_neg));
+  return answer ? PyObject_IsTrue(answer.get()) : -1;
 }
 
 bool is_contiguous(const dlpack::Tensor& x) {

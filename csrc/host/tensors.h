@@ -33,8 +33,12 @@ class Object {
 // What `read` takes tensors for: says how PyTorch shares them. False where it does not.
 bool learn_tensors(PyObject* tensor_type, PyObject* parameter_type);
 
-// A dense tensor that is exactly a torch.Tensor or a Parameter. Leaves no Python error behind.
+// A dense tensor that is exactly a torch.Tensor or a Parameter, and has memory where it has
+// elements. Leaves no Python error behind. Its sign may be another: see `is_negated`.
 bool read(PyObject* tensor, dlpack::Tensor& out);
+
+// 1: a view whose memory holds the negated values; 0: not; -1 with a Python error set.
+int is_negated(PyObject* tensor);
 
 // Whether a tensor lies in the host's memory and has this many bits of floating point.
 inline bool is_float_on_cpu(const dlpack::Tensor& x, int bits) {

@@ -61,6 +61,6 @@ def _kick(noise: Noise, tensor: int, elements: slice, like: Tensor) -> Tensor | 
     return numbers.mul_(noise.deviation).to(accumulation_dtype(like.dtype))
 
 
-langevin_step_ = Op("langevin_step_", _langevin_step_)
+langevin_step_ = Op("langevin_step_", _langevin_step_, is_in_place=True)
 langevin_step_.add_native(native.langevin_step_(_langevin_step_), dtypes=FLOATS)
 langevin_step_.add_cuda(cuda.langevin_step_(_langevin_step_), dtypes=FLOATS)

@@ -33,6 +33,18 @@ def _leader(first: Tensor | Sequence[Tensor]) -> Tensor:
     return first if isinstance(first, Tensor) else first[0]
 
 
+def _in_memory(x: Any) -> Any:
+    """An argument whose memory holds its values, for kernels that read that alone.
+
+    PyTorch has views that are negated when they are read, and zeros without memory.
+    """
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_neg() or x._is_zerotensor() else x
+    if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
+        return [_in_memory(each) for each in x]
+    return x
+
+
 class Op:
     """A statistic of one layer, and every way this machine can compute it.
 
@@ -50,9 +62,12 @@ class Op:
         ('reference',)
     """
 
-    def __init__(self, name: str, reference: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, reference: Callable[..., Any], *, is_in_place: bool = False
+    ) -> None:
         self.name = name
         self.reference = reference
+        self._is_in_place = is_in_place  # it writes into the tensors that it is given
         self._implementations: list[Implementation] = []
         self._chosen: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
         self.__doc__ = reference.__doc__
@@ -196,4 +211,6 @@ class Op:
         run = self._chosen.get(key)
         if run is None:
             run = self._chosen[key] = self.on(self.backends(*key)[0], *key)
+        if run is not self.reference and not self._is_in_place:
+            first, *args = map(_in_memory, (first, *args))
         return run(first, *args, **kwargs)

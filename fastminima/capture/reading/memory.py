@@ -146,9 +146,12 @@ class Structure:
             return
         conditions = host.Conditions()
         shown = {use.node for use in self._uses if use.node not in self._routed}
-        shown |= {i for i, _ in self._plan.prepared} | set(self._reordering)
+        shown |= {i for i, _ in self._plan.entering} | set(self._reordering)
         for i in sorted(shown):
-            conditions.add_shapes(i, tape.shapes(i))
+            if tape.is_leaf(i):
+                conditions.add_leaf(i, *tape.shapes(i))
+            else:
+                conditions.add_shapes(i, tape.shapes(i))
         numbers = [(i, name) for i, names in self._placing for name in names]
         for i, name in (*numbers, *deciding):
             conditions.add_value(i, name, getattr(tape.nodes[i], name))

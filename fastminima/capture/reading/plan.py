@@ -97,12 +97,7 @@ class Plan:
         self.uses = uses
         self.hidden = hidden
         self.preparing = preparing
-        self.prepared = [
-            slot.child
-            for use in uses
-            for slot in use.slots
-            if any(path.steps != () for path in slot.paths)
-        ]
+        self.entering = [slot.child for use in uses for slot in use.slots]
         self.sources: dict[str, int] = {}
         self.own: set[str] = set()
         for path in (p for use in uses for slot in use.slots for p in slot.paths):
@@ -130,8 +125,8 @@ class Plan:
         return Plan(tuple(uses), self.preparing)
 
     def entrances(self, tape: Tape) -> tuple[tuple[int, ...], ...]:
-        """Shapes in which prepared parameters enter."""
-        return tuple([tape.shapes(i)[output] for i, output in self.prepared])
+        """Shapes in which parameters enter: they may be given others."""
+        return tuple([tape.shapes(i)[output] for i, output in self.entering])
 
 
 def watched_nodes(tape: Tape, regions: Container[int] = ()) -> list[int]:

@@ -1,0 +1,134 @@
+"""What changes between two steps of a known graph without changing its structure."""
+
+import pytest
+import torch
+from oracles import single_sample_gradients
+from torch import nn
+
+import fastminima as fm
+
+
+def assert_norms(stats, want):
+    scale = max(g.flatten(1).square().sum(1).max() for g in want.values()).clamp_min(1)
+    for name, g in want.items():
+        got = stats.sq_norms_by_parameter[name].double()
+        exact = g.flatten(1).square().sum(1)
+        torch.testing.assert_close(got / scale, exact / scale, rtol=1e-5, atol=1e-8)
+
+
+def steps(probe, model, losses, batch, count=7):
+    """Some steps, each compared with the gradients of single samples."""
+    want = single_sample_gradients(model, losses, batch)
+    for _ in range(count):
+        model.zero_grad()
+        assert_norms(probe.backward(losses(model, batch)), want)
+
+
+def _dense(model, batch):
+    return model(batch[0]).square().flatten(1).sum(1)
+
+
+class Affine(nn.Module):
+    """A product, a shift and a scale, all of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+        self.shift = nn.Parameter(torch.randn(5))
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return (x @ self.weight + self.shift) * self.scale
+
+
+# Parameters given other shapes, with outputs of the same ones.
+RESHAPED = {
+    "inputs": (nn.Linear, (3, 5), "weight", (5, 9), (6, 3), (6, 9)),
+    "bias": (nn.Linear, (3, 5), "bias", (1,), (6, 3), (6, 3)),
+    "shift": (Affine, (), "shift", (1,), (6, 3), (6, 3)),
+    "scale": (Affine, (), "scale", (1,), (6, 3), (6, 3)),
+    "kernel": (nn.Conv2d, (2, 3, 3, 2), "weight", (3, 2, 4, 4), *[(4, 2, 8, 8)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_a_parameter_in_another_shape(name):
+    make, arguments, parameter, shape, before, after = RESHAPED[name]
+    torch.manual_seed(0)
+    model = make(*arguments)
+    probe = fm.GradientProbe(model, per_parameter=True)
+    own = model.get_parameter(parameter).data
+    steps(probe, model, _dense, [torch.randn(before)])
+    model.get_parameter(parameter).data = torch.randn(shape)
+    steps(probe, model, _dense, [torch.randn(after)])
+    model.get_parameter(parameter).data = own
+    steps(probe, model, _dense, [torch.randn(before)])
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.LayerNorm(6)
+    )
+
+
+def test_views_that_are_negated_when_they_are_read():
+    """Their memory holds the other sign, which a mean is not taken from."""
+    model, ids = layers(), torch.randint(11, (5, 7))
+
+    def losses(model, batch, turn=torch._neg_view):
+        x = batch[0]
+        for layer in model:
+            x = turn(layer(x))
+        return x.square().sum((1, 2))
+
+    probe = fm.GradientProbe(model, per_parameter=True)
+    steps(probe, model, lambda m, b: losses(m, b, torch.neg), [ids], 6)
+    steps(probe, model, losses, [ids])
+
+
+def _strided(g):
+    return torch.stack([g, g], -1)[..., 0]
+
+
+def _time_first(g):
+    return g.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "turn", [lambda g: torch._neg_view(-g), _strided, _time_first], ids=range(3)
+)
+def test_gradients_that_lie_otherwise_in_memory(turn):
+    model, ids = layers(), torch.randint(11, (5, 7))
+    turning = []
+
+    def losses(model, batch):
+        x = batch[0]
+        for layer in model:
+            x = layer(x)
+            for turn in turning:
+                x.register_hook(turn)
+        return x.square().sum((1, 2))
+
+    probe = fm.GradientProbe(model, per_parameter=True)
+    steps(probe, model, losses, [ids])
+    turning.append(turn)
+    steps(probe, model, losses, [ids])
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_gradients_of_zeros_without_memory(layer):
+    """As autograd makes them for what surely is zero."""
+    model, ids = layers(), torch.randint(11, (5, 7))
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for step in range(7):
+        model.zero_grad()
+        x = ids
+        for i, each in enumerate(model):
+            x = each(x)
+            if i == layer and step > 4:
+                x.register_hook(lambda g: torch._efficientzerotensor(g.shape))
+        norms = probe.backward(x.square().sum((1, 2))).sq_norms_by_parameter
+        for name, of_parameter in norms.items():
+            is_below = step > 4 and int(name.split(".")[0]) <= layer
+            assert bool((of_parameter == 0).all()) == is_below
