@@ -141,6 +141,8 @@ void bind_host(py::module_& m) {
                             py::object shapes) { self.add_shapes(node, shapes.ptr()); })
       .def("add_leaf", [](Conditions& self, int64_t node,
                           py::tuple shape) { self.add_leaf(node, shape.ptr()); })
+      .def("add_type", [](Conditions& self, int64_t node,
+                          py::type type) { self.add_type(node, type.ptr()); })
       .def("hold", [](const Conditions& self, py::list nodes) {
         int held = self.hold(nodes.ptr());
         if (held < 0) throw py::error_already_set();

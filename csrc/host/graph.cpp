@@ -116,7 +116,10 @@ bool Wiring::is_same(PyObject* node, const Node& known, PyObject* parameters, in
     if (PyErr_Occurred()) return failed = 1, false;
     return known.parameter == Py_None;
   }
-  return known.parameter != Py_None && PyUnicode_Compare(name, known.parameter) == 0;
+  if (known.parameter == Py_None) return false;
+  int same = PyObject_RichCompareBool(name, known.parameter, Py_EQ);  // names may be of any type
+  if (same < 0) failed = 1;
+  return same == 1;
 }
 
 PyObject* Wiring::follow(PyObject* root, PyObject* parameters) const {
@@ -171,15 +174,19 @@ Conditions::~Conditions() {
 void Conditions::add_value(int64_t node, PyObject* attribute, PyObject* value) {
   Py_INCREF(attribute);
   PyUnicode_InternInPlace(&attribute);
-  conditions_.push_back({node, attribute, Py_NewRef(value), false});
+  conditions_.push_back({kValue, node, attribute, Py_NewRef(value)});
 }
 
 void Conditions::add_shapes(int64_t node, PyObject* shapes) {
-  conditions_.push_back({node, nullptr, PySequence_Tuple(shapes), false});
+  conditions_.push_back({kShapes, node, nullptr, PySequence_Tuple(shapes)});
 }
 
 void Conditions::add_leaf(int64_t node, PyObject* shape) {
-  conditions_.push_back({node, nullptr, PyTuple_Pack(1, shape), true});
+  conditions_.push_back({kLeaf, node, nullptr, PyTuple_Pack(1, shape)});
+}
+
+void Conditions::add_type(int64_t node, PyObject* type) {
+  conditions_.push_back({kType, node, nullptr, Py_NewRef(type)});
 }
 
 int Conditions::hold(PyObject* nodes) const {
@@ -191,14 +198,16 @@ int Conditions::hold(PyObject* nodes) const {
 }
 
 int Conditions::holds(const Condition& c, PyObject* node) {
-  if (c.attribute != nullptr) {
+  if (c.kind == kValue) {
     Object value(PyObject_GetAttr(node, c.attribute));
     return value ? PyObject_RichCompareBool(value.get(), c.value, Py_EQ) : -1;
   }
-  if (c.is_leaf) {  // most are seen without a Python object of their shape
+  if (c.kind == kLeaf || c.kind == kType) {
     Object variable(PyObject_GetAttr(node, names().variable));
     if (!variable) return -1;
-    dlpack::Tensor x;
+    if (c.kind == kType)
+      return reinterpret_cast<PyObject*>(Py_TYPE(variable.get())) == c.value;
+    dlpack::Tensor x;  // most are seen without a Python object of their shape
     if (read(variable.get(), x)) return has_shape(x, PyTuple_GET_ITEM(c.value, 0));
   }
   Object outputs(PyObject_GetAttr(node, names().input_metadata));

@@ -59,15 +59,18 @@ class Conditions {
   void add_shapes(int64_t node, PyObject* shapes);
   // Node `node` accumulates the gradient of a leaf of this shape.
   void add_leaf(int64_t node, PyObject* shape);
+  // Node `node` accumulates the gradient of a leaf of exactly this type.
+  void add_type(int64_t node, PyObject* type);
   // 1: all of them hold; 0: not; -1 with a Python error set.
   int hold(PyObject* nodes) const;
 
  private:
+  enum Kind : char { kValue, kShapes, kLeaf, kType };
   struct Condition {
+    Kind kind;
     int64_t node;
-    PyObject* attribute;  // null: shapes
+    PyObject* attribute;  // of kValue
     PyObject* value;
-    bool is_leaf;
   };
   // As `hold`, of one of them.
   static int holds(const Condition& condition, PyObject* node);

@@ -13,6 +13,7 @@ from .errors import CaptureError
 from .rows.samples import Batch, Samples, Segments
 
 __all__ = [
+    "REDUCTIONS",
     "Options",
     "Request",
     "Target",
@@ -22,6 +23,7 @@ __all__ = [
     "positive",
 ]
 
+REDUCTIONS = ("mean", "sum")
 _MEASURES = ("norms", "second_moments", "gram")
 
 
@@ -107,7 +109,7 @@ class Request(NamedTuple):
         Raises:
             ValueError: when something does not make sense.
         """
-        check_word("reduction", self.reduction, ("mean", "sum"))
+        check_word("reduction", self.reduction, REDUCTIONS)
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}.")
         if self.segment_ids is not None:

@@ -132,3 +132,64 @@ def test_gradients_of_zeros_without_memory(layer):
         for name, of_parameter in norms.items():
             is_below = step > 4 and int(name.split(".")[0]) <= layer
             assert bool((of_parameter == 0).all()) == is_below
+
+
+class Prompted(nn.Module):
+    """A layer whose outputs are scaled with a tensor of somebody's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.prompt = torch.randn(4, requires_grad=True)
+
+    def forward(self, x):
+        return self.layer(x) * self.prompt
+
+
+def test_a_leaf_that_becomes_a_parameter():
+    torch.manual_seed(0)
+    model, x = Prompted(), torch.randn(6, 3)
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(7):
+        model.zero_grad()
+        probe.backward(_dense(model, [x]))
+    prompt = model.prompt.detach()
+    del model.prompt
+    model.prompt = nn.Parameter(prompt)
+    steps(probe, model, _dense, [x])
+
+
+def test_what_is_refused_once_is_refused_in_every_step():
+    torch.manual_seed(0)
+    table, ids = nn.Embedding(9, 4), torch.randint(9, (5, 6))
+    probe = fm.GradientProbe(table, per_parameter=True)
+    steps(probe, table, lambda m, b: m(b[0]).square().sum((1, 2)), [ids])
+    table.scale_grad_by_freq = True
+    for _ in range(4):
+        with pytest.raises(fm.CaptureError, match="scale_grad_by_freq"):
+            probe.backward(table(ids).square().sum((1, 2)))
+    table.scale_grad_by_freq = False
+    steps(probe, table, lambda m, b: m(b[0]).square().sum((1, 2)), [ids])
+
+
+def test_names_of_parameters_may_be_numbers():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    probe = fm.GradientProbe({0: layer.weight, 1: layer.bias}, per_parameter=True)
+    found = []
+    for _ in range(7):
+        layer.zero_grad()
+        found.append(probe.backward(_dense(layer, [x])).sq_norms)
+    assert all(torch.equal(norms, found[0]) for norms in found)
+
+
+def test_options_are_checked_in_every_step():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    probe = fm.GradientProbe(layer, per_parameter=True)
+    steps(probe, layer, _dense, [x])
+    for wrong in ({"reduction": "average"}, {"scale": 0.0}, {"batch_size": 5}):
+        layer.zero_grad()
+        with pytest.raises(ValueError, match="|".join(wrong)):
+            probe.backward(_dense(layer, [x]), **wrong)
+        steps(probe, layer, _dense, [x])

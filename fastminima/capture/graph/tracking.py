@@ -9,18 +9,20 @@ from torch import Tensor, nn
 from .nodes import ACCUMULATE
 from .tape import Tape
 
-__all__ = ["has_changed", "untracked_leaves"]
+__all__ = ["has_changed", "untracked_leaves", "untracked_nodes"]
+
+
+def untracked_nodes(tape: Tape) -> list[int]:
+    """The nodes of leaves that are not tracked parameters."""
+    if tape.names.count(ACCUMULATE) == len(tape.leaves):  # all of them are
+        return []
+    tracked = tape.parameter_at
+    return [i for i, n in enumerate(tape.names) if n == ACCUMULATE and i not in tracked]
 
 
 def untracked_leaves(tape: Tape) -> list[nn.Parameter]:
     """Parameters among the leaves of a graph that are not tracked."""
-    if tape.names.count(ACCUMULATE) == len(tape.leaves):  # all of them are
-        return []
-    leaves = (
-        node.variable
-        for i, (node, name) in enumerate(zip(tape.nodes, tape.names, strict=True))
-        if name == ACCUMULATE and i not in tape.parameter_at
-    )
+    leaves = (tape.nodes[i].variable for i in untracked_nodes(tape))
     return [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ... import _native
 from ..graph.tape import Tape
+from ..graph.tracking import untracked_nodes
 from ..rows.batch_axis import batch_edges
 from ..rows.guards import Guard, placing_numbers, read_numbers, reordering_nodes
 from ..rows.layout import IrregularLayout, RegularLayout
@@ -152,10 +153,16 @@ class Structure:
                 conditions.add_leaf(i, *tape.shapes(i))
             else:
                 conditions.add_shapes(i, tape.shapes(i))
+        for i in untracked_nodes(tape):  # one may become a parameter to be tracked
+            conditions.add_type(i, type(tape.nodes[i].variable))
         numbers = [(i, name) for i, names in self._placing for name in names]
         for i, name in (*numbers, *deciding):
             conditions.add_value(i, name, getattr(tape.nodes[i], name))
         self._last = _Last(sizes, conditions, recipe)
+
+    def unsettle(self) -> None:
+        """Expect nothing of the next graph: the last one was refused."""
+        self._last = self._met = None
 
     def remember(self, tape: Tape, samples: Samples, recipe: Recipe) -> None:
         """Keep what was measured on a graph."""

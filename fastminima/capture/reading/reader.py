@@ -170,13 +170,17 @@ class Reader:
             return Reading(tape, understood.complete, mixes)
         assert known is not None
         if not known.is_settled:
-            mixing.refuse_mixing_uses(
-                tape,
-                recipe.plan,
-                recipe.layouts,
-                batchnorm=self._batchnorm,
-                where=self._model.where,
-            )
+            try:
+                mixing.refuse_mixing_uses(
+                    tape,
+                    recipe.plan,
+                    recipe.layouts,
+                    batchnorm=self._batchnorm,
+                    where=self._model.where,
+                )
+            except CaptureError:
+                known.unsettle()
+                raise
         # All rows of a batch of one are its own; in a CUDA graph nothing is looked at.
         may_check = batch > 1 and not is_capturing(loss)
         if may_check and (known.is_due(self._check_every) or self.is_suspicious):

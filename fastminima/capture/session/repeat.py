@@ -20,7 +20,7 @@ from ..graph.node import current_node
 from ..graph.passes import owner_of_pass
 from ..graph.saved import readable
 from ..graph.undisturbed import undisturbed
-from ..options import Request, Target
+from ..options import REDUCTIONS, Request, Target
 from ..reading.known import KnownReading
 from .collector import Collected, Collector
 from .norms import NormTable, new_numbers
@@ -82,6 +82,7 @@ class Repeat:
             and loss.shape[0] == self._count
             and loss.grad_fn is not None
             and request.batch_size in (None, self._count)
+            and request.reduction in REDUCTIONS
             and request.batch_dim is None
             and request.segment_ids is None
             and request.scale > 0
