@@ -181,8 +181,10 @@ void Conditions::add_shapes(int64_t node, PyObject* shapes) {
   conditions_.push_back({kShapes, node, nullptr, PySequence_Tuple(shapes)});
 }
 
-void Conditions::add_leaf(int64_t node, PyObject* shape) {
+void Conditions::add_leaf(int64_t node, PyObject* shape, PyObject* leaf) {
   conditions_.push_back({kLeaf, node, nullptr, PyTuple_Pack(1, shape)});
+  dlpack::Tensor x;
+  if (read(leaf, x)) conditions_.back().dtype = x.dtype;
 }
 
 void Conditions::add_type(int64_t node, PyObject* type) {
@@ -208,7 +210,9 @@ int Conditions::holds(const Condition& c, PyObject* node) {
     if (c.kind == kType)
       return reinterpret_cast<PyObject*>(Py_TYPE(variable.get())) == c.value;
     dlpack::Tensor x;  // most are seen without a Python object of their shape
-    if (read(variable.get(), x)) return has_shape(x, PyTuple_GET_ITEM(c.value, 0));
+    if (read(variable.get(), x))
+      return x.dtype.code == c.dtype.code && x.dtype.bits == c.dtype.bits &&
+             has_shape(x, PyTuple_GET_ITEM(c.value, 0));
   }
   Object outputs(PyObject_GetAttr(node, names().input_metadata));
   if (!outputs) return -1;

@@ -57,8 +57,9 @@ class Conditions {
   void add_value(int64_t node, PyObject* attribute, PyObject* value);
   // The shapes of the outputs of node `node` are a sequence of tuples.
   void add_shapes(int64_t node, PyObject* shapes);
-  // Node `node` accumulates the gradient of a leaf of this shape.
-  void add_leaf(int64_t node, PyObject* shape);
+  // Node `node` accumulates the gradient of a leaf of this shape, and of the dtype that this one
+  // has if `read` knows it.
+  void add_leaf(int64_t node, PyObject* shape, PyObject* leaf);
   // Node `node` accumulates the gradient of a leaf of exactly this type.
   void add_type(int64_t node, PyObject* type);
   // 1: all of them hold; 0: not; -1 with a Python error set.
@@ -71,6 +72,7 @@ class Conditions {
     int64_t node;
     PyObject* attribute;  // of kValue
     PyObject* value;
+    dlpack::Dtype dtype{};  // of kLeaf
   };
   // As `hold`, of one of them.
   static int holds(const Condition& condition, PyObject* node);

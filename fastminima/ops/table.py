@@ -37,12 +37,24 @@ def _in_memory(x: Any) -> Any:
     """An argument whose memory holds its values, for kernels that read that alone.
 
     PyTorch has views that are negated when they are read, and zeros without memory.
+
+    Raises:
+        RuntimeError: where memory was taken away, as PyTorch's own kernels say.
     """
     if isinstance(x, Tensor):
-        return x.clone() if x.is_neg() or x._is_zerotensor() else x
+        return x if x.data_ptr() and not x.is_neg() else _written_down(x)
     if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
         return [_in_memory(each) for each in x]
     return x
+
+
+def _written_down(x: Tensor) -> Tensor:
+    if x.numel() and not (x.data_ptr() or x._is_zerotensor()):
+        raise RuntimeError(
+            f"A tensor of shape {tuple(x.shape)} has no memory: its storage was "
+            "resized to nothing. Fill it again before a backward pass reads it."
+        )
+    return x.clone()
 
 
 class Op:

@@ -193,3 +193,52 @@ def test_options_are_checked_in_every_step():
         with pytest.raises(ValueError, match="|".join(wrong)):
             probe.backward(_dense(layer, [x]), **wrong)
         steps(probe, layer, _dense, [x])
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_a_model_that_becomes_complex_is_refused():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    probe = fm.GradientProbe(layer)
+
+    def losses(x):
+        layer.zero_grad()
+        return layer(x).abs().square().sum(1)
+
+    for _ in range(7):
+        probe.backward(losses(x))
+    layer.to(torch.complex64)
+    for _ in range(4):
+        with pytest.raises(fm.CaptureError, match="complex"):
+            probe.backward(losses(x.to(torch.complex64)))
+
+
+def test_data_that_become_complex_are_refused():
+    torch.manual_seed(0)
+    scale, x = nn.Parameter(torch.randn(4)), torch.randn(6, 4)
+    probe = fm.GradientProbe({"scale": scale})
+    for step in range(9):
+        scale.grad = None
+        data = x if step < 7 else x.to(torch.complex64)
+        losses = (scale * data).abs().square().sum(1)
+        if step < 7:
+            probe.backward(losses)
+            continue
+        with pytest.raises(fm.CaptureError, match="complex"):
+            probe.backward(losses)
+
+
+@pytest.mark.parametrize("steps_before", [0, 7])
+def test_memory_that_was_taken_away(steps_before):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    probe = fm.GradientProbe(layer, per_parameter=True)
+    if steps_before:
+        steps(probe, layer, _dense, [x], steps_before)
+    data = x.clone()
+    losses = _dense(layer, [data])
+    data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory"):
+        probe.backward(losses)
+    layer.zero_grad()
+    steps(probe, layer, _dense, [x])

@@ -150,7 +150,7 @@ class Structure:
         shown |= {i for i, _ in self._plan.entering} | set(self._reordering)
         for i in sorted(shown):
             if tape.is_leaf(i):
-                conditions.add_leaf(i, *tape.shapes(i))
+                conditions.add_leaf(i, *tape.shapes(i), tape.nodes[i].variable)
             else:
                 conditions.add_shapes(i, tape.shapes(i))
         for i in untracked_nodes(tape):  # one may become a parameter to be tracked

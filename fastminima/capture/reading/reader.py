@@ -171,6 +171,7 @@ class Reader:
         assert known is not None
         if not known.is_settled:
             try:
+                refuse_complex(tape, [use.node for use in recipe.plan.uses])
                 mixing.refuse_mixing_uses(
                     tape,
                     recipe.plan,

@@ -5,6 +5,8 @@ And where in a model that is, for the messages.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..errors import CaptureError
@@ -60,10 +62,10 @@ def refuse_hidden(plan: Plan) -> None:
         )
 
 
-def refuse_complex(tape: Tape) -> None:
-    """Raise for complex numbers."""
-    for i, node in enumerate(tape.nodes):
-        if any(meta.dtype.is_complex for meta in node._input_metadata):
+def refuse_complex(tape: Tape, nodes: Iterable[int] | None = None) -> None:
+    """Raise for complex numbers, in some nodes or in all."""
+    for i in range(len(tape.nodes)) if nodes is None else nodes:
+        if any(meta.dtype.is_complex for meta in tape.nodes[i]._input_metadata):
             raise CaptureError(
                 f"The loss computes with complex numbers ({tape.names[i]}), which are "
                 "not supported; write that part with real ones, as in a matrix product "

@@ -26,6 +26,13 @@ def check_rows(
 ) -> None:
     """Raise CaptureError for a gradient whose rows were not measured."""
     for grad, layout in zip_longest(grads, layouts):
+        if grad is not None and grad.is_complex():
+            raise CaptureError(
+                f"A gradient of {grad.dtype} reached {use.name} (parameters "
+                f"{use.parameters}), where numbers were real when its rows were "
+                "measured; complex ones are not supported. Write that part with real "
+                "ones."
+            )
         if grad is not None and layout is None:
             raise CaptureError(
                 f"A gradient of shape {tuple(grad.shape)} reached {use.name} "
