@@ -223,6 +223,8 @@ class Op:
         run = self._chosen.get(key)
         if run is None:
             run = self._chosen[key] = self.on(self.backends(*key)[0], *key)
-        if run is not self.reference and not self._is_in_place:
-            first, *args = map(_in_memory, (first, *args))
-        return run(first, *args, **kwargs)
+        if run is self.reference or self._is_in_place:
+            return run(first, *args, **kwargs)
+        if kwargs:
+            kwargs = {name: _in_memory(x) for name, x in kwargs.items()}
+        return run(*map(_in_memory, (first, *args)), **kwargs)
