@@ -14,7 +14,7 @@ delivery.py     from the slot of a use to the parameter behind it
 collector.py    from whole parameters to the statistics of the pass
 gradients.py    the pass' own gradients, read as they are accumulated
 fused.py        gradients that the pass leaves out and the kernels make
-fusible.py      of which uses, and where they get their rows
+fusible.py      of which weights, and from which uses
 moves.py        the way of a gradient from a use to its parameter, done by arithmetic
 grouped.py      sessions side by side, for samples of very different lengths
 timed.py        a session with a stop-watch, for audits

@@ -10,13 +10,10 @@ made for, and calls the kernel, which writes into a row of the pass' table.
     -> single rows of "_saved_mat1":  |g_n|^2 |x_n|^2  and  |g_n|^2, to two rows
 
 Where there is no such kernel (other devices, half precision, convolutions) the hook
-hands the tensors to a function, which calls the op. Any other use is taken by its
-rule, and so is one whose step does not fit (another dtype, strides that no kernel
-reads, a checkpoint): that gives the same bits and serves everything. A use has no step
-where its parameters are used elsewhere too, or changed on their way by more than an
-order.
-
-Which step a use gets says `steps.py`.
+hands the tensors to a function, which calls the op. Any other use is taken by its rule,
+and so is one whose step does not fit (another dtype, strides that no kernel reads, a
+checkpoint): that gives the same bits and serves everything, such as parameters that are
+used several times, or changed on their way. Which step a use gets says `steps.py`.
 """
 
 from __future__ import annotations
@@ -32,10 +29,12 @@ from torch import Tensor
 from ... import _native
 from ...ops._arguments import NATIVE, SUFFIX
 from ..graph.extension import learned
+from ..graph.node import Node
 from ..graph.tape import Tape
 from ..reading.plan import Use
 from ..reading.reader import Reading
 from .arrival import PassFilter
+from .delivery import Deliveries, deliveries_from
 from .steps import Call, Making
 
 __all__ = ["Program", "program_of"]
@@ -52,6 +51,10 @@ class Program:
         dtype: of the table, and of all that kernels read; None where all is called.
         calls: what takes the gradient and the saved tensors of a node, where it is not
             a kernel; gives the norms by parameter.
+        in_order: nodes of uses whose parameters are used only there, rearranged at
+            most, which changes no norm.
+        kernels: nodes of the steps that fill rows of the table.
+        names: of the nodes between uses and parameters.
     """
 
     steps: Any
@@ -59,6 +62,9 @@ class Program:
     rows: Mapping[str, int]
     dtype: torch.dtype | None
     calls: Mapping[int, Call]
+    in_order: frozenset[int]
+    kernels: frozenset[int]
+    names: Mapping[int, str]
 
     @cached_property
     def use_at(self) -> dict[int, Use]:
@@ -99,26 +105,40 @@ class Program:
         uses = zip(self.uses, hooked, strict=True)
         return frozenset(use.node for use, is_hooked in uses if is_hooked)
 
-    def parameters(self, taken: bytes) -> Collection[str]:
-        """The parameters of the steps that have a 1."""
+    def filled(self, taken: bytes) -> Collection[str]:
+        """The parameters whose rows kernels have filled, of the steps that have a 1."""
         if 0 not in taken:
-            return self._all_parameters
+            return self._all_filled
         uses = zip(self.uses, taken, strict=True)
-        return [n for use, is_taken in uses if is_taken for n in use.parameters]
+        return self._of_kernels(use for use, is_taken in uses if is_taken)
+
+    def deliveries(
+        self, use: Use, node: Node, parameters: Mapping[str, Tensor]
+    ) -> Deliveries:
+        """The ways back from a use, which is this node, to its parameters."""
+        if use.node in self.in_order:
+            return [
+                (slot.number, path, None) for slot in use.slots for path in slot.paths
+            ]
+        return deliveries_from(use, node, self.names, parameters)
 
     @cached_property
     def _all_nodes(self) -> frozenset[int]:
         return frozenset(self.use_at)
 
     @cached_property
-    def _all_parameters(self) -> Collection[str]:
-        return [name for use in self.uses for name in use.parameters]
+    def _all_filled(self) -> Collection[str]:
+        return self._of_kernels(self.uses)
+
+    def _of_kernels(self, uses: Iterable[Use]) -> Collection[str]:
+        of_kernels = (use for use in uses if use.node in self.kernels)
+        return [name for use in of_kernels for name in use.parameters]
 
 
 def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
-    None where no use has a step, where rows are routed anew in each step, and where
+    None without the extension, where rows are routed anew in each step, and where
     regions run. `order` names all tracked parameters.
     """
     recipe = reading.recipe
@@ -143,16 +163,30 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
-    uses, calls = [], {}
-    for use in recipe.plan.uses:
+    uses, calls = recipe.plan.uses, {}
+    in_order, kernels = set[int](), set[int]()
+    for use in uses:
         making = Making(
             *(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls
         )
-        if making.is_alone and (making.by_kind() or making.by_rule()):
-            uses.append(use)
-    if not uses:
-        return None
-    return Program(steps, tuple(uses), rows, dtype, calls)
+        if making.is_alone:
+            in_order.add(use.node)
+        if not (making.is_alone and making.by_kind()):
+            making.by_rule()
+        elif use.node not in calls:
+            kernels.add(use.node)
+    return Program(
+        *(steps, uses, rows, dtype if kernels else None, calls),
+        *(frozenset(in_order), frozenset(kernels), _names_between(tape, uses)),
+    )
+
+
+def _names_between(tape: Tape, uses: Iterable[Use]) -> dict[int, str]:
+    """Names of the nodes between uses and their parameters."""
+    slots = [slot for use in uses for slot in use.slots]
+    steps = (p.steps or () for slot in slots for p in slot.paths)
+    numbers = {slot.child[0] for slot in slots} | {i for s in steps for i, _, _ in s}
+    return {i: tape.names[i] for i in numbers}
 
 
 def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype | None:

@@ -2,8 +2,8 @@
 
 A kernel's step is told where autograd keeps what the kernel reads, whose rows are
 whose, and to which rows of the table its results go; Python's is a function of the
-tensors. To add one: a function of `Making`, a line in `_STEPS`, and for a kernel a class
-in `csrc/host/steps.cpp`.
+tensors. To add one: a function of `Making`, a line in `_STEPS`, and for a kernel a
+class in `csrc/host/steps.cpp`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ class Making:
             return False
         return layout.chosen is None and make(self)
 
-    def by_rule(self) -> bool:
+    def by_rule(self) -> None:
         """Add a step that asks the use's rule, whatever it is."""
         self.steps.add_by_rule(self.use.node)
-        return True
 
     @property
     def is_for_kernels(self) -> bool:
