@@ -52,10 +52,10 @@ int Leaves::close() {
 
 PyObject* Leaves::run(size_t leaf, PyObject* grads) {
   PyObject* grad = PyTuple_GET_SIZE(grads) > 0 ? PyTuple_GET_ITEM(grads, 0) : Py_None;
-  PyObject* gradients = PyWeakref_GetObject(gradients_);  // borrowed
-  if (is_closed_ || grad == Py_None || gradients == Py_None || states_[leaf] == kLeftOut)
-    Py_RETURN_NONE;
-  Object held(Py_NewRef(gradients));
+  if (is_closed_ || grad == Py_None || states_[leaf] == kLeftOut) Py_RETURN_NONE;
+  Object held = target_of(gradients_);
+  if (!held) Py_RETURN_NONE;
+  PyObject* gradients = held.get();
   PassFilter::Answer answer = filter_.ask();
   if (answer == PassFilter::failed) return nullptr;
   // What comes after the pass, which left it out, as of a probe in fused mode, belongs to it.

@@ -90,9 +90,10 @@ int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* 
 }
 
 PyObject* Pass::run(size_t step, PyObject* grads) {
-  PyObject* session = PyWeakref_GetObject(session_);  // borrowed
-  if (is_closed_ || session == Py_None || !has_any(grads)) Py_RETURN_NONE;
-  Object held(Py_NewRef(session));
+  if (is_closed_ || !has_any(grads)) Py_RETURN_NONE;
+  Object held = target_of(session_);
+  if (!held) Py_RETURN_NONE;
+  PyObject* session = held.get();
   int observed = is_observed(session);
   if (observed < 0) return nullptr;
   if (!observed) Py_RETURN_NONE;

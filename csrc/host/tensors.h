@@ -30,6 +30,18 @@ class Object {
   PyObject* object_;
 };
 
+// What a weak reference refers to; nothing where it is gone.
+inline Object target_of(PyObject* reference) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* target = nullptr;
+  PyWeakref_GetRef(reference, &target);
+  return Object(target);
+#else
+  PyObject* target = PyWeakref_GetObject(reference);  // borrowed
+  return Object(target == Py_None ? nullptr : Py_NewRef(target));
+#endif
+}
+
 // What `read` takes tensors for: says how PyTorch shares them. False where it does not.
 bool learn_tensors(PyObject* tensor_type, PyObject* parameter_type);
 

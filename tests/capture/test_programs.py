@@ -23,13 +23,15 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def steps_of(model, losses, **options):
-    """The parameters that have a step in the program of a graph."""
+    """The parameters that have a step of their kind, in the program of a graph."""
     probe = fm.GradientProbe(model, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reading = probe._reader.read(losses, Batch(len(losses)))
     made = program.program_of(reading, probe._parameters)
-    return set() if made is None else {n for use in made.uses for n in use.parameters}
+    own = set() if made is None else made.kernels | made.calls.keys()
+    uses = () if made is None else made.uses
+    return {n for use in uses if use.node in own for n in use.parameters}
 
 
 @pytest.fixture

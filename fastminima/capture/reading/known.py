@@ -36,7 +36,7 @@ class KnownReading:
         self._structure, self._check_every = structure, check_every
         self._wiring, self._conditions, self._names = wiring, conditions, names
         self.layouts: Layouts = recipe.layouts
-        self.uses = len(recipe.plan.uses)
+        self.sources = recipe.plan.sources
 
     def nodes(self, root: Any, names: dict[int, str]) -> list[Node] | None:
         """The nodes below a root; None where they have to be read.

@@ -9,7 +9,9 @@ Nothing here is about one pass: what a path decides is decided once for each gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +23,62 @@ from ..graph.nodes import EMBEDDING, KEEPING_ORDER, ROUNDING
 from ..graph.passes import nobodys
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape, signed
-from ..reading.plan import Path, Slot
+from ..reading.plan import Path, Slot, Use
 from .moves import Move, is_known, move_of, turns_of
 
-__all__ = ["Delivery", "delivery_of"]
+__all__ = ["Deliveries", "Delivery", "deliveries_from", "delivery_of"]
 
 Delivery = Callable[[Contribution], Contribution]
 
 
-def delivery_of(tape: Tape, slot: Slot, path: Path) -> Delivery | None:
+# Of each slot: its number, the way of a parameter to it, and how to go it back.
+Deliveries = Sequence[tuple[int, Path, Delivery | None]]
+
+
+@dataclass(frozen=True)
+class Nearby:
+    """The nodes between a use and its parameters, as a tape has them.
+
+    Attributes:
+        nodes, names: by their numbers in the tape.
+    """
+
+    nodes: Mapping[int, Any]
+    names: Mapping[int, str]
+
+
+def deliveries_from(
+    use: Use, node: Node, names: Mapping[int, str], parameters: Mapping[str, Tensor]
+) -> Deliveries:
+    """The ways back from a use to its parameters, found from the use itself.
+
+    Args:
+        use: as it was planned.
+        node: the node of this graph.
+        names: of the nodes between use and parameters, by their numbers in the tape.
+        parameters: by name.
+    """
+    found = []
+    for slot in use.slots:
+        for path in slot.paths:
+            below, _ = node.next_functions[slot.number]
+            nodes: dict[int, Any] = {slot.child[0]: below}
+            for number, _, leaves_by in path.steps or ():
+                nodes[number] = below
+                below, _ = below.next_functions[leaves_by]
+            nodes[path.leaf] = _Leaf(parameters[path.parameter])
+            delivery = delivery_of(Nearby(nodes, names), slot, path)
+            found.append((slot.number, path, delivery))
+    return found
+
+
+class _Leaf(NamedTuple):
+    """Stands for the accumulator of a parameter's gradient."""
+
+    variable: Tensor
+
+
+def delivery_of(tape: Tape | Nearby, slot: Slot, path: Path) -> Delivery | None:
     """How a contribution to a slot becomes one to the parameter behind it.
 
     None where it is one already. What is returned holds at most the nodes between the

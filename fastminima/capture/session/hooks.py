@@ -13,24 +13,21 @@ from ..graph.node import Node, current_node
 from ..graph.saved import readable
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
-from ..reading.plan import Layouts, Path, Plan, Slot, Use
+from ..reading.plan import Layouts, Plan, Slot, Use
 from ..reading.reader import Reading
 from ..reading.recipe import Region
 from ..reading.regions import Watcher, is_reentrant, watch
 from ..rows.layout import RowLayout
 from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
-from .delivery import Delivery, delivery_of
+from .delivery import Deliveries, delivery_of
 from .gradients import Gradients
 from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program, program_of
-from .visit import Announce, check_rows, contributions_at
+from .visit import Announce, contributions_at, visit
 
 __all__ = ["Observer", "Session"]
-
-# Of each slot: its number, the way of a parameter to it, and how to go it back.
-_Deliveries = Sequence[tuple[int, Path, Delivery | None]]
 
 
 @runtime_checkable
@@ -157,7 +154,7 @@ class Session:
         self._gradients.finish()
         if self._program is not None:
             norms = self._collector.collected.sq_norms
-            norms.filled = self._program.parameters(self._pass.taken)
+            norms.filled = self._program.filled(self._pass.taken)
         self.close()
         return self._collector.collected
 
@@ -205,7 +202,7 @@ class Session:
         """
         assert self._program is not None
         use = self._program.use_at[node]
-        for name in use.parameters * 2:
+        for name in use.parameters * (1 + self._parts.most):
             self._parts.count(name, use.name)
 
     def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
@@ -216,15 +213,12 @@ class Session:
         self._collector.collected.sq_norms.update(found)
 
     def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Take a use whose step is not for such tensors the generic way.
-
-        A parameter comes rearranged at most, which changes no norm.
-        """
+        """Take a use by its rule: it has no other step, or not for such tensors."""
         assert self._program is not None
         use = self._program.use_at[node]
-        deliveries = [(s.number, path, None) for s in use.slots for path in s.paths]
         with undisturbed():
             at = readable(current_node())
+            deliveries = self._program.deliveries(use, at, self._parameters)
             self._visit(use, at, grads, self._layouts[node], deliveries)
 
     def _hook_graph(
@@ -270,18 +264,10 @@ class Session:
         node: Node,
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
-        deliveries: _Deliveries,
+        deliveries: Deliveries,
     ) -> None:
-        check_rows(use, grads, layouts)
         found, _ = self._contributions(use, node, grads, layouts)
-        if len(deliveries) > 1:
-            deliveries = sorted(deliveries, key=lambda d: found[d[0]].reads_another)
-        for number, path, deliver in deliveries:
-            part = found[number]
-            part = part if deliver is None else deliver(part)
-            whole = self._parts.add(path.parameter, part, use.name)
-            if whole is not None:
-                self._collector.take(path.parameter, whole)
+        visit(use, found, deliveries, self._parts, self._collector)
 
     def _contributions(
         self,

@@ -33,6 +33,11 @@ class Parts:
         """Whether there are contributions to parameters some of whose uses miss."""
         return bool(self._waiting)
 
+    @property
+    def most(self) -> int:
+        """Uses of the parameter that has most of them left, one at least."""
+        return max(1, *self._missing.values(), 1)
+
     def count(self, parameter: str, use: str) -> None:
         """Note that one of the uses of a parameter was seen.
 

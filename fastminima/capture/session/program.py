@@ -10,45 +10,34 @@ made for, and calls the kernel, which writes into a row of the pass' table.
     -> single rows of "_saved_mat1":  |g_n|^2 |x_n|^2  and  |g_n|^2, to two rows
 
 Where there is no such kernel (other devices, half precision, convolutions) the hook
-hands the tensors to a function here, which calls the op. Any other use is taken by its
-rule, and so is one whose step does not fit (another dtype, strides that no kernel
-reads, a checkpoint): that gives the same bits and serves everything. A use has no step
-where its parameters are used elsewhere too, or changed on their way by more than an
-order.
-
-To add one: a function here that says when a use is of its kind, a line in `_STEPS`, and
-a class in `csrc/host/steps.cpp`.
+hands the tensors to a function, which calls the op. Any other use is taken by its rule,
+and so is one whose step does not fit (another dtype, strides that no kernel reads, a
+checkpoint): that gives the same bits and serves everything, such as parameters that are
+used several times, or changed on their way. Which step a use gets says `steps.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import MappingProxyType
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _native
-from ...ops import dense, embedding, norm
 from ...ops._arguments import NATIVE, SUFFIX
-from ...ops.conv_geometry import ConvGeometry
-from ...ops.cost import dense as cost
-from ..contributions import Patches, Products, sq_norms_of
 from ..graph.extension import learned
-from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
-from ..graph.tape import Tape, signed
-from ..reading.plan import Slot, Use
+from ..graph.node import Node
+from ..graph.tape import Tape
+from ..reading.plan import Use
 from ..reading.reader import Reading
-from ..rows.layout import RegularLayout
 from .arrival import PassFilter
+from .delivery import Deliveries, deliveries_from
+from .steps import Call, Making
 
 __all__ = ["Program", "program_of"]
-
-# Takes the gradient and the saved tensors of a node; gives norms by parameter.
-Call = Callable[..., Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +51,10 @@ class Program:
         dtype: of the table, and of all that kernels read; None where all is called.
         calls: what takes the gradient and the saved tensors of a node, where it is not
             a kernel; gives the norms by parameter.
+        in_order: nodes of uses whose parameters are used only there, rearranged at
+            most, which changes no norm.
+        kernels: nodes of the steps that fill rows of the table.
+        names: of the nodes between uses and parameters.
     """
 
     steps: Any
@@ -69,6 +62,9 @@ class Program:
     rows: Mapping[str, int]
     dtype: torch.dtype | None
     calls: Mapping[int, Call]
+    in_order: frozenset[int]
+    kernels: frozenset[int]
+    names: Mapping[int, str]
 
     @cached_property
     def use_at(self) -> dict[int, Use]:
@@ -109,26 +105,40 @@ class Program:
         uses = zip(self.uses, hooked, strict=True)
         return frozenset(use.node for use, is_hooked in uses if is_hooked)
 
-    def parameters(self, taken: bytes) -> Collection[str]:
-        """The parameters of the steps that have a 1."""
+    def filled(self, taken: bytes) -> Collection[str]:
+        """The parameters whose rows kernels have filled, of the steps that have a 1."""
         if 0 not in taken:
-            return self._all_parameters
+            return self._all_filled
         uses = zip(self.uses, taken, strict=True)
-        return [n for use, is_taken in uses if is_taken for n in use.parameters]
+        return self._of_kernels(use for use, is_taken in uses if is_taken)
+
+    def deliveries(
+        self, use: Use, node: Node, parameters: Mapping[str, Tensor]
+    ) -> Deliveries:
+        """The ways back from a use, which is this node, to its parameters."""
+        if use.node in self.in_order:
+            return [
+                (slot.number, path, None) for slot in use.slots for path in slot.paths
+            ]
+        return deliveries_from(use, node, self.names, parameters)
 
     @cached_property
     def _all_nodes(self) -> frozenset[int]:
         return frozenset(self.use_at)
 
     @cached_property
-    def _all_parameters(self) -> Collection[str]:
-        return [name for use in self.uses for name in use.parameters]
+    def _all_filled(self) -> Collection[str]:
+        return self._of_kernels(self.uses)
+
+    def _of_kernels(self, uses: Iterable[Use]) -> Collection[str]:
+        of_kernels = (use for use in uses if use.node in self.kernels)
+        return [name for use in of_kernels for name in use.parameters]
 
 
 def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
-    None where no use has a step, where rows are routed anew in each step, and where
+    None without the extension, where rows are routed anew in each step, and where
     regions run. `order` names all tracked parameters.
     """
     recipe = reading.recipe
@@ -153,16 +163,30 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
-    uses, calls = [], {}
-    for use in recipe.plan.uses:
-        making = _Making(
+    uses, calls = recipe.plan.uses, {}
+    in_order, kernels = set[int](), set[int]()
+    for use in uses:
+        making = Making(
             *(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls
         )
-        if making.is_alone and (making.by_kind() or making.by_rule()):
-            uses.append(use)
-    if not uses:
-        return None
-    return Program(steps, tuple(uses), rows, dtype, calls)
+        if making.is_alone:
+            in_order.add(use.node)
+        if not (making.is_alone and making.by_kind()):
+            making.by_rule()
+        elif use.node not in calls:
+            kernels.add(use.node)
+    return Program(
+        *(steps, uses, rows, dtype if kernels else None, calls),
+        *(frozenset(in_order), frozenset(kernels), _names_between(tape, uses)),
+    )
+
+
+def _names_between(tape: Tape, uses: Iterable[Use]) -> dict[int, str]:
+    """Names of the nodes between uses and their parameters."""
+    slots = [slot for use in uses for slot in use.slots]
+    steps = (p.steps or () for slot in slots for p in slot.paths)
+    numbers = {slot.child[0] for slot in slots} | {i for s in steps for i, _, _ in s}
+    return {i: tape.names[i] for i in numbers}
 
 
 def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype | None:
@@ -170,248 +194,3 @@ def _dtype_of(tape: Tape, uses: Iterable[Use]) -> torch.dtype | None:
     outputs = [tape.nodes[use.node]._input_metadata[0] for use in uses]
     dtypes = [x.dtype for x in outputs if x.device.type == "cpu" and x.dtype in NATIVE]
     return max(set(dtypes), key=dtypes.count) if dtypes else None
-
-
-@dataclass(frozen=True)
-class _Making:
-    """One use, of which a step may be made."""
-
-    steps: Any
-    tape: Tape
-    use: Use
-    layout: Any
-    rows: Mapping[str, int]
-    dtype: torch.dtype | None
-    calls: dict[int, Call]
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its parameters are used only here, rearranged at most.
-
-        Norms do not change with the order of elements.
-        """
-        return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
-
-    def by_kind(self) -> bool:
-        """Add a step for a use of a known kind; returns whether it is one."""
-        make = _STEPS.get(self.use.name)
-        layout = self.layout
-        if make is None or not isinstance(layout, RegularLayout):
-            return False
-        return layout.chosen is None and make(self)
-
-    def by_rule(self) -> bool:
-        """Add a step that asks the use's rule, whatever it is."""
-        self.steps.add_by_rule(self.use.node)
-        return True
-
-    @property
-    def is_for_kernels(self) -> bool:
-        """Whether kernels on the host read its tensors."""
-        (output, *_) = self.tape.nodes[self.use.node]._input_metadata
-        return output.device.type == "cpu" and output.dtype == self.dtype
-
-    def call(
-        self,
-        saved: Sequence[str],
-        slots: Sequence[Slot | None],
-        run: Callable[..., Sequence[Tensor | None]],
-        required: Mapping[str, Any] = MappingProxyType({}),
-    ) -> bool:
-        """Let Python take it: `run(g, *saved)` gives norms for each of the slots."""
-        names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-
-        def norms(g: Tensor, *saved: Tensor) -> dict[str, Tensor]:
-            found = zip(names, run(g, *saved), strict=True)
-            return {n: x for n, x in found if n is not None and x is not None}
-
-        self.calls[self.use.node] = norms
-        self.steps.add_called(self.use.node, list(saved), dict(required))
-        return True
-
-    @property
-    def axis(self) -> tuple[int, int, int, int]:
-        """Where the samples are."""
-        layout = self.layout
-        return layout.dim, layout.outer, layout.batch, layout.inner
-
-    def slots(self, *numbers: int | None) -> dict[int, Slot] | None:
-        """The slots by number; None where others take parameters."""
-        slots = {slot.number: slot for slot in self.use.slots}
-        return slots if slots and slots.keys() <= set(numbers) else None
-
-    def row(self, slot: Slot | None) -> int:
-        """Where the norms of the slot's parameter go; -1 where it has none."""
-        return -1 if slot is None else self.rows[slot.paths[0].parameter]
-
-
-def _dense(making: _Making) -> bool:
-    """A layer whose weight is a matrix."""
-    product = PRODUCTS[making.use.name]
-    slots = making.slots(product.weight, product.bias)
-    if product.factors is None or slots is None or product.weight not in slots:
-        return False
-    weight = slots[product.weight]
-    bias = None if product.bias is None else slots.get(product.bias)
-    if bias is not None and bias.shape != weight.shape[1:]:
-        return False  # one that is broadcast
-    layout, (shape,) = making.layout, making.tape.shapes(making.use.node)
-    if layout.dim != 0 or len(shape) != 2:
-        return False
-    places = making.row(weight), making.row(bias)
-    saved = f"_saved_{product.operands[product.factors[0]]}"
-    factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
-    common = (making.use.node, saved, places)
-    time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
-    if not making.is_for_kernels or cost.is_torch_faster(time, d_in, d_out):
-        products = _products(layout, bias is not None)
-        return making.call([saved], (weight, bias), products, factors)
-    if layout.is_one_row:
-        making.steps.add_single_rows(*common, factors)
-        return True
-    assert making.dtype is not None
-    is_gram = cost.choose(time, d_in, d_out) == "gram"
-    guard = cost.guard(d_in, d_out, making.dtype) if is_gram else -1.0
-    making.steps.add_sequences(*common, making.axis, guard, factors)
-    return True
-
-
-def _products(
-    layout: RegularLayout, has_bias: bool
-) -> Callable[[Tensor, Tensor], Sequence[Tensor | None]]:
-    """Norms of a weight and its bias, by the ops."""
-    if layout.is_one_row:
-        return lambda g, a: dense.row_sq_norms(a, g)
-
-    def sequences(g: Tensor, a: Tensor) -> Sequence[Tensor | None]:
-        rows = layout.rows(a, 1), layout.rows(g, 1)
-        products = Products(*rows, with_bias=has_bias)
-        weight = products.weight_norms  # first: it leaves those of the bias
-        return weight, products.bias_norms if has_bias else None
-
-    return sequences
-
-
-def _convolution(making: _Making) -> bool:
-    """A convolution over images, one a sample."""
-    slots = making.slots(1, 2)
-    if slots is None or 1 not in slots:
-        return False
-    if making.layout.dim != 0 or not making.layout.is_one_row:
-        return False
-    node = making.tape.nodes[making.use.node]
-    words = ("stride", "padding", "dilation", "output_padding")
-    numbers = {word: tuple(getattr(node, f"_saved_{word}")) for word in words}
-    geometry = ConvGeometry(
-        kernel_size=tuple(slots[1].shape[2:]),
-        groups=node._saved_groups,
-        transposed=node._saved_transposed,
-        **numbers,
-    )
-    required = {
-        f"_saved_{word}": getattr(node, f"_saved_{word}")
-        for word in (*words, "groups", "transposed")
-    }
-    has_bias = 2 in slots
-
-    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        patches = Patches(x, g, geometry, with_bias=has_bias)
-        weight = patches.weight_norms  # first: it leaves those of the bias
-        return weight, patches.bias_norms if has_bias else None
-
-    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
-
-
-def _layer_norm(making: _Making) -> bool:
-    """Scale and shift after a normalisation over the last dims."""
-    slots = making.slots(1, 2)
-    node = making.tape.nodes[making.use.node]
-    shape = tuple(node._saved_normalized_shape)
-    (output,) = making.tape.shapes(making.use.node)[:1]
-    if slots is None or making.layout.dim >= len(output) - len(shape):
-        return False
-    if any(slot.shape != shape for slot in slots.values()):
-        return False
-    saved = ["_saved_input", "_saved_result1", "_saved_result2"]
-    required = {"_saved_normalized_shape": node._saved_normalized_shape}
-    if not making.is_for_kernels:
-        affine = partial(_affine, making.layout, len(shape))
-        return making.call(saved, (slots.get(1), slots.get(2)), affine, required)
-    places = making.row(slots.get(1)), making.row(slots.get(2))
-    making.steps.add_layer_norm(
-        *(making.use.node, saved, places, making.axis, len(shape)), required
-    )
-    return True
-
-
-def _affine(
-    layout: RegularLayout, trailing: int, g: Tensor, x: Tensor, *statistics: Tensor
-) -> Sequence[Tensor]:
-    """Norms of a layer norm's scale and shift, by the ops."""
-    tensors = (g, x, *statistics)
-    grads, x, means, rstds = (layout.rows(t, trailing).flatten(2) for t in tensors)
-    pair = norm.layer_norm_gradients(grads, x, means[..., 0], rstds[..., 0])
-    return [sq_norms_of(samples) for samples in pair]
-
-
-def _scale(making: _Making) -> bool:
-    """A scale of the last dim, as after a root mean square norm."""
-    slots = making.slots(0, 1)
-    if slots is None or len(slots) > 1:
-        return False
-    ((number, slot),) = slots.items()
-    (output,) = making.tape.shapes(making.use.node)
-    shape = (1,) * (len(output) - len(slot.shape)) + tuple(slot.shape)
-    is_last = all(size == 1 for size in shape[:-1]) and shape[-1:] == output[-1:]
-    if not is_last or making.layout.dim >= len(output) - 1 or not making.is_for_kernels:
-        return False
-    saved = "_saved_other" if number == 0 else "_saved_self"
-    making.steps.add_scale(making.use.node, saved, making.row(slot), making.axis, {})
-    return True
-
-
-def _table(making: _Making) -> bool:
-    """A table whose rows are looked up."""
-    slots = making.slots(0)
-    node = making.tape.nodes[making.use.node]
-    (output,) = making.tape.shapes(making.use.node)
-    if slots is None or making.layout.dim >= len(output) - 1:
-        return False
-    padding, layout = signed(node._saved_padding_idx), making.layout
-    required = {
-        "_saved_scale_grad_by_freq": False,
-        "_saved_padding_idx": node._saved_padding_idx,
-    }
-    if not making.is_for_kernels:
-        return making.call(
-            ["_saved_indices"],
-            [slots[0]],
-            lambda g, ids: [
-                embedding.embedding_sq_norms(
-                    layout.rows(ids, 0), layout.rows(g, 1), padding
-                )
-            ],
-            required,
-        )
-    making.steps.add_table(
-        *(making.use.node, "_saved_indices", making.row(slots[0]), making.axis),
-        *(padding, required),
-    )
-    return True
-
-
-def _comes_alone(tape: Tape, slot: Slot) -> bool:
-    """Whether a slot takes one parameter, rearranged at most, used only here."""
-    if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
-        return False
-    return all(tape.names[node] in REARRANGING for node, _, _ in slot.paths[0].steps)
-
-
-# What makes the step of a use, by the name of its node; returns whether there is one.
-_STEPS: dict[str, Callable[[_Making], bool]] = {
-    **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},
-    CONVOLUTION: _convolution,
-    "NativeLayerNormBackward0": _layer_norm,
-    "MulBackward0": _scale,
-    EMBEDDING: _table,
-}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..contributions import Contribution
 from ..graph.node import current_node
 from ..graph.passes import owner_of_pass
 from ..graph.saved import readable
@@ -27,7 +26,7 @@ from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program
 from .states import Outcome, Pass
-from .visit import Announce, check_rows, contributions_at
+from .visit import Announce, contributions_at, visit
 
 __all__ = ["Repeat", "Repeated", "new_repeat"]
 
@@ -37,7 +36,7 @@ class Repeat:
 
     Args:
         known: recognises the graph.
-        program: serves every use of it.
+        program: its steps.
         target: the loss of the last step, and its samples.
         parameters: the tracked parameters by name.
         announce: as for a session.
@@ -97,7 +96,7 @@ class Repeated(Pass):
         self._repeat, self._target = repeat, target
         self._program = program = repeat.program
         self._collector = Collector(frozenset(["norms"]), {}, keep_grads=False)
-        self._parts: Parts | None = None
+        self._parts = Parts(repeat.known.sources, is_own_pass=True)
         table = None
         if program.dtype is not None:
             count = target.samples.count
@@ -121,7 +120,11 @@ class Repeated(Pass):
         self._collector.read_gradients(self._repeat.parameters)
 
     def finish(self) -> Outcome:
-        self._norms.filled = self._program.parameters(self._pass.taken)
+        if self._parts.are_waiting:
+            with undisturbed():
+                for name, whole in self._parts.rest():
+                    self._collector.take(name, whole)
+        self._norms.filled = self._program.filled(self._pass.taken)
         self.close()
         target = self._target
         return Outcome(self._collected, target, target.factor, None)
@@ -140,9 +143,8 @@ class Repeated(Pass):
             CaptureError: as `Parts.count`.
         """
         use = self._program.use_at[node]
-        parts = Parts(dict.fromkeys(use.parameters, 1), is_own_pass=True)
-        for name in use.parameters * 2:
-            parts.count(name, use.name)
+        for name in use.parameters * (1 + self._parts.most):
+            self._parts.count(name, use.name)
 
     def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
         """Take a step of Python's, with the tensors that it reads."""
@@ -150,22 +152,17 @@ class Repeated(Pass):
             self._norms.update(self._program.calls[node](g, *saved))
 
     def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Take a use whose step is not for such tensors the generic way."""
+        """Take a use by its rule: it has no other step, or not for such tensors."""
         use = self._program.use_at[node]
         layouts = self._repeat.known.layouts[node]
-        check_rows(use, grads, layouts)
         with undisturbed():
+            at = readable(current_node())
             found, _ = contributions_at(
-                *(use, readable(current_node()), grads, layouts),
+                *(use, at, grads, layouts),
                 *(self._target.samples.count, self._repeat.announce),
             )
-            for slot in sorted(use.slots, key=lambda s: _reads(found[s.number])):
-                name = slot.paths[0].parameter
-                self._norms[name] = found[slot.number].sq_norms()
-
-
-def _reads(contribution: Contribution) -> bool:
-    return contribution.reads_another
+            back = self._program.deliveries(use, at, self._repeat.parameters)
+            visit(use, found, back, self._parts, self._collector)
 
 
 def new_repeat(
@@ -175,9 +172,9 @@ def new_repeat(
     parameters: Mapping[str, Tensor],
     announce: Announce,
 ) -> Repeat | None:
-    """What a step was, if others can repeat it: its program serves every use."""
+    """What a step was, if others can repeat it."""
     if known is None or program is None or _native.host() is None:
         return None
-    if target.loss.dim() != 1 or len(program.uses) != known.uses:
+    if target.loss.dim() != 1:
         return None
     return Repeat(known, program, target, parameters, announce)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 
 from torch import Tensor
@@ -14,14 +14,43 @@ from ..reading.plan import Slot, Use
 from ..rows.layout import RowLayout
 from ..rules import contributions_of
 from ..rules.universal import Universal
+from .collector import Collector
+from .delivery import Deliveries
+from .parts import Parts
 
-__all__ = ["Announce", "check_rows", "contributions_at"]
+__all__ = ["Announce", "contributions_at", "visit"]
 
 # Called with a message the first time a node has no rule.
 Announce = Callable[[str, Sequence[str]], None]
 
 
-def check_rows(
+def visit(
+    use: Use,
+    found: Mapping[int, Contribution],
+    deliveries: Deliveries,
+    parts: Parts,
+    collector: Collector,
+) -> None:
+    """Carry what a use brings to its parameters, and collect those that are whole.
+
+    Args:
+        use: what was seen.
+        found: the contributions, by number of the slot.
+        deliveries: of each slot.
+        parts: joins the contributions of several uses.
+        collector: takes whole parameters.
+    """
+    if len(deliveries) > 1:
+        deliveries = sorted(deliveries, key=lambda d: found[d[0]].reads_another)
+    for number, path, deliver in deliveries:
+        part = found[number]
+        part = part if deliver is None else deliver(part)
+        whole = parts.add(path.parameter, part, use.name)
+        if whole is not None:
+            collector.take(path.parameter, whole)
+
+
+def _check_rows(
     use: Use, grads: Sequence[Tensor | None], layouts: Sequence[RowLayout | None]
 ) -> None:
     """Raise CaptureError for a gradient whose rows were not measured."""
@@ -49,7 +78,12 @@ def contributions_at(
     batch: int,
     announce: Announce,
 ) -> tuple[dict[int, Contribution], list[Slot]]:
-    """Of each slot of a use, by its number; and the slots that no rule covers."""
+    """Of each slot of a use, by its number; and the slots that no rule covers.
+
+    Raises:
+        CaptureError: for a gradient whose rows were not measured.
+    """
+    _check_rows(use, grads, layouts)
     found = contributions_of(use.name, node, grads, layouts, use.slots)
     rest = [slot for slot in use.slots if slot.number not in found]
     if rest:

@@ -1,0 +1,276 @@
+"""Which step a program has for a use: decided by what kind of node the use is.
+
+A kernel's step is told where autograd keeps what the kernel reads, whose rows are
+whose, and to which rows of the table its results go; Python's is a function of the
+tensors. To add one: a function of `Making`, a line in `_STEPS`, and for a kernel a
+class in `csrc/host/steps.cpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import dense, embedding, norm
+from ...ops.conv_geometry import ConvGeometry
+from ...ops.cost import dense as cost
+from ..contributions import Patches, Products, sq_norms_of
+from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
+from ..graph.tape import Tape, signed
+from ..reading.plan import Slot, Use
+from ..rows.layout import RegularLayout
+
+__all__ = ["Call", "Making"]
+
+# Takes the gradient and the saved tensors of a node; gives norms by parameter.
+Call = Callable[..., Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Making:
+    """One use, of which a step may be made."""
+
+    steps: Any
+    tape: Tape
+    use: Use
+    layout: Any
+    rows: Mapping[str, int]
+    dtype: torch.dtype | None
+    calls: dict[int, Call]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its parameters are used only here, rearranged at most.
+
+        Norms do not change with the order of elements.
+        """
+        return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
+
+    def by_kind(self) -> bool:
+        """Add a step for a use of a known kind; returns whether it is one."""
+        make = _STEPS.get(self.use.name)
+        layout = self.layout
+        if make is None or not isinstance(layout, RegularLayout):
+            return False
+        return layout.chosen is None and make(self)
+
+    def by_rule(self) -> None:
+        """Add a step that asks the use's rule, whatever it is."""
+        self.steps.add_by_rule(self.use.node)
+
+    @property
+    def is_for_kernels(self) -> bool:
+        """Whether kernels on the host read its tensors."""
+        (output, *_) = self.tape.nodes[self.use.node]._input_metadata
+        return output.device.type == "cpu" and output.dtype == self.dtype
+
+    def call(
+        self,
+        saved: Sequence[str],
+        slots: Sequence[Slot | None],
+        run: Callable[..., Sequence[Tensor | None]],
+        required: Mapping[str, Any] = MappingProxyType({}),
+    ) -> bool:
+        """Let Python take it: `run(g, *saved)` gives norms for each of the slots."""
+        names = [None if slot is None else slot.paths[0].parameter for slot in slots]
+
+        def norms(g: Tensor, *saved: Tensor) -> dict[str, Tensor]:
+            found = zip(names, run(g, *saved), strict=True)
+            return {n: x for n, x in found if n is not None and x is not None}
+
+        self.calls[self.use.node] = norms
+        self.steps.add_called(self.use.node, list(saved), dict(required))
+        return True
+
+    @property
+    def axis(self) -> tuple[int, int, int, int]:
+        """Where the samples are."""
+        layout = self.layout
+        return layout.dim, layout.outer, layout.batch, layout.inner
+
+    def slots(self, *numbers: int | None) -> dict[int, Slot] | None:
+        """The slots by number; None where others take parameters."""
+        slots = {slot.number: slot for slot in self.use.slots}
+        return slots if slots and slots.keys() <= set(numbers) else None
+
+    def row(self, slot: Slot | None) -> int:
+        """Where the norms of the slot's parameter go; -1 where it has none."""
+        return -1 if slot is None else self.rows[slot.paths[0].parameter]
+
+
+def _dense(making: Making) -> bool:
+    """A layer whose weight is a matrix."""
+    product = PRODUCTS[making.use.name]
+    slots = making.slots(product.weight, product.bias)
+    if product.factors is None or slots is None or product.weight not in slots:
+        return False
+    weight = slots[product.weight]
+    bias = None if product.bias is None else slots.get(product.bias)
+    if bias is not None and bias.shape != weight.shape[1:]:
+        return False  # one that is broadcast
+    layout, (shape,) = making.layout, making.tape.shapes(making.use.node)
+    if layout.dim != 0 or len(shape) != 2:
+        return False
+    places = making.row(weight), making.row(bias)
+    saved = f"_saved_{product.operands[product.factors[0]]}"
+    factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
+    common = (making.use.node, saved, places)
+    time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
+    if not making.is_for_kernels or cost.is_torch_faster(time, d_in, d_out):
+        products = _products(layout, bias is not None)
+        return making.call([saved], (weight, bias), products, factors)
+    if layout.is_one_row:
+        making.steps.add_single_rows(*common, factors)
+        return True
+    assert making.dtype is not None
+    is_gram = cost.choose(time, d_in, d_out) == "gram"
+    guard = cost.guard(d_in, d_out, making.dtype) if is_gram else -1.0
+    making.steps.add_sequences(*common, making.axis, guard, factors)
+    return True
+
+
+def _products(
+    layout: RegularLayout, has_bias: bool
+) -> Callable[[Tensor, Tensor], Sequence[Tensor | None]]:
+    """Norms of a weight and its bias, by the ops."""
+    if layout.is_one_row:
+        return lambda g, a: dense.row_sq_norms(a, g)
+
+    def sequences(g: Tensor, a: Tensor) -> Sequence[Tensor | None]:
+        rows = layout.rows(a, 1), layout.rows(g, 1)
+        products = Products(*rows, with_bias=has_bias)
+        weight = products.weight_norms  # first: it leaves those of the bias
+        return weight, products.bias_norms if has_bias else None
+
+    return sequences
+
+
+def _convolution(making: Making) -> bool:
+    """A convolution over images, one a sample."""
+    slots = making.slots(1, 2)
+    if slots is None or 1 not in slots:
+        return False
+    if making.layout.dim != 0 or not making.layout.is_one_row:
+        return False
+    node = making.tape.nodes[making.use.node]
+    words = ("stride", "padding", "dilation", "output_padding")
+    numbers = {word: tuple(getattr(node, f"_saved_{word}")) for word in words}
+    geometry = ConvGeometry(
+        kernel_size=tuple(slots[1].shape[2:]),
+        groups=node._saved_groups,
+        transposed=node._saved_transposed,
+        **numbers,
+    )
+    required = {
+        f"_saved_{word}": getattr(node, f"_saved_{word}")
+        for word in (*words, "groups", "transposed")
+    }
+    has_bias = 2 in slots
+
+    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        patches = Patches(x, g, geometry, with_bias=has_bias)
+        weight = patches.weight_norms  # first: it leaves those of the bias
+        return weight, patches.bias_norms if has_bias else None
+
+    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
+
+
+def _layer_norm(making: Making) -> bool:
+    """Scale and shift after a normalisation over the last dims."""
+    slots = making.slots(1, 2)
+    node = making.tape.nodes[making.use.node]
+    shape = tuple(node._saved_normalized_shape)
+    (output,) = making.tape.shapes(making.use.node)[:1]
+    if slots is None or making.layout.dim >= len(output) - len(shape):
+        return False
+    if any(slot.shape != shape for slot in slots.values()):
+        return False
+    saved = ["_saved_input", "_saved_result1", "_saved_result2"]
+    required = {"_saved_normalized_shape": node._saved_normalized_shape}
+    if not making.is_for_kernels:
+        affine = partial(_affine, making.layout, len(shape))
+        return making.call(saved, (slots.get(1), slots.get(2)), affine, required)
+    places = making.row(slots.get(1)), making.row(slots.get(2))
+    making.steps.add_layer_norm(
+        *(making.use.node, saved, places, making.axis, len(shape)), required
+    )
+    return True
+
+
+def _affine(
+    layout: RegularLayout, trailing: int, g: Tensor, x: Tensor, *statistics: Tensor
+) -> Sequence[Tensor]:
+    """Norms of a layer norm's scale and shift, by the ops."""
+    tensors = (g, x, *statistics)
+    grads, x, means, rstds = (layout.rows(t, trailing).flatten(2) for t in tensors)
+    pair = norm.layer_norm_gradients(grads, x, means[..., 0], rstds[..., 0])
+    return [sq_norms_of(samples) for samples in pair]
+
+
+def _scale(making: Making) -> bool:
+    """A scale of the last dim, as after a root mean square norm."""
+    slots = making.slots(0, 1)
+    if slots is None or len(slots) > 1:
+        return False
+    ((number, slot),) = slots.items()
+    (output,) = making.tape.shapes(making.use.node)
+    shape = (1,) * (len(output) - len(slot.shape)) + tuple(slot.shape)
+    is_last = all(size == 1 for size in shape[:-1]) and shape[-1:] == output[-1:]
+    if not is_last or making.layout.dim >= len(output) - 1 or not making.is_for_kernels:
+        return False
+    saved = "_saved_other" if number == 0 else "_saved_self"
+    making.steps.add_scale(making.use.node, saved, making.row(slot), making.axis, {})
+    return True
+
+
+def _table(making: Making) -> bool:
+    """A table whose rows are looked up."""
+    slots = making.slots(0)
+    node = making.tape.nodes[making.use.node]
+    (output,) = making.tape.shapes(making.use.node)
+    if slots is None or making.layout.dim >= len(output) - 1:
+        return False
+    padding, layout = signed(node._saved_padding_idx), making.layout
+    required = {
+        "_saved_scale_grad_by_freq": False,
+        "_saved_padding_idx": node._saved_padding_idx,
+    }
+    if not making.is_for_kernels:
+        return making.call(
+            ["_saved_indices"],
+            [slots[0]],
+            lambda g, ids: [
+                embedding.embedding_sq_norms(
+                    layout.rows(ids, 0), layout.rows(g, 1), padding
+                )
+            ],
+            required,
+        )
+    making.steps.add_table(
+        *(making.use.node, "_saved_indices", making.row(slots[0]), making.axis),
+        *(padding, required),
+    )
+    return True
+
+
+def _comes_alone(tape: Tape, slot: Slot) -> bool:
+    """Whether a slot takes one parameter, rearranged at most, used only here."""
+    if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
+        return False
+    return all(tape.names[node] in REARRANGING for node, _, _ in slot.paths[0].steps)
+
+
+# What makes the step of a use, by the name of its node; returns whether there is one.
+_STEPS: dict[str, Callable[[Making], bool]] = {
+    **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},
+    CONVOLUTION: _convolution,
+    "NativeLayerNormBackward0": _layer_norm,
+    "MulBackward0": _scale,
+    EMBEDDING: _table,
+}
