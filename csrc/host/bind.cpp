@@ -139,12 +139,10 @@ void bind_host(py::module_& m) {
            })
       .def("add_shapes", [](Conditions& self, int64_t node,
                             py::object shapes) { self.add_shapes(node, shapes.ptr()); })
-      .def("add_leaf",
-           [](Conditions& self, int64_t node, py::tuple shape, py::object leaf) {
-             self.add_leaf(node, shape.ptr(), leaf.ptr());
-           })
-      .def("add_type", [](Conditions& self, int64_t node,
-                          py::type type) { self.add_type(node, type.ptr()); })
+      .def("add_leaf", [](Conditions& self, int64_t node, py::tuple shape,
+                          py::object leaf) { self.add_leaf(node, shape.ptr(), leaf.ptr()); })
+      .def("add_type",
+           [](Conditions& self, int64_t node, py::type type) { self.add_type(node, type.ptr()); })
       .def("hold", [](const Conditions& self, py::list nodes) {
         int held = self.hold(nodes.ptr());
         if (held < 0) throw py::error_already_set();

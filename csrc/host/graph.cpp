@@ -207,8 +207,7 @@ int Conditions::holds(const Condition& c, PyObject* node) {
   if (c.kind == kLeaf || c.kind == kType) {
     Object variable(PyObject_GetAttr(node, names().variable));
     if (!variable) return -1;
-    if (c.kind == kType)
-      return reinterpret_cast<PyObject*>(Py_TYPE(variable.get())) == c.value;
+    if (c.kind == kType) return reinterpret_cast<PyObject*>(Py_TYPE(variable.get())) == c.value;
     dlpack::Tensor x;  // most are seen without a Python object of their shape
     if (read(variable.get(), x))
       return x.dtype.code == c.dtype.code && x.dtype.bits == c.dtype.bits &&
