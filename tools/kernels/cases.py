@@ -251,6 +251,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
         f"{_LIST} with velocities": partial(_langevin, has_velocities=True),
     },
     "sq_norm": {"3200x3125": lambda new: (new.normal(3200, 3125),)},
+    "sample_sq_norms": {"512x3072": lambda new: (new.normal(512, 3072),)},
 }
 
 

@@ -234,6 +234,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     ),
     "same_values": lambda a, b: Work(_size(a, b)),
     "sq_norm": lambda x: Work(_size(x)),
+    "sample_sq_norms": lambda x: Work(_size(x)),
     "multi_sq_norm": lambda xs: Work(_size(xs)),
     "langevin_step_": lambda params, grads, velocities, *_: Work(
         2 * _size(params, velocities) + _size(grads)
