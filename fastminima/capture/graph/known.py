@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import _native
+from .extension import learned
 from .node import Node
 from .tape import Tape
 
@@ -45,7 +45,7 @@ class KnownGraphs:
 
     def _remember(self, tape: Tape) -> None:
         """Keep a structure that is met for the second time."""
-        host = _native.host()
+        host = learned()
         if host is None:
             return
         if tape.key not in self._met:

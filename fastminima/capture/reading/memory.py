@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ... import _native
+from ..graph.extension import learned
 from ..graph.tape import Tape
 from ..graph.tracking import untracked_nodes
 from ..rows.batch_axis import batch_edges
@@ -141,7 +141,7 @@ class Structure:
     def _expect(self, signature: tuple, tape: Tape, sizes: Any, recipe: Recipe) -> None:
         """Let the extension look for sizes that were met twice in a row."""
         met, self._met = self._met, signature
-        host = _native.host()
+        host = learned()
         deciding = batchnorm.deciding_numbers(tape, self._uses)
         if host is None or met != signature or self._regions or deciding is None:
             return

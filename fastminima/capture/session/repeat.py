@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native
 from ..graph.node import current_node
 from ..graph.passes import owner_of_pass
 from ..graph.saved import readable
@@ -173,7 +172,7 @@ def new_repeat(
     announce: Announce,
 ) -> Repeat | None:
     """What a step was, if others can repeat it."""
-    if known is None or program is None or _native.host() is None:
+    if known is None or program is None:
         return None
     if target.loss.dim() != 1:
         return None
