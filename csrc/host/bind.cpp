@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/called.h"
 #include "host/graph.h"
 #include "host/kernels.h"
 #include "host/leaves.h"
@@ -24,6 +25,12 @@ Layout layout_of(const std::tuple<int, int64_t, int64_t, int64_t>& x) {
   return {std::get<0>(x), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
 }
 
+dlpack::Tensor read_or_throw(py::handle tensor) {
+  dlpack::Tensor x;
+  if (!read(tensor.ptr(), x)) throw std::invalid_argument("not a dense tensor with memory");
+  return x;
+}
+
 // The steps of one recipe, while they are added.
 class Program {
  public:
@@ -34,6 +41,13 @@ class Program {
     for (auto item : required) step->require(item.first.ptr(), item.second.ptr());
     steps_->push_back(std::move(step));
   }
+  // Lets launches take the place of a step that Python takes.
+  void launch(int64_t node, std::shared_ptr<const Launches> launches) {
+    for (const auto& step : *steps_)
+      if (auto* called = dynamic_cast<Called*>(step.get()); called && called->node() == node)
+        return called->add(std::move(launches));
+    throw std::invalid_argument("Python takes no step at node " + std::to_string(node));
+  }
   size_t size() const { return steps_->size(); }
   const std::string& dtype() const { return dtype_; }
   const std::string& isa() const { return isa_; }
@@ -43,6 +57,45 @@ class Program {
   std::string dtype_, isa_;
   std::shared_ptr<Steps> steps_;
 };
+
+// Those of Python: function, grid, threads, bytes of shared memory, arguments, and which of them
+// point where: (argument, kind, number, offset).
+using Described = std::tuple<uintptr_t, std::array<unsigned, 3>, unsigned, unsigned,
+                             std::vector<uint64_t>,
+                             std::vector<std::tuple<size_t, int, int64_t, int64_t>>>;
+
+std::shared_ptr<Launches> launches_of(const py::list& inputs,
+                                            const std::vector<Described>& described,
+                                            std::vector<int64_t> places, int64_t bytes,
+                                            const py::object& kept) {
+  std::vector<Likeness> likenesses;
+  for (py::handle input : inputs) likenesses.emplace_back(read_or_throw(input));
+  std::vector<Launch> launches;
+  for (const auto& [function, grid, threads, shared, arguments, pointers] : described) {
+    Launch launch{reinterpret_cast<void*>(function), {grid[0], grid[1], grid[2]},
+                  threads, shared, arguments, {}};
+    for (const auto& [argument, kind, number, offset] : pointers)
+      launch.pointers.push_back({argument, {Pointer::Where(kind), number, offset}});
+    launches.push_back(std::move(launch));
+  }
+  return std::make_shared<Launches>(std::move(likenesses), std::move(launches),
+                                          std::move(places), bytes, kept.ptr());
+}
+
+// Launches them once for these tensors; false where they do not fit.
+bool run_launches(const Launches& launches, const py::list& inputs, const py::list& outputs,
+                  const py::object& scratch) {
+  std::vector<dlpack::Tensor> x;
+  std::vector<void*> to;
+  for (py::handle input : inputs) x.push_back(read_or_throw(input));
+  for (py::handle output : outputs) to.push_back(read_or_throw(output).data);
+  dlpack::Tensor memory = read_or_throw(scratch);
+  DeviceMemory device{memory.device, nullptr, static_cast<char*>(memory.data),
+                      elements(memory) * memory.dtype.bits / 8};
+  return x.size() == launches.inputs() && to.size() == launches.places().size() &&
+         current_stream(memory.device, device.stream) &&
+         launches.run(x.data(), to.data(), device);
+}
 
 // |g|^2 over the gradients of some parameters, all together, into a tensor of one number; false
 // where one of them is not a dense tensor in the host's memory, of one dtype with that.
@@ -177,19 +230,35 @@ void bind_host(py::module_& m) {
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
-      .def("add_by_rule", [](Program& p, int64_t node) { p.add(by_rule(node), py::dict()); })
-      .def("add_called", [](Program& p, int64_t node, std::vector<std::string> saved,
-                            py::dict required) { p.add(called(node, saved), required); })
+      .def("add_by_rule", [](Program& p, int64_t node) { p.add(std::make_unique<ByRule>(node), {}); })
+      .def("add_called",
+           [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_signs,
+              py::dict required) {
+             p.add(std::make_unique<Called>(node, saved, minds_signs), required);
+           })
+      .def("launch", &Program::launch)
       .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
                            int64_t padding, py::dict required) {
         p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);
       });
 
+  sub.def("has_driver", &has_driver);
+  sub.def("use_driver", [](uintptr_t address) { use_driver(reinterpret_cast<void*>(address)); });
+  py::class_<Launches, std::shared_ptr<Launches>>(sub, "Launches")
+      .def(py::init([](const py::list& inputs, const std::vector<Described>& launches,
+                       std::vector<int64_t> places, int64_t bytes, py::object kept) {
+        return launches_of(inputs, launches, std::move(places), bytes, kept);
+      }))
+      .def("__len__", &Launches::size)
+      .def_property_readonly("bytes", &Launches::bytes)
+      .def("run", &run_launches);
+
   py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
       .def(py::init([](const Program& program, py::object session, py::object table,
-                       py::object arrival, bool by_task, int threads) {
-        auto pass = std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(),
-                                           arrival.ptr(), by_task, threads);
+                       py::object scratch, py::object arrival, bool by_task, int threads) {
+        auto pass =
+            std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), scratch.ptr(),
+                                   arrival.ptr(), by_task, threads);
         if (PyErr_Occurred()) throw py::error_already_set();
         return pass;
       }))

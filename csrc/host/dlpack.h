@@ -44,7 +44,8 @@ struct Exchange {
   void* object_from_managed;
   // Fills in what belongs to the tensor as long as nothing else is called. -1: a Python error.
   int (*from_object)(void* object, Tensor* out);
-  void* current_work_stream;
+  // Of a device that has streams.
+  int (*current_work_stream)(int32_t type, int32_t id, void** out);
 };
 
 }  // namespace dlpack

@@ -1,31 +1,51 @@
 #include "host/program.h"
 
+#include <exception>
+
 #include "host/names.h"
 
 namespace fastminima {
 namespace host {
 
 Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table,
-           PyObject* arrival, bool by_task, int threads)
+           PyObject* scratch, PyObject* arrival, bool by_task, int threads)
     : steps_(std::move(steps)),
       session_(PyWeakref_NewRef(session, nullptr)),
       table_(Py_NewRef(table)),
+      scratch_(Py_NewRef(scratch)),
       filter_(arrival, by_task),
       taken_(steps_->size(), 0) {
-  workspace_ = {nullptr, 0, threads, &memory_};
-  is_ready_ = session_ != nullptr && table == Py_None;
-  dlpack::Tensor x;
-  if (table != Py_None && read(table, x)) {
-    is_ready_ =
-        session_ != nullptr && x.device.type == dlpack::kCpu && x.ndim == 2 && is_contiguous(x);
-    workspace_ = {x.data, x.shape[1], threads, &memory_};
-  }
+  find_memory(threads);
   for (const auto& step : *steps_) is_ready_ &= step->is_called() || table != Py_None;
+}
+
+void Pass::find_memory(int threads) {
+  workspace_.threads = threads;
+  workspace_.memory = &memory_;
+  is_ready_ = session_ != nullptr && table_ == Py_None;
+  dlpack::Tensor x, scratch;
+  if (table_ == Py_None || !read(table_, x) || x.ndim != 2) return;
+  workspace_.table = x.data;
+  workspace_.batch = x.shape[1];
+  workspace_.stride = x.strides[0];
+  is_ready_ = session_ != nullptr && (x.strides[1] == 1 || x.shape[1] <= 1);
+  if (scratch_ == Py_None) {
+    is_ready_ &= x.device.type == dlpack::kCpu;
+    return;
+  }
+  DeviceMemory& device = workspace_.device;
+  workspace_.has_device = read(scratch_, scratch) && current_stream(scratch.device, device.stream);
+  is_ready_ &= workspace_.has_device;
+  if (!workspace_.has_device) return;
+  device.device = scratch.device;
+  device.scratch = static_cast<char*>(scratch.data);
+  device.bytes = elements(scratch) * scratch.dtype.bits / 8;
 }
 
 Pass::~Pass() {
   Py_XDECREF(session_);
   Py_DECREF(table_);
+  Py_DECREF(scratch_);
 }
 
 PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
@@ -65,20 +85,9 @@ static bool has_any(PyObject* grads) {
   return false;
 }
 
-int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
-  Object node(current_node());
-  if (!node) return -1;
+int Pass::compute(const Step& step, PyObject* grad, const Object* saved) const {
   dlpack::Tensor x[Step::kMost];
-  if (!step.is_called() && !read(grad, x[0])) return 0;
-  Object saved[Step::kMost];
-  int found = step.read_saved(node.get(), saved);
-  if (found != 1) return found;
-  if (step.is_called()) {
-    static PyObject* name = PyUnicode_InternFromString("call");
-    PyObject* args[Step::kMost + 3] = {session, number, grad};
-    for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
-    return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
-  }
+  if (!read(grad, x[0])) return 0;
   for (size_t i = 0; i < step.saved(); i++) {
     if (step.minds_signs()) {
       int negated = is_negated(saved[i].get());
@@ -86,7 +95,28 @@ int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* 
     }
     if (!read(saved[i].get(), x[i + 1])) return 0;
   }
-  return step.compute(x, workspace_) ? 1 : 0;
+  try {
+    return step.compute(x, workspace_) ? 1 : 0;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return -1;
+  }
+}
+
+int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
+  Object node(current_node());
+  if (!node) return -1;
+  Object saved[Step::kMost];
+  int found = step.read_saved(node.get(), saved);
+  if (found != 1) return found;
+  if (step.is_computed()) {
+    int done = compute(step, grad, saved);
+    if (done != 0 || !step.is_called()) return done;
+  }
+  static PyObject* name = PyUnicode_InternFromString("call");
+  PyObject* args[Step::kMost + 3] = {session, number, grad};
+  for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
+  return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
 }
 
 PyObject* Pass::run(size_t step, PyObject* grads) {

@@ -21,9 +21,9 @@ namespace host {
 class Pass : public Watcher {
  public:
   // `session` is referenced weakly. `table` is a tensor, and outlives the pass, or None where all
-  // steps are Python's.
-  Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table, PyObject* arrival,
-       bool by_task, int threads);
+  // steps are Python's. `scratch` is a tensor for launches on the device of both, or None.
+  Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* table, PyObject* scratch,
+       PyObject* arrival, bool by_task, int threads);
   ~Pass() override;
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;
@@ -41,13 +41,16 @@ class Pass : public Watcher {
   PyObject* run(size_t step, PyObject* grads) override;
 
  private:
+  void find_memory(int threads);
+  // Reads the tensors of a step and computes. 1: done; 0: not; -1 with a Python error set.
+  int compute(const Step& step, PyObject* grad, const Object* saved) const;
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
   int take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const;
   // 1, 0, or -1 with a Python error set.
   int is_observed(PyObject* session) const;
 
   std::shared_ptr<const Steps> steps_;
-  PyObject *session_, *table_;  // a weak reference, and the tensor
+  PyObject *session_, *table_, *scratch_;  // a weak reference, and the tensors
   PassFilter filter_;
   bool is_ready_, is_closed_ = false;
   std::vector<char> taken_, memory_;

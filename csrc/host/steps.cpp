@@ -257,19 +257,6 @@ class Table : public OverTime<scalar_t> {
   int64_t padding_;
 };
 
-class Called : public Step {
- public:
-  using Step::Step;
-  bool is_called() const override { return true; }
-  bool compute(const dlpack::Tensor*, const Workspace&) const override { return false; }
-};
-
-class ByRule : public Called {
- public:
-  explicit ByRule(int64_t node) : Called(node, {}) {}
-  bool is_by_rule() const override { return true; }
-};
-
 template <template <typename> class Kind, typename... Args>
 std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
   if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
@@ -349,12 +336,6 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa) {
   return made<Table>(dtype, node, saved, places, layout, padding, isa);
-}
-
-std::unique_ptr<Step> by_rule(int64_t node) { return std::make_unique<ByRule>(node); }
-
-std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved) {
-  return std::make_unique<Called>(node, saved);
 }
 
 }  // namespace host

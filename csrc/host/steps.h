@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "host/launches.h"
 #include "host/tensors.h"
 
 namespace fastminima {
@@ -26,14 +27,16 @@ struct Places {
 
 // What a step may use besides its tensors.
 struct Workspace {
-  void* table;  // [parameters, batch], in the step's dtype
-  int64_t batch;
-  int threads;
-  std::vector<char>* memory;  // grows as needed
+  void* table = nullptr;  // [parameters, batch], in the step's dtype
+  int64_t batch = 0, stride = 0;  // from row to row
+  int threads = 1;
+  std::vector<char>* memory = nullptr;  // grows as needed
+  bool has_device = false;
+  DeviceMemory device;  // of launches, where there are some
 
   template <typename scalar_t>
   scalar_t* row(int64_t place) const {
-    return place < 0 ? nullptr : static_cast<scalar_t*>(table) + place * batch;
+    return place < 0 ? nullptr : static_cast<scalar_t*>(table) + place * stride;
   }
   template <typename scalar_t>
   scalar_t* scratch(int64_t count) const {
@@ -66,9 +69,11 @@ class Step {
   int read_saved(PyObject* node, Object* saved) const;
   size_t saved() const { return saved_.size(); }
 
-  // Whether the tensors are for Python to compute with, and whether all is its affair.
+  // Whether Python takes what is not computed, and whether all is its affair.
   virtual bool is_called() const { return false; }
   virtual bool is_by_rule() const { return false; }
+  // Whether there is something to compute with.
+  virtual bool is_computed() const { return true; }
   // Whether the sign of what was saved counts. No norm changes with the sign of a whole tensor,
   // so a product does not mind a view whose negation is not done in memory.
   virtual bool minds_signs() const { return false; }
@@ -104,11 +109,6 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 // A table whose rows are looked up.
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);
-
-// One that Python takes: on another device, in half precision, or without a kernel here.
-std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved);
-// One of any kind, which reads what it needs by itself.
-std::unique_ptr<Step> by_rule(int64_t node);
 
 }  // namespace host
 }  // namespace fastminima

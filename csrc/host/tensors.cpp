@@ -38,6 +38,15 @@ bool read(PyObject* tensor, dlpack::Tensor& out) {
   return true;
 }
 
+bool current_stream(const dlpack::Device& device, void*& out) {
+  out = nullptr;
+  if (device.type == dlpack::kCpu) return true;
+  if (exchange == nullptr || exchange->current_work_stream == nullptr) return false;
+  if (exchange->current_work_stream(device.type, device.id, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 int is_negated(PyObject* tensor) {
   if (tensor == Py_None) return 0;
   Object answer(PyObject_CallMethodNoArgs(tensor, names().is_neg));

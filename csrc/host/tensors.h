@@ -49,6 +49,10 @@ bool learn_tensors(PyObject* tensor_type, PyObject* parameter_type);
 // elements. Leaves no Python error behind. Its sign may be another: see `is_negated`.
 bool read(PyObject* tensor, dlpack::Tensor& out);
 
+// The stream that PyTorch uses on a device at this moment; null where it has none. False where
+// PyTorch does not tell.
+bool current_stream(const dlpack::Device& device, void*& out);
+
 // 1: a view whose memory holds the negated values; 0: not; -1 with a Python error set.
 int is_negated(PyObject* tensor);
 

@@ -1,0 +1,89 @@
+// Kernels of a GPU that are launched again, with the addresses of other tensors.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "host/tensors.h"
+
+namespace fastminima {
+namespace host {
+
+// The driver's cuLaunchKernel. `address` replaces it, as a test does; null brings it back.
+void use_driver(void* address);
+// Whether there is one: libcuda.so, or what was put in its place.
+bool has_driver();
+
+// Where an argument of a kernel points to: some bytes after the beginning of an input, of the
+// scratch, or of an output.
+struct Pointer {
+  enum Where { input, scratch, output } where;
+  int64_t number, offset;
+};
+
+// One launch. An argument takes eight bytes, of which a kernel reads those that it has. Without
+// programs in the grid it is a launcher of this library: `Words<launcher>::call`, whose last
+// argument is the stream.
+struct Launch {
+  void* function;
+  unsigned grid[3], threads, shared;
+  std::vector<uint64_t> arguments;
+  std::vector<std::pair<size_t, Pointer>> pointers;  // arguments that are addresses
+};
+
+// What a tensor has to be for the launches to be right, down to how its address is aligned.
+class Likeness {
+ public:
+  static constexpr uintptr_t kAlignment = 16;  // what compilers of kernels look at
+
+  explicit Likeness(const dlpack::Tensor& x);
+  bool holds(const dlpack::Tensor& x) const;
+
+ private:
+  dlpack::Device device_;
+  dlpack::Dtype dtype_;
+  uintptr_t address_;  // modulo the alignment
+  std::vector<int64_t> shape_, strides_;
+};
+
+// Where launches put what they find, and what they need meanwhile.
+struct DeviceMemory {
+  dlpack::Device device{0, 0};
+  void* stream = nullptr;
+  char* scratch = nullptr;
+  int64_t bytes = 0;
+};
+
+// All launches of one use, for tensors of one kind.
+class Launches {
+ public:
+  // `kept` is a Python object that keeps the functions alive; `places` where each output goes in
+  // the table, in their order.
+  Launches(std::vector<Likeness> inputs, std::vector<Launch> launches, std::vector<int64_t> places,
+           int64_t bytes, PyObject* kept);
+  ~Launches();
+  Launches(const Launches&) = delete;
+  Launches& operator=(const Launches&) = delete;
+
+  const std::vector<int64_t>& places() const { return places_; }
+  int64_t bytes() const { return bytes_; }  // of scratch
+  size_t size() const { return launches_.size(); }
+  size_t inputs() const { return inputs_.size(); }
+
+  // Launches all of them. False where a tensor is another, or not on the stream of the memory:
+  // nothing was launched then. Throws std::runtime_error where the driver refuses.
+  bool run(const dlpack::Tensor* inputs, void* const* outputs, const DeviceMemory& memory) const;
+
+ private:
+  std::vector<Likeness> inputs_;
+  std::vector<Launch> launches_;
+  std::vector<int64_t> places_;
+  int64_t bytes_;
+  PyObject* kept_;
+};
+
+}  // namespace host
+}  // namespace fastminima
