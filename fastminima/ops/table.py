@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from .preferences import is_preferred
+from .recording import watched
 
 __all__ = ["REGISTRY", "Implementation", "Op"]
 
@@ -185,7 +186,7 @@ class Op:
 
         def call(first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
             with torch.cuda.device_of(_leader(first)):
-                return run(kernels, first, *args, **kwargs)
+                return run(watched(kernels), first, *args, **kwargs)
 
         self.add("cuda", call, devices=("cuda",), dtypes=dtypes, preferred=preferred)
 

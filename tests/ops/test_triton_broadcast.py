@@ -94,8 +94,11 @@ def test_sums_are_at_their_floor(name, dtype):
     g = torch.randn(2, 1100, 24).to(dtype)
     place = Interpreter()
     place(getattr(kernels, name), g)
-    (launch,) = place.report.per_launch
+    launch, *adding_up = place.report.per_launch
     assert launch.load_bytes == launch.unique_load_bytes == g.nbytes
+    assert [each.store_bytes for each in adding_up] == (
+        [4 * 2 * 24] if name == "sum_over_time" else []
+    )
     # Of 1100 steps at least 128 a program, in whole tiles of 128; or of 24 steps.
     kept, splits = (24, 5) if name == "sum_over_time" else (1100, 1)
     assert launch.store_bytes == 4 * 2 * kept * splits

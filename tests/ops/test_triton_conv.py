@@ -10,6 +10,7 @@ from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.triton import _settle, conv, conv_cost, conv_sizes
 from fastminima.ops.triton.conv_gram import gram_sums
 from fastminima.ops.triton.conv_sizes import operands
+from tools.kernels.interpreter import interpreting
 
 HALVES = [torch.float16, torch.bfloat16]
 WAYS = ["direct", "gram", "shifts"]
@@ -155,7 +156,8 @@ def test_packed_by_channel(place, monkeypatch):
     layer, x, g = case[0], *draw(case)
     of = operands(x, g, layer)
     assert of.layout()["ROWS_BY_POSITION"] and of.layout()["IMAGE_BY_POSITION"]
-    packed, _ = conv_cost.direct_tile(of, outputs=0)
+    with interpreting():
+        packed, _ = conv_cost.direct_tile(of, outputs=0)
     assert not any(packed.layout().values())
     assert torch.equal(packed.image, of.image) and torch.equal(packed.rows, of.rows)
     check_fused(place, layer, x, g)

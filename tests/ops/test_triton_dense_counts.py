@@ -30,7 +30,8 @@ def counts(launcher, *args, **options):
 def test_samples_that_are_not_lost_are_not_read_again(launcher, first):
     a, g = sequences((3, 6, 200, 150))
     found = counts(launcher, a, g, True)
-    assert [*found] == [first, "_settle_kernel"]
+    assert [*found] == [first, "_settle_kernel", "_parts_kernel"]
+    assert found["_parts_kernel"].store_bytes == 4 * 2 * len(a)
     settle = found["_settle_kernel"]
     assert settle.load_bytes == 4 * 4 * settle.programs  # sums and diagonals
     a, g = cancelling(torch.float32)
@@ -127,7 +128,7 @@ def test_no_gram_sums_where_the_guard_would_reject_most():
     a, g = new.normal(1, 16, 64), new.normal(1, 16, 40000)
     with capturing() as launches:
         launchers.sequence_sq_norms(a, g, False)
-    assert [launch.kernel for launch in launches] == ["_direct_kernel"]
+    assert [x.kernel for x in launches] == ["_direct_kernel", "_parts_kernel"]
 
 
 def test_parts_fill_the_rounds_of_a_gpu():

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from ._time_tiles import WARPS, oriented, tiles
+from .totals import first_added
 
 __all__ = ["product_over_time", "sum_over_space", "sum_over_time"]
 
@@ -62,14 +64,16 @@ def _time_sums(g: Tensor, x: Tensor | None) -> Tensor:
     )
     out = g.new_empty(cut.splits, batch, features, dtype=torch.float32)
     if out.numel():
-        _time_sums_kernel[(cut.splits * batch * cut.blocks,)](
+        launch(
+            _time_sums_kernel,
+            (cut.splits * batch * cut.blocks,),
             *(g, x, out, batch, time, features, cut.span),
             *(*g.stride(), *(g if x is None else x).stride()),
             BLOCK_T=cut.block_time,
             BLOCK_F=cut.block_features,
             num_warps=WARPS,
         )
-    return out[0] if cut.splits == 1 else out.sum(dim=0)
+    return first_added(out)
 
 
 def sum_over_time(g: Tensor) -> Tensor:

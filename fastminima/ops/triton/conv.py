@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._pieces import in_pieces
 from ..conv_geometry import ConvGeometry
+from .broadcast import sum_over_space
 from .conv_cost import (
     GramTile,
     direct_tile,
@@ -22,13 +23,14 @@ from .conv_direct import products
 from .conv_gram import gram_sums
 from .conv_settled import settled
 from .conv_sizes import Operands, operands
+from .totals import sample_sq_norms
 
 __all__ = ["conv_fused", "conv_second_moment", "conv_sq_norms"]
 
 
 def _bias_gradients(g: Tensor) -> Tensor:
     """Each sample's bias gradient, [batch, c_out]."""
-    return g.sum(dim=tuple(range(2, g.dim())), dtype=torch.float32)
+    return sum_over_space(g.flatten(2))
 
 
 def conv_sq_norms(
@@ -56,7 +58,7 @@ def _in_pieces(run: Callable[..., Any], x: Tensor, g: Tensor, *options: Any) -> 
 def _sq_norms(
     x: Tensor, g: Tensor, geometry: ConvGeometry, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    bias = _bias_gradients(g).square().sum(dim=1) if with_bias else None
+    bias = sample_sq_norms(_bias_gradients(g)) if with_bias else None
     of = operands(x, g, geometry)
     if not of.rows.numel() or not of.image.numel():
         return g.new_zeros(len(g), dtype=torch.float32), bias

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from .conv_cost import depthwise_tile
 from .conv_outputs import outputs
 from .conv_sizes import Operands
@@ -102,7 +103,9 @@ def depthwise_products(
     sizes, tile = of.sizes, depthwise_tile(of)
     tiles = tile.count(sizes)
     to = outputs(of, tiles, norms, grad, moment)
-    _depthwise_kernel[(to.chunks * tiles,)](
+    launch(
+        _depthwise_kernel,
+        (to.chunks * tiles,),
         *(of.rows, of.image, *to.pointers(of.image)),
         *(sizes.batch, to.per_chunk, sizes.groups * sizes.height, sizes.height),
         *(sizes.length, sizes.space, sizes.out, *of.strides()),

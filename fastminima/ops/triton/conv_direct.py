@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from .conv_cost import DirectTile
 from .conv_outputs import outputs
 from .conv_sizes import Operands
@@ -176,7 +177,9 @@ def products(
     """
     sizes, tiles = of.sizes, tile.count(of.sizes)
     to = outputs(of, tiles, norms, grad, moment)
-    _products_kernel[(to.chunks * tiles,)](
+    launch(
+        _products_kernel,
+        (to.chunks * tiles,),
         *(of.rows, of.image, *to.pointers(of.image)),
         *(sizes.batch, to.per_chunk, sizes.groups, sizes.height, sizes.channels),
         *(sizes.length, sizes.space, sizes.out, *of.strides()),

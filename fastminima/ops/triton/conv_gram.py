@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from .conv_cost import GramTile, samples_at_once
 from .conv_sizes import Operands
 from .conv_tiles import load_patches, load_rows, split, triangle
@@ -288,7 +289,9 @@ def gram_sums(of: Operands, tile: GramTile) -> Tensor:
 def _image_gram(of: Operands, tile: GramTile, gram: Tensor) -> None:
     sizes = of.sizes
     matrices = sizes.batch * sizes.groups * sizes.phases
-    _image_gram_kernel[(matrices * tile.pairs(math.prod(sizes.cells)),)](
+    launch(
+        _image_gram_kernel,
+        (matrices * tile.pairs(math.prod(sizes.cells)),),
         *(of.image, gram, sizes.groups, sizes.channels, sizes.space, sizes.cells),
         of.strides()[1],
         **of.layout(),
@@ -299,7 +302,9 @@ def _image_gram(of: Operands, tile: GramTile, gram: Tensor) -> None:
 
 def _pairs(of: Operands, tile: GramTile, gram: Tensor, sums: Tensor) -> None:
     sizes = of.sizes
-    _pairs_kernel[(sizes.batch * sizes.groups * tile.pairs(sizes.length),)](
+    launch(
+        _pairs_kernel,
+        (sizes.batch * sizes.groups * tile.pairs(sizes.length),),
         *(of.rows, of.image, gram, sums, sizes.groups, sizes.height, sizes.channels),
         *(sizes.length, sizes.space, sizes.out, sizes.cells),
         *of.strides(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .conv_cost import chunks
 from .conv_sizes import Operands
+from .totals import first_added, last_added
 
 __all__ = ["Outputs", "outputs"]
 
@@ -32,14 +33,10 @@ class Outputs(NamedTuple):
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Squared norms [batch], summed gradient and summed squares [weight]."""
         return (
-            None if self.norms is None else self.norms.sum(dim=1),
-            None if self.grad is None else _total(self.grad),
-            None if self.moment is None else _total(self.moment),
+            None if self.norms is None else last_added(self.norms),
+            None if self.grad is None else first_added(self.grad),
+            None if self.moment is None else first_added(self.moment),
         )
-
-
-def _total(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
 def outputs(of: Operands, tiles: int, norms: bool, grad: bool, moment: bool) -> Outputs:

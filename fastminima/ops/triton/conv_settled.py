@@ -7,11 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cost.dense import guard_on_gpu
+from ..recording import launch
 from ._settle import added, sharers
 from .conv_cost import DirectTile
 from .conv_direct import tile_gradient, tiles_of
 from .conv_sizes import Operands
 from .conv_tiles import tap_of_column
+from .totals import last_added
 
 __all__ = ["settled"]
 
@@ -74,7 +76,9 @@ def settled(of: Operands, sums: Tensor, tile: DirectTile) -> Tensor:
     programs = sharers(sizes.batch, pairs, tile.count(sizes))
     parts = sums.new_empty(sizes.batch, programs)
     columns = sizes.channels * sizes.taps
-    _settle_kernel[(sizes.batch * programs,)](
+    launch(
+        _settle_kernel,
+        (sizes.batch * programs,),
         *(of.rows, of.image, sums, parts, programs, pairs, sizes.groups),
         *(sizes.height, sizes.channels, sizes.length, sizes.space, sizes.out),
         *(*of.strides(), guard_on_gpu(columns, sizes.height, of.image.dtype)),
@@ -82,4 +86,4 @@ def settled(of: Operands, sums: Tensor, tile: DirectTile) -> Tensor:
         **of.layout(),
         **tile.constants(),
     )
-    return parts[:, 0] if programs == 1 else parts.sum(dim=1)
+    return last_added(parts)

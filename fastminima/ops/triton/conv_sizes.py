@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..conv_geometry import ConvGeometry
+from .conv_copies import channels_last
 
 __all__ = ["ConvSizes", "Operands", "operands"]
 
@@ -125,7 +126,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
     """Channels contiguous, if a pixel of them is a multiple of 16 elements."""
     if tensor.stride(1) == 1 or tensor.shape[1] % 16:
         return tensor
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    return channels_last(tensor)
 
 
 def _span(tensor: Tensor) -> int:

@@ -18,11 +18,13 @@ from .. import dense
 from .._pieces import step_of
 from ..cost.dense import choose_by_torch_on_gpu, choose_on_gpu
 from ._launch import one_dtype
+from .broadcast import sum_over_time
 from .dense_direct import direct_sums
 from .dense_fused import sequence_sums
 from .dense_gram import folded_sums, gram_sums
 from .dense_rows import row_sq_norms, row_sums
 from .dense_settled import settled
+from .totals import last_added, sample_sq_norms
 
 __all__ = [
     "direct_sq_norms",
@@ -42,15 +44,11 @@ def direct_sq_norms(a: Tensor, g: Tensor) -> Tensor:
 
 def gram_sq_norms(a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.gram_sq_norms`."""
-    return gram_sums(*one_dtype(a, g))[:, 0].sum(dim=1).clamp_min_(0)
-
-
-def _bias_grads(g: Tensor) -> Tensor:
-    return g.sum(dim=1, dtype=torch.float32)
+    return last_added(gram_sums(*one_dtype(a, g))[:, 0]).clamp_min_(0)
 
 
 def _direct(a: Tensor, g: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    bias = _bias_grads(g).square_().sum(dim=1) if with_bias else None
+    bias = sample_sq_norms(sum_over_time(g)) if with_bias else None
     return direct_sums(a, g), bias
 
 
@@ -97,7 +95,7 @@ def sequence_fused(
     a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `fastminima.ops.dense.sequence_fused`."""
-    bias = _bias_grads(g) if with_bias else None
+    bias = sum_over_time(g) if with_bias else None
     if g.shape[1] == 1:
         a, g = a[:, 0], g[:, 0]
         grad, moment = row_sums(a, g, True, with_second_moment)

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from ._launch import one_dtype
 from .dense_blocks import gradient_blocks
 from .dense_tiles import gradient_tile, swizzled
+from .totals import last_added
 
 __all__ = ["direct_sums"]
 
@@ -68,7 +70,9 @@ def direct_sums(a: Tensor, g: Tensor) -> Tensor:
     blocks = gradient_blocks(a, g, time, kept=1)
     tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
     sums = g.new_empty(batch, tiles, dtype=torch.float32)
-    _direct_kernel[tiles * batch,](
+    launch(
+        _direct_kernel,
+        (tiles * batch,),
         *(a, g, sums, time, d_in, d_out, *a.stride()[:2], *g.stride()[:2]),
         OUT=blocks.out,
         IN=blocks.inputs,
@@ -77,4 +81,4 @@ def direct_sums(a: Tensor, g: Tensor) -> Tensor:
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return sums.sum(dim=1)
+    return last_added(sums)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._arguments import contiguous_rows
 from .._pieces import in_pieces, step_of
+from ..recording import launch
 from ._launch import power_of_two, side
 from ._time_tiles import PROGRAMS
+from .totals import first_added
 
 __all__ = ["sequence_dots", "sequence_multi_dots"]
 
@@ -105,7 +107,9 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     chunk = -(-batch * tiles // max(PROGRAMS, tiles))
     is_half = a.dtype != torch.float32
     out = g.new_empty(tiles, batch, directions, dtype=torch.float32)
-    _dots_kernel[(tiles * -(-batch // chunk),)](
+    launch(
+        _dots_kernel,
+        (tiles * -(-batch // chunk),),
         *(a, g, v, out, batch, time, d_in, d_out, directions, chunk),
         *(*a.stride()[:2], *g.stride()[:2], *v.stride()[:2]),
         K=kinds,
@@ -115,7 +119,7 @@ def _dots(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
         num_warps=8 if is_half and time > 1 and kinds <= 2 else 4,
         num_stages=3,
     )
-    return out.sum(dim=0)
+    return first_added(out)
 
 
 def sequence_multi_dots(a: Tensor, g: Tensor, v: Sequence[Tensor]) -> Tensor:

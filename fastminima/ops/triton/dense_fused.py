@@ -10,9 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._pieces import step_of
+from ..recording import launch
 from ._launch import balanced, one_dtype
 from .dense_blocks import gradient_blocks
 from .dense_tiles import gradient_tile, swizzled
+from .totals import first_added, last_added
 
 __all__ = ["Sums", "sequence_sums"]
 
@@ -136,7 +138,9 @@ def sequence_sums(
         for x in outputs:
             x.zero_()
     else:
-        _fused_kernel[tiles * parts,](
+        launch(
+            _fused_kernel,
+            (tiles * parts,),
             *(a, g, *(outputs[0] if x is None else x for x in (grads, norms, moments))),
             *(tiles, each, batch, time, d_in, d_out),
             *(a.stride(0), a.stride(1), g.stride(0), g.stride(1)),
@@ -151,12 +155,7 @@ def sequence_sums(
             num_stages=blocks.stages,
         )
     return Sums(
-        grads if grads is None else _over_parts(grads),
-        norms if norms is None else norms.sum(dim=1),
-        moments if moments is None else _over_parts(moments),
+        grads if grads is None else first_added(grads),
+        norms if norms is None else last_added(norms),
+        moments if moments is None else first_added(moments),
     )
-
-
-def _over_parts(x: Tensor) -> Tensor:
-    """Sum over the parts of the batch, in their order."""
-    return x[0] if len(x) == 1 else x.sum(dim=0)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._pieces import pieces
+from ..recording import launch
 from ._launch import PROGRAMS, has_vectors, side
 from .dense_tiles import lower_triangle, row_products
 
@@ -172,7 +173,9 @@ def gram_sums(a: Tensor, g: Tensor, with_bias: bool = False) -> Tensor:
     sums, pairs = _room(g, batch, time, blocks.time, with_bias)
     if batch * time == 0:
         return sums.zero_()
-    _gram_kernel[pairs * batch,](
+    launch(
+        _gram_kernel,
+        (pairs * batch,),
         *(a, g, sums, pairs, time, a.shape[2], g.shape[2]),
         *(*a.stride()[:2], *g.stride()[:2]),
         TIME=blocks.time,
@@ -193,7 +196,9 @@ def folded_sums(a: Tensor, g: Tensor, with_bias: bool) -> Tensor:
     for rows in pieces(batch, 2 * time * time * sums.itemsize):
         inputs, grads = a[rows], g[rows]
         some = sums[rows]
-        _fold_kernel[pairs * len(some),](
+        launch(
+            _fold_kernel,
+            (pairs * len(some),),
             torch.bmm(inputs, inputs.transpose(1, 2)),
             torch.bmm(grads, grads.transpose(1, 2)),
             *(some, pairs, time),

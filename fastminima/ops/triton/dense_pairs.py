@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import dense_pairs
 from .._pieces import lower_blocks, square_side, step_of
+from ..recording import launch
 from ._launch import power_of_two, side
 from .dense_tiles import lower_triangle
 
@@ -236,7 +237,9 @@ def _by_rows(a: Tensor, g: Tensor) -> Tensor:
     (batch, time, d_in), d_out = a.shape, g.shape[2]
     block, samples, steps, spans, programs = _RowCut.of(batch, time, a.dtype)
     out = g.new_empty(batch * spans, batch * spans, dtype=torch.float32)
-    _row_pairs_kernel[(programs,)](
+    launch(
+        _row_pairs_kernel,
+        (programs,),
         *(a, g, out, batch, time, d_in, d_out, spans),
         *(*a.stride()[:2], *g.stride()[:2]),
         SAMPLES=samples,
@@ -292,7 +295,9 @@ def _by_gradients(a: Tensor, g: Tensor) -> Tensor:
     out = g.new_zeros(splits, batch, batch, dtype=torch.float32)
     for first in range(0, tiles, most):
         count = min(most, tiles - first)
-        _gradient_tiles_kernel[(batch * count,)](
+        launch(
+            _gradient_tiles_kernel,
+            (batch * count,),
             *(a, g, scratch, first, count, time, d_in, d_out),
             *(*a.stride()[:2], *g.stride()[:2]),
             OUT=cut.outs,
@@ -303,7 +308,9 @@ def _by_gradients(a: Tensor, g: Tensor) -> Tensor:
         )
         width = count * size
         span = -(-width // (splits * inner)) * inner
-        _flat_pairs_kernel[(pairs * splits,)](
+        launch(
+            _flat_pairs_kernel,
+            (pairs * splits,),
             *(scratch, out, batch, width, span, pairs),
             ONE_BLOCK=blocks == 1,
             ROWS=rows,

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from ._launch import one_dtype, power_of_two, split
 from .dense_tiles import swizzled
+from .totals import first_added
 
 __all__ = ["row_sq_norms", "row_sums"]
 
@@ -63,13 +65,16 @@ def _row_norms_kernel(
 def row_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """See `fastminima.ops.dense.row_sq_norms`."""
     a, g = one_dtype(a, g)
-    weight, bias = g.new_empty(2, len(g), dtype=torch.float32).unbind()
+    # Each in memory of its own: a recording puts them into rows of a table.
+    weight, bias = (g.new_empty(len(g), dtype=torch.float32) for _ in range(2))
     if len(g) == 0:
         return weight, bias
     width = max(1, a.shape[1], g.shape[1])
     block = min(_LANES, max(64, power_of_two(width)))
     rows = _LANES // block
-    _row_norms_kernel[triton.cdiv(len(g), rows),](
+    launch(
+        _row_norms_kernel,
+        (triton.cdiv(len(g), rows),),
         *(a, g, weight, bias, len(g), a.shape[1], g.shape[1]),
         *(a.stride(0), g.stride(0)),
         ROWS=rows,
@@ -156,7 +161,9 @@ def row_sums(
     if a.numel() * g.numel() == 0:
         return tuple(x if x is None else x[0].zero_() for x in sums)
     unused = next(x for x in sums if x is not None)
-    _row_sums_kernel[tiles * parts,](
+    launch(
+        _row_sums_kernel,
+        (tiles * parts,),
         *(a, g, *(unused if x is None else x for x in sums)),
         *(tiles, each * _SAMPLES, len(g), d_in, d_out, a.stride(0), g.stride(0)),
         OUT=_SIDE,
@@ -168,4 +175,4 @@ def row_sums(
         num_warps=4,
         num_stages=3,
     )
-    return tuple(x if x is None else x[0] if parts == 1 else x.sum(dim=0) for x in sums)
+    return tuple(x if x is None else first_added(x) for x in sums)

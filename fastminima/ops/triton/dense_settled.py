@@ -7,9 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cost.dense import guard_on_gpu
+from ..recording import launch
 from ._settle import added, sharers
 from .dense_blocks import gradient_blocks
 from .dense_tiles import gradient_tile, swizzled
+from .totals import last_added, last_added_of_two
 
 __all__ = ["settled"]
 
@@ -152,7 +154,9 @@ def settled(
     tiles = triton.cdiv(d_out, blocks.out) * triton.cdiv(d_in, blocks.inputs)
     programs = sharers(batch, sums.shape[2], tiles)
     parts = sums.new_empty(1 + with_bias, batch, programs)
-    _settle_kernel[batch * programs,](
+    launch(
+        _settle_kernel,
+        (batch * programs,),
         *(a, g, sums, parts, batch, programs, sums.shape[2], time, d_in, d_out),
         *(*a.stride()[:2], *g.stride()[:2]),
         guard_on_gpu(d_in, d_out, a.dtype),
@@ -167,5 +171,6 @@ def settled(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    norms = parts[:, :, 0] if programs == 1 else parts.sum(dim=2)
-    return norms[0], norms[1] if with_bias else None
+    if with_bias:
+        return last_added_of_two(parts)
+    return last_added(parts[0]), None

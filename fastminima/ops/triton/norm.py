@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from ._time_tiles import WARPS, oriented, tiles
+from .totals import first_added
 
 __all__ = ["channel_norm_gradients", "layer_norm_gradients"]
 
@@ -36,7 +38,8 @@ def _sums(
     step = tl.full((), BLOCK_T, tl.int64)
     mean = 0.0
     if not BY_TIME:
-        mean = tl.load(mean_ptr + f // group, mask=few, other=0.0)[None, :]
+        mean = tl.load(mean_ptr + f // group, mask=few, other=0.0)
+        mean = mean.to(tl.float32)[None, :]
     weight = tl.zeros((BLOCK_T, f.shape[0]), tl.float32)
     bias = tl.zeros((BLOCK_T, f.shape[0]), tl.float32)
     for first in range(start, stop, BLOCK_T):
@@ -46,8 +49,10 @@ def _sums(
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         if BY_TIME:
             if mean_ptr is not None:
-                x -= tl.load(mean_ptr + first + t, mask=there, other=0.0)[:, None]
-            x *= tl.load(rstd_ptr + first + t, mask=there, other=0.0)[:, None]
+                center = tl.load(mean_ptr + first + t, mask=there, other=0.0)
+                x -= center.to(tl.float32)[:, None]
+            rstd = tl.load(rstd_ptr + first + t, mask=there, other=0.0)
+            x *= rstd.to(tl.float32)[:, None]
         else:
             x -= mean
         weight += g * x
@@ -56,7 +61,8 @@ def _sums(
         x_ptrs += step * x_t
     weight = tl.sum(weight, axis=0)
     if not BY_TIME:  # last, so that it takes no registers in the loop
-        weight *= tl.load(rstd_ptr + f // group, mask=few, other=0.0)
+        rstd = tl.load(rstd_ptr + f // group, mask=few, other=0.0)
+        weight *= rstd.to(tl.float32)
     return weight, tl.sum(bias, axis=0)
 
 
@@ -100,8 +106,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of `[batch, time, features]`: statistics by step, or by group of features."""
     (g, x), time_is_contiguous = oriented(g, x)
-    rstd = rstd.to(torch.float32).contiguous()
-    mean = None if mean is None else mean.to(torch.float32).contiguous()
+    rstd = rstd.contiguous()
+    mean = None if mean is None else mean.contiguous()
     stat_n = 0 if len(rstd) == 1 else rstd.shape[1]  # to the next sample's statistics
     group = 1 if by_time else max(1, g.shape[2] // rstd.shape[1])
     cut = tiles(
@@ -111,7 +117,9 @@ def _gradients(
     )
     out = g.new_empty(cut.splits, 2, g.shape[0], g.shape[2], dtype=torch.float32)
     if out.numel():
-        _gradients_kernel[(cut.splits * g.shape[0] * cut.blocks,)](
+        launch(
+            _gradients_kernel,
+            (cut.splits * g.shape[0] * cut.blocks,),
             *(g, x, mean, rstd, out, *g.shape, cut.span, group),
             *(*g.stride(), *x.stride(), stat_n),
             BY_TIME=by_time,
@@ -120,7 +128,7 @@ def _gradients(
             # A feature's mean and its address take registers: more threads share them.
             num_warps=WARPS if by_time else 2 * WARPS,
         )
-    weight, bias = out[0] if cut.splits == 1 else out.sum(dim=0)
+    weight, bias = first_added(out).unbind()
     return weight, bias
 
 

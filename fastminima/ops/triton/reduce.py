@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..recording import launch
 from ._time_tiles import PROGRAMS, WARPS
 
 __all__ = ["sq_norm"]
@@ -43,7 +44,14 @@ def sq_norm(x: Tensor) -> Tensor:
     span = -(-blocks // max(1, programs)) * BLOCK
     out = x.new_empty(programs, dtype=torch.float32)
     if programs:
-        _sq_norm_kernel[(programs,)](
-            x, out, x.numel(), span, BLOCK=BLOCK, num_warps=WARPS
+        launch(
+            _sq_norm_kernel,
+            (programs,),
+            x,
+            out,
+            x.numel(),
+            span,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
     return out.sum()

@@ -61,12 +61,16 @@ class Emulated:
         self._library = library = ctypes.CDLL(str(path))
         for name in ("entry_name", "entry_signature", "last_message"):
             getattr(library, name).restype = ctypes.c_char_p
-        library.entry_address.restype = ctypes.c_void_p
+        for name in ("entry_address", "entry_by_words"):
+            getattr(library, name).restype = ctypes.c_void_p
         library.half_bits.argtypes = [ctypes.c_float]
         library.half_bits.restype = ctypes.c_uint16
+        self.callers = {}
         i = 0
         while (name := library.entry_name(i)) is not None:
             setattr(self, name.decode(), self._function(i))
+            letters = library.entry_signature(i).decode()
+            self.callers[name.decode()] = library.entry_by_words(i), letters
             i += 1
 
     def _function(self, i):

@@ -3,26 +3,18 @@
 #include <string>
 
 #include "../../../csrc/cuda/api.h"
+#include "../../../csrc/words.h"
 #include "cuda_on_cpu.h"
 
 namespace {
 
 std::string message;  // of the last call that failed
 
-// One letter for each argument: p address, d double, i integer; then that of the result.
-template <typename T>
-constexpr char letter() {
-  if (std::is_pointer_v<T>) return 'p';
-  return std::is_same_v<T, double> ? 'd' : std::is_void_v<T> ? 'v' : 'i';
-}
-
 template <auto function>
 struct Call;
 
 template <typename R, typename... A, R (*function)(A...)>
 struct Call<function> {
-  static constexpr char signature[] = {letter<A>()..., letter<R>(), 0};
-
   // 0, or 1 with a message.
   static int run(A... arguments, int64_t* result) {
     try {
@@ -38,16 +30,19 @@ struct Call<function> {
   }
 };
 
+void* by_words(void (*function)(const uint64_t*)) { return reinterpret_cast<void*>(function); }
+
 struct Entry {
   const char* name;
   const char* signature;
-  void* run;
+  void *run, *by_words;
 };
 
 #define ENTRY(name)                                 \
-  {#name, Call<&fastminima::cuda::name>::signature, \
-   reinterpret_cast<void*>(&Call<&fastminima::cuda::name>::run)},
-const Entry entries[] = {FM_EACH_LAUNCHER(ENTRY){nullptr, nullptr, nullptr}};
+  {#name, fastminima::Words<&fastminima::cuda::name>::letters, \
+   reinterpret_cast<void*>(&Call<&fastminima::cuda::name>::run), \
+   by_words(&fastminima::Words<&fastminima::cuda::name>::call)},
+const Entry entries[] = {FM_EACH_LAUNCHER(ENTRY){nullptr, nullptr, nullptr, nullptr}};
 
 }  // namespace
 
@@ -55,6 +50,7 @@ extern "C" {
 const char* entry_name(int i) { return entries[i].name; }
 const char* entry_signature(int i) { return entries[i].signature; }
 void* entry_address(int i) { return entries[i].run; }
+void* entry_by_words(int i) { return entries[i].by_words; }
 const char* last_message() { return message.c_str(); }
 void set_schedule(const char* name, int seed) {
   cuda_on_cpu::machine().schedule = name;
