@@ -22,7 +22,6 @@ from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import Deliveries, delivery_of
 from .gradients import Gradients
-from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program, program_of
 from .visit import Announce, contributions_at, visit
@@ -181,12 +180,9 @@ class Session:
 
     def _start(self, program: Program, tape: Tape) -> frozenset[int]:
         """Let the extension hook the uses that have a step; returns their nodes."""
-        values = None
-        if program.dtype is not None:
-            values = new_numbers(*(len(program.rows), self._batch), dtype=program.dtype)
-            self._collector.collected.sq_norms.table = NormTable(values, program.rows)
         self._program = program
-        self._pass = program.start(self, values, self._filter)
+        self._pass, table = program.start(self, self._batch, self._filter)
+        self._collector.collected.sq_norms.table = table
         wanted = program.wanted(self._collector.makes)
         return program.nodes(self._pass.hook(tape.nodes, wanted))
 
@@ -209,7 +205,7 @@ class Session:
         """Take a step of Python's, with the tensors that it reads."""
         assert self._program is not None
         with undisturbed():
-            found = self._program.calls[node](g, *saved)
+            found = self._program.calls[node].norms(g, *saved)
         self._collector.collected.sq_norms.update(found)
 
     def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:

@@ -55,6 +55,8 @@ class Norms(MutableMapping[str, Tensor]):
         yield from (name for name in self.filled if name not in self._apart)
 
     def __len__(self) -> int:
+        if not self._apart:
+            return len(self.filled)
         return len(self._apart) + sum(name not in self._apart for name in self.filled)
 
     def total(self, order: Iterable[str]) -> Tensor:

@@ -34,8 +34,10 @@ from ..graph.tape import Tape
 from ..reading.plan import Use
 from ..reading.reader import Reading
 from .arrival import PassFilter
+from .called import Called, Launched, new_table
 from .delivery import Deliveries, deliveries_from
-from .steps import Call, Making
+from .norms import NormTable, new_numbers
+from .steps import Making
 
 __all__ = ["Program", "program_of"]
 
@@ -51,6 +53,8 @@ class Program:
         dtype: of the table, and of all that kernels read; None where all is called.
         calls: what takes the gradient and the saved tensors of a node, where it is not
             a kernel; gives the norms by parameter.
+        launched: of these, what the extension launches.
+        device: of the first use.
         in_order: nodes of uses whose parameters are used only there, rearranged at
             most, which changes no norm.
         kernels: nodes of the steps that fill rows of the table.
@@ -61,7 +65,9 @@ class Program:
     uses: tuple[Use, ...]
     rows: Mapping[str, int]
     dtype: torch.dtype | None
-    calls: Mapping[int, Call]
+    calls: Mapping[int, Called]
+    launched: Launched
+    device: torch.device
     in_order: frozenset[int]
     kernels: frozenset[int]
     names: Mapping[int, str]
@@ -72,21 +78,34 @@ class Program:
         return {use.node: use for use in self.uses}
 
     def start(
-        self, session: Any, table: Tensor | None, of_pass: PassFilter | None = None
-    ) -> Any:
-        """A pass of the extension's, which calls `session` where it needs Python.
+        self, session: Any, batch: int, of_pass: PassFilter | None = None
+    ) -> tuple[Any, NormTable | None]:
+        """A pass of the extension's, and the table that it fills, if it fills one.
 
         Args:
-            session: it is referenced weakly.
-            table: `[rows, batch]`; None where `dtype` is.
+            session: called where the pass needs Python; referenced weakly.
+            batch: samples.
             of_pass: tells the pass that is observed from others; None where the probe
                 itself runs it and nothing inside belongs to it.
         """
         host = _native.host()
         told = (None, True) if of_pass is None else (of_pass.arrival, of_pass.by_task)
-        made = host.Pass(self.steps, session, table, *told, _native.threads())
+        table, scratch = self._memory(batch)
+        made = host.Pass(self.steps, session, table, scratch, *told, _native.threads())
         assert made.is_ready
-        return made
+        return made, None if table is None else NormTable(table, self.rows)
+
+    def _memory(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """A table, and scratch for launches."""
+        if self.dtype is not None:
+            return new_numbers(len(self.rows), batch, dtype=self.dtype), None
+        if not self.launched.nodes:
+            return None, None
+        with torch.inference_mode(False):
+            return (
+                new_table(len(self.rows), batch, self.device),
+                torch.empty(self.launched.bytes, dtype=torch.uint8, device=self.device),
+            )
 
     def wanted(self, but: frozenset[str]) -> bytes:
         """A 1 for each step but those of some parameters."""
@@ -106,11 +125,18 @@ class Program:
         return frozenset(use.node for use, is_hooked in uses if is_hooked)
 
     def filled(self, taken: bytes) -> Collection[str]:
-        """The parameters whose rows kernels have filled, of the steps that have a 1."""
-        if 0 not in taken:
-            return self._all_filled
-        uses = zip(self.uses, taken, strict=True)
-        return self._of_kernels(use for use, is_taken in uses if is_taken)
+        """The parameters whose rows are filled, of the steps that have a 1."""
+        key = taken, len(self.launched.nodes)
+        if key not in self._filled:
+            self._filled.clear()
+            there = self.kernels | self.launched.nodes
+            self._filled[key] = [
+                name
+                for use, is_taken in zip(self.uses, taken, strict=True)
+                if is_taken and use.node in there
+                for name in use.parameters
+            ]
+        return self._filled[key]
 
     def deliveries(
         self, use: Use, node: Node, parameters: Mapping[str, Tensor]
@@ -127,12 +153,9 @@ class Program:
         return frozenset(self.use_at)
 
     @cached_property
-    def _all_filled(self) -> Collection[str]:
-        return self._of_kernels(self.uses)
-
-    def _of_kernels(self, uses: Iterable[Use]) -> Collection[str]:
-        of_kernels = (use for use in uses if use.node in self.kernels)
-        return [name for use in of_kernels for name in use.parameters]
+    def _filled(self) -> dict[tuple[bytes, int], Collection[str]]:
+        """The answer of `filled` to the last step."""
+        return {}
 
 
 def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
@@ -163,11 +186,12 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
-    uses, calls = recipe.plan.uses, {}
+    uses, calls, launched = recipe.plan.uses, {}, Launched()
     in_order, kernels = set[int](), set[int]()
     for use in uses:
         making = Making(
-            *(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls
+            *(steps, tape, use, recipe.layouts[use.node][0], rows, dtype, calls),
+            launched,
         )
         if making.is_alone:
             in_order.add(use.node)
@@ -176,7 +200,8 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
         elif use.node not in calls:
             kernels.add(use.node)
     return Program(
-        *(steps, uses, rows, dtype if kernels else None, calls),
+        *(steps, uses, rows, dtype if kernels else None, calls, launched),
+        tape.nodes[uses[0].node]._input_metadata[0].device,
         *(frozenset(in_order), frozenset(kernels), _names_between(tape, uses)),
     )
 

@@ -21,7 +21,6 @@ from ..graph.undisturbed import undisturbed
 from ..options import REDUCTIONS, Request, Target
 from ..reading.known import KnownReading
 from .collector import Collected, Collector
-from .norms import NormTable, new_numbers
 from .parts import Parts
 from .program import Program
 from .states import Outcome, Pass
@@ -96,12 +95,7 @@ class Repeated(Pass):
         self._program = program = repeat.program
         self._collector = Collector(frozenset(["norms"]), {}, keep_grads=False)
         self._parts = Parts(repeat.known.sources, is_own_pass=True)
-        table = None
-        if program.dtype is not None:
-            count = target.samples.count
-            table = new_numbers(len(program.rows), count, dtype=program.dtype)
-            self._norms.table = NormTable(table, program.rows)
-        self._pass: Any = program.start(self, table)
+        self._pass, self._norms.table = program.start(self, target.samples.count)
 
     @property
     def _collected(self) -> Collected:
@@ -148,7 +142,7 @@ class Repeated(Pass):
     def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
         """Take a step of Python's, with the tensors that it reads."""
         with undisturbed():
-            self._norms.update(self._program.calls[node](g, *saved))
+            self._norms.update(self._program.calls[node].norms(g, *saved))
 
     def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
         """Take a use by its rule: it has no other step, or not for such tensors."""

@@ -25,11 +25,9 @@ from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
 from ..graph.tape import Tape, signed
 from ..reading.plan import Slot, Use
 from ..rows.layout import RegularLayout
+from .called import Called, Launched
 
-__all__ = ["Call", "Making"]
-
-# Takes the gradient and the saved tensors of a node; gives norms by parameter.
-Call = Callable[..., Mapping[str, Tensor]]
+__all__ = ["Making"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Making:
     layout: Any
     rows: Mapping[str, int]
     dtype: torch.dtype | None
-    calls: dict[int, Call]
+    calls: dict[int, Called]
+    launched: Launched
 
     @property
     def is_alone(self) -> bool:
@@ -76,16 +75,20 @@ class Making:
         slots: Sequence[Slot | None],
         run: Callable[..., Sequence[Tensor | None]],
         required: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        minds_signs: bool = False,
     ) -> bool:
-        """Let Python take it: `run(g, *saved)` gives norms for each of the slots."""
+        """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
+
+        `minds_signs`: they are others where a saved tensor has another sign.
+        """
         names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-
-        def norms(g: Tensor, *saved: Tensor) -> dict[str, Tensor]:
-            found = zip(names, run(g, *saved), strict=True)
-            return {n: x for n, x in found if n is not None and x is not None}
-
-        self.calls[self.use.node] = norms
-        self.steps.add_called(self.use.node, list(saved), dict(required))
+        self.calls[self.use.node] = Called(
+            *(run, names, self.rows, self.use.node, self.steps, self.launched)
+        )
+        self.steps.add_called(
+            *(self.use.node, list(saved), minds_signs, dict(required))
+        )
         return True
 
     @property
@@ -195,7 +198,8 @@ def _layer_norm(making: Making) -> bool:
     required = {"_saved_normalized_shape": node._saved_normalized_shape}
     if not making.is_for_kernels:
         affine = partial(_affine, making.layout, len(shape))
-        return making.call(saved, (slots.get(1), slots.get(2)), affine, required)
+        pair = slots.get(1), slots.get(2)
+        return making.call(saved, pair, affine, required, minds_signs=True)
     places = making.row(slots.get(1)), making.row(slots.get(2))
     making.steps.add_layer_norm(
         *(making.use.node, saved, places, making.axis, len(shape)), required
