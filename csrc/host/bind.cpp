@@ -243,6 +243,8 @@ void bind_host(py::module_& m) {
       });
 
   sub.def("has_driver", &has_driver);
+  sub.def("counting_driver", [] { return reinterpret_cast<uintptr_t>(counting_driver()); });
+  sub.def("launches_counted", &launches_counted);
   sub.def("use_driver", [](uintptr_t address) { use_driver(reinterpret_cast<void*>(address)); });
   py::class_<Launches, std::shared_ptr<Launches>>(sub, "Launches")
       .def(py::init([](const py::list& inputs, const std::vector<Described>& launches,

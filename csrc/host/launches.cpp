@@ -29,7 +29,18 @@ Driver found() {
   return injected ? injected : of_library;
 }
 
+int64_t counted = 0;  // under the GIL
+
+int count(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+          void**, void**) {
+  counted++;
+  return 0;
+}
+
 }  // namespace
+
+void* counting_driver() { return reinterpret_cast<void*>(&count); }
+int64_t launches_counted() { return counted; }
 
 void use_driver(void* address) { injected = reinterpret_cast<Driver>(address); }
 

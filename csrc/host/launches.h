@@ -16,6 +16,9 @@ namespace host {
 void use_driver(void* address);
 // Whether there is one: libcuda.so, or what was put in its place.
 bool has_driver();
+// One that launches nothing and counts, for benchmarks of the host; and its count.
+void* counting_driver();
+int64_t launches_counted();
 
 // Where an argument of a kernel points to: some bytes after the beginning of an input, of the
 // scratch, or of an output.

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
+from fastminima.ops.table import Op
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -300,3 +301,40 @@ def test_convolutions_with_channels_copied_last(driver, groups):
     got = stats(probe, 6)
     assert not driver.by_python
     assert torch.equal(got.sq_norms, stats(oracle, 6).sq_norms)
+
+
+class RootMeanSquare(nn.Module):
+    """As language models write it: a product with the scale is the use."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.scale * (x * x.square().mean(-1, keepdim=True).rsqrt())
+
+
+@pytest.mark.parametrize(
+    "layer", [RootMeanSquare(8), nn.GroupNorm(2, 8), nn.GroupNorm(1, 8)], ids=str
+)
+def test_normalisations_are_launched(driver, layer):
+    torch.manual_seed(11)
+    probe, oracle = fm.GradientProbe(layer), fm.GradientProbe(layer)
+
+    def stats(probe, step):
+        layer.zero_grad()
+        random = torch.Generator().manual_seed(step)
+        x, y = torch.randn(2, N, 8, 8, generator=random)
+        return probe.backward((layer(x) * y).sum((1, 2)))
+
+    for step in range(5):
+        stats(probe, step)
+    driver.by_python.clear()
+    driver.launches.clear()
+    got = stats(probe, 6)
+    assert driver.launches and not driver.by_python
+    expected = stats(oracle, 6)
+    assert torch.equal(got.sq_norms, expected.sq_norms)
+    with mock.patch.object(Op, "__call__", lambda op, *a, **k: op.reference(*a, **k)):
+        reference = stats(fm.GradientProbe(layer), 6)
+    torch.testing.assert_close(got.sq_norms, reference.sq_norms)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ops.recording import Recorded, recorded
 from ..graph.extension import learned
 
-__all__ = ["Called", "Launched", "can_be_launched", "new_table"]
+__all__ = ["Called", "Launched", "can_be_launched", "is_same", "new_table"]
 
 MOST_KINDS = 8  # of tensors that one use is recorded for
 ROW = 64  # numbers that a row of a table is a multiple of: its address stays aligned
@@ -121,14 +121,15 @@ class Called:
         got.fill_(torch.nan)
         if not launches.run(tensors, list(got), scratch):
             return
-        same = [
-            torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-            for a, b in zip(got, expected, strict=True)
-        ]
-        if all(same):
+        if all(is_same(a, b) for a, b in zip(got, expected, strict=True)):
             self._launched.bytes = max(self._launched.bytes, found.bytes)
             self._launched.nodes.add(self._node)
             self._steps.launch(self._node, launches)
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are; waits for the device."""
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _kind_of(x: Tensor) -> tuple:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import dense, embedding, norm
+from ...ops import broadcast, dense, embedding, norm
 from ...ops.conv_geometry import ConvGeometry
 from ...ops.cost import dense as cost
 from ..contributions import Patches, Products, sq_norms_of
@@ -226,11 +226,61 @@ def _scale(making: Making) -> bool:
     (output,) = making.tape.shapes(making.use.node)
     shape = (1,) * (len(output) - len(slot.shape)) + tuple(slot.shape)
     is_last = all(size == 1 for size in shape[:-1]) and shape[-1:] == output[-1:]
-    if not is_last or making.layout.dim >= len(output) - 1 or not making.is_for_kernels:
+    if not is_last or making.layout.dim >= len(output) - 1:
         return False
     saved = "_saved_other" if number == 0 else "_saved_self"
+    if not making.is_for_kernels:
+        return making.call([saved], [slot], partial(_scaled, making.layout))
     making.steps.add_scale(making.use.node, saved, making.row(slot), making.axis, {})
     return True
+
+
+def _scaled(layout: RegularLayout, g: Tensor, other: Tensor) -> Sequence[Tensor | None]:
+    """Norms of a scale of the last dim, by the ops."""
+    if other.shape != g.shape:
+        other = other.expand_as(g)
+    rows = layout.rows(g, 1), layout.rows(other, 1)
+    return [sq_norms_of(broadcast.product_over_time(*rows))]
+
+
+def _rms_norm(making: Making) -> bool:
+    """Scale after a division by the root mean square, in one kernel."""
+    slots = making.slots(1)
+    node = making.tape.nodes[making.use.node]
+    shape = tuple(node._saved_normalized_shape)
+    (output,) = making.tape.shapes(making.use.node)[:1]
+    if slots is None or making.layout.dim >= len(output) - len(shape):
+        return False
+    layout, trailing = making.layout, len(shape)
+
+    def norms(g: Tensor, x: Tensor, rstd: Tensor) -> Sequence[Tensor]:
+        rows = (layout.rows(t, trailing).flatten(2) for t in (g, x, rstd))
+        grads, x, rstds = rows
+        pair = norm.layer_norm_gradients(grads, x, None, rstds[..., 0])
+        return [sq_norms_of(pair[0])]
+
+    return making.call(
+        ["_saved_input", "_saved_result1"],
+        [slots[1]],
+        norms,
+        {"_saved_normalized_shape": node._saved_normalized_shape},
+    )
+
+
+def _group_norm(making: Making) -> bool:
+    """Scale and shift of an image's channels, after a normalisation by their groups."""
+    slots = making.slots(1, 2)
+    if slots is None or making.layout.dim != 0 or not making.layout.is_one_row:
+        return False
+
+    def norms(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Sequence[Tensor]:
+        g, x = (t.reshape(t.shape[0], t.shape[1], -1) for t in (g, x))
+        pair = norm.channel_norm_gradients(g, x, mean, rstd)
+        return [sq_norms_of(samples) for samples in pair]
+
+    saved = ["_saved_input", "_saved_result1", "_saved_result2"]
+    pair = slots.get(1), slots.get(2)
+    return making.call(saved, pair, norms, minds_signs=True)
 
 
 def _table(making: Making) -> bool:
@@ -275,6 +325,8 @@ _STEPS: dict[str, Callable[[Making], bool]] = {
     **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},
     CONVOLUTION: _convolution,
     "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
+    "NativeGroupNormBackward0": _group_norm,
     "MulBackward0": _scale,
     EMBEDDING: _table,
 }
