@@ -180,10 +180,29 @@ void bind_host(py::module_& m) {
       .def("add_by_rule", [](Program& p, int64_t node) { p.add(by_rule(node), py::dict()); })
       .def("add_called", [](Program& p, int64_t node, std::vector<std::string> saved,
                             py::dict required) { p.add(called(node, saved), required); })
-      .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
-                           int64_t padding, py::dict required) {
-        p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);
-      });
+      .def("add_table",
+           [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, int64_t padding,
+              py::dict required) {
+             p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()),
+                   required);
+           })
+      .def("add_shared_table",
+           [](Program& p, int64_t node, int64_t source, Text saved, int64_t to, Axis axis,
+              int64_t padding, py::dict required, py::dict required_of_source) {
+             auto step = shared_table(node, source, saved, {to, -1}, layout_of(axis), padding,
+                                      p.dtype(), p.isa());
+             for (auto item : required_of_source)
+               step->require_of(source, item.first.ptr(), item.second.ptr());
+             p.add(std::move(step), required);
+           })
+      .def("add_half", [](Program& p, int64_t node, Text saved, int64_t partner,
+                          py::dict required) { p.add(half(node, saved, partner), required); })
+      .def("add_tied",
+           [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to, bool is_head_first,
+              Axis head, double guard, Axis table, int64_t padding, py::dict required) {
+             Tied known{is_head_first, layout_of(head), guard, layout_of(table), padding};
+             p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required);
+           });
 
   py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
       .def(py::init([](const Program& program, py::object session, py::object table,
@@ -197,6 +216,10 @@ void bind_host(py::module_& m) {
       .def("hook",
            [](const std::shared_ptr<Pass>& self, py::list nodes, const std::string& wanted) {
              return stolen(Pass::hook(self, nodes.ptr(), wanted));
+           })
+      .def("release",
+           [](Pass& self) {
+             if (self.release() != 0) throw py::error_already_set();
            })
       .def("close",
            [](Pass& self) {

@@ -17,6 +17,7 @@ namespace host {
 //   session.is_anothers()           whether the pass that runs is not the one that is observed
 //   session.again(node)             the use at this node was seen before; raises
 //   session.call(node, grad, ...)   a step that Python takes, with the tensors that it reads
+//   session.part(node, grad, ...)   one of two steps that could not be taken together
 //   session.generic(node, grads)    the step could not be taken
 class Pass : public Watcher {
  public:
@@ -33,6 +34,8 @@ class Pass : public Watcher {
   // a bytes object with a 1 for each of these. Null with a Python error set.
   static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
                         const std::string& wanted);
+  // Gives Python what waits for a second step that has not come. -1 with a Python error set.
+  int release();
   // Removes the hooks. -1 with a Python error set.
   int close();
   // Of each step, whether it was taken.
@@ -41,8 +44,21 @@ class Pass : public Watcher {
   PyObject* run(size_t step, PyObject* grads) override;
 
  private:
+  // The gradient and what was saved.
+  struct Kept {
+    Object tensors[Step::kMost];
+  };
+
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
-  int take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const;
+  int take(size_t step, PyObject* session, PyObject* number, PyObject* grad);
+  // As `take`, of a step that has a partner.
+  int take_half(size_t step, PyObject* session, PyObject* grad);
+  // Whether the tensors of two steps, the earlier one first, were all that was needed; or -1.
+  int take_both(size_t first, size_t second) const;
+  // Lets Python take what was kept of a step. -1 with a Python error set.
+  int hand_over(size_t step, PyObject* session);
+  // The node that has saved what a step reads: the one that runs, or another.
+  Object source_of(size_t step) const;
   // 1, 0, or -1 with a Python error set.
   int is_observed(PyObject* session) const;
 
@@ -51,6 +67,9 @@ class Pass : public Watcher {
   PassFilter filter_;
   bool is_ready_, is_closed_ = false;
   std::vector<char> taken_, memory_;
+  std::vector<char> apart_;    // steps whose partner goes the generic way
+  std::vector<Kept> kept_;     // of steps that wait for their partners
+  std::vector<Object> below_;  // nodes that have saved what steps of others read
   Hooks hooks_;
   Workspace workspace_;
 };

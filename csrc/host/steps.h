@@ -47,17 +47,21 @@ struct Workspace {
 // Made for the node of this number in its graph; reads what autograd saved by these names.
 class Step {
  public:
-  Step(int64_t node, const std::vector<std::string>& saved);
+  // `source`: the node that has saved it, where that is another one; else -1.
+  Step(int64_t node, const std::vector<std::string>& saved, int64_t source = -1);
   virtual ~Step();
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
   int64_t node() const { return node_; }
+  int64_t source() const { return source_; }
 
-  // Attributes that must have a value in every graph, such as a factor of 1.
-  void require(PyObject* attribute, PyObject* value);
-  // 1: this node is what the step was made for; 0: not; -1 with a Python error set.
-  int fits(PyObject* node) const;
+  // Attributes of the node that must have a value in every graph, such as a factor of 1.
+  void require(PyObject* attribute, PyObject* value) { require_of(node_, attribute, value); }
+  // The same of another node.
+  void require_of(int64_t node, PyObject* attribute, PyObject* value);
+  // 1: the nodes of this graph are what the step was made for; 0: not; -1 with a Python error set.
+  int fits(PyObject* nodes) const;
 
   static constexpr size_t kMost = 4;  // tensors, with the gradient
 
@@ -69,6 +73,9 @@ class Step {
   // Whether the tensors are for Python to compute with, and whether all is its affair.
   virtual bool is_called() const { return false; }
   virtual bool is_by_rule() const { return false; }
+  // The step by which the parameter is used too, where both are computed together: as soon as the
+  // second has come, from the tensors of both, those of the earlier step in the program first.
+  virtual int64_t partner() const { return -1; }
   // Whether the sign of what was saved counts. No norm changes with the sign of a whole tensor,
   // so a product does not mind a view whose negation is not done in memory.
   virtual bool minds_signs() const { return false; }
@@ -77,9 +84,10 @@ class Step {
 
  private:
   struct Required {
+    int64_t node;
     PyObject *attribute, *value;
   };
-  int64_t node_;
+  int64_t node_, source_;
   PyObject* raw_;  // the first of them, not unpacked
   std::vector<PyObject*> saved_;
   std::vector<Required> required_;
@@ -104,6 +112,25 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 // A table whose rows are looked up.
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);
+
+// A table looked up once for all samples, then added to something that has them.
+std::unique_ptr<Step> shared_table(int64_t node, int64_t source, const std::string& saved,
+                                   Places places, Layout layout, int64_t padding,
+                                   const std::string& dtype, const std::string& isa);
+
+// What is known of a table that is a head too.
+struct Tied {
+  bool is_head_first;  // in the order of the program
+  Layout head;
+  double guard;
+  Layout table;
+  int64_t padding;
+};
+// The first of two steps that are computed together: `partner` does that.
+std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner);
+// The second.
+std::unique_ptr<Step> tied(int64_t node, const std::string& saved, int64_t partner, Places places,
+                           const Tied& known, const std::string& dtype, const std::string& isa);
 
 // One that Python takes: on another device, in half precision, or without a kernel here.
 std::unique_ptr<Step> called(int64_t node, const std::vector<std::string>& saved);

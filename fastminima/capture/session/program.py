@@ -36,6 +36,7 @@ from ..reading.reader import Reading
 from .arrival import PassFilter
 from .delivery import Deliveries, deliveries_from
 from .steps import Call, Making
+from .tied import Part, add_tied, tied_halves
 
 __all__ = ["Program", "program_of"]
 
@@ -51,6 +52,7 @@ class Program:
         dtype: of the table, and of all that kernels read; None where all is called.
         calls: what takes the gradient and the saved tensors of a node, where it is not
             a kernel; gives the norms by parameter.
+        parts: of nodes that are computed two by two, what each alone contributes.
         in_order: nodes of uses whose parameters are used only there, rearranged at
             most, which changes no norm.
         kernels: nodes of the steps that fill rows of the table.
@@ -62,6 +64,7 @@ class Program:
     rows: Mapping[str, int]
     dtype: torch.dtype | None
     calls: Mapping[int, Call]
+    parts: Mapping[int, Part]
     in_order: frozenset[int]
     kernels: frozenset[int]
     names: Mapping[int, str]
@@ -132,7 +135,7 @@ class Program:
 
     def _of_kernels(self, uses: Iterable[Use]) -> Collection[str]:
         of_kernels = (use for use in uses if use.node in self.kernels)
-        return [name for use in of_kernels for name in use.parameters]
+        return list(dict.fromkeys(n for use in of_kernels for n in use.parameters))
 
 
 def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
@@ -164,20 +167,25 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
     uses, calls = recipe.plan.uses, {}
-    in_order, kernels = set[int](), set[int]()
-    for use in uses:
-        making = Making(
-            *(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls
-        )
-        if making.is_alone:
-            in_order.add(use.node)
-        if not (making.is_alone and making.by_kind()):
+    makings = [
+        Making(*(steps, tape, use, recipe.layouts[use.node][0]), rows, dtype, calls)
+        for use in uses
+    ]
+    halves = tied_halves(makings)
+    by_rule = set[int]()
+    for making in makings:
+        pair = halves.get(making.use.node)
+        if pair is not None:
+            add_tied(making, pair, [uses.index(half.making.use) for half in pair])
+        elif not making.by_kind():
             making.by_rule()
-        elif use.node not in calls:
-            kernels.add(use.node)
+            by_rule.add(making.use.node)
+    kernels = {use.node for use in uses} - by_rule - calls.keys()
     return Program(
         *(steps, uses, rows, dtype if kernels else None, calls),
-        *(frozenset(in_order), frozenset(kernels), _names_between(tape, uses)),
+        {half.making.use.node: half.part for pair in halves.values() for half in pair},
+        frozenset(making.use.node for making in makings if making.is_alone),
+        *(frozenset(kernels), _names_between(tape, uses)),
     )
 
 

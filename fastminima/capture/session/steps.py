@@ -21,7 +21,14 @@ from ...ops import dense, embedding, norm
 from ...ops.conv_geometry import ConvGeometry
 from ...ops.cost import dense as cost
 from ..contributions import Patches, Products, sq_norms_of
-from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
+from ..graph.nodes import (
+    ADDMM,
+    CONVOLUTION,
+    EMBEDDING,
+    KEEPING_ORDER,
+    PRODUCTS,
+    REARRANGING,
+)
 from ..graph.tape import Tape, signed
 from ..reading.plan import Slot, Use
 from ..rows.layout import RegularLayout
@@ -54,7 +61,7 @@ class Making:
 
     def by_kind(self) -> bool:
         """Add a step for a use of a known kind; returns whether it is one."""
-        make = _STEPS.get(self.use.name)
+        make = (_STEPS if self.is_alone else _STEPS_OF_SHARED).get(self.use.name)
         layout = self.layout
         if make is None or not isinstance(layout, RegularLayout):
             return False
@@ -259,6 +266,39 @@ def _table(making: Making) -> bool:
     return True
 
 
+def _shared_table(making: Making) -> bool:
+    """A table looked up once for all samples, such as one of positions, and added."""
+    slots, layout = making.slots(0, 1), making.layout
+    if slots is None or len(slots) > 1 or not making.is_for_kernels:
+        return False
+    ((number, slot),) = slots.items()
+    if not slot.is_alone or len(slot.paths) != 1 or not slot.paths[0].steps:
+        return False
+    *between, source = (node for node, _, _ in slot.paths[0].steps)
+    if making.tape.names[source] != EMBEDDING:
+        return False
+    if any(making.tape.names[node] not in KEEPING_ORDER for node in between):
+        return False
+    (output,) = making.tape.shapes(making.use.node)
+    shape = [1] * (len(output) - len(slot.shape)) + list(slot.shape)
+    spread = [i for i, size in enumerate(output) if size != shape[i]]
+    if not layout.is_one_row or spread not in ([], [layout.dim]):
+        return False
+    if layout.dim >= len(output) - 1 or shape[layout.dim] != 1:
+        return False
+    node = making.tape.nodes[source]
+    of_source = {
+        "_saved_scale_grad_by_freq": False,
+        "_saved_padding_idx": node._saved_padding_idx,
+    }
+    making.steps.add_shared_table(
+        *(making.use.node, source, "_saved_indices", making.row(slot), making.axis),
+        *(signed(node._saved_padding_idx), {"_saved_alpha": 1} if number else {}),
+        of_source,
+    )
+    return True
+
+
 def _comes_alone(tape: Tape, slot: Slot) -> bool:
     """Whether a slot takes one parameter, rearranged at most, used only here."""
     if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
@@ -274,3 +314,5 @@ _STEPS: dict[str, Callable[[Making], bool]] = {
     "MulBackward0": _scale,
     EMBEDDING: _table,
 }
+# ... whose parameter comes by more than rearrangements, or is used elsewhere too.
+_STEPS_OF_SHARED: dict[str, Callable[[Making], bool]] = {"AddBackward0": _shared_table}
