@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/attribute.h"
 #include "host/graph.h"
 #include "host/kernels.h"
 #include "host/leaves.h"
@@ -55,8 +56,9 @@ bool sum_of_squares(const py::list& parameters, const std::string& isa, int thre
   std::vector<const scalar_t*> x;
   std::vector<int64_t> n;
   std::vector<Object> held;
+  Attribute of_parameters(names().grad, Attribute::kOfOneCall);
   for (py::handle parameter : parameters) {
-    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    Object grad(of_parameters.of(parameter.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.get() == Py_None) continue;
     dlpack::Tensor g;
@@ -89,11 +91,13 @@ py::object total_of(const py::object& tensor) {
 
 // Whether no parameter has a gradient yet, nor a hook that takes it away.
 bool are_fresh(const py::list& parameters) {
+  Attribute grads(names().grad, Attribute::kOfOneCall);
+  Attribute hooks_after(names().post_accumulate_hooks, Attribute::kOfOneCall);
   for (py::handle parameter : parameters) {
-    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    Object grad(grads.of(parameter.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.get() != Py_None) return false;
-    Object hooks(PyObject_GetAttr(parameter.ptr(), names().post_accumulate_hooks));
+    Object hooks(hooks_after.of(parameter.ptr()));
     if (!hooks) throw py::error_already_set();
     int has_hooks = PyObject_IsTrue(hooks.get());
     if (has_hooks < 0) throw py::error_already_set();
@@ -128,7 +132,10 @@ void bind_host(py::module_& m) {
         return std::make_unique<Wiring>(names.ptr(), types.ptr(), children.ptr(), leaves.ptr());
       }))
       .def("follow", [](const Wiring& self, py::object root, py::dict parameters) {
-        return stolen(self.follow(root.ptr(), parameters.ptr()));
+        Found found;
+        int is_same = self.follow(root.ptr(), parameters.ptr(), found);
+        if (is_same < 0) throw py::error_already_set();
+        return is_same ? py::reinterpret_borrow<py::object>(found.nodes.get()) : py::none();
       });
 
   py::class_<Conditions>(sub, "Conditions")
@@ -144,7 +151,7 @@ void bind_host(py::module_& m) {
       .def("add_type",
            [](Conditions& self, int64_t node, py::type type) { self.add_type(node, type.ptr()); })
       .def("hold", [](const Conditions& self, py::list nodes) {
-        int held = self.hold(nodes.ptr());
+        int held = self.hold(nodes.ptr(), {});
         if (held < 0) throw py::error_already_set();
         return held == 1;
       });
@@ -216,6 +223,13 @@ void bind_host(py::module_& m) {
       .def("hook",
            [](const std::shared_ptr<Pass>& self, py::list nodes, const std::string& wanted) {
              return stolen(Pass::hook(self, nodes.ptr(), wanted));
+           })
+      .def("follow",
+           [](const std::shared_ptr<Pass>& self, const Wiring& wiring, const Conditions& conditions,
+              py::object root, py::dict parameters) {
+             int found = Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr());
+             if (found < 0) throw py::error_already_set();
+             return found == 1;
            })
       .def("release",
            [](Pass& self) {

@@ -1,5 +1,7 @@
 #include "host/program.h"
 
+#include <algorithm>
+
 #include "host/names.h"
 
 namespace fastminima {
@@ -48,6 +50,19 @@ PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
     if (!pass->hooks_.add(PyList_GET_ITEM(nodes, step.node()), pass, i)) return nullptr;
   }
   return Py_NewRef(hooked.get());
+}
+
+int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
+                 const Conditions& conditions, PyObject* root, PyObject* parameters) {
+  Found found;
+  int is_same = wiring.follow(root, parameters, found);
+  if (is_same != 1) return is_same;
+  int held = conditions.hold(found.nodes.get(), found.variables);
+  if (held != 1) return held;
+  Object hooked(hook(pass, found.nodes.get(), std::string(pass->steps_->size(), 1)));
+  if (!hooked) return -1;
+  const char* fits = PyBytes_AS_STRING(hooked.get());
+  return std::all_of(fits, fits + pass->steps_->size(), [](char one) { return one == 1; });
 }
 
 int Pass::release() {
@@ -104,13 +119,12 @@ int Pass::take(size_t i, PyObject* session, PyObject* number, PyObject* grad) {
     for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
     return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
   }
-  for (size_t i = 0; i < step.saved(); i++) {
-    if (step.minds_signs()) {
-      int negated = is_negated(saved[i].get());
-      if (negated != 0) return negated < 0 ? -1 : 0;
-    }
-    if (!read(saved[i].get(), x[i + 1])) return 0;
+  if (step.minds_sign()) {
+    int negated = is_negated(saved[0].get());
+    if (negated != 0) return negated < 0 ? -1 : 0;
   }
+  for (size_t i = 0; i < step.saved(); i++)
+    if (!read(saved[i].get(), x[i + 1])) return 0;
   return step.compute(x, workspace_) ? 1 : 0;
 }
 

@@ -182,7 +182,7 @@ class LayerNorm : public OverTime<scalar_t> {
       : OverTime<scalar_t>(node, saved, places, layout, isa), trailing_(trailing) {}
 
  public:
-  bool minds_signs() const override { return true; }  // the mean is taken from the input
+  bool minds_sign() const override { return true; }  // the mean is taken from the input
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &input = x[1], &mean = x[2], &rstd = x[3];
     Rows of_g, of_x, of_mean, of_rstd;
@@ -383,27 +383,22 @@ Step::Step(int64_t node, const std::vector<std::string>& saved, int64_t source)
       source_(source < 0 ? node : source),
       raw_(interned(saved.empty() ? "" : "_raw" + saved[0])) {
   if (saved.size() >= kMost) throw std::invalid_argument("a step reads three tensors at most");
-  for (const std::string& name : saved) saved_.push_back(interned(name));
+  for (const std::string& name : saved) saved_.emplace_back(interned(name));
 }
 
 Step::~Step() {
-  Py_DECREF(raw_);
-  for (PyObject* name : saved_) Py_DECREF(name);
-  for (Required& r : required_) {
-    Py_DECREF(r.attribute);
-    Py_DECREF(r.value);
-  }
+  for (Required& r : required_) Py_DECREF(r.value);
 }
 
 void Step::require_of(int64_t node, PyObject* attribute, PyObject* value) {
   Py_INCREF(attribute);
-  PyUnicode_InternInPlace(&attribute);
-  required_.push_back({node, attribute, Py_NewRef(value)});
+  PyUnicode_InternInPlace(&attribute);  // for good
+  required_.push_back({node, Attribute(attribute), Py_NewRef(value)});
 }
 
 int Step::fits(PyObject* nodes) const {
   for (const Required& r : required_) {
-    Object value(PyObject_GetAttr(PyList_GET_ITEM(nodes, r.node), r.attribute));
+    Object value(r.attribute.of(PyList_GET_ITEM(nodes, r.node)));
     if (!value) return -1;
     int same = PyObject_RichCompareBool(value.get(), r.value, Py_EQ);
     if (same != 1) return same;
@@ -414,13 +409,13 @@ int Step::fits(PyObject* nodes) const {
 int Step::read_saved(PyObject* node, Object* saved) const {
   // What a hook gives out, as a checkpoint does, it may give once. A node saves all it keeps at
   // one time, under the same hooks or none: the first tells for all.
-  Object raw(PyObject_GetAttr(node, raw_));
+  Object raw(raw_.of(node));
   if (!raw) return -1;
   Object hook(PyObject_GetAttr(raw.get(), names().unpack_hook));
   if (!hook) return -1;
   if (hook.get() != Py_None) return 0;
   for (size_t i = 0; i < saved_.size(); i++) {
-    saved[i] = Object(PyObject_GetAttr(node, saved_[i]));
+    saved[i] = Object(saved_[i].of(node));
     if (!saved[i]) return -1;
   }
   return 1;

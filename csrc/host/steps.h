@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "host/attribute.h"
 #include "host/tensors.h"
 
 namespace fastminima {
@@ -76,20 +77,21 @@ class Step {
   // The step by which the parameter is used too, where both are computed together: as soon as the
   // second has come, from the tensors of both, those of the earlier step in the program first.
   virtual int64_t partner() const { return -1; }
-  // Whether the sign of what was saved counts. No norm changes with the sign of a whole tensor,
-  // so a product does not mind a view whose negation is not done in memory.
-  virtual bool minds_signs() const { return false; }
+  // Whether the sign of what was saved first counts. No norm changes with the sign of a whole
+  // tensor, so a product does not mind a view whose negation is not done in memory.
+  virtual bool minds_sign() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 
  private:
   struct Required {
     int64_t node;
-    PyObject *attribute, *value;
+    Attribute attribute;
+    PyObject* value;
   };
   int64_t node_, source_;
-  PyObject* raw_;  // the first of them, not unpacked
-  std::vector<PyObject*> saved_;
+  Attribute raw_;  // the first of them, not unpacked
+  std::vector<Attribute> saved_;
   std::vector<Required> required_;
 };
 

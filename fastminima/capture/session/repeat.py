@@ -57,14 +57,11 @@ class Repeat:
             request: the loss.
             names: of the tracked parameters, by id.
         """
-        if not self._is_alike(request):
-            return None
-        nodes = self.known.nodes(request.loss.grad_fn, names)
-        if nodes is None:
+        if not (self._is_alike(request) and self.known.is_next(names)):
             return None
         target = Target(request.loss, self._samples, True, request.scale)
         repeated = Repeated(self, target)
-        if repeated.hook(nodes):
+        if repeated.hook(self.known, request.loss.grad_fn, names):
             self.known.count()
             return repeated
         repeated.close()
@@ -99,9 +96,9 @@ class Repeated(Taking, Pass):
         self._program: Program = repeat.program
         self._pass = self._program.start(self, self._new_table(self._program))
 
-    def hook(self, nodes: list[Any]) -> bool:
-        """Hook all uses; returns whether all fit."""
-        return 0 not in self._pass.hook(nodes, self._program.wanted(frozenset()))
+    def hook(self, known: KnownReading, root: Any, names: dict[int, str]) -> bool:
+        """Hook all uses below a root; returns whether it is the known graph's."""
+        return self._pass.follow(known.wiring, known.conditions, root, names)
 
     def read_gradients(self) -> None:
         self._collector.read_gradients(self._parameters)
