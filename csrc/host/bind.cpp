@@ -115,8 +115,8 @@ void bind_host(py::module_& m) {
   if (!ready_hooks()) throw py::error_already_set();
 
   sub.def("learn", [](py::object tensor, py::object parameter, py::dict owners, py::object node,
-                      py::object task) {
-    learn_asked({owners.ptr(), node.ptr(), task.ptr()});
+                      py::object task, py::object handle) {
+    learn_asked({owners.ptr(), node.ptr(), task.ptr(), handle.ptr()});
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);

@@ -209,7 +209,7 @@ class Tape:
         return [tuple(meta.shape) for meta in metadata]
 
     def shown_above(self, i: int) -> int | None:
-        """A node that has kept the shape of the one output of node `i`, if there is one."""
+        """A node that has kept the shape of node `i`'s one output; None without one."""
         shapes = self.shapes(i)
         for parent, number, _ in self.parents[i]:
             if number or len(shapes) > 1 or self.names[parent] not in SHOWING_INPUT:

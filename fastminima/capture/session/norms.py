@@ -55,7 +55,9 @@ class Norms(MutableMapping[str, Tensor]):
         yield from (name for name in self.filled if name not in self._apart)
 
     def __len__(self) -> int:
-        return len(self._apart) + sum(name not in self._apart for name in self.filled)
+        return (
+            len(self._apart.keys() | self.filled) if self._apart else len(self.filled)
+        )
 
     def total(self, order: Iterable[str]) -> Tensor:
         """The sum over parameters, `[batch]`, added up in the order of the model."""

@@ -135,7 +135,7 @@ class Program:
 
     def _of_kernels(self, uses: Iterable[Use]) -> Collection[str]:
         of_kernels = (use for use in uses if use.node in self.kernels)
-        return list(dict.fromkeys(n for use in of_kernels for n in use.parameters))
+        return dict.fromkeys(name for use in of_kernels for name in use.parameters)
 
 
 def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
