@@ -2,6 +2,7 @@
 #include "cpu/dense.h"
 
 #include "cpu/dense_panels.h"
+#include "cpu/dense_short.h"
 #include "parallel.h"
 
 namespace fastminima {
@@ -102,48 +103,6 @@ double gram_sum(const scalar_t* a, int64_t d_in, const scalar_t* g, int64_t d_ou
   return tile.result;
 }
 
-// Dot products of the first `count` rows of x with each other: out[t * count + s], s <= t.
-template <typename scalar_t, int count>
-void dots(const scalar_t* x, int64_t stride, int64_t width, scalar_t* out) {
-  constexpr int W = Simd<scalar_t>::width;
-  typename Simd<scalar_t>::vec sums[count][count] = {};
-  for (int64_t i = 0; i < width; i += W) {
-    typename Simd<scalar_t>::vec v[count];
-#pragma GCC unroll 8
-    for (int t = 0; t < count; t++)
-      v[t] = width - i >= W ? load(x + t * stride + i) : load_first(x + t * stride + i, width - i);
-#pragma GCC unroll 8
-    for (int t = 0; t < count; t++)
-#pragma GCC unroll 8
-      for (int s = 0; s <= t; s++) sums[t][s] = v[t] * v[s] + sums[t][s];
-  }
-  for (int t = 0; t < count; t++)
-    for (int s = 0; s <= t; s++) out[t * count + s] = sum<scalar_t>(sums[t][s]);
-}
-
-// Longest sequence whose dot products all fit in registers, without transposing it.
-constexpr int kShort = 8;
-
-// The Gram sum of one sample of exactly `count` time steps, and its diagonal in `parts`.
-template <typename scalar_t, int count>
-double short_gram_sum(const Sequences<scalar_t>& x, int64_t n, double& parts) {
-  if constexpr (count > 1) {
-    if (x.time < count) return short_gram_sum<scalar_t, count - 1>(x, n, parts);
-  }
-  scalar_t a[count * count], g[count * count];
-  dots<scalar_t, count>(x.a + n * x.a_batch, x.a_time, x.d_in, a);
-  dots<scalar_t, count>(x.g + n * x.g_batch, x.g_time, x.d_out, g);
-  double total = 0;
-  for (int t = 0; t < count; t++) {
-    double own = static_cast<double>(a[t * count + t]) * g[t * count + t];
-    parts += own;
-    total += own;
-    for (int s = 0; s < t; s++)
-      total += 2.0 * static_cast<double>(a[t * count + s]) * g[t * count + s];
-  }
-  return total;
-}
-
 // |left^T right|^2 for one right panel and one left panel after the other.
 template <typename scalar_t>
 struct DirectPanel {
@@ -193,7 +152,7 @@ double gram_piece(const Sequences<scalar_t>& x, int64_t n, int64_t piece, int64_
   using T = Tile<scalar_t>;
   parts = 0;
   if (x.time == 0) return 0;
-  if (x.time <= kShort) return piece == 0 ? short_gram_sum<scalar_t, kShort>(x, n, parts) : 0;
+  if (x.time <= kShort) return piece == 0 ? short_gram_sum(x, n, parts) : 0;
   const scalar_t *a = x.a + n * x.a_batch, *g = x.g + n * x.g_batch;
   scalar_t* packed_g = memory + (x.time + T::cols - 1) / T::cols * T::cols * x.d_in;
   pack_transposed(a, x.a_time, x.time, x.d_in, memory);
@@ -336,24 +295,10 @@ FM_DEFINE(double, f64)
 }  // namespace fastminima
 
 #ifdef FM_BASELINE
-#include <pybind11/stl.h>
-
-#include <array>
-
-#include "bind.h"
 #include "cpu/dense_fused.h"
+#include "cpu/sequences_argument.h"
 
 namespace fastminima {
-
-// a, a_batch, a_time, g, g_batch, g_time, batch, time, d_in, d_out
-template <typename scalar_t>
-struct Argument<const Sequences<scalar_t>&> {
-  using type = const std::array<int64_t, 10>&;
-  static Sequences<scalar_t> made(type x) {
-    const scalar_t *a = pointer<scalar_t>(x[0]), *g = pointer<scalar_t>(x[3]);
-    return {a, x[1], x[2], g, x[4], x[5], x[6], x[7], x[8], x[9]};
-  }
-};
 
 void bind_dense(py::module_& m) {
   FM_BIND(m, row_sq_norms);

@@ -11,12 +11,12 @@ void bind_cuda(py::module_& m) {
   sub.attr("architectures") = FM_CUDA_ARCHITECTURES;
   // Launches can wait for room in the queue, so other Python threads go on meanwhile.
   py::dict callers;  // by name: an address that takes words, and a letter for each
-#define FM_DEFINE(name)                                                         \
-  define(sub, #name, &cuda::name, py::call_guard<py::gil_scoped_release>());    \
-  callers[#name] = py::make_tuple(                                              \
-      reinterpret_cast<uintptr_t>(                                              \
-          static_cast<void (*)(const uint64_t*)>(&Words<&cuda::name>::call)),   \
-      std::string(Words<&cuda::name>::letters));
+#define FM_DEFINE(name)                                                                      \
+  define(sub, #name, &cuda::name, py::call_guard<py::gil_scoped_release>());                 \
+  callers[#name] =                                                                           \
+      py::make_tuple(reinterpret_cast<uintptr_t>(                                            \
+                         static_cast<void (*)(const uint64_t*)>(&Words<&cuda::name>::call)), \
+                     std::string(Words<&cuda::name>::letters));
   FM_EACH_LAUNCHER(FM_DEFINE)
 #undef FM_DEFINE
   sub.attr("callers") = callers;

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/attribute.h"
 #include "host/called.h"
 #include "host/graph.h"
 #include "host/kernels.h"
@@ -60,26 +61,30 @@ class Program {
 
 // Those of Python: function, grid, threads, bytes of shared memory, arguments, and which of them
 // point where: (argument, kind, number, offset).
-using Described = std::tuple<uintptr_t, std::array<unsigned, 3>, unsigned, unsigned,
-                             std::vector<uint64_t>,
-                             std::vector<std::tuple<size_t, int, int64_t, int64_t>>>;
+using Described =
+    std::tuple<uintptr_t, std::array<unsigned, 3>, unsigned, unsigned, std::vector<uint64_t>,
+               std::vector<std::tuple<size_t, int, int64_t, int64_t>>>;
 
 std::shared_ptr<Launches> launches_of(const py::list& inputs,
-                                            const std::vector<Described>& described,
-                                            std::vector<int64_t> places, int64_t bytes,
-                                            const py::object& kept) {
+                                      const std::vector<Described>& described,
+                                      std::vector<int64_t> places, int64_t bytes,
+                                      const py::object& kept) {
   std::vector<Likeness> likenesses;
   for (py::handle input : inputs) likenesses.emplace_back(read_or_throw(input));
   std::vector<Launch> launches;
   for (const auto& [function, grid, threads, shared, arguments, pointers] : described) {
-    Launch launch{reinterpret_cast<void*>(function), {grid[0], grid[1], grid[2]},
-                  threads, shared, arguments, {}};
+    Launch launch{reinterpret_cast<void*>(function),
+                  {grid[0], grid[1], grid[2]},
+                  threads,
+                  shared,
+                  arguments,
+                  {}};
     for (const auto& [argument, kind, number, offset] : pointers)
       launch.pointers.push_back({argument, {Pointer::Where(kind), number, offset}});
     launches.push_back(std::move(launch));
   }
-  return std::make_shared<Launches>(std::move(likenesses), std::move(launches),
-                                          std::move(places), bytes, kept.ptr());
+  return std::make_shared<Launches>(std::move(likenesses), std::move(launches), std::move(places),
+                                    bytes, kept.ptr());
 }
 
 // Launches them once for these tensors; false where they do not fit.
@@ -93,8 +98,7 @@ bool run_launches(const Launches& launches, const py::list& inputs, const py::li
   DeviceMemory device{memory.device, nullptr, static_cast<char*>(memory.data),
                       elements(memory) * memory.dtype.bits / 8};
   return x.size() == launches.inputs() && to.size() == launches.places().size() &&
-         current_stream(memory.device, device.stream) &&
-         launches.run(x.data(), to.data(), device);
+         current_stream(memory.device, device.stream) && launches.run(x.data(), to.data(), device);
 }
 
 // |g|^2 over the gradients of some parameters, all together, into a tensor of one number; false
@@ -108,8 +112,9 @@ bool sum_of_squares(const py::list& parameters, const std::string& isa, int thre
   std::vector<const scalar_t*> x;
   std::vector<int64_t> n;
   std::vector<Object> held;
+  Attribute of_parameters(names().grad, Attribute::kOfOneCall);
   for (py::handle parameter : parameters) {
-    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    Object grad(of_parameters.of(parameter.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.get() == Py_None) continue;
     dlpack::Tensor g;
@@ -142,11 +147,13 @@ py::object total_of(const py::object& tensor) {
 
 // Whether no parameter has a gradient yet, nor a hook that takes it away.
 bool are_fresh(const py::list& parameters) {
+  Attribute grads(names().grad, Attribute::kOfOneCall);
+  Attribute hooks_after(names().post_accumulate_hooks, Attribute::kOfOneCall);
   for (py::handle parameter : parameters) {
-    Object grad(PyObject_GetAttr(parameter.ptr(), names().grad));
+    Object grad(grads.of(parameter.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.get() != Py_None) return false;
-    Object hooks(PyObject_GetAttr(parameter.ptr(), names().post_accumulate_hooks));
+    Object hooks(hooks_after.of(parameter.ptr()));
     if (!hooks) throw py::error_already_set();
     int has_hooks = PyObject_IsTrue(hooks.get());
     if (has_hooks < 0) throw py::error_already_set();
@@ -164,8 +171,8 @@ void bind_host(py::module_& m) {
   if (!ready_hooks()) throw py::error_already_set();
 
   sub.def("learn", [](py::object tensor, py::object parameter, py::dict owners, py::object node,
-                      py::object task) {
-    learn_asked({owners.ptr(), node.ptr(), task.ptr()});
+                      py::object task, py::object handle) {
+    learn_asked({owners.ptr(), node.ptr(), task.ptr(), handle.ptr()});
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);
@@ -181,7 +188,10 @@ void bind_host(py::module_& m) {
         return std::make_unique<Wiring>(names.ptr(), types.ptr(), children.ptr(), leaves.ptr());
       }))
       .def("follow", [](const Wiring& self, py::object root, py::dict parameters) {
-        return stolen(self.follow(root.ptr(), parameters.ptr()));
+        Found found;
+        int is_same = self.follow(root.ptr(), parameters.ptr(), found);
+        if (is_same < 0) throw py::error_already_set();
+        return is_same ? py::reinterpret_borrow<py::object>(found.nodes.get()) : py::none();
       });
 
   py::class_<Conditions>(sub, "Conditions")
@@ -197,7 +207,7 @@ void bind_host(py::module_& m) {
       .def("add_type",
            [](Conditions& self, int64_t node, py::type type) { self.add_type(node, type.ptr()); })
       .def("hold", [](const Conditions& self, py::list nodes) {
-        int held = self.hold(nodes.ptr());
+        int held = self.hold(nodes.ptr(), {});
         if (held < 0) throw py::error_already_set();
         return held == 1;
       });
@@ -230,17 +240,37 @@ void bind_host(py::module_& m) {
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, py::dict required) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
-      .def("add_by_rule", [](Program& p, int64_t node) { p.add(std::make_unique<ByRule>(node), {}); })
+      .def("add_by_rule",
+           [](Program& p, int64_t node) { p.add(std::make_unique<ByRule>(node), {}); })
       .def("add_called",
-           [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_signs,
+           [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_sign,
               py::dict required) {
-             p.add(std::make_unique<Called>(node, saved, minds_signs), required);
+             p.add(std::make_unique<Called>(node, saved, minds_sign), required);
            })
       .def("launch", &Program::launch)
-      .def("add_table", [](Program& p, int64_t node, Text saved, int64_t to, Axis axis,
-                           int64_t padding, py::dict required) {
-        p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()), required);
-      });
+      .def("add_table",
+           [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, int64_t padding,
+              py::dict required) {
+             p.add(table(node, saved, {to, -1}, layout_of(axis), padding, p.dtype(), p.isa()),
+                   required);
+           })
+      .def("add_shared_table",
+           [](Program& p, int64_t node, int64_t source, Text saved, int64_t to, Axis axis,
+              int64_t padding, py::dict required, py::dict required_of_source) {
+             auto step = shared_table(node, source, saved, {to, -1}, layout_of(axis), padding,
+                                      p.dtype(), p.isa());
+             for (auto item : required_of_source)
+               step->require_of(source, item.first.ptr(), item.second.ptr());
+             p.add(std::move(step), required);
+           })
+      .def("add_half", [](Program& p, int64_t node, Text saved, int64_t partner,
+                          py::dict required) { p.add(half(node, saved, partner), required); })
+      .def("add_tied",
+           [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to, bool is_head_first,
+              Axis head, double guard, Axis table, int64_t padding, py::dict required) {
+             Tied known{is_head_first, layout_of(head), guard, layout_of(table), padding};
+             p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required);
+           });
 
   sub.def("has_driver", &has_driver);
   sub.def("counting_driver", [] { return reinterpret_cast<uintptr_t>(counting_driver()); });
@@ -258,9 +288,8 @@ void bind_host(py::module_& m) {
   py::class_<Pass, std::shared_ptr<Pass>>(sub, "Pass")
       .def(py::init([](const Program& program, py::object session, py::object table,
                        py::object scratch, py::object arrival, bool by_task, int threads) {
-        auto pass =
-            std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(), scratch.ptr(),
-                                   arrival.ptr(), by_task, threads);
+        auto pass = std::make_shared<Pass>(program.steps(), session.ptr(), table.ptr(),
+                                           scratch.ptr(), arrival.ptr(), by_task, threads);
         if (PyErr_Occurred()) throw py::error_already_set();
         return pass;
       }))
@@ -268,6 +297,17 @@ void bind_host(py::module_& m) {
       .def("hook",
            [](const std::shared_ptr<Pass>& self, py::list nodes, const std::string& wanted) {
              return stolen(Pass::hook(self, nodes.ptr(), wanted));
+           })
+      .def("follow",
+           [](const std::shared_ptr<Pass>& self, const Wiring& wiring, const Conditions& conditions,
+              py::object root, py::dict parameters) {
+             int found = Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr());
+             if (found < 0) throw py::error_already_set();
+             return found == 1;
+           })
+      .def("release",
+           [](Pass& self) {
+             if (self.release() != 0) throw py::error_already_set();
            })
       .def("close",
            [](Pass& self) {

@@ -3,8 +3,8 @@
 namespace fastminima {
 namespace host {
 
-Called::Called(int64_t node, const std::vector<std::string>& saved, bool minds_signs)
-    : Step(node, saved), minds_signs_(minds_signs) {}
+Called::Called(int64_t node, const std::vector<std::string>& saved, bool minds_sign)
+    : Step(node, saved), minds_sign_(minds_sign) {}
 
 bool Called::compute(const dlpack::Tensor* x, const Workspace& workspace) const {
   const DeviceMemory& memory = workspace.device;

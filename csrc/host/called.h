@@ -15,17 +15,17 @@ namespace host {
 // launches are known for such tensors they are made, and Python is not called.
 class Called : public Step {
  public:
-  // `minds_signs`: as Step has it, for the launches.
-  Called(int64_t node, const std::vector<std::string>& saved, bool minds_signs);
+  // `minds_sign`: as Step has it, for the launches.
+  Called(int64_t node, const std::vector<std::string>& saved, bool minds_sign);
   bool is_called() const override { return true; }
-  bool minds_signs() const override { return minds_signs_; }
+  bool minds_sign() const override { return minds_sign_; }
   bool is_computed() const override { return !known_.empty(); }
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override;
 
   void add(std::shared_ptr<const Launches> launches) { known_.push_back(std::move(launches)); }
 
  private:
-  bool minds_signs_;
+  bool minds_sign_;
   std::vector<std::shared_ptr<const Launches>> known_;  // of tensors of several shapes
 };
 

@@ -15,6 +15,8 @@ constexpr const char* kAccumulate = "torch::autograd::AccumulateGrad";
 bool is_own_type(PyTypeObject* type, const char* name) {
   const char* short_name = strrchr(type->tp_name, '.');
   short_name = short_name ? short_name + 1 : type->tp_name;
+  constexpr const char* kSpace = "torch::autograd::";
+  if (strncmp(name, kSpace, strlen(kSpace)) == 0) name += strlen(kSpace);
   return strcmp(short_name, name) == 0;
 }
 
@@ -71,13 +73,9 @@ Wiring::Wiring(PyObject* names, PyObject* types, PyObject* children, PyObject* l
   Py_ssize_t count = PyList_GET_SIZE(names);
   for (Py_ssize_t i = 0; i < count; i++) {
     PyObject* name = PyList_GET_ITEM(names, i);
-    auto* type = reinterpret_cast<PyTypeObject*>(PyList_GET_ITEM(types, i));
     PyObject* edges = PyList_GET_ITEM(children, i);
-    Node node{Py_NewRef(name), type, false, false, Py_NewRef(PyList_GET_ITEM(leaves, i)),
-              edges_.size(),   0};
-    Py_INCREF(type);
-    const char* text = PyUnicode_AsUTF8(name);
-    node.is_named_by_type = is_own_type(type, text);
+    size_t kind = kind_of(name, reinterpret_cast<PyTypeObject*>(PyList_GET_ITEM(types, i)));
+    Node node{kind, false, Py_NewRef(PyList_GET_ITEM(leaves, i)), edges_.size(), 0};
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(edges); k++) {
       PyObject* edge = PyTuple_GET_ITEM(edges, k);
       if (edge == Py_None)
@@ -87,133 +85,147 @@ Wiring::Wiring(PyObject* names, PyObject* types, PyObject* children, PyObject* l
                           PyLong_AsLongLong(PyTuple_GET_ITEM(edge, 1))});
     }
     node.last = edges_.size();
-    node.is_leaf = node.first == node.last && strcmp(text, kAccumulate) == 0;
+    node.is_leaf =
+        node.first == node.last && PyUnicode_CompareWithASCIIString(name, kAccumulate) == 0;
     nodes_.push_back(node);
   }
 }
 
 Wiring::~Wiring() {
-  for (Node& node : nodes_) {
-    Py_DECREF(node.name);
-    Py_DECREF(node.type);
-    Py_DECREF(node.parameter);
+  for (Kind& kind : kinds_) {
+    Py_DECREF(kind.name);
+    Py_DECREF(kind.type);
   }
+  for (Node& node : nodes_) Py_DECREF(node.parameter);
 }
 
-bool Wiring::is_same(PyObject* node, const Node& known, PyObject* parameters, int& failed) const {
-  if (Py_TYPE(node) != known.type) return false;
-  if (!known.is_named_by_type) {
-    Object name(PyObject_CallMethodNoArgs(node, names().name));
-    if (!name) return failed = 1, false;
-    if (PyUnicode_Compare(name.get(), known.name) != 0) return false;
-  }
-  if (!known.is_leaf) return true;
-  Object variable(PyObject_GetAttr(node, names().variable));
-  if (!variable) return failed = 1, false;
-  Object id(PyLong_FromVoidPtr(variable.get()));
+size_t Wiring::kind_of(PyObject* name, PyTypeObject* type) {
+  for (size_t i = 0; i < kinds_.size(); i++)
+    if (kinds_[i].type == type && PyUnicode_Compare(kinds_[i].name, name) == 0) return i;
+  Py_INCREF(type);
+  kinds_.push_back({Py_NewRef(name), type, is_own_type(type, PyUnicode_AsUTF8(name)),
+                    Attribute(host::names().next_functions)});
+  return kinds_.size() - 1;
+}
+
+int Wiring::is_of(PyObject* node, const Kind& kind) {
+  if (Py_TYPE(node) != kind.type) return 0;
+  if (kind.is_named_by_type) return 1;
+  Object name(PyObject_CallMethodNoArgs(node, names().name));
+  return name ? PyUnicode_Compare(name.get(), kind.name) == 0 : -1;
+}
+
+int Wiring::is_of_parameter(PyObject* variable, PyObject* parameter, PyObject* parameters) {
+  Object id(PyLong_FromVoidPtr(variable));
+  if (!id) return -1;
   PyObject* name = PyDict_GetItemWithError(parameters, id.get());  // borrowed
-  if (name == nullptr) {
-    if (PyErr_Occurred()) return failed = 1, false;
-    return known.parameter == Py_None;
-  }
-  if (known.parameter == Py_None) return false;
-  int same = PyObject_RichCompareBool(name, known.parameter, Py_EQ);  // names may be of any type
-  if (same < 0) failed = 1;
-  return same == 1;
+  if (name == nullptr) return PyErr_Occurred() ? -1 : parameter == Py_None;
+  if (parameter == Py_None) return 0;
+  return PyObject_RichCompareBool(name, parameter, Py_EQ);  // names may be of any type
 }
 
-PyObject* Wiring::follow(PyObject* root, PyObject* parameters) const {
+int Wiring::follow(PyObject* root, PyObject* parameters, Found& out) const {
   size_t count = nodes_.size(), found = 1;
-  if (count == 0) Py_RETURN_NONE;
-  Object list(PyList_New(count));
-  if (!list) return nullptr;
-  PyList_SET_ITEM(list.get(), 0, Py_NewRef(root));
+  if (count == 0) return 0;
+  out.nodes = Object(PyList_New(count));
+  if (!out.nodes) return -1;
+  out.variables.resize(count);
+  PyObject* list = out.nodes.get();
+  PyList_SET_ITEM(list, 0, Py_NewRef(root));
   Met met(count);
   met.add(root);
   for (size_t i = 0; i < count; i++) {
-    if (i >= found) Py_RETURN_NONE;
+    if (i >= found) return 0;
     const Node& known = nodes_[i];
-    PyObject* node = PyList_GET_ITEM(list.get(), i);
-    int failed = 0;
-    if (!is_same(node, known, parameters, failed)) {
-      if (failed) return nullptr;
-      Py_RETURN_NONE;
+    const Kind& kind = kinds_[known.kind];
+    PyObject* node = PyList_GET_ITEM(list, i);
+    int same = is_of(node, kind);
+    if (same != 1) return same;
+    if (known.is_leaf) {
+      out.variables[i] = Object(variable_.of(node));
+      if (!out.variables[i]) return -1;
+      same = is_of_parameter(out.variables[i].get(), known.parameter, parameters);
+      if (same != 1) return same;
+      continue;
     }
-    if (known.is_leaf) continue;
-    Object below(PyObject_GetAttr(node, names().next_functions));
-    if (!below) return nullptr;
-    if (static_cast<size_t>(PyTuple_GET_SIZE(below.get())) != known.last - known.first)
-      Py_RETURN_NONE;
+    Object below(kind.next_functions.of(node));
+    if (!below) return -1;
+    if (static_cast<size_t>(PyTuple_GET_SIZE(below.get())) != known.last - known.first) return 0;
     for (size_t k = known.first; k < known.last; k++) {
       PyObject* pair = PyTuple_GET_ITEM(below.get(), k - known.first);
       PyObject* child = PyTuple_GET_ITEM(pair, 0);
       const Edge& edge = edges_[k];
-      if ((child == Py_None) != (edge.node < 0)) Py_RETURN_NONE;
+      if ((child == Py_None) != (edge.node < 0)) return 0;
       if (edge.node < 0) continue;
-      if (PyLong_AsLongLong(PyTuple_GET_ITEM(pair, 1)) != edge.output) Py_RETURN_NONE;
+      if (PyLong_AsLongLong(PyTuple_GET_ITEM(pair, 1)) != edge.output) return 0;
       size_t to = static_cast<size_t>(edge.node);
       if (to < found) {
-        if (PyList_GET_ITEM(list.get(), to) != child) Py_RETURN_NONE;
+        if (PyList_GET_ITEM(list, to) != child) return 0;
         continue;
       }
-      if (to != found || !met.add(child)) Py_RETURN_NONE;
-      PyList_SET_ITEM(list.get(), found++, Py_NewRef(child));
+      if (to != found || !met.add(child)) return 0;
+      PyList_SET_ITEM(list, found++, Py_NewRef(child));
     }
   }
-  if (found != count) Py_RETURN_NONE;
-  return Py_NewRef(list.get());
+  return found == count;
 }
 
 Conditions::~Conditions() {
-  for (Condition& c : conditions_) {
-    Py_XDECREF(c.attribute);
-    Py_DECREF(c.value);
-  }
+  for (Condition& c : conditions_) Py_DECREF(c.value);
 }
 
 void Conditions::add_value(int64_t node, PyObject* attribute, PyObject* value) {
   Py_INCREF(attribute);
-  PyUnicode_InternInPlace(&attribute);
-  conditions_.push_back({kValue, node, attribute, Py_NewRef(value)});
+  PyUnicode_InternInPlace(&attribute);  // for good
+  conditions_.push_back({kValue, node, Py_NewRef(value), Attribute(attribute)});
 }
 
 void Conditions::add_shapes(int64_t node, PyObject* shapes) {
-  conditions_.push_back({kShapes, node, nullptr, PySequence_Tuple(shapes)});
+  conditions_.push_back(
+      {kShapes, node, PySequence_Tuple(shapes), Attribute(names().input_metadata)});
 }
 
 void Conditions::add_leaf(int64_t node, PyObject* shape, PyObject* leaf) {
-  conditions_.push_back({kLeaf, node, nullptr, PyTuple_Pack(1, shape)});
+  conditions_.push_back({kLeaf, node, PyTuple_Pack(1, shape), Attribute(names().input_metadata)});
   dlpack::Tensor x;
   if (read(leaf, x)) conditions_.back().dtype = x.dtype;
 }
 
 void Conditions::add_type(int64_t node, PyObject* type) {
-  conditions_.push_back({kType, node, nullptr, Py_NewRef(type)});
+  conditions_.push_back({kType, node, Py_NewRef(type), Attribute(names().variable)});
 }
 
-int Conditions::hold(PyObject* nodes) const {
+int Conditions::hold(PyObject* nodes, const std::vector<Object>& variables) const {
+  Attribute variable(names().variable);
   for (const Condition& c : conditions_) {
-    int held = holds(c, PyList_GET_ITEM(nodes, c.node));
+    PyObject* node = PyList_GET_ITEM(nodes, c.node);
+    Object read;
+    PyObject* seen = nullptr;
+    if (c.kind == kLeaf || c.kind == kType) {
+      if (!variables.empty()) seen = variables[c.node].get();
+      if (seen == nullptr) {
+        read = Object(variable.of(node));
+        seen = read.get();
+      }
+      if (seen == nullptr) return -1;
+    }
+    int held = holds(c, node, seen);
     if (held != 1) return held;
   }
   return 1;
 }
 
-int Conditions::holds(const Condition& c, PyObject* node) {
+int Conditions::holds(const Condition& c, PyObject* node, PyObject* variable) {
   if (c.kind == kValue) {
-    Object value(PyObject_GetAttr(node, c.attribute));
+    Object value(c.attribute.of(node));
     return value ? PyObject_RichCompareBool(value.get(), c.value, Py_EQ) : -1;
   }
-  if (c.kind == kLeaf || c.kind == kType) {
-    Object variable(PyObject_GetAttr(node, names().variable));
-    if (!variable) return -1;
-    if (c.kind == kType) return reinterpret_cast<PyObject*>(Py_TYPE(variable.get())) == c.value;
-    dlpack::Tensor x;  // most are seen without a Python object of their shape
-    if (read(variable.get(), x))
-      return x.dtype.code == c.dtype.code && x.dtype.bits == c.dtype.bits &&
-             has_shape(x, PyTuple_GET_ITEM(c.value, 0));
-  }
-  Object outputs(PyObject_GetAttr(node, names().input_metadata));
+  if (c.kind == kType) return reinterpret_cast<PyObject*>(Py_TYPE(variable)) == c.value;
+  dlpack::Tensor x;  // most leaves are seen without a Python object of their shape
+  if (c.kind == kLeaf && read(variable, x))
+    return x.dtype.code == c.dtype.code && x.dtype.bits == c.dtype.bits &&
+           has_shape(x, PyTuple_GET_ITEM(c.value, 0));
+  Object outputs(c.attribute.of(node));
   if (!outputs) return -1;
   Object each(PySequence_Fast(outputs.get(), "a node's outputs"));
   if (!each) return -1;

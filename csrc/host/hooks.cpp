@@ -9,7 +9,7 @@ namespace fastminima {
 namespace host {
 namespace {
 
-Asked asked{nullptr, nullptr, nullptr};
+Asked asked{nullptr, nullptr, nullptr, nullptr};
 
 struct Hook {
   PyObject_HEAD vectorcallfunc call;
@@ -41,7 +41,8 @@ PyTypeObject* hook_type() {
 
 void learn_asked(Asked found) {
   if (asked.owners != nullptr) return;
-  asked = {Py_NewRef(found.owners), Py_NewRef(found.current_node), Py_NewRef(found.current_task)};
+  asked = {Py_NewRef(found.owners), Py_NewRef(found.current_node), Py_NewRef(found.current_task),
+           Py_NewRef(found.handle_type)};
 }
 
 PyObject* current_node() { return PyObject_CallNoArgs(asked.current_node); }
@@ -74,12 +75,31 @@ bool Hooks::add(PyObject* node, const std::shared_ptr<Watcher>& watcher, size_t 
   return true;
 }
 
+// Takes a hook out of the dict that its handle names, as `RemovableHandle.remove` does. False where
+// the handle is of another kind.
+static bool is_taken_out(PyObject* handle) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(handle)) != asked.handle_type) return false;
+  const Names& n = names();
+  Object ref(PyObject_GetAttr(handle, n.hooks_dict_ref)), id(PyObject_GetAttr(handle, n.id));
+  Object more(PyObject_GetAttr(handle, n.extra_dict_ref));
+  bool is_known = ref && id && more && PyWeakref_CheckRef(ref.get()) &&
+                  PyTuple_CheckExact(more.get()) && PyTuple_GET_SIZE(more.get()) == 0;
+  if (is_known) {
+    Object hooks = target_of(ref.get());
+    if (hooks) PyObject_DelItem(hooks.get(), id.get());
+  }
+  PyErr_Clear();  // it was gone already
+  return is_known;
+}
+
 int Hooks::remove() {
   std::vector<PyObject*> handles;
   handles.swap(handles_);
   int failed = 0;
   for (PyObject* handle : handles) {
-    if (!failed && !Object(PyObject_CallMethodNoArgs(handle, names().remove))) failed = -1;
+    if (!failed && !is_taken_out(handle) &&
+        !Object(PyObject_CallMethodNoArgs(handle, names().remove)))
+      failed = -1;
     Py_DECREF(handle);
   }
   return failed;

@@ -16,6 +16,7 @@ struct Asked {
   PyObject* owners;        // a dict, empty but while extra passes run
   PyObject* current_node;  // a function: the node whose hook is running
   PyObject* current_task;  // a function: the number of the pass that runs
+  PyObject* handle_type;   // of what takes a hook away again
 };
 
 // Called once, before any pass.

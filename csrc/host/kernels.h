@@ -25,6 +25,7 @@ struct Kernels;
     decltype(&generic::layer_norm_gradients_##suffix) layer_norm_gradients; \
     decltype(&generic::product_over_time_##suffix) product_over_time;       \
     decltype(&generic::embedding_sq_norms_##suffix) embedding_sq_norms;     \
+    decltype(&generic::tied_cross_##suffix) tied_cross;                     \
     decltype(&generic::sample_sq_norms_##suffix) sample_sq_norms;           \
     decltype(&generic::multi_sq_norm_##suffix) multi_sq_norm;               \
     static Kernels of(const std::string& isa);                              \
@@ -36,8 +37,8 @@ FM_KERNELS_OF(double, f64)
 #define FM_KERNELS_IN(ISA, suffix)                                        \
   {&ISA::row_sq_norms_##suffix,         &ISA::sequence_sq_norms_##suffix, \
    &ISA::layer_norm_gradients_##suffix, &ISA::product_over_time_##suffix, \
-   &ISA::embedding_sq_norms_##suffix,   &ISA::sample_sq_norms_##suffix,   \
-   &ISA::multi_sq_norm_##suffix}
+   &ISA::embedding_sq_norms_##suffix,   &ISA::tied_cross_##suffix,        \
+   &ISA::sample_sq_norms_##suffix,      &ISA::multi_sq_norm_##suffix}
 #if defined(__x86_64__)
 #define FM_CHOOSE_KERNELS(suffix)                            \
   if (isa == "avx512") return FM_KERNELS_IN(avx512, suffix); \

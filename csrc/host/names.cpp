@@ -17,6 +17,9 @@ const Names& names() {
       PyUnicode_InternFromString("_post_accumulate_grad_hooks"),
       PyUnicode_InternFromString("task"),
       PyUnicode_InternFromString("is_neg"),
+      PyUnicode_InternFromString("hooks_dict_ref"),
+      PyUnicode_InternFromString("id"),
+      PyUnicode_InternFromString("extra_dict_ref"),
   };
   return made;
 }

@@ -1,5 +1,6 @@
 #include "host/program.h"
 
+#include <algorithm>
 #include <exception>
 
 #include "host/names.h"
@@ -14,7 +15,10 @@ Pass::Pass(std::shared_ptr<const Steps> steps, PyObject* session, PyObject* tabl
       table_(Py_NewRef(table)),
       scratch_(Py_NewRef(scratch)),
       filter_(arrival, by_task),
-      taken_(steps_->size(), 0) {
+      taken_(steps_->size(), 0),
+      apart_(steps_->size(), 0),
+      kept_(steps_->size()),
+      below_(steps_->size()) {
   find_memory(threads);
   for (const auto& step : *steps_) is_ready_ &= step->is_called() || table != Py_None;
 }
@@ -54,17 +58,45 @@ PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
   Object hooked(PyBytes_FromStringAndSize(nullptr, steps.size()));
   if (!hooked) return nullptr;
   for (size_t i = 0; i < steps.size(); i++) {
-    PyObject* node = PyList_GET_ITEM(nodes, steps[i]->node());
-    int fits = i < wanted.size() && wanted[i] ? steps[i]->fits(node) : 0;
+    const Step& step = *steps[i];
+    int fits = i < wanted.size() && wanted[i] ? step.fits(nodes) : 0;
     if (fits < 0) return nullptr;
     PyBytes_AS_STRING(hooked.get())[i] = static_cast<char>(fits);
-    if (fits && !pass->hooks_.add(node, pass, i)) return nullptr;
+    if (!fits && step.partner() >= 0) pass->apart_[i] = 1;
+    if (!fits) continue;
+    if (step.source() != step.node())
+      pass->below_[i] = Object(Py_NewRef(PyList_GET_ITEM(nodes, step.source())));
+    if (!pass->hooks_.add(PyList_GET_ITEM(nodes, step.node()), pass, i)) return nullptr;
   }
   return Py_NewRef(hooked.get());
 }
 
+int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
+                 const Conditions& conditions, PyObject* root, PyObject* parameters) {
+  Found found;
+  int is_same = wiring.follow(root, parameters, found);
+  if (is_same != 1) return is_same;
+  int held = conditions.hold(found.nodes.get(), found.variables);
+  if (held != 1) return held;
+  Object hooked(hook(pass, found.nodes.get(), std::string(pass->steps_->size(), 1)));
+  if (!hooked) return -1;
+  const char* fits = PyBytes_AS_STRING(hooked.get());
+  return std::all_of(fits, fits + pass->steps_->size(), [](char one) { return one == 1; });
+}
+
+int Pass::release() {
+  Object session = target_of(session_);
+  for (size_t i = 0; session && i < kept_.size(); i++)
+    if (kept_[i].tensors[0] && hand_over(i, session.get()) != 0) return -1;
+  return 0;
+}
+
 int Pass::close() {
   is_closed_ = true;  // of a node that runs, hooks are called still
+  for (size_t i = 0; i < kept_.size(); i++) {
+    kept_[i] = Kept();
+    below_[i] = Object();
+  }
   return hooks_.remove();
 }
 
@@ -88,13 +120,12 @@ static bool has_any(PyObject* grads) {
 int Pass::compute(const Step& step, PyObject* grad, const Object* saved) const {
   dlpack::Tensor x[Step::kMost];
   if (!read(grad, x[0])) return 0;
-  for (size_t i = 0; i < step.saved(); i++) {
-    if (step.minds_signs()) {
-      int negated = is_negated(saved[i].get());
-      if (negated != 0) return negated < 0 ? -1 : 0;
-    }
-    if (!read(saved[i].get(), x[i + 1])) return 0;
+  if (step.minds_sign()) {
+    int negated = is_negated(saved[0].get());
+    if (negated != 0) return negated < 0 ? -1 : 0;
   }
+  for (size_t i = 0; i < step.saved(); i++)
+    if (!read(saved[i].get(), x[i + 1])) return 0;
   try {
     return step.compute(x, workspace_) ? 1 : 0;
   } catch (const std::exception& error) {
@@ -103,8 +134,15 @@ int Pass::compute(const Step& step, PyObject* grad, const Object* saved) const {
   }
 }
 
-int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const {
-  Object node(current_node());
+Object Pass::source_of(size_t step) const {
+  if (below_[step]) return Object(Py_NewRef(below_[step].get()));
+  return Object(current_node());
+}
+
+int Pass::take(size_t i, PyObject* session, PyObject* number, PyObject* grad) {
+  const Step& step = *(*steps_)[i];
+  if (step.partner() >= 0) return take_half(i, session, grad);
+  Object node = source_of(i);
   if (!node) return -1;
   Object saved[Step::kMost];
   int found = step.read_saved(node.get(), saved);
@@ -115,8 +153,56 @@ int Pass::take(const Step& step, PyObject* session, PyObject* number, PyObject* 
   }
   static PyObject* name = PyUnicode_InternFromString("call");
   PyObject* args[Step::kMost + 3] = {session, number, grad};
-  for (size_t i = 0; i < step.saved(); i++) args[3 + i] = saved[i].get();
+  for (size_t k = 0; k < step.saved(); k++) args[3 + k] = saved[k].get();
   return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 1 : -1;
+}
+
+int Pass::take_half(size_t i, PyObject* session, PyObject* grad) {
+  size_t other = (*steps_)[i]->partner();
+  if (apart_[other]) return 0;
+  Object node = source_of(i);
+  if (!node) return -1;
+  int found = (*steps_)[i]->read_saved(node.get(), kept_[i].tensors + 1);
+  if (found < 0) return -1;
+  if (found) {
+    kept_[i].tensors[0] = Object(Py_NewRef(grad));
+    if (!kept_[other].tensors[0]) return 1;
+    int done = i < other ? take_both(i, other) : take_both(other, i);
+    if (done < 0) return -1;
+    if (done) {
+      kept_[i] = Kept();
+      kept_[other] = Kept();
+      return 1;
+    }
+  }
+  apart_[i] = 1;
+  if (kept_[other].tensors[0] && hand_over(other, session) != 0) return -1;
+  if (!found) return 0;
+  return hand_over(i, session) == 0 ? 1 : -1;
+}
+
+int Pass::take_both(size_t first, size_t second) const {
+  dlpack::Tensor x[Step::kMost];
+  size_t count = 0;
+  for (size_t i : {first, second})
+    for (size_t k = 0; k <= (*steps_)[i]->saved(); k++) {
+      PyObject* tensor = kept_[i].tensors[k].get();
+      int negated = is_negated(tensor);
+      if (negated != 0) return negated < 0 ? -1 : 0;
+      if (!read(tensor, x[count++])) return 0;
+    }
+  return (*steps_)[second]->compute(x, workspace_) ? 1 : 0;
+}
+
+int Pass::hand_over(size_t i, PyObject* session) {
+  const Step& step = *(*steps_)[i];
+  Kept kept = std::move(kept_[i]);
+  Object number(PyLong_FromLongLong(step.node()));
+  if (!number) return -1;
+  static PyObject* name = PyUnicode_InternFromString("part");
+  PyObject* args[Step::kMost + 3] = {session, number.get()};
+  for (size_t k = 0; k <= step.saved(); k++) args[2 + k] = kept.tensors[k].get();
+  return Object(PyObject_VectorcallMethod(name, args, 3 + step.saved(), nullptr)) ? 0 : -1;
 }
 
 PyObject* Pass::run(size_t step, PyObject* grads) {
@@ -136,7 +222,7 @@ PyObject* Pass::run(size_t step, PyObject* grads) {
   taken_[step] = 1;
   PyObject* grad = PyTuple_GET_ITEM(grads, 0);
   const Step& taken = *(*steps_)[step];
-  int done = taken.is_by_rule() || grad == Py_None ? 0 : take(taken, session, number.get(), grad);
+  int done = taken.is_by_rule() || grad == Py_None ? 0 : take(step, session, number.get(), grad);
   if (done < 0) return nullptr;
   if (done > 0) Py_RETURN_NONE;
   static PyObject* name = PyUnicode_InternFromString("generic");

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "host/graph.h"
 #include "host/hooks.h"
 #include "host/steps.h"
 
@@ -17,6 +18,7 @@ namespace host {
 //   session.is_anothers()           whether the pass that runs is not the one that is observed
 //   session.again(node)             the use at this node was seen before; raises
 //   session.call(node, grad, ...)   a step that Python takes, with the tensors that it reads
+//   session.part(node, grad, ...)   one of two steps that could not be taken together
 //   session.generic(node, grads)    the step could not be taken
 class Pass : public Watcher {
  public:
@@ -33,6 +35,12 @@ class Pass : public Watcher {
   // a bytes object with a 1 for each of these. Null with a Python error set.
   static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
                         const std::string& wanted);
+  // Walks over a known graph and hooks all steps; returns 1. 0: the graph is another one, or a step
+  // does not fit. -1 with a Python error set. Where it is not 1, `close` has to follow.
+  static int follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
+                    const Conditions& conditions, PyObject* root, PyObject* parameters);
+  // Gives Python what waits for a second step that has not come. -1 with a Python error set.
+  int release();
   // Removes the hooks. -1 with a Python error set.
   int close();
   // Of each step, whether it was taken.
@@ -41,11 +49,24 @@ class Pass : public Watcher {
   PyObject* run(size_t step, PyObject* grads) override;
 
  private:
+  // The gradient and what was saved.
+  struct Kept {
+    Object tensors[Step::kMost];
+  };
+
   void find_memory(int threads);
   // Reads the tensors of a step and computes. 1: done; 0: not; -1 with a Python error set.
   int compute(const Step& step, PyObject* grad, const Object* saved) const;
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
-  int take(const Step& step, PyObject* session, PyObject* number, PyObject* grad) const;
+  int take(size_t step, PyObject* session, PyObject* number, PyObject* grad);
+  // As `take`, of a step that has a partner.
+  int take_half(size_t step, PyObject* session, PyObject* grad);
+  // Whether the tensors of two steps, the earlier one first, were all that was needed; or -1.
+  int take_both(size_t first, size_t second) const;
+  // Lets Python take what was kept of a step. -1 with a Python error set.
+  int hand_over(size_t step, PyObject* session);
+  // The node that has saved what a step reads: the one that runs, or another.
+  Object source_of(size_t step) const;
   // 1, 0, or -1 with a Python error set.
   int is_observed(PyObject* session) const;
 
@@ -54,6 +75,9 @@ class Pass : public Watcher {
   PassFilter filter_;
   bool is_ready_, is_closed_ = false;
   std::vector<char> taken_, memory_;
+  std::vector<char> apart_;    // steps whose partner goes the generic way
+  std::vector<Kept> kept_;     // of steps that wait for their partners
+  std::vector<Object> below_;  // nodes that have saved what steps of others read
   Hooks hooks_;
   Workspace workspace_;
 };

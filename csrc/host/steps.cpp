@@ -1,5 +1,6 @@
 #include "host/steps.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "host/kernels.h"
@@ -67,6 +68,10 @@ int64_t width_of(const dlpack::Tensor& x, int trailing) {
   return width;
 }
 
+bool is_id(const dlpack::Tensor& x) {
+  return x.device.type == dlpack::kCpu && x.dtype.code == dlpack::kInt && x.dtype.bits == 64;
+}
+
 // Whether the last dims can be read as one.
 bool is_flat(const dlpack::Tensor& x, int trailing) {
   int64_t expected = 1;
@@ -80,8 +85,9 @@ bool is_flat(const dlpack::Tensor& x, int trailing) {
 template <typename scalar_t>
 class Typed : public Step {
  public:
-  Typed(int64_t node, const std::vector<std::string>& saved, Places places, const std::string& isa)
-      : Step(node, saved), places_(places), kernels_(Kernels<scalar_t>::of(isa)) {}
+  Typed(int64_t node, const std::vector<std::string>& saved, Places places, const std::string& isa,
+        int64_t source = -1)
+      : Step(node, saved, source), places_(places), kernels_(Kernels<scalar_t>::of(isa)) {}
 
  protected:
   static bool is_mine(const dlpack::Tensor& x) { return is_float_on_cpu(x, 8 * sizeof(scalar_t)); }
@@ -126,8 +132,8 @@ template <typename scalar_t>
 class OverTime : public Typed<scalar_t> {
  public:
   OverTime(int64_t node, const std::vector<std::string>& saved, Places places, Layout layout,
-           const std::string& isa)
-      : Typed<scalar_t>(node, saved, places, isa), layout_(layout) {}
+           const std::string& isa, int64_t source = -1)
+      : Typed<scalar_t>(node, saved, places, isa, source), layout_(layout) {}
 
  protected:
   // Sees two tensors as rows of the same samples and times, whose features lie together.
@@ -176,7 +182,7 @@ class LayerNorm : public OverTime<scalar_t> {
       : OverTime<scalar_t>(node, saved, places, layout, isa), trailing_(trailing) {}
 
  public:
-  bool minds_signs() const override { return true; }  // the mean is taken from the input
+  bool minds_sign() const override { return true; }  // the mean is taken from the input
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &input = x[1], &mean = x[2], &rstd = x[3];
     Rows of_g, of_x, of_mean, of_rstd;
@@ -240,8 +246,7 @@ class Table : public OverTime<scalar_t> {
     Rows of_g, of_ids;
     int64_t batch = workspace.batch;
     if (!this->is_mine(g) || this->layout_.batch != batch || g.ndim != ids.ndim + 1) return false;
-    if (ids.device.type != dlpack::kCpu || ids.dtype.code != dlpack::kInt || ids.dtype.bits != 64)
-      return false;
+    if (!is_id(ids)) return false;
     if (!has_adjacent_features(g) || !see_rows(g, this->layout_, 1, of_g) ||
         !see_rows(ids, this->layout_, 0, of_ids))
       return false;
@@ -257,6 +262,101 @@ class Table : public OverTime<scalar_t> {
   int64_t padding_;
 };
 
+template <typename scalar_t>
+class SharedTable : public OverTime<scalar_t> {
+ public:
+  SharedTable(int64_t node, int64_t source, const std::string& saved, Places places, Layout layout,
+              int64_t padding, const std::string& isa)
+      : OverTime<scalar_t>(node, {saved}, places, layout, isa, source), padding_(padding) {}
+
+ public:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor &g = x[0], &ids = x[1];
+    Rows of_g;
+    int64_t batch = workspace.batch, time = elements(ids);
+    if (!this->is_mine(g) || this->layout_.batch != batch || !is_list_of_ids(ids)) return false;
+    if (!has_adjacent_features(g) || !see_rows(g, this->layout_, 1, of_g) || of_g.time != time)
+      return false;
+    int64_t* of_all = workspace.template scratch<int64_t>(batch * time);
+    for (int64_t n = 0; n < batch; n++)
+      std::copy_n(static_cast<const int64_t*>(ids.data), time, of_all + n * time);
+    this->kernels_.embedding_sq_norms(of_all, this->data(g), of_g.batch_stride, of_g.time_stride,
+                                      padding_, batch, time, g.shape[g.ndim - 1],
+                                      workspace.template row<scalar_t>(this->places_.weight),
+                                      workspace.threads);
+    return true;
+  }
+
+ private:
+  static bool is_list_of_ids(const dlpack::Tensor& ids) { return is_id(ids) && is_contiguous(ids); }
+  int64_t padding_;
+};
+
+class Half : public Step {
+ public:
+  Half(int64_t node, const std::string& saved, int64_t partner)
+      : Step(node, {saved}), partner_(partner) {}
+  int64_t partner() const override { return partner_; }
+  bool compute(const dlpack::Tensor*, const Workspace&) const override { return false; }
+
+ private:
+  int64_t partner_;
+};
+
+// |h|^2 + |e|^2 + 2 <h, e>, of a head's gradients h and a table's e: `contributions/joined.py`.
+template <typename scalar_t>
+class TiedHalf : public Typed<scalar_t> {
+ public:
+  TiedHalf(int64_t node, const std::string& saved, int64_t partner, Places places,
+           const Tied& known, const std::string& isa)
+      : Typed<scalar_t>(node, {saved}, places, isa), partner_(partner), known_(known) {}
+  int64_t partner() const override { return partner_; }
+
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor* of_head = x + (known_.is_head_first ? 0 : 2);
+    const dlpack::Tensor* of_table = x + (known_.is_head_first ? 2 : 0);
+    const dlpack::Tensor &go = of_head[0], &a = of_head[1], &ge = of_table[0], &ids = of_table[1];
+    Rows of_go, of_a, of_ge, of_ids;
+    int64_t batch = workspace.batch;
+    if (!this->is_mine(go) || !this->is_mine(a) || !this->is_mine(ge) || !is_id(ids)) return false;
+    if (known_.head.batch != batch || known_.table.batch != batch) return false;
+    if (go.ndim != 2 || a.ndim != 2 || ge.ndim != ids.ndim + 1) return false;
+    if (!has_adjacent_features(go) || !has_adjacent_features(a) || !has_adjacent_features(ge))
+      return false;
+    if (!see_rows(go, known_.head, 1, of_go) || !see_rows(a, known_.head, 1, of_a) ||
+        !see_rows(ge, known_.table, 1, of_ge) || !see_rows(ids, known_.table, 0, of_ids))
+      return false;
+    int64_t width = ge.shape[ge.ndim - 1];
+    if (of_go.time != of_a.time || of_ge.time != of_ids.time || !is_list(of_ids, batch))
+      return false;
+    if (a.shape[1] != width) return false;
+    Sequences<scalar_t> head{this->data(a),  of_a.batch_stride,  of_a.time_stride,
+                             this->data(go), of_go.batch_stride, of_go.time_stride,
+                             batch,          of_go.time,         width,
+                             go.shape[1]};
+    const int64_t* rows = static_cast<const int64_t*>(ids.data);
+    int threads = workspace.threads;
+    scalar_t* of_both = workspace.template scratch<scalar_t>(3 * batch);
+    scalar_t *h = of_both, *e = h + batch, *cross = e + batch;
+    this->kernels_.sequence_sq_norms(head, known_.guard, h, nullptr, threads);
+    this->kernels_.tied_cross(head, rows, this->data(ge), of_ge.batch_stride, of_ge.time_stride,
+                              known_.padding, of_ge.time, cross, threads);
+    this->kernels_.embedding_sq_norms(rows, this->data(ge), of_ge.batch_stride, of_ge.time_stride,
+                                      known_.padding, batch, of_ge.time, width, e, threads);
+    scalar_t* norms = workspace.template row<scalar_t>(this->places_.weight);
+    for (int64_t n = 0; n < batch; n++) {
+      scalar_t parts = e[n] + h[n], total = parts + 2 * cross[n];
+      if (!(total >= scalar_t(1e-2) * parts)) return false;  // they cancel: made from gradients
+      norms[n] = total;
+    }
+    return true;
+  }
+
+ private:
+  int64_t partner_;
+  Tied known_;
+};
+
 template <template <typename> class Kind, typename... Args>
 std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
   if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
@@ -265,30 +365,27 @@ std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
 
 }  // namespace
 
-Step::Step(int64_t node, const std::vector<std::string>& saved)
-    : node_(node), raw_(interned(saved.empty() ? "" : "_raw" + saved[0])) {
+Step::Step(int64_t node, const std::vector<std::string>& saved, int64_t source)
+    : node_(node),
+      source_(source < 0 ? node : source),
+      raw_(interned(saved.empty() ? "" : "_raw" + saved[0])) {
   if (saved.size() >= kMost) throw std::invalid_argument("a step reads three tensors at most");
-  for (const std::string& name : saved) saved_.push_back(interned(name));
+  for (const std::string& name : saved) saved_.emplace_back(interned(name));
 }
 
 Step::~Step() {
-  Py_DECREF(raw_);
-  for (PyObject* name : saved_) Py_DECREF(name);
-  for (Required& r : required_) {
-    Py_DECREF(r.attribute);
-    Py_DECREF(r.value);
-  }
+  for (Required& r : required_) Py_DECREF(r.value);
 }
 
-void Step::require(PyObject* attribute, PyObject* value) {
+void Step::require_of(int64_t node, PyObject* attribute, PyObject* value) {
   Py_INCREF(attribute);
-  PyUnicode_InternInPlace(&attribute);
-  required_.push_back({attribute, Py_NewRef(value)});
+  PyUnicode_InternInPlace(&attribute);  // for good
+  required_.push_back({node, Attribute(attribute), Py_NewRef(value)});
 }
 
-int Step::fits(PyObject* node) const {
+int Step::fits(PyObject* nodes) const {
   for (const Required& r : required_) {
-    Object value(PyObject_GetAttr(node, r.attribute));
+    Object value(r.attribute.of(PyList_GET_ITEM(nodes, r.node)));
     if (!value) return -1;
     int same = PyObject_RichCompareBool(value.get(), r.value, Py_EQ);
     if (same != 1) return same;
@@ -299,13 +396,13 @@ int Step::fits(PyObject* node) const {
 int Step::read_saved(PyObject* node, Object* saved) const {
   // What a hook gives out, as a checkpoint does, it may give once. A node saves all it keeps at
   // one time, under the same hooks or none: the first tells for all.
-  Object raw(PyObject_GetAttr(node, raw_));
+  Object raw(raw_.of(node));
   if (!raw) return -1;
   Object hook(PyObject_GetAttr(raw.get(), names().unpack_hook));
   if (!hook) return -1;
   if (hook.get() != Py_None) return 0;
   for (size_t i = 0; i < saved_.size(); i++) {
-    saved[i] = Object(PyObject_GetAttr(node, saved_[i]));
+    saved[i] = Object(saved_[i].of(node));
     if (!saved[i]) return -1;
   }
   return 1;
@@ -336,6 +433,21 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa) {
   return made<Table>(dtype, node, saved, places, layout, padding, isa);
+}
+
+std::unique_ptr<Step> shared_table(int64_t node, int64_t source, const std::string& saved,
+                                   Places places, Layout layout, int64_t padding,
+                                   const std::string& dtype, const std::string& isa) {
+  return made<SharedTable>(dtype, node, source, saved, places, layout, padding, isa);
+}
+
+std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner) {
+  return std::make_unique<Half>(node, saved, partner);
+}
+
+std::unique_ptr<Step> tied(int64_t node, const std::string& saved, int64_t partner, Places places,
+                           const Tied& known, const std::string& dtype, const std::string& isa) {
+  return made<TiedHalf>(dtype, node, saved, partner, places, known, isa);
 }
 
 }  // namespace host

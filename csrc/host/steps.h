@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "host/attribute.h"
 #include "host/launches.h"
 #include "host/tensors.h"
 
@@ -27,7 +28,7 @@ struct Places {
 
 // What a step may use besides its tensors.
 struct Workspace {
-  void* table = nullptr;  // [parameters, batch], in the step's dtype
+  void* table = nullptr;          // [parameters, batch], in the step's dtype
   int64_t batch = 0, stride = 0;  // from row to row
   int threads = 1;
   std::vector<char>* memory = nullptr;  // grows as needed
@@ -50,17 +51,21 @@ struct Workspace {
 // Made for the node of this number in its graph; reads what autograd saved by these names.
 class Step {
  public:
-  Step(int64_t node, const std::vector<std::string>& saved);
+  // `source`: the node that has saved it, where that is another one; else -1.
+  Step(int64_t node, const std::vector<std::string>& saved, int64_t source = -1);
   virtual ~Step();
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
   int64_t node() const { return node_; }
+  int64_t source() const { return source_; }
 
-  // Attributes that must have a value in every graph, such as a factor of 1.
-  void require(PyObject* attribute, PyObject* value);
-  // 1: this node is what the step was made for; 0: not; -1 with a Python error set.
-  int fits(PyObject* node) const;
+  // Attributes of the node that must have a value in every graph, such as a factor of 1.
+  void require(PyObject* attribute, PyObject* value) { require_of(node_, attribute, value); }
+  // The same of another node.
+  void require_of(int64_t node, PyObject* attribute, PyObject* value);
+  // 1: the nodes of this graph are what the step was made for; 0: not; -1 with a Python error set.
+  int fits(PyObject* nodes) const;
 
   static constexpr size_t kMost = 4;  // tensors, with the gradient
 
@@ -74,19 +79,24 @@ class Step {
   virtual bool is_by_rule() const { return false; }
   // Whether there is something to compute with.
   virtual bool is_computed() const { return true; }
-  // Whether the sign of what was saved counts. No norm changes with the sign of a whole tensor,
-  // so a product does not mind a view whose negation is not done in memory.
-  virtual bool minds_signs() const { return false; }
+  // The step by which the parameter is used too, where both are computed together: as soon as the
+  // second has come, from the tensors of both, those of the earlier step in the program first.
+  virtual int64_t partner() const { return -1; }
+  // Whether the sign of what was saved first counts. No norm changes with the sign of a whole
+  // tensor, so a product does not mind a view whose negation is not done in memory.
+  virtual bool minds_sign() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
 
  private:
   struct Required {
-    PyObject *attribute, *value;
+    int64_t node;
+    Attribute attribute;
+    PyObject* value;
   };
-  int64_t node_;
-  PyObject* raw_;  // the first of them, not unpacked
-  std::vector<PyObject*> saved_;
+  int64_t node_, source_;
+  Attribute raw_;  // the first of them, not unpacked
+  std::vector<Attribute> saved_;
   std::vector<Required> required_;
 };
 
@@ -109,6 +119,25 @@ std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places place
 // A table whose rows are looked up.
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);
+
+// A table looked up once for all samples, then added to something that has them.
+std::unique_ptr<Step> shared_table(int64_t node, int64_t source, const std::string& saved,
+                                   Places places, Layout layout, int64_t padding,
+                                   const std::string& dtype, const std::string& isa);
+
+// What is known of a table that is a head too.
+struct Tied {
+  bool is_head_first;  // in the order of the program
+  Layout head;
+  double guard;
+  Layout table;
+  int64_t padding;
+};
+// The first of two steps that are computed together: `partner` does that.
+std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner);
+// The second.
+std::unique_ptr<Step> tied(int64_t node, const std::string& saved, int64_t partner, Places places,
+                           const Tied& known, const std::string& dtype, const std::string& isa);
 
 }  // namespace host
 }  // namespace fastminima

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ._arguments import NATIVE
 from ._pieces import in_pieces, itemsize, pieces, step_of, sums_over_time
 from .cuda import embedding as cuda
 from .native import embedding as native
@@ -223,6 +224,14 @@ def _embedding_sq_norms_native(
     return native.embedding_sq_norms(kernels, ids, g, padding_idx)
 
 
+def _tied_cross_native(
+    kernels: Any, ids: Tensor, ge: Tensor, padding_idx: int, a: Tensor, go: Tensor
+) -> Tensor:
+    if ge.dtype not in NATIVE or not ge.dtype == a.dtype == go.dtype:
+        return _tied_cross(ids, ge, padding_idx, a, go)
+    return native.tied_cross(kernels, ids, ge, padding_idx, a, go)
+
+
 embedding_sq_norms = Op("embedding_sq_norms", _embedding_sq_norms)
 embedding_second_moment = Op("embedding_second_moment", _embedding_second_moment)
 embedding_gram = Op("embedding_gram", _embedding_gram)
@@ -230,6 +239,7 @@ embedding_dots = Op("embedding_dots", _embedding_dots)
 embedding_gradients = Op("embedding_gradients", _embedding_gradients)
 tied_cross = Op("tied_cross", _tied_cross)
 embedding_sq_norms.add_native(_embedding_sq_norms_native, dtypes=(torch.int64,))
+tied_cross.add_native(_tied_cross_native, dtypes=(torch.int64,))
 embedding_sq_norms.add_cuda(cuda.embedding_sq_norms, dtypes=(torch.int64,))
 embedding_second_moment.add_cuda(cuda.embedding_second_moment, dtypes=(torch.int64,))
 embedding_dots.add_cuda(cuda.embedding_dots, dtypes=(torch.int64,))

@@ -66,7 +66,10 @@ def taken(monkeypatch):
 
         return finish
 
-    for owner, start in ((hooks.Session, "_start"), (repeat.Repeated, "hook")):
+    for owner, start in (
+        (hooks.Session, "_hook_program"),
+        (repeat.Repeated, "hook"),
+    ):
         for name, spy in ((start, hooked), ("generic", generic), ("finish", finishing)):
             monkeypatch.setattr(owner, name, spy(getattr(owner, name)))
     return passes

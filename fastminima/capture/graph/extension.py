@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ... import _native
 from .passes import owners
@@ -26,5 +27,6 @@ def learned() -> Any:
     knows = host.learn(
         *(torch.Tensor, torch.nn.Parameter, owners()),
         *(torch._C._current_autograd_node, torch._C._current_graph_task_id),
+        RemovableHandle,
     )
     return host if knows else None

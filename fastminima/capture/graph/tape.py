@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 from torch.autograd import graph
 
 from .node import Node
-from .nodes import ACCUMULATE, READ_UNSEEN
+from .nodes import ACCUMULATE, READ_UNSEEN, SHOWING_INPUT, SHOWN_SHAPE
 
 __all__ = ["Tape", "signed"]
 
@@ -207,6 +207,16 @@ class Tape:
         if len(metadata) == 1:  # most have one, and are asked in every step
             return [tuple(metadata[0].shape)]
         return [tuple(meta.shape) for meta in metadata]
+
+    def shown_above(self, i: int) -> int | None:
+        """A node that has kept the shape of node `i`'s one output; None without one."""
+        shapes = self.shapes(i)
+        for parent, number, _ in self.parents[i]:
+            if number or len(shapes) > 1 or self.names[parent] not in SHOWING_INPUT:
+                continue
+            if getattr(self.nodes[parent], SHOWN_SHAPE, None) == shapes[0]:
+                return parent
+        return None
 
     def is_leaf(self, i: int) -> bool:
         """Whether node `i` accumulates the gradient of a leaf, tracked or not."""

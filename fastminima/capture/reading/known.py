@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..graph.node import Node
 from .memory import Structure
 from .plan import Layouts
 from .recipe import Recipe
@@ -34,21 +33,18 @@ class KnownReading:
         check_every: int,
     ) -> None:
         self._structure, self._check_every = structure, check_every
-        self._wiring, self._conditions, self._names = wiring, conditions, names
+        self.wiring, self.conditions, self._names = wiring, conditions, names
         self.layouts: Layouts = recipe.layouts
         self.sources = recipe.plan.sources
 
-    def nodes(self, root: Any, names: dict[int, str]) -> list[Node] | None:
-        """The nodes below a root; None where they have to be read.
+    def is_next(self, names: dict[int, str]) -> bool:
+        """Whether the next graph may be this one.
 
-        So it is every so many steps, when the graph is measured anew.
+        Every so many steps it is measured anew, so it has to be read.
         """
-        if names is not self._names or self._structure.will_be_due(self._check_every):
-            return None
-        nodes = self._wiring.follow(root, names)
-        if nodes is None or not self._conditions.hold(nodes):
-            return None
-        return nodes
+        return names is self._names and not self._structure.will_be_due(
+            self._check_every
+        )
 
     def count(self) -> None:
         """Count a step in which the graph was recognised."""

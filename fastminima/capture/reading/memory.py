@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..graph.extension import learned
+from ..graph.nodes import SHOWN_SHAPE
 from ..graph.tape import Tape
 from ..graph.tracking import untracked_nodes
 from ..rows.batch_axis import batch_edges
@@ -149,8 +150,11 @@ class Structure:
         shown = {use.node for use in self._uses if use.node not in self._routed}
         shown |= {i for i, _ in self._plan.entering} | set(self._reordering)
         for i in sorted(shown):
+            parent = tape.shown_above(i)
             if tape.is_leaf(i):
                 conditions.add_leaf(i, *tape.shapes(i), tape.nodes[i].variable)
+            elif parent is not None:
+                conditions.add_value(parent, SHOWN_SHAPE, *tape.shapes(i))
             else:
                 conditions.add_shapes(i, tape.shapes(i))
         for i in untracked_nodes(tape):  # one may become a parameter to be tracked

@@ -7,24 +7,24 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..contributions import Contribution
 from ..errors import CaptureError
-from ..graph.node import Node, current_node
+from ..graph.node import current_node
 from ..graph.saved import readable
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
-from ..reading.plan import Layouts, Plan, Slot, Use
+from ..reading.plan import Layouts, Plan, Use
 from ..reading.reader import Reading
 from ..reading.recipe import Region
 from ..reading.regions import Watcher, is_reentrant, watch
 from ..rows.layout import RowLayout
 from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
-from .delivery import Deliveries, delivery_of
+from .delivery import delivery_of
 from .gradients import Gradients
 from .parts import Parts
 from .program import Program, program_of
-from .visit import Announce, contributions_at, visit
+from .taking import Taking
+from .visit import Announce
 
 __all__ = ["Observer", "Session"]
 
@@ -59,7 +59,7 @@ class Observer(Protocol):
         ...
 
 
-class Session:
+class Session(Taking):
     """Hooks on the uses of one graph; what they see goes to a collector.
 
     Args:
@@ -90,28 +90,24 @@ class Session:
         owner: object = None,
     ) -> None:
         recipe = reading.recipe
+        missing, split = recipe.plan.sources, frozenset[str]()
+        if recipe.regions:
+            missing, split = _of_several_graphs(reading)
+        parts = Parts(missing, is_own_pass=arrival is None)
+        super().__init__(parameters, recipe.layouts, batch, collector, parts, announce)
         self._names = {id(p): name for name, p in parameters.items()}
-        self._parameters = parameters
-        self._batch, self._collector, self._announce = batch, collector, announce
         self._filter = PassFilter(owner, arrival, has_inner_passes=bool(recipe.regions))
         self._defer_errors = defer_errors
         self._error: CaptureError | None = None
         self._reads_gradients = hook_gradients
-        missing, split = recipe.plan.sources, frozenset[str]()
-        if recipe.regions:
-            missing, split = _of_several_graphs(reading)
-        self._parts = Parts(missing, is_own_pass=arrival is None)
         self._gradients = Gradients(collector, parameters, split, self._filter)
         self._handles: list[Any] = []
-        self._program: Program | None = None
-        self._pass: Any = None  # of the program, in the extension
-        self._layouts = recipe.layouts
         try:
             taken: frozenset[int] = frozenset()
             if collector.wants_norms_only and not defer_errors:
                 program = program_of(reading, parameters)
                 if program is not None:
-                    taken = self._start(program, reading.tape)
+                    taken = self._hook_program(program, reading.tape)
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
@@ -151,20 +147,9 @@ class Session:
             raise self._error
         self.complete()
         self._gradients.finish()
-        if self._program is not None:
-            norms = self._collector.collected.sq_norms
-            norms.filled = self._program.filled(self._pass.taken)
+        self._note_filled()
         self.close()
         return self._collector.collected
-
-    def complete(self) -> None:
-        """Take the parameters some of whose uses got no gradient."""
-        if not self._parts.are_waiting:
-            return
-        with undisturbed():
-            for name, whole in self._parts.rest():
-                self._collector.take(name, whole)
-        self._parts.clear()
 
     def separate(self, tape: Tape, names: Iterable[str]) -> None:
         """Read some parameters' gradients where they leave this graph, from now on."""
@@ -178,44 +163,15 @@ class Session:
         """Note the gradients of this pass, all there is in `.grad` now."""
         self._collector.read_gradients(self._parameters)
 
-    def _start(self, program: Program, tape: Tape) -> frozenset[int]:
+    def _hook_program(self, program: Program, tape: Tape) -> frozenset[int]:
         """Let the extension hook the uses that have a step; returns their nodes."""
-        self._program = program
-        self._pass, table = program.start(self, self._batch, self._filter)
-        self._collector.collected.sq_norms.table = table
+        self._start(program, self._filter)
         wanted = program.wanted(self._collector.makes)
         return program.nodes(self._pass.hook(tape.nodes, wanted))
 
     def is_anothers(self) -> bool:
         """Whether a pass that comes by a step is not the one that is observed."""
         return self._filter.is_anothers()
-
-    def again(self, node: int) -> None:
-        """A use with a step is seen for the second time: an error.
-
-        Raises:
-            CaptureError: as `Parts.count`.
-        """
-        assert self._program is not None
-        use = self._program.use_at[node]
-        for name in use.parameters * (1 + self._parts.most):
-            self._parts.count(name, use.name)
-
-    def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
-        """Take a step of Python's, with the tensors that it reads."""
-        assert self._program is not None
-        with undisturbed():
-            found = self._program.calls[node].norms(g, *saved)
-        self._collector.collected.sq_norms.update(found)
-
-    def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Take a use by its rule: it has no other step, or not for such tensors."""
-        assert self._program is not None
-        use = self._program.use_at[node]
-        with undisturbed():
-            at = readable(current_node())
-            deliveries = self._program.deliveries(use, at, self._parameters)
-            self._visit(use, at, grads, self._layouts[node], deliveries)
 
     def _hook_graph(
         self,
@@ -253,27 +209,6 @@ class Session:
                 self._error = self._error or error
 
         return hook
-
-    def _visit(
-        self,
-        use: Use,
-        node: Node,
-        grads: Sequence[Tensor | None],
-        layouts: Sequence[RowLayout | None],
-        deliveries: Deliveries,
-    ) -> None:
-        found, _ = self._contributions(use, node, grads, layouts)
-        visit(use, found, deliveries, self._parts, self._collector)
-
-    def _contributions(
-        self,
-        use: Use,
-        node: Node,
-        grads: Sequence[Tensor | None],
-        layouts: Sequence[RowLayout | None],
-    ) -> tuple[dict[int, Contribution], list[Slot]]:
-        """Of each slot of a use, by its number; and the slots that no rule covers."""
-        return contributions_at(use, node, grads, layouts, self._batch, self._announce)
 
     def _region_watcher(self, region: Region | None) -> Watcher:
         def watcher(

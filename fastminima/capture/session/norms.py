@@ -57,7 +57,7 @@ class Norms(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         if not self._apart:
             return len(self.filled)
-        return len(self._apart) + sum(name not in self._apart for name in self.filled)
+        return len(self._apart.keys() | self.filled)
 
     def total(self, order: Iterable[str]) -> Tensor:
         """The sum over parameters, `[batch]`, added up in the order of the model."""

@@ -38,6 +38,7 @@ from .called import Called, Launched, new_table
 from .delivery import Deliveries, deliveries_from
 from .norms import NormTable, new_numbers
 from .steps import Making
+from .tied import Part, add_tied, tied_halves
 
 __all__ = ["Program", "program_of"]
 
@@ -55,6 +56,7 @@ class Program:
             a kernel; gives the norms by parameter.
         launched: of these, what the extension launches.
         device: of the first use.
+        parts: of nodes that are computed two by two, what each alone contributes.
         in_order: nodes of uses whose parameters are used only there, rearranged at
             most, which changes no norm.
         kernels: nodes of the steps that fill rows of the table.
@@ -68,6 +70,7 @@ class Program:
     calls: Mapping[int, Called]
     launched: Launched
     device: torch.device
+    parts: Mapping[int, Part]
     in_order: frozenset[int]
     kernels: frozenset[int]
     names: Mapping[int, str]
@@ -130,12 +133,12 @@ class Program:
         if key not in self._filled:
             self._filled.clear()
             there = self.kernels | self.launched.nodes
-            self._filled[key] = [
+            self._filled[key] = dict.fromkeys(
                 name
                 for use, is_taken in zip(self.uses, taken, strict=True)
                 if is_taken and use.node in there
                 for name in use.parameters
-            ]
+            )
         return self._filled[key]
 
     def deliveries(
@@ -187,22 +190,29 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
     uses, calls, launched = recipe.plan.uses, {}, Launched()
-    in_order, kernels = set[int](), set[int]()
-    for use in uses:
-        making = Making(
+    makings = [
+        Making(
             *(steps, tape, use, recipe.layouts[use.node][0], rows, dtype, calls),
             launched,
         )
-        if making.is_alone:
-            in_order.add(use.node)
-        if not (making.is_alone and making.by_kind()):
+        for use in uses
+    ]
+    halves = tied_halves(makings)
+    by_rule = set[int]()
+    for making in makings:
+        pair = halves.get(making.use.node)
+        if pair is not None:
+            add_tied(making, pair, [uses.index(half.making.use) for half in pair])
+        elif not making.by_kind():
             making.by_rule()
-        elif use.node not in calls:
-            kernels.add(use.node)
+            by_rule.add(making.use.node)
+    kernels = {use.node for use in uses} - by_rule - calls.keys()
     return Program(
         *(steps, uses, rows, dtype if kernels else None, calls, launched),
         tape.nodes[uses[0].node]._input_metadata[0].device,
-        *(frozenset(in_order), frozenset(kernels), _names_between(tape, uses)),
+        {half.making.use.node: half.part for pair in halves.values() for half in pair},
+        frozenset(making.use.node for making in makings if making.is_alone),
+        *(frozenset(kernels), _names_between(tape, uses)),
     )
 
 

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.node import current_node
 from ..graph.passes import owner_of_pass
-from ..graph.saved import readable
-from ..graph.undisturbed import undisturbed
 from ..options import REDUCTIONS, Request, Target
 from ..reading.known import KnownReading
-from .collector import Collected, Collector
+from .collector import Collector
 from .parts import Parts
 from .program import Program
 from .states import Outcome, Pass
-from .visit import Announce, contributions_at, visit
+from .taking import Taking
+from .visit import Announce
 
 __all__ = ["Repeat", "Repeated", "new_repeat"]
 
@@ -59,14 +57,11 @@ class Repeat:
             request: the loss.
             names: of the tracked parameters, by id.
         """
-        if not self._is_alike(request):
-            return None
-        nodes = self.known.nodes(request.loss.grad_fn, names)
-        if nodes is None:
+        if not (self._is_alike(request) and self.known.is_next(names)):
             return None
         target = Target(request.loss, self._samples, True, request.scale)
         repeated = Repeated(self, target)
-        if repeated.hook(nodes):
+        if repeated.hook(self.known, request.loss.grad_fn, names):
             self.known.count()
             return repeated
         repeated.close()
@@ -87,40 +82,32 @@ class Repeat:
         )
 
 
-class Repeated(Pass):
+class Repeated(Taking, Pass):
     """A pass of the probe's own over a known graph, `.grad` being its alone."""
 
     def __init__(self, repeat: Repeat, target: Target) -> None:
-        self._repeat, self._target = repeat, target
-        self._program = program = repeat.program
-        self._collector = Collector(frozenset(["norms"]), {}, keep_grads=False)
-        self._parts = Parts(repeat.known.sources, is_own_pass=True)
-        self._pass, self._norms.table = program.start(self, target.samples.count)
+        super().__init__(
+            *(repeat.parameters, repeat.known.layouts, target.samples.count),
+            Collector(frozenset(["norms"]), {}, keep_grads=False),
+            Parts(repeat.known.sources, is_own_pass=True),
+            repeat.announce,
+        )
+        self._target = target
+        self._start(repeat.program)
 
-    @property
-    def _collected(self) -> Collected:
-        return self._collector.collected
-
-    @property
-    def _norms(self) -> Any:
-        return self._collector.collected.sq_norms
-
-    def hook(self, nodes: list[Any]) -> bool:
-        """Hook all uses; returns whether all fit."""
-        return 0 not in self._pass.hook(nodes, self._program.wanted(frozenset()))
+    def hook(self, known: KnownReading, root: Any, names: dict[int, str]) -> bool:
+        """Hook all uses below a root; returns whether it is the known graph's."""
+        return self._pass.follow(known.wiring, known.conditions, root, names)
 
     def read_gradients(self) -> None:
-        self._collector.read_gradients(self._repeat.parameters)
+        self._collector.read_gradients(self._parameters)
 
     def finish(self) -> Outcome:
-        if self._parts.are_waiting:
-            with undisturbed():
-                for name, whole in self._parts.rest():
-                    self._collector.take(name, whole)
-        self._norms.filled = self._program.filled(self._pass.taken)
+        self.complete()
+        self._note_filled()
         self.close()
         target = self._target
-        return Outcome(self._collected, target, target.factor, None)
+        return Outcome(self._collector.collected, target, target.factor, None)
 
     def close(self) -> None:
         self._pass.close()
@@ -128,34 +115,6 @@ class Repeated(Pass):
     def is_anothers(self) -> bool:
         """Whether a pass that comes by a step is not the one that is observed."""
         return owner_of_pass() is not None
-
-    def again(self, node: int) -> None:
-        """A use is seen for the second time: an error.
-
-        Raises:
-            CaptureError: as `Parts.count`.
-        """
-        use = self._program.use_at[node]
-        for name in use.parameters * (1 + self._parts.most):
-            self._parts.count(name, use.name)
-
-    def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
-        """Take a step of Python's, with the tensors that it reads."""
-        with undisturbed():
-            self._norms.update(self._program.calls[node].norms(g, *saved))
-
-    def generic(self, node: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Take a use by its rule: it has no other step, or not for such tensors."""
-        use = self._program.use_at[node]
-        layouts = self._repeat.known.layouts[node]
-        with undisturbed():
-            at = readable(current_node())
-            found, _ = contributions_at(
-                *(use, at, grads, layouts),
-                *(self._target.samples.count, self._repeat.announce),
-            )
-            back = self._program.deliveries(use, at, self._repeat.parameters)
-            visit(use, found, back, self._parts, self._collector)
 
 
 def new_repeat(

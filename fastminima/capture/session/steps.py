@@ -21,7 +21,14 @@ from ...ops import broadcast, dense, embedding, norm
 from ...ops.conv_geometry import ConvGeometry
 from ...ops.cost import dense as cost
 from ..contributions import Patches, Products, sq_norms_of
-from ..graph.nodes import ADDMM, CONVOLUTION, EMBEDDING, PRODUCTS, REARRANGING
+from ..graph.nodes import (
+    ADDMM,
+    CONVOLUTION,
+    EMBEDDING,
+    KEEPING_ORDER,
+    PRODUCTS,
+    REARRANGING,
+)
 from ..graph.tape import Tape, signed
 from ..reading.plan import Slot, Use
 from ..rows.layout import RegularLayout
@@ -53,7 +60,7 @@ class Making:
 
     def by_kind(self) -> bool:
         """Add a step for a use of a known kind; returns whether it is one."""
-        make = _STEPS.get(self.use.name)
+        make = (_STEPS if self.is_alone else _STEPS_OF_SHARED).get(self.use.name)
         layout = self.layout
         if make is None or not isinstance(layout, RegularLayout):
             return False
@@ -76,19 +83,17 @@ class Making:
         run: Callable[..., Sequence[Tensor | None]],
         required: Mapping[str, Any] = MappingProxyType({}),
         *,
-        minds_signs: bool = False,
+        minds_sign: bool = False,
     ) -> bool:
         """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
 
-        `minds_signs`: they are others where a saved tensor has another sign.
+        `minds_sign`: they are others where a saved tensor has another sign.
         """
         names = [None if slot is None else slot.paths[0].parameter for slot in slots]
         self.calls[self.use.node] = Called(
             *(run, names, self.rows, self.use.node, self.steps, self.launched)
         )
-        self.steps.add_called(
-            *(self.use.node, list(saved), minds_signs, dict(required))
-        )
+        self.steps.add_called(*(self.use.node, list(saved), minds_sign, dict(required)))
         return True
 
     @property
@@ -199,7 +204,7 @@ def _layer_norm(making: Making) -> bool:
     if not making.is_for_kernels:
         affine = partial(_affine, making.layout, len(shape))
         pair = slots.get(1), slots.get(2)
-        return making.call(saved, pair, affine, required, minds_signs=True)
+        return making.call(saved, pair, affine, required, minds_sign=True)
     places = making.row(slots.get(1)), making.row(slots.get(2))
     making.steps.add_layer_norm(
         *(making.use.node, saved, places, making.axis, len(shape)), required
@@ -280,7 +285,7 @@ def _group_norm(making: Making) -> bool:
 
     saved = ["_saved_input", "_saved_result1", "_saved_result2"]
     pair = slots.get(1), slots.get(2)
-    return making.call(saved, pair, norms, minds_signs=True)
+    return making.call(saved, pair, norms, minds_sign=True)
 
 
 def _table(making: Making) -> bool:
@@ -313,6 +318,39 @@ def _table(making: Making) -> bool:
     return True
 
 
+def _shared_table(making: Making) -> bool:
+    """A table looked up once for all samples, such as one of positions, and added."""
+    slots, layout = making.slots(0, 1), making.layout
+    if slots is None or len(slots) > 1 or not making.is_for_kernels:
+        return False
+    ((number, slot),) = slots.items()
+    if not slot.is_alone or len(slot.paths) != 1 or not slot.paths[0].steps:
+        return False
+    *between, source = (node for node, _, _ in slot.paths[0].steps)
+    if making.tape.names[source] != EMBEDDING:
+        return False
+    if any(making.tape.names[node] not in KEEPING_ORDER for node in between):
+        return False
+    (output,) = making.tape.shapes(making.use.node)
+    shape = [1] * (len(output) - len(slot.shape)) + list(slot.shape)
+    spread = [i for i, size in enumerate(output) if size != shape[i]]
+    if not layout.is_one_row or spread not in ([], [layout.dim]):
+        return False
+    if layout.dim >= len(output) - 1 or shape[layout.dim] != 1:
+        return False
+    node = making.tape.nodes[source]
+    of_source = {
+        "_saved_scale_grad_by_freq": False,
+        "_saved_padding_idx": node._saved_padding_idx,
+    }
+    making.steps.add_shared_table(
+        *(making.use.node, source, "_saved_indices", making.row(slot), making.axis),
+        *(signed(node._saved_padding_idx), {"_saved_alpha": 1} if number else {}),
+        of_source,
+    )
+    return True
+
+
 def _comes_alone(tape: Tape, slot: Slot) -> bool:
     """Whether a slot takes one parameter, rearranged at most, used only here."""
     if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
@@ -330,3 +368,5 @@ _STEPS: dict[str, Callable[[Making], bool]] = {
     "MulBackward0": _scale,
     EMBEDDING: _table,
 }
+# ... whose parameter comes by more than rearrangements, or is used elsewhere too.
+_STEPS_OF_SHARED: dict[str, Callable[[Making], bool]] = {"AddBackward0": _shared_table}

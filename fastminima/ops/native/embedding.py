@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ... import _native
-from .._arguments import SUFFIX, accumulated_rows
+from .._arguments import SUFFIX, accumulated_rows, contiguous_rows
 
-__all__ = ["embedding_sq_norms"]
+__all__ = ["embedding_sq_norms", "tied_cross"]
 
 
 def embedding_sq_norms(
@@ -24,3 +24,22 @@ def embedding_sq_norms(
         *(*g.shape, norms.data_ptr(), _native.threads()),
     )
     return norms
+
+
+def tied_cross(
+    kernels: Any, ids: Tensor, ge: Tensor, padding_idx: int, a: Tensor, go: Tensor
+) -> Tensor:
+    """See `fastminima.ops.embedding.tied_cross`; all of one dtype that kernels read."""
+    ge, a, go = map(contiguous_rows, (ge, a, go))
+    ids = ids.contiguous()
+    cross = ge.new_empty(len(ge))
+    head = (
+        *(a.data_ptr(), a.stride(0), a.stride(1)),
+        *(go.data_ptr(), go.stride(0), go.stride(1)),
+        *(*a.shape[:2], a.shape[2], go.shape[2]),
+    )
+    getattr(kernels, f"tied_cross_{SUFFIX[ge.dtype]}")(
+        *(head, ids.data_ptr(), ge.data_ptr(), ge.stride(0), ge.stride(1)),
+        *(padding_idx, ids.shape[1], cross.data_ptr(), _native.threads()),
+    )
+    return cross
