@@ -34,7 +34,7 @@ def by_python(monkeypatch):
 
         return start
 
-    for owner, name in ((hooks.Session, "_start"), (repeat.Repeated, "hook")):
+    for owner, name in ((hooks.Session, "_hook_program"), (repeat.Repeated, "hook")):
         monkeypatch.setattr(owner, name, starting(getattr(owner, name)))
     for name in ("generic", "part"):
         honest = getattr(taking.Taking, name)
