@@ -6,9 +6,10 @@ python -m benchmarks.launches --rounds 40
 The models run on the CPU, in float32 or bfloat16, and every statistic goes the way of a
 GPU: kernels are compiled for an H100 and recorded, and from the third step on the
 extension launches them, through a driver that counts and launches nothing. Printed is
-the CPU time of a probed step beside a plain one, for each use of a parameter, by
-the extension and, for comparison, by Python: there without what Triton itself takes
-for a launch, some 20 to 40 us each.
+the CPU time of a probed step beside a plain one, for each use of a parameter: of all of
+it, and of the backward pass alone, where the hooks are. Launched by the extension and,
+for comparison, by Python: there without what Triton itself takes for a launch, some 20
+to 40 us each.
 """
 
 from __future__ import annotations
@@ -163,19 +164,35 @@ def _summary(model: nn.Module, losses: Losses, rounds: int) -> str:
     (recipe,) = structure._recipes.values()
     (program,) = recipe.programs.values()
     uses, by_extension = len(program.uses), len(program.launched.nodes)
-    times = [[_seconds(way) for way in ways] for _ in range(rounds)]
-    base, *others = (statistics.median(column) for column in zip(*times, strict=True))
-    each = [1e6 * (t - base) / uses for t in others]
+    rows = [[_seconds(way) for way in ways] for _ in range(rounds)]
+    medians = [
+        [statistics.median(column) for column in zip(*pairs, strict=True)]
+        for pairs in zip(*rows, strict=True)
+    ]
+    base, *others = medians
+    whole, in_pass = ([1e6 * (t[i] - base[i]) / uses for t in others] for i in range(2))
     return (
-        f"{uses} uses, {by_extension} launched, {launches} launches a step; "
-        f"{each[0]:.1f} us a use, by Python {each[1]:.0f}"
+        f"{uses} uses, {by_extension} launched, {launches} launches a step; us a use: "
+        f"{whole[0]:.1f}, in the backward pass {in_pass[0]:.1f}; "
+        f"by Python {whole[1]:.0f} and {in_pass[1]:.0f}"
     )
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    start = time.process_time_ns()
-    step()
-    return (time.process_time_ns() - start) / 1e9
+def _seconds(step: Callable[[], None]) -> tuple[float, float]:
+    """Of a step, and of its backward pass."""
+    in_pass = 0.0
+    honest = torch.autograd.backward
+
+    def timed(*args: object, **kwargs: object) -> None:
+        nonlocal in_pass
+        start = time.process_time_ns()
+        honest(*args, **kwargs)
+        in_pass = (time.process_time_ns() - start) / 1e9
+
+    with mock.patch.object(torch.autograd, "backward", timed):
+        start = time.process_time_ns()
+        step()
+        return (time.process_time_ns() - start) / 1e9, in_pass
 
 
 if __name__ == "__main__":
