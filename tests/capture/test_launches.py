@@ -48,12 +48,6 @@ def data(step, n=N):
     return torch.randn(n, T, 8, generator=torch.Generator().manual_seed(step))
 
 
-def program_of_probe(probe):
-    (structure,) = probe._reader._structures.values()
-    (program,) = structure.recipe.programs.values()
-    return program
-
-
 @contextlib.contextmanager
 def called_files():
     """The file of each function of Python that is called."""
@@ -338,3 +332,64 @@ def test_normalisations_are_launched(driver, layer):
     with mock.patch.object(Op, "__call__", lambda op, *a, **k: op.reference(*a, **k)):
         reference = stats(fm.GradientProbe(layer), 6)
     torch.testing.assert_close(got.sq_norms, reference.sq_norms)
+
+
+def launched_nodes(probe):
+    """Nodes of a probe's only program that the extension launches, and all of them."""
+    (structure,) = probe._reader._structures.values()
+    (recipe,) = structure._recipes.values()
+    (program,) = recipe.programs.values()
+    return program.launched.nodes, set(program.use_at)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_is_given_the_same_kernels(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(12)
+    model = Net().to("cuda", dtype)
+    probe = fm.GradientProbe(model)
+
+    def stats(step):
+        model.zero_grad()
+        return probe.backward(losses_of(model, data(step).to("cuda", dtype)))
+
+    by_python = [stats(step).sq_norms for step in range(2)]
+    for step in range(8):
+        stats(step)
+    launched, uses = launched_nodes(probe)
+    if dtype == torch.bfloat16:  # in float32 products of sequences are PyTorch's
+        assert launched == uses
+    for step, expected in enumerate(by_python):
+        assert torch.equal(stats(step).sq_norms, expected)
+
+
+@pytest.mark.gpu
+def test_launches_can_be_captured_in_a_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(13)
+    model = Net().to("cuda", torch.bfloat16)
+    probe = fm.GradientProbe(model)
+    x = data(0).to("cuda", torch.bfloat16)
+
+    def step():
+        model.zero_grad()
+        return probe.backward(losses_of(model, x)).sq_norms
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(6):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    assert launched_nodes(probe)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        x.copy_(data(seed))
+        graph.replay()
+        replayed = captured.clone()
+        assert torch.equal(replayed, step())

@@ -38,8 +38,8 @@ struct Entry {
   void *run, *by_words;
 };
 
-#define ENTRY(name)                                 \
-  {#name, fastminima::Words<&fastminima::cuda::name>::letters, \
+#define ENTRY(name)                                              \
+  {#name, fastminima::Words<&fastminima::cuda::name>::letters,   \
    reinterpret_cast<void*>(&Call<&fastminima::cuda::name>::run), \
    by_words(&fastminima::Words<&fastminima::cuda::name>::call)},
 const Entry entries[] = {FM_EACH_LAUNCHER(ENTRY){nullptr, nullptr, nullptr, nullptr}};
