@@ -158,6 +158,7 @@ def _kernel(case: Case, work: Work, rows: dict, rates: Rates) -> float | None:
     arguments = case.make(Tensors("meta", case.dtype))
     found = tally(case.op.on("triton", "cuda", case.key), arguments)
     own = _in_turn(found.steps, rates)
+    own += sum(rates.seconds(beside, torch.float32) for _, beside in found.beside)
     # The one that multiplies; the others finish sums.
     main = max(mine, key=lambda row: (row["tensor"] > 0, row["loop"]))
     speed = rates.bfloat16 if main["tensor"] else _issued(main) * rates.float32

@@ -31,11 +31,19 @@ _EMPTY = {
 }
 
 
+# Kernels beside the one that multiplies: they read and write their tensors once.
+_BESIDE = {"_parts_kernel", "_sq_norms_kernel", "_turn_kernel"}
+
+
 class Tally(NamedTuple):
-    """Work of each operation of PyTorch in turn, and other kernels' names."""
+    """Work of each operation of PyTorch in turn, and other kernels' names.
+
+    `beside` has those of them that only move data, and their work.
+    """
 
     steps: list[Work]
     launches: list[str]
+    beside: list[tuple[str, Work]]
 
 
 class _Counter(TorchDispatchMode):
@@ -82,17 +90,19 @@ def _span(x: Tensor) -> int:
 
 
 @contextmanager
-def _launches() -> Iterator[list[str]]:
-    """Note the names of Triton kernels instead of running them."""
+def _launches() -> Iterator[list[tuple[str, Work]]]:
+    """Note Triton kernels, and the size of their tensors, instead of running them."""
     try:
         from triton.runtime.jit import JITFunction
     except ModuleNotFoundError:
         yield []
         return
-    found: list[str] = []
+    found: list[tuple[str, Work]] = []
 
     def note(self, *args: Any, **options: Any) -> None:
-        found.append(self.__name__)
+        tensors = {id(x): x for x in args if isinstance(x, Tensor)}
+        moved = sum(map(_span, tensors.values()))
+        found.append((self.__name__, Work(moved, 0)))
 
     with mock.patch.object(JITFunction, "run", note), stand_in_device("sm_90a"):
         yield found
@@ -106,4 +116,8 @@ def tally(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Tally:
     """
     with _launches() as launches, _NothingIsLost(), _Counter() as counter:
         run(*arguments)
-    return Tally(counter.steps, launches)
+    return Tally(
+        counter.steps,
+        [name for name, _ in launches],
+        [(name, work) for name, work in launches if name in _BESIDE],
+    )
