@@ -56,7 +56,7 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("project_out", _FLOAT): Preference("cuda", 5.9),
     ("row_sq_norms", _HALF): Preference("triton", 2.1),
     ("row_sq_norms", _FLOAT): Preference("triton", 3.2),
-    ("sample_sq_norms", _FLOAT): Preference("triton", 2.4, _MODELLED),
+    ("sample_sq_norms", _FLOAT): Preference("triton", 1.7, _MODELLED),
     ("sequence_dots", _HALF): Preference("triton", 1.9),
     ("sequence_dots", _FLOAT): Preference("reference", 0.86),
     ("sequence_fused", _HALF): Preference("triton", 2.9),
