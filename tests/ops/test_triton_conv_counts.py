@@ -61,12 +61,24 @@ def test_depthwise(by_channel):
     run = lambda: conv.conv_fused(x, g, DEPTHWISE, False, True)  # noqa: E731
     launch = launches(run)["_depthwise_kernel"]
     weight = CHANNELS * TAPS
-    tiles = conv_cost.depthwise_tile(operands(x, g, DEPTHWISE)).count(
-        operands(x, g, DEPTHWISE).sizes
-    )
+    sizes = operands(x, g, DEPTHWISE).sizes
+    tile = conv_cost.depthwise_tile(sizes)
+    assert tile.count(sizes) == 1
+    assert launch.programs == BATCH * TAPS  # too few to leave all taps to each
     close(launch.unique_load_bytes, 2 * (x.numel() + g.numel()))
-    close(launch.unique_store_bytes, 4 * (tiles * BATCH + 2 * BATCH * weight))
-    close(launch.load_bytes, 2 * (g.numel() + BATCH * CHANNELS * MEETINGS))
+    close(launch.unique_store_bytes, 4 * (TAPS * BATCH + 2 * BATCH * weight))
+    close(launch.load_bytes, 2 * (TAPS * g.numel() + BATCH * CHANNELS * MEETINGS))
+
+
+def test_taps_are_shared_where_programs_are_few():
+    """Of few channels and samples; with enough of them each goes over all taps."""
+    x = torch.empty(2, 8, 9, 9, device="meta")
+    layer = ConvGeometry((7, 7), (1, 1), (3, 3), (1, 1), groups=8)
+    sizes = operands(x, x, layer).sizes
+    tile = conv_cost.depthwise_tile(sizes)
+    parts, each = tile.taps(sizes, chunks=2)
+    assert parts * each >= 49 and parts > 20
+    assert tile.taps(sizes, chunks=1000) == (1, 49)
 
 
 @pytest.mark.parametrize("shifts", [False, True])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._launch import PROGRAMS, power_of_two, side
+from ._launch import PROGRAMS, power_of_two, side, split
 from .conv_sizes import ConvSizes, Operands
 
 __all__ = [
@@ -79,19 +79,25 @@ class DepthwiseTile(NamedTuple):
     """A launch configuration of the kernel of depth-wise convolutions."""
 
     rows: int
-    taps: int
     positions: int
 
     def count(self, sizes: ConvSizes) -> int:
-        """Tiles of the weight."""
-        rows = _blocks(sizes.groups * sizes.height, self.rows)
-        return rows * _blocks(sizes.taps, self.taps)
+        """Tiles of the weight, with all taps."""
+        return _blocks(sizes.groups * sizes.height, self.rows)
+
+    def taps(self, sizes: ConvSizes, chunks: int) -> tuple[int, int]:
+        """Among how many programs the taps of a tile are shared, and the taps of each.
+
+        One, unless those are too few to fill a GPU: a program that goes over all taps
+        finds its channels in the cache. Of its four warps each scheduler has one, which
+        waits for its loads, so that twice as many programs are wanted as of others.
+        """
+        return split(sizes.taps, chunks * self.count(sizes) // 2)
 
     def constants(self) -> dict[str, object]:
         """As the arguments of a launch."""
         return {
             "BLOCK_R": self.rows,
-            "BLOCK_K": self.taps,
             "BLOCK_T": self.positions,
             "num_warps": 4,
             "num_stages": 2,
@@ -194,16 +200,13 @@ def is_depthwise(sizes: ConvSizes) -> bool:
     return sizes.channels == 1 and sizes.height < 8 and sizes.groups > 1
 
 
-def depthwise_tile(of: Operands) -> DepthwiseTile:
+def depthwise_tile(sizes: ConvSizes) -> DepthwiseTile:
     """Tiles for depth-wise convolutions: 4096 products, 32 in a thread's registers.
 
-    As many lanes as a warp has go along what is contiguous in memory.
+    32 channels: lines of 64 bytes in halves.
     """
-    taps = power_of_two(min(of.sizes.taps, 64))
-    long, short = 32, max(1, 128 // taps)
-    if of.layout()["IMAGE_BY_POSITION"]:
-        return DepthwiseTile(rows=short, taps=taps, positions=long)
-    return DepthwiseTile(rows=long, taps=taps, positions=short)
+    rows = min(32, power_of_two(sizes.groups * sizes.height))
+    return DepthwiseTile(rows, positions=min(128, power_of_two(sizes.length)))
 
 
 def gram_tile(sizes: ConvSizes, dtype: torch.dtype, shifts: bool) -> GramTile:

@@ -20,7 +20,7 @@ class Outputs(NamedTuple):
     Sums of parts are made in a fixed order, so a result is the same at each call.
     """
 
-    norms: Tensor | None  # [batch, tiles]
+    norms: Tensor | None  # [batch, parts]
     grad: Tensor | None  # [chunks, weight]
     moment: Tensor | None  # [chunks, weight]
     chunks: int
@@ -39,7 +39,15 @@ class Outputs(NamedTuple):
         )
 
 
-def outputs(of: Operands, tiles: int, norms: bool, grad: bool, moment: bool) -> Outputs:
+def outputs(
+    of: Operands,
+    tiles: int,
+    norms: bool,
+    grad: bool,
+    moment: bool,
+    *,
+    norms_a_tile: int = 1,
+) -> Outputs:
     """Memory for the results of a kernel that cuts the weight into `tiles`."""
     batch = of.sizes.batch
     per_chunk = -(-batch // chunks(batch, tiles)) if grad or moment else 1
@@ -49,7 +57,7 @@ def outputs(of: Operands, tiles: int, norms: bool, grad: bool, moment: bool) -> 
         return of.image.new_empty(shape, dtype=torch.float32)
 
     return Outputs(
-        norms=new(batch, tiles) if norms else None,
+        norms=new(batch, tiles * norms_a_tile) if norms else None,
         grad=new(count, of.sizes.weight) if grad else None,
         moment=new(count, of.sizes.weight) if moment else None,
         chunks=count,
