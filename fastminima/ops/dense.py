@@ -194,7 +194,7 @@ def _sequence_sq_norms_native(
 
 
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
-    if g.shape[1] == 1 or a.shape[2] * g.shape[2] <= NARROW:
+    if g.shape[1] != 1 and a.shape[2] * g.shape[2] <= NARROW:
         return _sequence_second_moment(a, g)
     return native.sequence_second_moment(kernels, a, g)
 
@@ -206,7 +206,9 @@ def _sequence_fused_native(
     if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
         return native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
-    moment = _sequence_second_moment(a, g) if with_second_moment else None
+    moment = None
+    if with_second_moment:
+        moment = _sequence_second_moment_native(kernels, a, g)
     bias = sum_over_time(g).to(norms.dtype) if with_bias else None
     return Sequences(a, g).total(), norms, bias, moment
 

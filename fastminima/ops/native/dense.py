@@ -87,10 +87,23 @@ def direct_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
 
 def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.sequence_second_moment`."""
+    if g.shape[1] == 1:
+        return _row_second_moment(kernels, a[:, 0], g[:, 0])
     a, g, numbers = _numbers(a, g)
     total = g.new_empty(g.shape[2], a.shape[2])
     getattr(kernels, f"sequence_second_moment_{SUFFIX[g.dtype]}")(
         numbers, total.data_ptr(), _native.threads()
+    )
+    return total
+
+
+def _row_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    """That of one row a sample: a product of squares."""
+    a, g = accumulated_rows(a, g)
+    total = g.new_empty(g.shape[1], a.shape[1])
+    getattr(kernels, f"row_second_moment_{SUFFIX[g.dtype]}")(
+        *(a.data_ptr(), a.stride(0), g.data_ptr(), g.stride(0)),
+        *(len(g), a.shape[1], g.shape[1], total.data_ptr(), _native.threads()),
     )
     return total
 

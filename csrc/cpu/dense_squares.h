@@ -1,0 +1,107 @@
+// Squared rows in the panels that second moments multiply, and which of them are zero.
+#pragma once
+
+#include "cpu/dense_panels.h"
+#include "parallel.h"
+
+namespace fastminima {
+namespace FM_ISA {
+namespace {
+
+// Samples of a block: bits of a mask, and rows of a right panel that stays in the first cache.
+constexpr int64_t kBlock = 64;
+
+// Squared output gradients of some outputs, in chunks of Tile::square outputs: [block, chunk,
+// sample, output], and for each block and output a bit for each sample, zero where the square is.
+template <typename scalar_t>
+struct Squares {
+  static constexpr int chunk = Tile<scalar_t>::square;
+  scalar_t* values;
+  uint64_t* masks;
+  int64_t batch, chunks;
+
+  Squares(int64_t batch, int64_t outs) : batch(batch), chunks((outs + chunk - 1) / chunk) {
+    values = scratch<scalar_t>(batch * chunks * chunk);
+    masks = scratch<uint64_t>(blocks() * chunks * chunk);
+  }
+  ~Squares() {
+    free(values);
+    free(masks);
+  }
+  Squares(const Squares&) = delete;
+  Squares& operator=(const Squares&) = delete;
+
+  int64_t blocks() const { return (batch + kBlock - 1) / kBlock; }
+  int64_t samples(int64_t block) const { return least(batch - block * kBlock, kBlock); }
+  scalar_t* at(int64_t block, int64_t c) const {
+    return values + (block * kBlock * chunks + samples(block) * c) * chunk;
+  }
+  uint64_t* masks_at(int64_t block, int64_t c) const {
+    return masks + (block * chunks + c) * chunk;
+  }
+};
+
+// Squares one chunk of one block, `count` outputs of it; returns how many squares are not zero.
+template <typename scalar_t>
+int64_t pack_squares(const scalar_t* g, int64_t stride, int64_t samples, int64_t count,
+                     scalar_t* out, uint64_t* masks) {
+  using vec = typename Simd<scalar_t>::vec;
+  using index = typename Simd<scalar_t>::index;
+  constexpr int W = Simd<scalar_t>::width, C = Squares<scalar_t>::chunk;
+  constexpr int bits = 8 * sizeof(scalar_t), words = kBlock / bits;
+  int64_t found = 0;
+  for (int j = 0; j < C; j += W) {
+    int64_t left = count - j;
+    index seen[words] = {};
+    for (int word = 0; word < words; word++) {
+      index bit{};
+      bit = bit + 1;
+      for (int64_t n = word * bits; n < least(samples, (word + 1) * bits); n++, bit = bit << 1) {
+        const scalar_t* row = g + n * stride + j;
+        vec x = left >= W ? load(row) : load_first(row, left > 0 ? left : 0);
+        x = x * x;
+        store(out + n * C + j, x);
+        seen[word] |= (x != vec{}) & bit;
+      }
+    }
+    for (int lane = 0; lane < W; lane++) {
+      uint64_t mask = 0;
+      for (int word = 0; word < words; word++) {
+        uint64_t part = static_cast<uint64_t>(seen[word][lane]);
+        mask |= (bits == 64 ? part : part & 0xffffffff) << (word * bits % 64);
+      }
+      masks[j + lane] = mask;
+      found += __builtin_popcountll(mask);
+    }
+  }
+  return found;
+}
+
+// The right panel out[n * vecs * width + i] = x[n * stride + i]^2, zero from `count` to a whole
+// vector. Returns whether all squares are finite.
+template <typename scalar_t>
+bool pack_squared_right(const scalar_t* x, int64_t stride, int64_t samples, int64_t count,
+                        int64_t panel_width, scalar_t* out) {
+  using vec = typename Simd<scalar_t>::vec;
+  constexpr int W = Simd<scalar_t>::width;
+  int64_t whole = count / W * W, rest = count - whole;
+  vec zeros{};  // of finite squares; NaN of others
+  for (int64_t n = 0; n < samples; n++, x += stride, out += panel_width) {
+    for (int64_t i = 0; i < whole; i += W) {
+      vec y = load(x + i);
+      y = y * y;
+      store(out + i, y);
+      zeros += y * vec{};
+    }
+    if (rest == 0) continue;
+    vec y = load_first(x + whole, rest);
+    y = y * y;
+    store(out + whole, y);
+    zeros += y * vec{};
+  }
+  return sum<scalar_t>(zeros) == 0;
+}
+
+}  // namespace
+}  // namespace FM_ISA
+}  // namespace fastminima
