@@ -11,8 +11,8 @@ namespace {
 // Samples of a block: bits of a mask, and rows of a right panel that stays in the first cache.
 constexpr int64_t kBlock = 64;
 
-// Squared output gradients of some outputs, in chunks of Tile::square outputs: [block, chunk,
-// sample, output], and for each block and output a bit for each sample, zero where the square is.
+// Squares of some columns, in chunks of Tile::square columns: [block, chunk, sample, column], and
+// for each block and column a bit for each sample, zero where the square is.
 template <typename scalar_t>
 struct Squares {
   static constexpr int chunk = Tile<scalar_t>::square;
@@ -20,7 +20,7 @@ struct Squares {
   uint64_t* masks;
   int64_t batch, chunks;
 
-  Squares(int64_t batch, int64_t outs) : batch(batch), chunks((outs + chunk - 1) / chunk) {
+  Squares(int64_t batch, int64_t columns) : batch(batch), chunks((columns + chunk - 1) / chunk) {
     values = scratch<scalar_t>(batch * chunks * chunk);
     masks = scratch<uint64_t>(blocks() * chunks * chunk);
   }
@@ -41,15 +41,14 @@ struct Squares {
   }
 };
 
-// Squares one chunk of one block, `count` outputs of it; returns how many squares are not zero.
+// Squares one chunk of one block, `count` columns of it.
 template <typename scalar_t>
-int64_t pack_squares(const scalar_t* g, int64_t stride, int64_t samples, int64_t count,
-                     scalar_t* out, uint64_t* masks) {
+void pack_squares(const scalar_t* x, int64_t stride, int64_t samples, int64_t count, scalar_t* out,
+                  uint64_t* masks) {
   using vec = typename Simd<scalar_t>::vec;
   using index = typename Simd<scalar_t>::index;
   constexpr int W = Simd<scalar_t>::width, C = Squares<scalar_t>::chunk;
   constexpr int bits = 8 * sizeof(scalar_t), words = kBlock / bits;
-  int64_t found = 0;
   for (int j = 0; j < C; j += W) {
     int64_t left = count - j;
     index seen[words] = {};
@@ -57,11 +56,11 @@ int64_t pack_squares(const scalar_t* g, int64_t stride, int64_t samples, int64_t
       index bit{};
       bit = bit + 1;
       for (int64_t n = word * bits; n < least(samples, (word + 1) * bits); n++, bit = bit << 1) {
-        const scalar_t* row = g + n * stride + j;
-        vec x = left >= W ? load(row) : load_first(row, left > 0 ? left : 0);
-        x = x * x;
-        store(out + n * C + j, x);
-        seen[word] |= (x != vec{}) & bit;
+        const scalar_t* row = x + n * stride + j;
+        vec y = left >= W ? load(row) : load_first(row, left > 0 ? left : 0);
+        y = y * y;
+        store(out + n * C + j, y);
+        seen[word] |= (y != vec{}) & bit;
       }
     }
     for (int lane = 0; lane < W; lane++) {
@@ -71,10 +70,8 @@ int64_t pack_squares(const scalar_t* g, int64_t stride, int64_t samples, int64_t
         mask |= (bits == 64 ? part : part & 0xffffffff) << (word * bits % 64);
       }
       masks[j + lane] = mask;
-      found += __builtin_popcountll(mask);
     }
   }
-  return found;
 }
 
 // The right panel out[n * vecs * width + i] = x[n * stride + i]^2, zero from `count` to a whole
@@ -100,6 +97,18 @@ bool pack_squared_right(const scalar_t* x, int64_t stride, int64_t samples, int6
     zeros += y * vec{};
   }
   return sum<scalar_t>(zeros) == 0;
+}
+
+// How many of n contiguous elements are not zero.
+template <typename scalar_t>
+int64_t count_nonzero(const scalar_t* x, int64_t n) {
+  constexpr int W = Simd<scalar_t>::width;
+  typename Simd<scalar_t>::index seen{};
+  int64_t i = 0, found = 0;
+  for (; i + W <= n; i += W) seen -= load(x + i) != typename Simd<scalar_t>::vec{};
+  for (int lane = 0; lane < W; lane++) found += seen[lane];
+  for (; i < n; i++) found += x[i] != 0;
+  return found;
 }
 
 }  // namespace
