@@ -91,10 +91,6 @@ void with_width(int64_t wanted, const Moment<scalar_t>& m) {
 // Columns of the left side whose sums stay in the second cache while samples are added to them.
 constexpr int64_t kColumns = 512;
 
-// What it takes to skip zeros, in multiply-adds of tiles, and to write a transposed result.
-// Fitted to float32 on an AMD EPYC 9004 with AVX-512 and with AVX2, shares of zeros 0 to 0.5.
-constexpr double kSkip = 1.3, kTranspose = 1.1;
-
 // Of one row a sample, one is on the left and one on the right: total[o, i] += g[o]^2 a[i]^2.
 template <typename scalar_t>
 struct RowProduct {
@@ -199,29 +195,47 @@ double filled(const scalar_t* x, int64_t stride, int64_t rows, int64_t width) {
   return read > 0 ? static_cast<double>(found) / static_cast<double>(read) : 1;
 }
 
-// total[o, i] = sum_n g[n, o]^2 a[n, i]^2, by what takes the fewest multiply-adds.
+// What ways take, in vectors multiplied and added; without what both of them do. A row of few
+// accumulators waits for each of its sums, and the end of a row is hard to foresee. Fitted to
+// float32 on an AMD EPYC 9004 with AVX-512 and with AVX2, batches of 64 to 512.
+template <typename scalar_t>
+double skipping_cost(const RowProduct<scalar_t>& x) {
+  constexpr int W = Simd<scalar_t>::width, most = Skipping<scalar_t>::most;
+  double vectors = (x.right_width + W - 1) / W, parts = (x.right_width + W * most - 1) / (W * most);
+  double vecs = vectors / parts, wait = vecs < 3 ? 4 : vecs + 1;
+  double share = filled(x.left, x.left_stride, x.batch, x.left_width);
+  double cost = x.left_width * parts * (share * wait + (20 + 2 * vecs) / kBlock);
+  return x.is_transposed ? 1.1 * cost : cost;
+}
+template <typename scalar_t>
+double tiled_cost(const RowProduct<scalar_t>& x) {
+  constexpr int W = Simd<scalar_t>::width, R = Tile<scalar_t>::rows;
+  int64_t rows = (x.left_width + R - 1) / R * R, vectors = (x.right_width + W - 1) / W;
+  double cost = 1.08 * static_cast<double>(rows) * static_cast<double>(vectors);
+  return x.is_transposed ? 1.1 * cost : cost;
+}
+
+// total[o, i] = sum_n g[n, o]^2 a[n, i]^2, the cheapest way, with either side on the left.
 template <typename scalar_t>
 void row_second_moment(const scalar_t* a, int64_t a_stride, const scalar_t* g, int64_t g_stride,
                        int64_t batch, int64_t d_in, int64_t d_out, scalar_t* total, int threads) {
-  using T = Tile<scalar_t>;
-  RowProduct<scalar_t> x{g, g_stride, d_out, a, a_stride, d_in, batch, total, false};
-  RowProduct<scalar_t> y{a, a_stride, d_in, g, g_stride, d_out, batch, total, true};
-  auto padded = [](int64_t width, int64_t to) -> double { return (width + to - 1) / to * to; };
-  auto tiled = [&](const RowProduct<scalar_t>& p) {
-    return padded(p.left_width, T::rows) * padded(p.right_width, T::width);
-  };
-  auto skipping = [&](const RowProduct<scalar_t>& p) {
-    double left = filled(p.left, p.left_stride, batch, p.left_width) * p.left_width;
-    return kSkip * left * padded(p.right_width, T::width);
-  };
-  double tiles[] = {tiled(x), kTranspose * tiled(y)};
-  double skips[] = {skipping(x), kTranspose * skipping(y)};
-  int tile = tiles[1] < tiles[0], skip = skips[1] < skips[0];
+  const RowProduct<scalar_t> sides[] = {
+      {g, g_stride, d_out, a, a_stride, d_in, batch, total, false},
+      {a, a_stride, d_in, g, g_stride, d_out, batch, total, true}};
   threads = useful_threads(threads, batch * (d_in + d_out) * sizeof(scalar_t));
-  if (skips[skip] < tiles[tile])
-    multiply_squares<Skipping>(skip ? y : x, threads);
+  const RowProduct<scalar_t>* best = sides;
+  bool skips = false;
+  double least_cost = tiled_cost(sides[0]);
+  for (const auto& side : sides)
+    for (int way = 0; way < 2; way++) {
+      bool is_skipping = way == 1;
+      double cost = is_skipping ? skipping_cost(side) : tiled_cost(side);
+      if (cost < least_cost) best = &side, skips = is_skipping, least_cost = cost;
+    }
+  if (skips)
+    multiply_squares<Skipping>(*best, threads);
   else
-    multiply_squares<Tiled>(tile ? y : x, threads);
+    multiply_squares<Tiled>(*best, threads);
 }
 
 }  // namespace
