@@ -20,6 +20,12 @@ struct Moment {
   scalar_t* sums;  // of the chunks from `first` on
 };
 
+// Adds to a sum; the first block finds none there.
+template <typename scalar_t>
+FM_INLINE void put(const Moment<scalar_t>& m, scalar_t* sum, typename Simd<scalar_t>::vec x) {
+  store(sum, m.block == 0 ? x : load(sum) + x);
+}
+
 // Skips what is zero: a row of sums at a time, a vector of the right panel loaded for each
 // multiply-add, which processors do at the same rate. Nothing is skipped where zero times the
 // other factor is NaN.
@@ -49,7 +55,7 @@ struct Skipping {
           for (int j = 0; j < vecs; j++) s[j] = left * load(row + j * W) + s[j];
         }
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) store(out + j * W, load(out + j * W) + s[j]);
+        for (int j = 0; j < vecs; j++) put(m, out + j * W, s[j]);
       }
     }
   }
@@ -74,10 +80,7 @@ struct Tiled {
 #pragma GCC unroll 8
         for (int j = 0; j < T::rows; j++)
 #pragma GCC unroll 8
-          for (int k = 0; k < vecs; k++) {
-            scalar_t* at = out + j * T::cols + k * T::width;
-            store(at, load(at) + s[j][k]);
-          }
+          for (int k = 0; k < vecs; k++) put(m, out + j * T::cols + k * T::width, s[j][k]);
       }
   }
 };
@@ -133,7 +136,7 @@ void moment_part(const RowProduct<scalar_t>& x, const Squares<scalar_t>& squares
   constexpr int W = Simd<scalar_t>::width, C = Squares<scalar_t>::chunk;
   int64_t column = vector * W, count = least(x.right_width - column, vecs * W);
   int64_t stride = way<scalar_t>::stride(vecs);
-  memset(sums, 0, (last - first) * C * stride * sizeof(scalar_t));
+  if (x.batch == 0) memset(sums, 0, (last - first) * C * stride * sizeof(scalar_t));
   for (int64_t block = 0; block < squares.blocks(); block++) {
     const scalar_t* rows = x.right + block * kBlock * x.right_stride + column;
     int64_t samples = squares.samples(block);
