@@ -13,11 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import _native
 from .._dtypes import accumulation_dtype
 from ._arguments import FLOATS, TRITON, accumulated
 from ._pieces import in_pieces, itemsize, limited, pieces, step_of
 from .broadcast import sum_over_time
-from .cost.dense import NARROW, choose, guard, is_fused_faster, is_torch_faster
+from .cost.dense import (
+    NARROW,
+    choose,
+    guard,
+    is_fused_faster,
+    is_moment_faster,
+    is_torch_faster,
+)
 from .dense_pairs import sequence_dots, sequence_gram, sequence_multi_dots
 from .dense_pieces import Sequences
 from .native import dense as native
@@ -194,7 +202,11 @@ def _sequence_sq_norms_native(
 
 
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
-    if g.shape[1] != 1 and a.shape[2] * g.shape[2] <= NARROW:
+    if g.shape[1] == 1:
+        is_own = is_moment_faster(len(g), _native.best_isa)
+    else:
+        is_own = a.shape[2] * g.shape[2] > NARROW
+    if not is_own:
         return _sequence_second_moment(a, g)
     return native.sequence_second_moment(kernels, a, g)
 
