@@ -203,7 +203,7 @@ def _sequence_sq_norms_native(
 
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     if g.shape[1] == 1:
-        is_own = is_moment_faster(len(g), _native.best_isa)
+        is_own = is_moment_faster(len(g), a.shape[2], g.shape[2], _native.best_isa)
     else:
         is_own = a.shape[2] * g.shape[2] > NARROW
     if not is_own:

@@ -152,15 +152,16 @@ def is_fused_faster(time: int, d_in: int, d_out: int) -> bool:
     return _FUSED_ELEMENT * elements < _gram(time, d_in, d_out)
 
 
-def is_moment_faster(batch: int, isa: str | None) -> bool:
+def is_moment_faster(batch: int, d_in: int, d_out: int, isa: str | None) -> bool:
     """Whether our product of the squares of single rows beats PyTorch's.
 
-    Float32, one thread, on the AMD EPYC (512 x 512 to 1024 x 4096 and 512 x 10): 0.91
-    to 0.97 of its time from 48 samples on with AVX-512, to 1.00 with AVX2, and 0.6
-    where half of the elements of one side are zero, as behind a ReLU; up to 1.15 for
-    fewer samples. Not measured where the processor has neither instruction set.
+    Float32, one thread, on the AMD EPYC (512 x 10 to 1024 x 4096): 0.91 to 0.99 of its
+    time from 48 samples on with AVX-512, up to 1.09 with AVX2, and 0.6 where half of
+    one side is zero, as behind a ReLU. With fewer samples up to 1.15, and for 64 of
+    them and 768 x 30000, where most of it is writing. Not measured elsewhere.
     """
-    return batch >= _FEW and isa in ("avx512", "avx2")
+    few = _FEW * max(1, d_in * d_out >> 22)
+    return batch >= few and isa in ("avx512", "avx2")
 
 
 def are_gradients_faster(time: int, directions: int) -> bool:
