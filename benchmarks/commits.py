@@ -48,7 +48,7 @@ def main() -> None:
             for tree, worker in workers.items():
                 rounds[tree].append(_ask(worker, case))
         for tree, found in rounds.items():
-            print(f"{case:5} {Path(tree).name:16} {_summary(case, found)}")
+            print(f"{case:5} {Path(tree).resolve().name:16} {_summary(case, found)}")
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
