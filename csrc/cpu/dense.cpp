@@ -342,7 +342,7 @@ FM_DEFINE(double, f64)
 
 #include "bind.h"
 #include "cpu/dense_fused.h"
-#include "cpu/dense_moment.h"
+#include "cpu/dense_rows.h"
 
 namespace fastminima {
 
@@ -361,7 +361,7 @@ void bind_dense(py::module_& m) {
   FM_BIND(m, sequence_sq_norms);
   FM_BIND(m, sequence_second_moment);
   FM_BIND(m, sequence_fused);
-  FM_BIND(m, row_second_moment);
+  FM_BIND(m, row_sums);
 }
 
 }  // namespace fastminima

@@ -201,12 +201,13 @@ def _sequence_sq_norms_native(
     return native.sequence_sq_norms(kernels, a, g, with_bias)
 
 
+def _is_moment_faster(a: Tensor, g: Tensor) -> bool:
+    return is_moment_faster(len(g), a.shape[2], g.shape[2], _native.best_isa)
+
+
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
-    if g.shape[1] == 1:
-        is_own = is_moment_faster(len(g), a.shape[2], g.shape[2], _native.best_isa)
-    else:
-        is_own = a.shape[2] * g.shape[2] > NARROW
-    if not is_own:
+    is_one, is_narrow = g.shape[1] == 1, a.shape[2] * g.shape[2] <= NARROW
+    if not _is_moment_faster(a, g) if is_one else is_narrow:
         return _sequence_second_moment(a, g)
     return native.sequence_second_moment(kernels, a, g)
 
@@ -218,10 +219,11 @@ def _sequence_fused_native(
     if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
         return native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
-    moment = None
-    if with_second_moment:
-        moment = _sequence_second_moment_native(kernels, a, g)
     bias = sum_over_time(g).to(norms.dtype) if with_bias else None
+    if with_second_moment and _is_moment_faster(a, g):
+        grad, moment = native.row_sums(kernels, a[:, 0], g[:, 0], with_grad=True)
+        return grad, norms, bias, moment
+    moment = _sequence_second_moment(a, g) if with_second_moment else None
     return Sequences(a, g).total(), norms, bias, moment
 
 

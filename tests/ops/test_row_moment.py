@@ -120,3 +120,19 @@ def test_few_rows_and_large_results_are_left_to_pytorch():
     assert is_moment_faster(512, 768, 50257, "avx512")
     assert not is_moment_faster(512, 512, 512, "generic")
     assert not is_moment_faster(512, 512, 512, None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_beside_it(shape, dtype, isa):
+    """The same rows as they are: to some roundings of the terms' magnitudes."""
+    batch, d_in, d_out = shape
+    kernels = _native.kernels_for(isa)
+    for a_zeros, g_zeros in ZEROS:
+        a, g = rows(batch, d_in, a_zeros, dtype), rows(batch, d_out, g_zeros, dtype)
+        for x, y in zip(strided(a), strided(g), strict=True):
+            grad, second = native.row_sums(kernels, x, y, with_grad=True)
+            assert torch.equal(second, moment(isa, x, y))
+            room = g.double().abs().T @ a.double().abs() * 66 * torch.finfo(dtype).eps
+            assert ((grad - g.double().T @ a.double()).abs() <= room).all()

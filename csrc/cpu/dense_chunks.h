@@ -1,4 +1,5 @@
-// Squared rows in the panels that second moments multiply, and which of them are zero.
+// Rows, or their squares, in the panels that sums over the samples multiply, and which of their
+// elements are zero.
 #pragma once
 
 #include "cpu/dense_panels.h"
@@ -11,25 +12,25 @@ namespace {
 // Samples of a block: bits of a mask, and rows of a right panel that stays in the first cache.
 constexpr int64_t kBlock = 64;
 
-// Squares of some columns, in chunks of Tile::square columns: [block, chunk, sample, column], and
-// for each block and column a bit for each sample, zero where the square is.
+// Elements of some columns, in chunks of Tile::square columns: [block, chunk, sample, column], and
+// for each block and column a bit for each sample, zero where the element is.
 template <typename scalar_t>
-struct Squares {
+struct Chunks {
   static constexpr int chunk = Tile<scalar_t>::square;
   scalar_t* values;
   uint64_t* masks;
   int64_t batch, chunks;
 
-  Squares(int64_t batch, int64_t columns) : batch(batch), chunks((columns + chunk - 1) / chunk) {
+  Chunks(int64_t batch, int64_t columns) : batch(batch), chunks((columns + chunk - 1) / chunk) {
     values = scratch<scalar_t>(batch * chunks * chunk);
     masks = scratch<uint64_t>(blocks() * chunks * chunk);
   }
-  ~Squares() {
+  ~Chunks() {
     free(values);
     free(masks);
   }
-  Squares(const Squares&) = delete;
-  Squares& operator=(const Squares&) = delete;
+  Chunks(const Chunks&) = delete;
+  Chunks& operator=(const Chunks&) = delete;
 
   int64_t blocks() const { return (batch + kBlock - 1) / kBlock; }
   int64_t samples(int64_t block) const { return least(batch - block * kBlock, kBlock); }
@@ -41,13 +42,18 @@ struct Squares {
   }
 };
 
-// Squares one chunk of one block, `count` columns of it.
-template <typename scalar_t>
-void pack_squares(const scalar_t* x, int64_t stride, int64_t samples, int64_t count, scalar_t* out,
-                  uint64_t* masks) {
+template <int power, typename scalar_t>
+FM_INLINE typename Simd<scalar_t>::vec raised(typename Simd<scalar_t>::vec x) {
+  return power == 2 ? x * x : x;
+}
+
+// One chunk of one block, `count` columns of it.
+template <int power, typename scalar_t>
+void pack_chunk(const scalar_t* x, int64_t stride, int64_t samples, int64_t count, scalar_t* out,
+                uint64_t* masks) {
   using vec = typename Simd<scalar_t>::vec;
   using index = typename Simd<scalar_t>::index;
-  constexpr int W = Simd<scalar_t>::width, C = Squares<scalar_t>::chunk;
+  constexpr int W = Simd<scalar_t>::width, C = Chunks<scalar_t>::chunk;
   constexpr int bits = 8 * sizeof(scalar_t), words = kBlock / bits;
   for (int j = 0; j < C; j += W) {
     int64_t left = count - j;
@@ -58,7 +64,7 @@ void pack_squares(const scalar_t* x, int64_t stride, int64_t samples, int64_t co
       for (int64_t n = word * bits; n < least(samples, (word + 1) * bits); n++, bit = bit << 1) {
         const scalar_t* row = x + n * stride + j;
         vec y = left >= W ? load(row) : load_first(row, left > 0 ? left : 0);
-        y = y * y;
+        y = raised<power, scalar_t>(y);
         store(out + n * C + j, y);
         seen[word] |= (y != vec{}) & bit;
       }
@@ -74,25 +80,25 @@ void pack_squares(const scalar_t* x, int64_t stride, int64_t samples, int64_t co
   }
 }
 
-// The right panel out[n * vecs * width + i] = x[n * stride + i]^2, zero from `count` to a whole
-// vector. Returns whether all squares are finite.
-template <typename scalar_t>
-bool pack_squared_right(const scalar_t* x, int64_t stride, int64_t samples, int64_t count,
-                        int64_t panel_width, scalar_t* out) {
+// The right panel out[n * panel_width + i] = x[n * stride + i]^power, zero from `count` to a whole
+// vector. Returns whether all of it is finite.
+template <int power, typename scalar_t>
+bool pack_finite(const scalar_t* x, int64_t stride, int64_t samples, int64_t count,
+                 int64_t panel_width, scalar_t* out) {
   using vec = typename Simd<scalar_t>::vec;
   constexpr int W = Simd<scalar_t>::width;
   int64_t whole = count / W * W, rest = count - whole;
-  vec zeros{};  // of finite squares; NaN of others
+  vec zeros{};  // of finite elements; NaN of others
   for (int64_t n = 0; n < samples; n++, x += stride, out += panel_width) {
     for (int64_t i = 0; i < whole; i += W) {
       vec y = load(x + i);
-      y = y * y;
+      y = raised<power, scalar_t>(y);
       store(out + i, y);
       zeros += y * vec{};
     }
     if (rest == 0) continue;
     vec y = load_first(x + whole, rest);
-    y = y * y;
+    y = raised<power, scalar_t>(y);
     store(out + whole, y);
     zeros += y * vec{};
   }
