@@ -221,7 +221,7 @@ def _sequence_fused_native(
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
     bias = sum_over_time(g).to(norms.dtype) if with_bias else None
     if with_second_moment and _is_moment_faster(a, g):
-        grad, moment = native.row_sums(kernels, a[:, 0], g[:, 0], with_grad=True)
+        grad, moment = native.row_sums(kernels, a[:, 0], g[:, 0])
         return grad, norms, bias, moment
     moment = _sequence_second_moment(a, g) if with_second_moment else None
     return Sequences(a, g).total(), norms, bias, moment

@@ -48,7 +48,8 @@ class Part(NamedTuple):
         is_dense = output.device.type == "cpu" and output.dtype in NATIVE
         if self.rows != 1 or weight.dim() != 2 or not is_dense:
             return False
-        return is_moment_faster(self.samples, *weight.shape, _native.best_isa)
+        d_out, d_in = weight.shape
+        return is_moment_faster(self.samples, d_in, d_out, _native.best_isa)
 
 
 # By which input a weight comes in, and along which dim of the output samples are then.
