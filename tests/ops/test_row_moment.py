@@ -111,7 +111,8 @@ def test_the_op_on_many_rows(check, dtype):
     check(dense.sequence_fused, a, g, True, True, **loose | {"atol": 1e-4})
 
 
-def test_few_rows_and_large_results_are_left_to_pytorch():
+def test_few_rows_and_large_or_small_results_are_left_to_pytorch():
+    assert not is_moment_faster(64, 64, 10, "avx512")
     assert not is_moment_faster(47, 512, 512, "avx512")
     assert is_moment_faster(48, 512, 512, "avx2")
     assert not is_moment_faster(64, 768, 50257, "avx512")
