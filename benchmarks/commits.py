@@ -3,6 +3,7 @@
 git worktree add ../before <commit>        then build there, or copy its module
 python -m benchmarks.commits ../before .           W1, W1L and a GPT-2, some two minutes
 python -m benchmarks.commits ../before . --cases W2,W4 --rounds 40
+python -m benchmarks.commits ../before . --cases W1L --measure second_moments
 
 Each version runs in a process of its own, with one thread; they take turns, round by
 round. Printed is the CPU time of a probed step beside a plain one, and what the probe
@@ -30,14 +31,16 @@ def main() -> None:
     parser.add_argument("trees", nargs="*", type=Path, help="clones, each of a version")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--mode", default="observe")
+    parser.add_argument("--measure", default="norms")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.mode)
+        serve(options.mode, options.measure)
         return
     workers = {
-        str(tree): _start(tree.resolve(), options.mode) for tree in options.trees
+        str(tree): _start(tree.resolve(), options.mode, options.measure)
+        for tree in options.trees
     }
     for case in options.cases.split(","):
         rounds: dict[str, list[tuple[float, float]]] = {tree: [] for tree in workers}
@@ -45,18 +48,19 @@ def main() -> None:
             for tree, worker in workers.items():
                 rounds[tree].append(_ask(worker, case))
         for tree, found in rounds.items():
-            print(f"{case:5} {Path(tree).name:16} {_summary(case, found)}")
+            print(f"{case:5} {Path(tree).resolve().name:16} {_summary(case, found)}")
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
 
 
-def _start(tree: Path, mode: str) -> subprocess.Popen:
+def _start(tree: Path, mode: str, measure: str) -> subprocess.Popen:
     """A process with the package of one clone, and the benchmarks of this one."""
     here = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTMINIMA_TREE": str(tree)}
+    options = ["--serve", "--mode", mode, "--measure", measure]
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.commits", "--serve", "--mode", mode],
+        [sys.executable, "-m", "benchmarks.commits", *options],
         cwd=here,
         env=environment,
         stdin=subprocess.PIPE,
@@ -85,7 +89,7 @@ def _summary(case: str, rounds: list[tuple[float, float]]) -> str:
     return text
 
 
-def serve(mode: str) -> None:
+def serve(mode: str, measure: str) -> None:
     """Answer each case named with the CPU seconds of a plain and a probed step."""
     sys.path.insert(0, os.environ["FASTMINIMA_TREE"])
     warnings.filterwarnings("ignore")
@@ -93,7 +97,7 @@ def serve(mode: str) -> None:
     for line in sys.stdin:
         case = line.strip()
         if case not in steps:
-            steps[case] = _steps(case, mode)
+            steps[case] = _steps(case, mode, measure)
             for step in steps[case]:
                 for _ in range(15):  # the structure is measured anew after ten
                     step()
@@ -108,7 +112,9 @@ def _seconds(step: Callable[[], None], repeats: int) -> float:
     return (time.process_time_ns() - start) / 1e9 / repeats
 
 
-def _steps(case: str, mode: str) -> tuple[Callable[[], None], Callable[[], None]]:
+def _steps(
+    case: str, mode: str, measure: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
     import torch
 
     import fastminima as fm
@@ -116,7 +122,7 @@ def _steps(case: str, mode: str) -> tuple[Callable[[], None], Callable[[], None]
     assert str(Path(fm.__file__).parents[1]) == os.environ["FASTMINIMA_TREE"]
     torch.set_num_threads(1)
     model, losses = _model(case)
-    probe = fm.GradientProbe(model, mode=mode, check_every=10**9)
+    probe = fm.GradientProbe(model, measure=measure, mode=mode, check_every=10**9)
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)

@@ -296,6 +296,7 @@ FM_DEFINE(double, f64)
 
 #ifdef FM_BASELINE
 #include "cpu/dense_fused.h"
+#include "cpu/dense_rows.h"
 #include "cpu/sequences_argument.h"
 
 namespace fastminima {
@@ -305,6 +306,7 @@ void bind_dense(py::module_& m) {
   FM_BIND(m, sequence_sq_norms);
   FM_BIND(m, sequence_second_moment);
   FM_BIND(m, sequence_fused);
+  FM_BIND(m, row_sums);
 }
 
 }  // namespace fastminima

@@ -13,11 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import _native
 from .._dtypes import accumulation_dtype
 from ._arguments import FLOATS, TRITON, accumulated
 from ._pieces import in_pieces, itemsize, limited, pieces, step_of
 from .broadcast import sum_over_time
-from .cost.dense import NARROW, choose, guard, is_fused_faster, is_torch_faster
+from .cost.dense import (
+    NARROW,
+    choose,
+    guard,
+    is_fused_faster,
+    is_moment_faster,
+    is_torch_faster,
+)
 from .dense_pairs import sequence_dots, sequence_gram, sequence_multi_dots
 from .dense_pieces import Sequences
 from .native import dense as native
@@ -193,8 +201,13 @@ def _sequence_sq_norms_native(
     return native.sequence_sq_norms(kernels, a, g, with_bias)
 
 
+def _is_moment_faster(a: Tensor, g: Tensor) -> bool:
+    return is_moment_faster(len(g), a.shape[2], g.shape[2], _native.best_isa)
+
+
 def _sequence_second_moment_native(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
-    if g.shape[1] == 1 or a.shape[2] * g.shape[2] <= NARROW:
+    is_one, is_narrow = g.shape[1] == 1, a.shape[2] * g.shape[2] <= NARROW
+    if not _is_moment_faster(a, g) if is_one else is_narrow:
         return _sequence_second_moment(a, g)
     return native.sequence_second_moment(kernels, a, g)
 
@@ -206,8 +219,11 @@ def _sequence_fused_native(
     if needs_gradients or is_fused_faster(time, a.shape[2], g.shape[2]):
         return native.sequence_fused(kernels, a, g, with_bias, with_second_moment)
     norms, _ = _sequence_sq_norms_native(kernels, a, g, False)
-    moment = _sequence_second_moment(a, g) if with_second_moment else None
     bias = sum_over_time(g).to(norms.dtype) if with_bias else None
+    if with_second_moment and _is_moment_faster(a, g):
+        grad, moment = native.row_sums(kernels, a[:, 0], g[:, 0])
+        return grad, norms, bias, moment
+    moment = _sequence_second_moment(a, g) if with_second_moment else None
     return Sequences(a, g).total(), norms, bias, moment
 
 

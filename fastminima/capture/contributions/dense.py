@@ -74,8 +74,10 @@ class Products:
     def fused(self, *, out_first: bool, with_second_moment: bool) -> Fused:
         """The weight's gradient, norms and second moment; keeps the bias' gradients."""
         right, left = (self.a, self.g) if out_first else (self.g, self.a)
+        # Of one row a sample they are there.
+        with_bias = self._with_bias and out_first and not self.has_one_row
         total, norms, self._bias_samples, moment = dense.sequence_fused(
-            right, left, self._with_bias and out_first, with_second_moment
+            right, left, with_bias, with_second_moment
         )
         return Fused(total, norms, moment)
 

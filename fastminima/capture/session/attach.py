@@ -161,7 +161,10 @@ class Attacher:
             )
             return
         if self._options.is_fused:
-            observed.fusion = find_fusion(reading, self._parameters)
+            observed.fusion = find_fusion(
+                *(reading, self._parameters),
+                with_moments="second_moments" in self._options.measure,
+            )
         observed.observer = self.session(
             reading,
             count,

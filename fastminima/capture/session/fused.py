@@ -109,12 +109,15 @@ def _has_step(parameter: Tensor) -> bool:
     return bool(parameter._post_accumulate_grad_hooks)
 
 
-def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | None:
+def find_fusion(
+    reading: Reading, parameters: Mapping[str, Tensor], *, with_moments: bool = False
+) -> Fusion | None:
     """The parameters of this graph that can be fused; None where there are none.
 
     Weights of dense layers over several rows a sample and of convolutions, the biases
     beside them, and tables that are such weights too: all of whose uses are known.
-    With one row a sample there is nothing to share: norms are products of row norms.
+    With one row a sample norms have nothing to share, as they are products of row
+    norms; second moments share the reading of the rows, where that pays.
     """
     tape, recipe = reading.tape, reading.recipe
     if recipe.regions:  # they run by a backward pass of their own
@@ -134,7 +137,13 @@ def find_fusion(reading: Reading, parameters: Mapping[str, Tensor]) -> Fusion | 
     rows = Counter[str]()
     for part in uses:
         rows[part.weight] += part.rows
-    names = whole(Counter(part.weight for part in uses if rows[part.weight] > 1))
+    shared = (
+        part.weight
+        for part in uses
+        if rows[part.weight] > 1
+        or (with_moments and part.shares_rows(parameters[part.weight]))
+    )
+    names = whole(Counter(shared))
     beside = (part for part in uses if part.weight in names)
     names |= whole(Counter(part.bias for part in beside if part.bias is not None))
     if not names:

@@ -15,6 +15,7 @@ __all__ = [
     "direct_sq_norms",
     "gram_sq_norms",
     "row_sq_norms",
+    "row_sums",
     "sequence_fused",
     "sequence_second_moment",
     "sequence_sq_norms",
@@ -87,12 +88,37 @@ def direct_sq_norms(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
 
 def sequence_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
     """See `fastminima.ops.dense.sequence_second_moment`."""
+    if g.shape[1] == 1:
+        return _row_second_moment(kernels, a[:, 0], g[:, 0])
     a, g, numbers = _numbers(a, g)
     total = g.new_empty(g.shape[2], a.shape[2])
     getattr(kernels, f"sequence_second_moment_{SUFFIX[g.dtype]}")(
         numbers, total.data_ptr(), _native.threads()
     )
     return total
+
+
+def row_sums(kernels: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and second moment of a weight, one row a sample."""
+    a, g = accumulated_rows(a, g)
+    grad, moment = (g.new_empty(g.shape[1], a.shape[1]) for _ in range(2))
+    _row_sums(kernels, a, g, grad.data_ptr(), moment.data_ptr())
+    return grad, moment
+
+
+def _row_second_moment(kernels: Any, a: Tensor, g: Tensor) -> Tensor:
+    a, g = accumulated_rows(a, g)
+    moment = g.new_empty(g.shape[1], a.shape[1])
+    _row_sums(kernels, a, g, 0, moment.data_ptr())
+    return moment
+
+
+def _row_sums(kernels: Any, a: Tensor, g: Tensor, grad: int, moment: int) -> None:
+    """Into what has these addresses; the first may be 0, for nothing."""
+    getattr(kernels, f"row_sums_{SUFFIX[g.dtype]}")(
+        *(a.data_ptr(), a.stride(0), g.data_ptr(), g.stride(0)),
+        *(len(g), a.shape[1], g.shape[1], grad, moment, _native.threads()),
+    )
 
 
 def sequence_fused(
