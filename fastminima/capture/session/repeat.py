@@ -93,8 +93,8 @@ class Repeated(Taking, Pass):
             repeat.announce,
         )
         self._target = target
-        self._program: Program = repeat.program
-        self._pass = self._program.start(self, self._new_table(self._program))
+        self._program = program = repeat.program
+        self._pass = program.start(self, self._new_table(program))
 
     def hook(self, known: KnownReading, root: Any, names: dict[int, str]) -> bool:
         """Hook all uses below a root; returns whether it is the known graph's."""
