@@ -78,12 +78,11 @@ void sum_rows_of_samples(sample_t sample, int64_t batch, int64_t time, int64_t w
   threads = useful_threads(threads, batch * time * width * sizeof(scalar_t));
   int64_t columns = batch >= 4 * threads || threads == 1 ? 2048 : 128;
   int64_t pieces = (width + columns - 1) / columns;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < batch * pieces; i++) {
+  parallel_for(batch * pieces, threads, [=](int64_t i) {
     int64_t n = i / pieces, from = i % pieces * columns;
     int64_t to = from + columns < width ? from + columns : width;
     sum_rows<scalar_t, terms>(sample(n), time, from, to, weight + n * width, bias + n * width);
-  }
+  });
 }
 
 }  // namespace FM_ISA

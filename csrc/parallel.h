@@ -34,6 +34,17 @@ static inline int64_t pieces_per_sample(int64_t batch, int threads) {
   return batch % threads == 0 ? 1 : threads;
 }
 
+// Runs body(i) for i < count. One thread needs no parallel region, which takes 0.2 us by itself.
+template <typename body_t>
+static inline void parallel_for(int64_t count, int threads, body_t body) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) body(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i++) body(i);
+}
+
 // Cache-line aligned scratch memory, to be given to free().
 template <typename scalar_t>
 static inline scalar_t* scratch(int64_t count) {

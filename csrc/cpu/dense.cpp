@@ -176,30 +176,46 @@ void sequence_sq_norms(const Sequences<scalar_t>& x, double guard, scalar_t* wei
   double* sums = scratch<double>(2 * tasks);
   double* parts = sums + tasks;
   bool* is_lost = scratch<bool>(x.batch);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    scalar_t* memory = scratch<scalar_t>(gram_size > direct_size ? gram_size : direct_size);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < tasks; i++) {
-      int64_t n = i / pieces, piece = i % pieces;
-      sums[i] = guard < 0 ? direct_piece(x, n, piece, pieces, memory)
-                          : gram_piece(x, n, piece, pieces, memory, parts[i]);
-      if (piece == 0 && bias)
-        bias[n] = bias_sq_norm(x.g + n * x.g_batch, x.g_time, x.time, x.d_out);
+  auto compute = [&](int64_t i, scalar_t* memory) {
+    int64_t n = i / pieces, piece = i % pieces;
+    sums[i] = guard < 0 ? direct_piece(x, n, piece, pieces, memory)
+                        : gram_piece(x, n, piece, pieces, memory, parts[i]);
+    if (piece == 0 && bias) bias[n] = bias_sq_norm(x.g + n * x.g_batch, x.g_time, x.time, x.d_out);
+  };
+  // Reads every piece of a sample; computing it again writes one, so all are judged before.
+  auto judge = [&] {
+    for (int64_t n = 0; n < x.batch; n++) {
+      double total = 0, apart = 0;
+      for (int64_t i = n * pieces; i < (n + 1) * pieces; i++) total += sums[i], apart += parts[i];
+      is_lost[n] = total < guard * apart;
     }
+  };
+  auto compute_again = [&](int64_t i, scalar_t* memory) {
+    if (is_lost[i / pieces]) sums[i] = direct_piece(x, i / pieces, i % pieces, pieces, memory);
+  };
+  int64_t size = gram_size > direct_size ? gram_size : direct_size;
+  if (threads == 1) {  // a region of one thread is half a microsecond
+    scalar_t* memory = scratch<scalar_t>(size);
+    for (int64_t i = 0; i < tasks; i++) compute(i, memory);
     if (guard > 0) {
-      // Reads every piece of sample n and writes its own, so the test comes before the writing.
-#pragma omp single
-      for (int64_t n = 0; n < x.batch; n++) {
-        double total = 0, apart = 0;
-        for (int64_t i = n * pieces; i < (n + 1) * pieces; i++) total += sums[i], apart += parts[i];
-        is_lost[n] = total < guard * apart;
-      }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < tasks; i++)
-        if (is_lost[i / pieces]) sums[i] = direct_piece(x, i / pieces, i % pieces, pieces, memory);
+      judge();
+      for (int64_t i = 0; i < tasks; i++) compute_again(i, memory);
     }
     free(memory);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+      scalar_t* memory = scratch<scalar_t>(size);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tasks; i++) compute(i, memory);
+      if (guard > 0) {
+#pragma omp single
+        judge();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tasks; i++) compute_again(i, memory);
+      }
+      free(memory);
+    }
   }
   for (int64_t n = 0; n < x.batch; n++) {
     double total = 0;

@@ -52,8 +52,7 @@ double multi_sq_norm(const scalar_t* const* x, const int64_t* n, int64_t tensors
 template <typename scalar_t>
 void sample_sq_norms(const scalar_t* x, int64_t batch, int64_t width, scalar_t* out, int threads) {
   threads = streaming_threads(threads, batch * width * sizeof(scalar_t));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t n = 0; n < batch; n++) out[n] = part_sq_norm(x + n * width, width);
+  parallel_for(batch, threads, [=](int64_t n) { out[n] = part_sq_norm(x + n * width, width); });
 }
 
 }  // namespace

@@ -20,29 +20,32 @@ bool is_own_type(PyTypeObject* type, const char* name) {
   return strcmp(short_name, name) == 0;
 }
 
-// Pointers that were met, in a table with open addresses.
+// The items of a list that were met, in a table with open addresses: of their places, which take a
+// quarter of the memory that pointers do.
 class Met {
  public:
-  explicit Met(size_t count) {
+  Met(PyObject* list, size_t count) : list_(list) {
     size_t size = 64;
-    while (size < 4 * count) size *= 2;
-    table_.assign(size, nullptr);
+    while (size < 2 * count) size *= 2;
+    table_.assign(size, -1);
   }
 
-  // False where it was met before.
-  bool add(PyObject* p) {
+  // False where what is at this place of the list was met at another.
+  bool add(size_t place) {
+    PyObject* p = PyList_GET_ITEM(list_, place);
     size_t mask = table_.size() - 1;
-    size_t at = (reinterpret_cast<uintptr_t>(p) >> 4) * 0x9E3779B97F4A7C15u & mask;
-    while (table_[at] != nullptr) {
-      if (table_[at] == p) return false;
+    size_t at = ((reinterpret_cast<uintptr_t>(p) >> 4) * 0x9E3779B97F4A7C15u >> 32) & mask;
+    while (table_[at] >= 0) {
+      if (PyList_GET_ITEM(list_, table_[at]) == p) return false;
       at = (at + 1) & mask;
     }
-    table_[at] = p;
+    table_[at] = static_cast<int32_t>(place);
     return true;
   }
 
  private:
-  std::vector<PyObject*> table_;
+  PyObject* list_;
+  std::vector<int32_t> table_;
 };
 
 // Whether two sequences, of whatever kind, have the same items; -1 with a Python error set.
@@ -132,8 +135,8 @@ int Wiring::follow(PyObject* root, PyObject* parameters, Found& out) const {
   out.variables.resize(count);
   PyObject* list = out.nodes.get();
   PyList_SET_ITEM(list, 0, Py_NewRef(root));
-  Met met(count);
-  met.add(root);
+  Met met(list, count);
+  met.add(0);
   for (size_t i = 0; i < count; i++) {
     if (i >= found) return 0;
     const Node& known = nodes_[i];
@@ -163,8 +166,9 @@ int Wiring::follow(PyObject* root, PyObject* parameters, Found& out) const {
         if (PyList_GET_ITEM(list, to) != child) return 0;
         continue;
       }
-      if (to != found || !met.add(child)) return 0;
-      PyList_SET_ITEM(list, found++, Py_NewRef(child));
+      if (to != found) return 0;
+      PyList_SET_ITEM(list, found, Py_NewRef(child));
+      if (!met.add(found++)) return 0;
     }
   }
   return found == count;

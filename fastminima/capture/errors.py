@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 __all__ = ["CaptureError", "explaining"]
 
@@ -17,21 +16,23 @@ _SPENT_GRAPH = "backward through the graph a second time"
 _REENTRANT = "When use_reentrant=True, torch.utils.checkpoint is incompatible"
 
 
-@contextmanager
-def explaining(
-    earlier: Callable[[], Exception | None] = lambda: None,
-) -> Iterator[None]:
-    """Say of the engine's errors what they mean for a probe.
+class explaining:
+    """Says of the engine's errors what they mean for a probe.
 
     What was found wrong `earlier` is why a pass could not run.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        known = earlier() or _explained(error)
-        if known is not None:
-            raise known from error
-        raise
+
+    def __init__(self, earlier: Callable[[], Exception | None] = lambda: None) -> None:
+        self._earlier = earlier
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, RuntimeError):
+            known = self._earlier() or _explained(error)
+            if known is not None:
+                raise known from error
 
 
 def _explained(error: RuntimeError) -> CaptureError | None:

@@ -78,3 +78,5 @@ def test_tied_cross_from_gathered_columns():
 def test_sizes_that_occupy_several_threads(check, batch):
     ids, g = torch.randint(100, (batch, 600)), torch.randn(batch, 600, 333)
     check(embedding.embedding_sq_norms, ids, g, 7, rtol=1e-5, atol=0)
+    a, go = torch.randn(batch, 61, 333).double(), torch.randn(batch, 61, 100).double()
+    check(embedding.tied_cross, ids, g.double(), 7, a, go, rtol=1e-9, atol=1e-9)

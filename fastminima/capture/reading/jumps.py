@@ -13,7 +13,7 @@ from ..graph.passes import is_capturing
 
 __all__ = ["Jumps"]
 
-_FACTOR = 4.0  # of a usual value, up or down for norms, up for losses
+_FAR = math.log(4.0)  # from a usual value, up or down for norms, up for losses
 _MEMORY = 0.9  # of the running means of logarithms
 _FIRST = 5  # values before which nothing is usual
 _REST = 20  # steps in which a second jump says no more than the first
@@ -34,24 +34,25 @@ class Jumps:
 
     def note(self, loss: Tensor, stats: GradientStatistics) -> None:
         """Keep the numbers of a step."""
-        if stats.sq_norms is None or _is_out_of_reach(stats.sq_norms):
+        if stats.sq_norms is None:
             return
-        if stats.sq_norms.device.type == "cpu":
-            total = _total(stats.sq_norms)
+        total = _total(stats.sq_norms)
+        if total is not None:
             self._weigh("norm", math.sqrt(max(total, 0.0) / stats.count))
-            return
-        total = stats.sq_norms.detach().sum()
-        self._keep("norm", (total / stats.count).sqrt())
-        self._keep("loss", loss.detach().mean().abs())
+        elif not _is_out_of_reach(stats.sq_norms):
+            on_device = stats.sq_norms.detach().sum()
+            self._keep("norm", (on_device / stats.count).sqrt())
+            self._keep("loss", loss.detach().mean().abs())
 
     def is_suspicious(self, loss: Tensor) -> bool:
         """Whether something jumped in the last steps, or in this loss."""
-        if is_capturing(loss):
+        total = _total(loss)
+        if total is None and is_capturing(loss):
             return False
         self._steps += 1
         self._rest -= 1
-        if loss.device.type == "cpu":
-            self._weigh("loss", abs(_total(loss)) / max(1, loss.numel()))
+        if total is not None:
+            self._weigh("loss", abs(total) / max(1, loss.numel()))
         elif self._coming:
             self._collect()
         jumped, self._jumped = self._jumped and self._rest <= 0, False
@@ -79,26 +80,27 @@ class Jumps:
         self._coming.append((name, value, event))
 
     def _weigh(self, name: str, value: float) -> None:
-        self._jumped |= self._is_jump(name, value)
-        if not 0 < value < math.inf:
-            return
-        usual = self._usual.get(name, math.log(value))
-        self._usual[name] = _MEMORY * usual + (1 - _MEMORY) * math.log(value)
-
-    def _is_jump(self, name: str, value: float) -> bool:
-        if name not in self._usual or self._steps <= _FIRST or value == 0:
-            return False
-        if not math.isfinite(value):
-            return True
-        ratio = math.exp(min(math.log(value) - self._usual[name], 700.0))
-        return ratio > _FACTOR or (name == "norm" and ratio < 1 / _FACTOR)
+        level = math.log(value) if 0 < value < math.inf else None
+        usual = self._usual.get(name)
+        if usual is not None and self._steps > _FIRST and value != 0:
+            self._jumped |= level is None or _is_far(name, level - usual)
+        if level is not None:
+            usual = level if usual is None else usual
+            self._usual[name] = _MEMORY * usual + (1 - _MEMORY) * level
 
 
-def _total(t: Tensor) -> float:
-    """The sum of a vector in the host's memory."""
+def _is_far(name: str, above: float) -> bool:
+    """Whether a number is so much above or below the usual one, in logarithms."""
+    return above > _FAR or (name == "norm" and above < -_FAR)
+
+
+def _total(t: Tensor) -> float | None:
+    """The sum of a vector in the host's memory; None where it lies elsewhere."""
     host = _native.host()
     total = None if host is None else host.total(t)
-    return float(t.detach().sum()) if total is None else total
+    if total is None and t.device.type == "cpu":
+        return float(t.detach().sum())
+    return total
 
 
 def _is_out_of_reach(t: Tensor) -> bool:

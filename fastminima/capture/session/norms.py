@@ -66,7 +66,7 @@ class Norms(MutableMapping[str, Tensor]):
             return torch.stack([self[name] for name in order if name in self]).sum(0)
         for name, norms in self._apart.items():
             table.values[table.rows[name]] = norms
-        if len(self) == len(table.values):
+        if len(self) == len(table.rows):
             return table.values.sum(0)
         there = sorted(table.rows[name] for name in self)
         return torch.stack([table.values[row] for row in there]).sum(0)

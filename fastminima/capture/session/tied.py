@@ -94,7 +94,8 @@ def add_tied(making: Making, pair: tuple[Half, Half], numbers: Sequence[int]) ->
 def _sizes(making: Making) -> tuple[RegularLayout, int, int, int]:
     """The layout of a head, and its time, inputs and outputs."""
     layout, (slot,) = making.layout, making.use.slots
-    return layout, layout.outer * layout.inner, *slot.shape
+    d_in, d_out = slot.shape
+    return layout, layout.outer * layout.inner, d_in, d_out
 
 
 def _enters(making: Making, number: int | None, names: list[str]) -> bool:
