@@ -20,6 +20,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import fastminima as fm
 from benchmarks.models import narrow_gpt2
+from benchmarks.records import describe_run, save
 from fastminima.capture.graph.extension import learned
 from fastminima.capture.session import called, steps
 from fastminima.ops.table import Op
@@ -38,13 +40,19 @@ Losses = Callable[[], Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--record", type=Path, help="a file, or - for none")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    found: dict[str, dict] = {}
     for name, make in MODELS.items():
         model, losses = make()
         with as_on_a_gpu():
-            print(f"{name:20} {_summary(model, losses, options.rounds)}", flush=True)
+            found[name] = _measured(model, losses, options.rounds)
+        print(f"{name:20} {_told(found[name])}", flush=True)
+    if str(options.record) != "-":
+        content = {"run": describe_run(threads=1), "models": found}
+        print("record:", save(content, options.record, suffix="-launches"))
 
 
 def _llama() -> tuple[nn.Module, Losses]:
@@ -136,7 +144,17 @@ def _kind(x: object) -> object:
     return (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x
 
 
-def _summary(model: nn.Module, losses: Losses, rounds: int) -> str:
+def _told(found: dict) -> str:
+    whole, in_pass = found["us_a_use"], found["us_a_use_in_the_pass"]
+    return (
+        f"{found['uses']} uses, {found['launched']} launched, "
+        f"{found['launches']} launches a step; us a use: {whole['launched']:.1f}, "
+        f"in the backward pass {in_pass['launched']:.1f}; "
+        f"by Python {whole['called']:.0f} and {in_pass['called']:.0f}"
+    )
+
+
+def _measured(model: nn.Module, losses: Losses, rounds: int) -> dict:
     host = learned()
     probe, by_python = (fm.GradientProbe(model, check_every=10**9) for _ in range(2))
 
@@ -165,17 +183,25 @@ def _summary(model: nn.Module, losses: Losses, rounds: int) -> str:
     (program,) = recipe.programs.values()
     uses, by_extension = len(program.uses), len(program.launched.nodes)
     rows = [[_seconds(way) for way in ways] for _ in range(rounds)]
-    medians = [
+    plain, *probed = (
         [statistics.median(column) for column in zip(*pairs, strict=True)]
         for pairs in zip(*rows, strict=True)
-    ]
-    base, *others = medians
-    whole, in_pass = ([1e6 * (t[i] - base[i]) / uses for t in others] for i in range(2))
-    return (
-        f"{uses} uses, {by_extension} launched, {launches} launches a step; us a use: "
-        f"{whole[0]:.1f}, in the backward pass {in_pass[0]:.1f}; "
-        f"by Python {whole[1]:.0f} and {in_pass[1]:.0f}"
     )
+    whole, in_pass = (
+        {
+            name: 1e6 * (times[i] - plain[i]) / uses
+            for name, times in zip(("launched", "called"), probed, strict=True)
+        }
+        for i in range(2)
+    )
+    return {
+        "uses": uses,
+        "launched": by_extension,
+        "launches": launches,
+        "us_a_use": whole,
+        "us_a_use_in_the_pass": in_pass,
+        "seconds": rows,  # of plain, launched and called steps, and of their passes
+    }
 
 
 def _seconds(step: Callable[[], None]) -> tuple[float, float]:

@@ -93,12 +93,16 @@ def _quantiles(seconds: list[float]) -> dict:
     }
 
 
-def save(record: dict, path: Path | None = None) -> Path:
+def save(record: dict, path: Path | None = None, *, suffix: str = "") -> Path:
     """Writes the record; by default under records/, named by time and commit."""
     if path is None:
         run = record["run"]
         stamp = run["when"][:16].replace(":", "").replace("T", "-")
-        path = HERE / "records" / f"{stamp}-{(run['commit'] or 'unknown')[:8]}.json"
+        path = (
+            HERE
+            / "records"
+            / f"{stamp}-{(run['commit'] or 'unknown')[:8]}{suffix}.json"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
