@@ -120,7 +120,9 @@ PassFilter::Answer PassFilter::ask() const {
   Object running(PyObject_CallNoArgs(asked.current_task));
   if (!running) return failed;
   int is_same = PyObject_RichCompareBool(task.get(), running.get(), Py_EQ);
-  return is_same < 0 ? failed : is_same ? observed : over;
+  if (is_same != 0) return is_same < 0 ? failed : observed;
+  Object done(PyObject_GetAttr(arrival_, names().is_done));
+  return !done ? failed : done.get() == Py_True ? over : anothers;
 }
 
 }  // namespace host

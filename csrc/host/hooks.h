@@ -58,7 +58,7 @@ class PassFilter {
   PassFilter& operator=(const PassFilter&) = delete;
 
   enum Answer { failed = -1, anothers = 0, observed = 1, over = 2, unknown = 3 };
-  // `over`: another's, after the one that is observed has arrived; `unknown`: ask in Python;
+  // `over`: another's, after the one that is observed has ended; `unknown`: ask in Python;
   // `failed`: a Python error is set.
   Answer ask() const;
 

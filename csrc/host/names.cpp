@@ -16,6 +16,7 @@ const Names& names() {
       PyUnicode_InternFromString("grad"),
       PyUnicode_InternFromString("_post_accumulate_grad_hooks"),
       PyUnicode_InternFromString("task"),
+      PyUnicode_InternFromString("is_done"),
       PyUnicode_InternFromString("is_neg"),
       PyUnicode_InternFromString("hooks_dict_ref"),
       PyUnicode_InternFromString("id"),

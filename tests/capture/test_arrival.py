@@ -277,3 +277,32 @@ def test_an_attached_graph_does_not_wait_for_the_garbage_collector():
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("steps", [1, 6], ids=["first", "known"])
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_a_pass_that_a_hook_runs_inside_is_not_this_one(steps, keep_mean):
+    """It has gradients for the same parameters, and comes before those of the pass."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 5), nn.Linear(5, 3)
+    model = nn.Sequential(first, nn.Tanh(), last)
+    x, y = torch.randn(6, 4), torch.randn(7, 4)
+    probe = fm.GradientProbe(model, keep_mean=keep_mean)
+
+    def stats(inner):
+        model.zero_grad()
+        inside = first(x).tanh()
+        if inner is not None:
+            inside.register_hook(lambda g: inner.backward())
+        losses = last(inside).square().sum(1)
+        probe.attach(losses)
+        losses.mean().backward()
+        return probe.collect()
+
+    for _ in range(steps):
+        expected = stats(None)
+    got = stats(model(y).square().sum())
+    torch.testing.assert_close(got.mean_grad_sq_norm, expected.mean_grad_sq_norm)
+    assert torch.equal(got.sq_norms, expected.sq_norms)
+    again = stats(None)
+    torch.testing.assert_close(again.mean_grad_sq_norm, expected.mean_grad_sq_norm)

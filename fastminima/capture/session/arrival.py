@@ -66,6 +66,7 @@ class Arrival:
     ) -> None:
         assert loss.grad_fn is not None
         self.task: int | None = None  # of the pass that has arrived
+        self.is_done = False  # that pass has ended
         self._output = loss.output_nr
         self._names = names
         self._on_arrival = on_arrival
@@ -94,8 +95,13 @@ class Arrival:
                 "backward pass, and collect after it."
             )
         self.task = torch._C._current_graph_task_id()
+        # Where it ends with an error it is not done, and nothing comes after it.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
         node = current_node()
         self._on_arrival(g.detach(), surroundings(node, self._output, self._names))
+
+    def _end(self) -> None:
+        self.is_done = True
 
 
 class PassFilter:
@@ -133,9 +139,10 @@ class PassFilter:
     def is_over(self) -> bool:
         """Whether what comes now comes after the pass, which left it out.
 
-        As of a probe in fused mode that runs the pass.
+        As of a probe in fused mode that runs the pass. A pass inside it, which a hook
+        of the user may run, does not.
         """
-        is_over = self.arrival is not None and self.arrival.is_on(by_task=False)
+        is_over = self.arrival is not None and self.arrival.is_done
         return is_over and owner_of_pass() is None
 
 

@@ -31,8 +31,8 @@ class Fused:
     def __enter__(self):
         self.names = []
 
-        def spying(reading, parameters):
-            fusion = find_fusion(reading, parameters)
+        def spying(*args, **options):
+            fusion = find_fusion(*args, **options)
             self.names.append(set() if fusion is None else set(fusion.names))
             return fusion
 
