@@ -127,7 +127,8 @@ class Request(NamedTuple):
             return self.loss
         if torch.is_grad_enabled():
             return self.loss.mean()
-        with torch.enable_grad():  # the graph is there, whatever the caller has set
+        # The graph is there, whatever the caller has set.
+        with torch.inference_mode(False), torch.enable_grad():
             return self.loss.mean()
 
 

@@ -331,6 +331,9 @@ class GradientProbe:
     def _finished(self) -> Found:
         waiting, self._pass = self._pass, Nothing()
         outcome = waiting.finish()
+        if not waiting.is_repeated:  # parameters may have been given another shape
+            sizes = (p.numel() for p in self._parameters.values())
+            self._parameter_count = sum(sizes)
         stats = outcome.statistics(
             self._options,
             self._parameters,

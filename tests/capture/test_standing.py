@@ -144,3 +144,42 @@ def test_a_batch_of_one_has_nothing_to_look_for(measured):
         size = 1 if step % 2 else 6
         losses = model(torch.randn(size, 5)).square().sum(1)
         probe.backward(losses * (1000.0 if step > 8 else 1.0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=str)
+def test_a_pass_that_is_called_where_no_graph_is_made(mode):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), None
+    probe = fm.GradientProbe(model)
+    for _ in range(5):
+        x = torch.randn(6, 4)
+        losses = model(x).square().sum(1)
+        model.zero_grad()
+        with mode():
+            got = probe.backward(losses)
+        model.zero_grad()
+        expected = fm.GradientProbe(model).backward(model(x).square().sum(1))
+        torch.testing.assert_close(got.sq_norms.clone(), expected.sq_norms)
+
+
+def test_no_time_at_all():
+    """Samples without a step have no gradient."""
+    model = nn.Linear(4, 3)
+    for _ in range(4):
+        stats = fm.GradientProbe(model).backward(
+            model(torch.randn(5, 0, 4)).square().sum((1, 2))
+        )
+        assert stats.count == 5 and not stats.sq_norms.any()
+
+
+def test_parameters_are_counted_as_they_are():
+    model = nn.Linear(4, 3)
+    probe = fm.GradientProbe(model)
+
+    def count():
+        model.zero_grad(set_to_none=True)
+        return probe.backward(model(torch.randn(5, 4)).square().sum(1)).parameter_count
+
+    assert [count() for _ in range(5)] == [15] * 5
+    model.weight.data, model.bias.data = torch.randn(7, 4), torch.randn(7)
+    assert [count() for _ in range(5)] == [35] * 5

@@ -248,6 +248,7 @@ def _fits_along(
 def _extremes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and the highest label seen at each place of the last dim."""
     flat = labels.reshape(-1, labels.shape[-1])
-    highest = flat.max(0)
-    lowest = np.where(flat < 0, np.iinfo(flat.dtype).max, flat).min(0)
+    most = np.iinfo(flat.dtype).max
+    highest = flat.max(0, initial=-1)  # of no rows at all too
+    lowest = np.where(flat < 0, most, flat).min(0, initial=most)
     return lowest, highest

@@ -85,6 +85,8 @@ class Repeat:
 class Repeated(Taking, Pass):
     """A pass of the probe's own over a known graph, `.grad` being its alone."""
 
+    is_repeated = True
+
     def __init__(self, repeat: Repeat, target: Target) -> None:
         super().__init__(
             *(repeat.parameters, repeat.known.layouts, target.samples.count),

@@ -114,6 +114,7 @@ class Pass:
     """One backward pass, from attaching to collecting; an interface."""
 
     error: Exception | None = None  # what is known to be wrong before the pass runs
+    is_repeated = False  # sizes were compared, and are those of the last pass
 
     @property
     def inputs(self) -> list[Any] | None:
