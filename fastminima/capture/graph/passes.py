@@ -95,8 +95,8 @@ def nobodys(node: Node | graph.Node) -> Iterator[None]:
 @contextmanager
 def _owned(output: Tensor, owner: object, frames: Sequence[Any]) -> Iterator[Tensor]:
     """A copy of `output` whose backward pass belongs to `owner`."""
-    # As a pass may run where no graph is made; leaving inference mode comes first, since
-    # it changes whether gradients are on.
+    # A pass may run where no graph is made. Inference mode first: leaving it changes
+    # whether gradients are on.
     with torch.inference_mode(False), torch.enable_grad():
         top = output.clone()  # its node comes before every hook on the graph
     assert top.grad_fn is not None
