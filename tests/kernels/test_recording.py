@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import weakref
 from dataclasses import replace
 from unittest import mock
 
@@ -15,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from fastminima.ops import _launches
 from fastminima.ops._launches import INPUT, OUTPUT, SCRATCH
+from fastminima.ops._pieces import LIMIT
 from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.recording import launch, recorded
 from fastminima.ops.triton import conv, dense, norm, totals
@@ -178,6 +180,45 @@ def test_inputs_whose_memory_overlaps_are_not_noted(compiled):
     a = a.view(4, 32)
     assert a.untyped_storage().data_ptr() > g.untyped_storage().data_ptr()
     assert recorded(on_rows, (g, a), [True, True])[1] is None
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_no_more_memory_is_held_than_an_op_may(compiled, pieces):
+    """Scratch lives as long as a pass, where an op's own memory is freed soon."""
+    g, a = torch.zeros(4, 48), torch.zeros(4, 32)
+
+    def holding(share):
+        def run(g, a):
+            for _ in range(pieces):
+                g.new_empty(int(share * LIMIT / pieces / g.itemsize))
+            return on_rows(g, a)
+
+        return recorded(run, (g, a), [True, True])[1]
+
+    assert holding(0.9) is not None
+    assert holding(1.1) is None
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_recording_that_is_given_up_holds_nothing(compiled, is_small):
+    """A way that goes through pieces holds one at a time, when it is recorded too."""
+    g, a = torch.zeros(4, 48), torch.zeros(4, 32)
+    alive = []
+
+    def run(g, a):
+        if is_small:
+            g.sum()  # cannot be launched again
+        pieces = []
+        for _ in range(5):
+            piece = g.new_empty(16, 1024 if is_small else LIMIT // 100)
+            totals.last_added(piece)
+            pieces.append(weakref.ref(piece))
+            del piece
+            alive.append(sum(ref() is not None for ref in pieces))
+        return on_rows(g, a)
+
+    assert recorded(run, (g, a), [True, True])[1] is None
+    assert alive[-1] == 0
 
 
 def test_kernels_with_memory_of_their_own_are_not_noted(compiled, monkeypatch):
