@@ -25,6 +25,10 @@ bool is_same(const dlpack::Device& a, const dlpack::Device& b) {
   return a.type == b.type && a.id == b.id;
 }
 
+bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % Likeness::kAlignment == 0;
+}
+
 void* of_library(const char* name) {
   static void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
   return library ? dlsym(library, name) : nullptr;
@@ -115,8 +119,11 @@ Launches::Launches(std::vector<Likeness> inputs, std::vector<Launch> launches,
   }
 }
 
-bool Launches::fits(const dlpack::Tensor* inputs, const DeviceMemory& memory) const {
-  if (memory.bytes < bytes_) return false;
+bool Launches::fits(const dlpack::Tensor* inputs, void* const* outputs,
+                    const DeviceMemory& memory) const {
+  if (memory.bytes < bytes_ || !is_aligned(memory.scratch)) return false;
+  for (size_t i = 0; i < places_.size(); i++)
+    if (!is_aligned(outputs[i])) return false;
   for (size_t i = 0; i < inputs_.size(); i++)
     if (!inputs_[i].holds(inputs[i]) || !is_same(inputs[i].device, memory.device)) return false;
   return true;
@@ -125,7 +132,7 @@ bool Launches::fits(const dlpack::Tensor* inputs, const DeviceMemory& memory) co
 bool Launches::run(const dlpack::Tensor* inputs, void* const* outputs,
                    const DeviceMemory& memory) const {
   Driver driver = found();
-  if (driver == nullptr || !fits(inputs, memory)) return false;
+  if (driver == nullptr || !fits(inputs, outputs, memory)) return false;
   WithoutGil meanwhile;
   for (const Launch& launch : launches_) {
     uint64_t arguments[kMostArguments];

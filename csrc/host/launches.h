@@ -78,13 +78,14 @@ class Launches {
   size_t size() const { return launches_.size(); }
   size_t inputs() const { return inputs_.size(); }
 
-  // Launches all of them on the stream of the memory. False where a tensor is another: nothing was
-  // launched then. Throws std::runtime_error where the driver refuses. Other Python threads go on
-  // meanwhile: a launch waits where the queue is full, perhaps for what they launch elsewhere.
+  // Launches all of them on the stream of the memory. False where a tensor is another, or an
+  // address is not aligned as an allocation is: nothing was launched then. Throws
+  // std::runtime_error where the driver refuses. Other Python threads go on meanwhile: a launch
+  // waits where the queue is full, perhaps for what they launch elsewhere.
   bool run(const dlpack::Tensor* inputs, void* const* outputs, const DeviceMemory& memory) const;
 
  private:
-  bool fits(const dlpack::Tensor* inputs, const DeviceMemory& memory) const;
+  bool fits(const dlpack::Tensor* inputs, void* const* outputs, const DeviceMemory& memory) const;
 
   std::vector<Likeness> inputs_;
   std::vector<Launch> launches_;

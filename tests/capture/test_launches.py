@@ -291,6 +291,17 @@ def test_other_threads_go_on_during_a_launch(driver):
     assert not driver.by_python
 
 
+@pytest.mark.parametrize(("of_output", "of_scratch"), [(0, 0), (1, 0), (0, 1), (4, 16)])
+def test_memory_is_aligned_as_kernels_were_compiled_for(of_output, of_scratch, driver):
+    x, table = torch.ones(4), torch.empty(64)
+    scratch = torch.empty(64, dtype=torch.uint8)
+    launches = learned().Launches([x], [], [0], 8, None)
+    is_aligned = of_output % 4 == 0 and of_scratch % 16 == 0
+    given = [x], [table[of_output:]], scratch[of_scratch:]
+    assert launches.run(*given) == is_aligned
+    assert not launches.run([x], [table], scratch[:7])
+
+
 def test_launches_that_are_refused_hold_nothing():
     kept = object()
     count = sys.getrefcount(kept)
