@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session import called
+from fastminima.capture.session import called, program
 from fastminima.ops.table import Op
 
 if importlib.util.find_spec("triton") is None:
@@ -300,6 +301,28 @@ def test_memory_is_aligned_as_kernels_were_compiled_for(of_output, of_scratch, d
     given = [x], [table[of_output:]], scratch[of_scratch:]
     assert launches.run(*given) == is_aligned
     assert not launches.run([x], [table], scratch[:7])
+
+
+def test_each_device_has_a_program_and_memory_of_its_own(monkeypatch):
+    """A model that moves to another one is launched there too."""
+    monkeypatch.setattr(program, "_make", lambda reading, order: object())
+    plan = SimpleNamespace(uses=(SimpleNamespace(node=0),))
+    recipe = SimpleNamespace(
+        routes=None, regions={}, lasts=True, plan=plan, programs={}
+    )
+
+    def program_on(index):
+        output = SimpleNamespace(
+            device=torch.device("cuda", index), dtype=torch.float32
+        )
+        tape = SimpleNamespace(nodes=[SimpleNamespace(_input_metadata=[output])])
+        reading = SimpleNamespace(recipe=recipe, tape=tape)
+        return program.program_of(reading, [])
+
+    first, second = program_on(0), program_on(1)
+    assert first is program_on(0)
+    assert second is program_on(1)
+    assert first is not second
 
 
 def test_launches_that_are_refused_hold_nothing():
