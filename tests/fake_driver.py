@@ -34,6 +34,9 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_void_p,
 )
+_CAPTURING = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+)
 _TYPES = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
@@ -71,19 +74,20 @@ class FakeDriver:
         by_python: names of those that Python launched.
         code: the CUresult of the next launches.
         is_idle: count launches, and compute nothing.
+        is_capturing: what is said of each stream.
     """
 
     def __init__(self):
         self.launches, self.by_python = [], []
-        self.code, self.is_idle = 0, False
+        self.code, self.is_idle, self.is_capturing = 0, False, False
         self.wrong = 0.0  # added to what kernels store in their last tensor
         self._functions = {}
         self._numbers = itertools.count(4096)
-        self._callback = _LAUNCH(self._launch)
+        self._callbacks = _LAUNCH(self._launch), _CAPTURING(self._tell_capturing)
 
     @property
-    def address(self):
-        return ctypes.cast(self._callback, ctypes.c_void_p).value
+    def addresses(self):
+        return [ctypes.cast(f, ctypes.c_void_p).value for f in self._callbacks]
 
     def compiled(self, kernel, run, args, options):
         """What Triton returns of a launch: the kernel for such arguments."""
@@ -122,6 +126,10 @@ class FakeDriver:
             metadata=metadata,
             src=SimpleNamespace(signature=kinds),
         )
+
+    def _tell_capturing(self, stream, status):
+        status[0] = self.is_capturing
+        return 0
 
     def _launch(self, number, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
         if self.code:
@@ -220,7 +228,7 @@ def driving(kernels=None):
             ),
         ):
             stack.enter_context(change)
-        host.use_driver(driver.address)
+        host.use_driver(*driver.addresses)
         try:
             yield driver
         finally:

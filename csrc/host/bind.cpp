@@ -95,8 +95,10 @@ bool run_launches(const Launches& launches, const py::list& inputs, const py::li
   for (py::handle input : inputs) x.push_back(read_or_throw(input));
   for (py::handle output : outputs) to.push_back(read_or_throw(output).data);
   dlpack::Tensor memory = read_or_throw(scratch);
-  DeviceMemory device{memory.device, nullptr, static_cast<char*>(memory.data),
-                      elements(memory) * memory.dtype.bits / 8};
+  DeviceMemory device;
+  device.device = memory.device;
+  device.scratch = static_cast<char*>(memory.data);
+  device.bytes = elements(memory) * memory.dtype.bits / 8;
   return x.size() == launches.inputs() && to.size() == launches.places().size() &&
          current_stream(memory.device, device.stream) && launches.run(x.data(), to.data(), device);
 }
@@ -275,7 +277,16 @@ void bind_host(py::module_& m) {
   sub.def("has_driver", &has_driver);
   sub.def("counting_driver", [] { return reinterpret_cast<uintptr_t>(counting_driver()); });
   sub.def("launches_counted", &launches_counted);
-  sub.def("use_driver", [](uintptr_t address) { use_driver(reinterpret_cast<void*>(address)); });
+  sub.def(
+      "use_driver",
+      [](uintptr_t launch, uintptr_t is_capturing) {
+        use_driver(reinterpret_cast<void*>(launch), reinterpret_cast<void*>(is_capturing));
+      },
+      py::arg(), py::arg("is_capturing") = 0);
+  sub.def("is_readable", [](py::object tensor) {
+    dlpack::Tensor x;
+    return read(tensor.ptr(), x);
+  });
   py::class_<Launches, std::shared_ptr<Launches>>(sub, "Launches")
       .def(py::init([](const py::list& inputs, const std::vector<Described>& launches,
                        std::vector<int64_t> places, int64_t bytes, py::object kept) {

@@ -11,7 +11,11 @@ bool Called::compute(const dlpack::Tensor* x, const Workspace& workspace) const 
   void* stream;
   if (!workspace.has_device || !current_stream(memory.device, stream) || stream != memory.stream)
     return false;
-  for (const auto& launches : known_) {
+  // A graph keeps the memory that was made in it, and no other.
+  bool is_capturing;
+  if (!is_captured(stream, is_capturing) || is_capturing != memory.is_capturing) return false;
+  for (size_t k = 0; k < known_.size(); k++) {
+    auto launches = known_[k];  // held: other threads run meanwhile, which may add some
     void* outputs[kMost];
     for (size_t i = 0; i < launches->places().size(); i++)
       outputs[i] = workspace.row<float>(launches->places()[i]);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -12,24 +13,45 @@ namespace {
 // CUresult cuLaunchKernel(function, grid, block, shared bytes, stream, arguments, extra).
 using Driver = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                        void*, void**, void**);
+// CUresult cuStreamIsCapturing(stream, status): 0 where it is not.
+using Capturing = int (*)(void*, int*);
 
 constexpr size_t kMostArguments = 64;
 
 Driver injected = nullptr;
+Capturing injected_capturing = nullptr;
 
 bool is_same(const dlpack::Device& a, const dlpack::Device& b) {
   return a.type == b.type && a.id == b.id;
 }
 
-Driver found() {
-  static Driver of_library = [] {
-    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-    return library ? reinterpret_cast<Driver>(dlsym(library, "cuLaunchKernel")) : nullptr;
-  }();
-  return injected ? injected : of_library;
+bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % Likeness::kAlignment == 0;
 }
 
-int64_t counted = 0;  // under the GIL
+void* of_library(const char* name) {
+  static void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  return library ? dlsym(library, name) : nullptr;
+}
+
+Driver found() {
+  static Driver launch = reinterpret_cast<Driver>(of_library("cuLaunchKernel"));
+  return injected ? injected : launch;
+}
+
+// Lets other Python threads run as long as it is there.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+std::atomic<int64_t> counted{0};
 
 int count(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
           void**, void**) {
@@ -42,9 +64,21 @@ int count(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, uns
 void* counting_driver() { return reinterpret_cast<void*>(&count); }
 int64_t launches_counted() { return counted; }
 
-void use_driver(void* address) { injected = reinterpret_cast<Driver>(address); }
+void use_driver(void* launch, void* is_capturing) {
+  injected = reinterpret_cast<Driver>(launch);
+  injected_capturing = reinterpret_cast<Capturing>(is_capturing);
+}
 
 bool has_driver() { return found() != nullptr; }
+
+bool is_captured(void* stream, bool& out) {
+  static auto told = reinterpret_cast<Capturing>(of_library("cuStreamIsCapturing"));
+  int status = 0;
+  if (Capturing ask = injected ? injected_capturing : told; ask && ask(stream, &status) != 0)
+    return false;
+  out = status != 0;
+  return true;
+}
 
 Likeness::Likeness(const dlpack::Tensor& x)
     : device_(x.device),
@@ -85,14 +119,21 @@ Launches::Launches(std::vector<Likeness> inputs, std::vector<Launch> launches,
   }
 }
 
-Launches::~Launches() { Py_DECREF(kept_); }
+bool Launches::fits(const dlpack::Tensor* inputs, void* const* outputs,
+                    const DeviceMemory& memory) const {
+  if (memory.bytes < bytes_ || !is_aligned(memory.scratch)) return false;
+  for (size_t i = 0; i < places_.size(); i++)
+    if (!is_aligned(outputs[i])) return false;
+  for (size_t i = 0; i < inputs_.size(); i++)
+    if (!inputs_[i].holds(inputs[i]) || !is_same(inputs[i].device, memory.device)) return false;
+  return true;
+}
 
 bool Launches::run(const dlpack::Tensor* inputs, void* const* outputs,
                    const DeviceMemory& memory) const {
   Driver driver = found();
-  if (driver == nullptr || memory.bytes < bytes_) return false;
-  for (size_t i = 0; i < inputs_.size(); i++)
-    if (!inputs_[i].holds(inputs[i]) || !is_same(inputs[i].device, memory.device)) return false;
+  if (driver == nullptr || !fits(inputs, outputs, memory)) return false;
+  WithoutGil meanwhile;
   for (const Launch& launch : launches_) {
     uint64_t arguments[kMostArguments];
     void* addresses[kMostArguments];

@@ -12,8 +12,9 @@
 namespace fastminima {
 namespace host {
 
-// The driver's cuLaunchKernel. `address` replaces it, as a test does; null brings it back.
-void use_driver(void* address);
+// The driver's cuLaunchKernel and cuStreamIsCapturing. Addresses replace them, as a test does; null
+// brings both back. Without a function for the second one no stream is captured.
+void use_driver(void* launch, void* is_capturing);
 // Whether there is one: libcuda.so, or what was put in its place.
 bool has_driver();
 // One that launches nothing and counts, for benchmarks of the host; and its count.
@@ -56,9 +57,13 @@ class Likeness {
 struct DeviceMemory {
   dlpack::Device device{0, 0};
   void* stream = nullptr;
+  bool is_capturing = false;  // the stream, when the memory was made
   char* scratch = nullptr;
   int64_t bytes = 0;
 };
+
+// Whether a graph is made of what is launched on a stream. False where the driver does not tell.
+bool is_captured(void* stream, bool& out);
 
 // All launches of one use, for tensors of one kind.
 class Launches {
@@ -67,25 +72,26 @@ class Launches {
   // the table, in their order.
   Launches(std::vector<Likeness> inputs, std::vector<Launch> launches, std::vector<int64_t> places,
            int64_t bytes, PyObject* kept);
-  ~Launches();
-  Launches(const Launches&) = delete;
-  Launches& operator=(const Launches&) = delete;
 
   const std::vector<int64_t>& places() const { return places_; }
   int64_t bytes() const { return bytes_; }  // of scratch
   size_t size() const { return launches_.size(); }
   size_t inputs() const { return inputs_.size(); }
 
-  // Launches all of them. False where a tensor is another, or not on the stream of the memory:
-  // nothing was launched then. Throws std::runtime_error where the driver refuses.
+  // Launches all of them on the stream of the memory. False where a tensor is another, or an
+  // address is not aligned as an allocation is: nothing was launched then. Throws
+  // std::runtime_error where the driver refuses. Other Python threads go on meanwhile: a launch
+  // waits where the queue is full, perhaps for what they launch elsewhere.
   bool run(const dlpack::Tensor* inputs, void* const* outputs, const DeviceMemory& memory) const;
 
  private:
+  bool fits(const dlpack::Tensor* inputs, void* const* outputs, const DeviceMemory& memory) const;
+
   std::vector<Likeness> inputs_;
   std::vector<Launch> launches_;
   std::vector<int64_t> places_;
   int64_t bytes_;
-  PyObject* kept_;
+  Object kept_;
 };
 
 }  // namespace host

@@ -38,9 +38,10 @@ void Pass::find_memory(int threads) {
     return;
   }
   DeviceMemory& device = workspace_.device;
-  workspace_.has_device = read(scratch_, scratch) && current_stream(scratch.device, device.stream);
-  is_ready_ &= workspace_.has_device;
-  if (!workspace_.has_device) return;
+  bool is_known = read(scratch_, scratch) && current_stream(scratch.device, device.stream);
+  is_ready_ &= is_known;
+  if (!is_known) return;
+  workspace_.has_device = is_captured(device.stream, device.is_capturing);
   device.device = scratch.device;
   device.scratch = static_cast<char*>(scratch.data);
   device.bytes = elements(scratch) * scratch.dtype.bits / 8;

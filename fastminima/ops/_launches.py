@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = ["Called", "Launched", "NotRecordableError", "Recorded", "described"]
 
 # Of every allocation in the scratch; PyTorch's own start so on a GPU.
 ALIGNMENT = 512
+MOST_ARGUMENTS = 64  # as `kMostArguments` in csrc/host/launches.cpp
 INPUT, SCRATCH, OUTPUT = range(3)  # as `Pointer::Where` in csrc/host/launches.h
 
 # How a number of a kernel's signature is laid out in its eight bytes.
@@ -100,7 +102,7 @@ def described(
         _Memory(*_extent(x), INPUT, i, _extent(x)[0] - x.data_ptr())
         for i, x in enumerate(inputs)
     ]
-    if len({m.start for m in memory}) < len(memory):
+    if _overlap(memory):
         raise NotRecordableError  # which of them is meant may not be the same next time
     memory += [_of_output(x, i, allocated) for i, x in enumerate(outputs)]
     taken = {m.start for m in memory}
@@ -116,6 +118,12 @@ def described(
     ]
     kept = [each.compiled for each in launches if isinstance(each, Launched)]
     return Recorded(as_taken, total, kept)
+
+
+def _overlap(memory: Iterable[_Memory]) -> bool:
+    """Whether an address may lie in several of them."""
+    pairs = pairwise(sorted(memory, key=lambda m: m.start))
+    return any(b.start < a.start + max(1, a.size) for a, b in pairs)
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -138,15 +146,15 @@ def _of_output(x: Tensor | None, number: int, allocated: Sequence[Tensor]) -> _M
 def _as_launch(launched: Launched, memory: Sequence[_Memory]) -> tuple:
     compiled = launched.compiled
     function = getattr(compiled, "function", None)
-    if function is None or not _is_plain(compiled.metadata):
+    grid = (*launched.grid, 1, 1)[:3]
+    is_empty = not all(grid)  # which Triton passes over, and the driver refuses
+    if function is None or is_empty or not _is_plain(compiled.metadata):
         raise NotRecordableError
     arguments, pointers = _packed(launched.arguments, compiled.src.signature, memory)
-    arguments += [
-        0,
-        0,
-    ]  # scratch of Triton's own, of which `_is_plain` says there is none
+    arguments += [0, 0]  # scratch of Triton's own: `_is_plain` says there is none
+    if len(arguments) > MOST_ARGUMENTS:
+        raise NotRecordableError
     metadata = compiled.metadata
-    grid = (*launched.grid, 1, 1)[:3]
     threads = metadata.num_warps * getattr(metadata, "warp_size", 32)
     return function, grid, threads, metadata.shared, arguments, pointers
 

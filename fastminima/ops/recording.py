@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ._launches import Called, Launched, NotRecordableError, Recorded, described
+from ._pieces import LIMIT
 
 __all__ = ["Recorded", "launch", "recorded", "watched"]
 
-MOST_BYTES = 2**28  # of scratch, which lives as long as a backward pass
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format,
@@ -52,17 +52,30 @@ class _Recorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             self._keep(out)
         elif not (func.is_view or _is_of_host(args, out)):
-            self.is_complete = False
+            self._give_up()
         return out
 
+    def note(self, launched: Launched | Called) -> None:
+        """Hold a launch, with the tensors that it is given."""
+        if self.is_complete:
+            self.launches.append(launched)
+
     def _keep(self, allocated: Tensor) -> None:
-        """Hold memory, so that nothing else is given the same; not without limit."""
+        """Hold memory, so that nothing else is given the same; not without limit.
+
+        All of it is scratch, which lives as long as a backward pass.
+        """
         self._bytes += allocated.untyped_storage().nbytes()
-        if self._bytes > MOST_BYTES:
-            self.allocated.clear()
-            self.is_complete = False
-        else:
+        if self._bytes > LIMIT:
+            self._give_up()
+        if self.is_complete:
             self.allocated.append(allocated)
+
+    def _give_up(self) -> None:
+        """Hold nothing, as what is called would not."""
+        self.is_complete = False
+        self.allocated.clear()
+        self.launches.clear()
 
 
 def _is_of_host(args: Sequence[Any], out: Any) -> bool:
@@ -87,7 +100,7 @@ class _Watched:
 
         def call(*args: Any) -> None:
             function(*args)
-            self._recorder.launches.append(Called(address, letters[:-1], args))
+            self._recorder.note(Called(address, letters[:-1], args))
 
         return call
 
@@ -111,7 +124,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     recorder = getattr(_THREAD, "recorder", None)
     if recorder is not None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
-        recorder.launches.append(Launched(compiled, grid, given))
+        recorder.note(Launched(compiled, grid, given))
 
 
 def recorded(
@@ -129,7 +142,7 @@ def recorded(
     Returns:
         The outputs, and what was launched for them: None where something else was
         computed, an output is not float32 in memory of its own, or more than
-        `MOST_BYTES` were allocated.
+        `LIMIT` bytes were allocated.
     """
     recorder = _Recorder()
     _THREAD.recorder = recorder

@@ -19,33 +19,9 @@ if learned() is None:
     pytest.skip("the extension walks no graphs here", allow_module_level=True)
 
 from fake_driver import driving
+from launch_cases import N, Net, T, data, launched_nodes, losses_of
 
 from tools.kernels import emulator
-
-N, T = 6, 5
-
-
-class Net(nn.Module):
-    """Layers of sequences, and one with a row a sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(8, 16)
-        self.norm = nn.LayerNorm(16)
-        self.bare = nn.Linear(16, 8, bias=False)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.norm(self.first(x).tanh())
-        return self.head(self.bare(x).mean(1))
-
-
-def losses_of(model, x):
-    return model(x).square().sum(1)
-
-
-def data(step, n=N):
-    return torch.randn(n, T, 8, generator=torch.Generator().manual_seed(step))
 
 
 @contextlib.contextmanager
@@ -136,84 +112,6 @@ def test_another_batch_goes_by_python_and_is_launched_later(driver):
         both(data(step, n=4))
     assert not both(data(15, n=4))
     assert not both(data(16))
-
-
-def test_a_view_with_another_sign_is_not_launched(driver):
-    """A layer norm takes the mean from its input, whose memory holds -x."""
-    torch.manual_seed(3)
-    model = nn.LayerNorm(8)
-    probe, oracle = fm.GradientProbe(model), fm.GradientProbe(model)
-
-    def stats(probe, x):
-        model.zero_grad()
-        return probe.backward(model(x).square().sum((1, 2)))
-
-    for step in range(6):
-        stats(probe, data(step))
-    driver.by_python.clear()
-    stats(probe, data(6))
-    assert not driver.by_python
-    negated = torch.complex(torch.zeros(N, T, 8), data(7)).conj().imag
-    assert negated.is_neg()
-    got = stats(probe, negated)
-    assert driver.by_python
-    assert torch.equal(got.sq_norms, stats(oracle, -data(7)).sq_norms)
-
-
-def test_launches_that_give_something_else_are_not_used(driver):
-    torch.manual_seed(4)
-    model = Net()
-    probe, oracle = fm.GradientProbe(model), fm.GradientProbe(model)
-    driver.wrong = 1.0
-    for step in range(6):
-        driver.launches.clear()
-        driver.by_python.clear()
-        model.zero_grad()
-        stats = probe.backward(losses_of(model, data(step)))
-        assert driver.by_python
-        assert bool(driver.launches) == (step == 1)
-    model.zero_grad()
-    expected = oracle.backward(losses_of(model, data(5)))
-    assert torch.equal(stats.sq_norms, expected.sq_norms)
-
-
-def test_a_refused_launch_is_an_error_and_leaves_no_hooks(driver):
-    torch.manual_seed(5)
-    model = Net()
-    probe = fm.GradientProbe(model)
-    for step in range(6):
-        model.zero_grad()
-        probe.backward(losses_of(model, data(step)))
-    driver.code = 700
-    with pytest.raises(RuntimeError, match="CUresult 700"):
-        probe.backward(losses_of(model, data(6)))
-    model.zero_grad()
-    losses_of(model, data(6)).mean().backward()  # no hook launches anything
-    driver.code = 0
-    model.zero_grad()
-    stats = probe.backward(losses_of(model, data(7)))
-    assert stats.sq_norms.isfinite().all()
-
-
-def test_an_address_with_another_alignment_is_not_launched(driver):
-    torch.manual_seed(6)
-    model = nn.Linear(8, 3)
-    probe = fm.GradientProbe(model)
-    memory = torch.randn(N * T * 8 + 16)
-
-    def by_python(offset):
-        driver.by_python.clear()
-        x = memory[offset : offset + N * T * 8].view(N, T, 8)
-        model.zero_grad()
-        probe.backward(model(x).square().sum((1, 2)))
-        return driver.by_python
-
-    start = -memory.data_ptr() // 4 % 4
-    for _ in range(6):
-        by_python(start)
-    assert not by_python(start)
-    assert not by_python(start + 4)
-    assert by_python(start + 1)
 
 
 def test_a_step_of_a_use_calls_little_python(driver):
@@ -332,14 +230,6 @@ def test_normalisations_are_launched(driver, layer):
     with mock.patch.object(Op, "__call__", lambda op, *a, **k: op.reference(*a, **k)):
         reference = stats(fm.GradientProbe(layer), 6)
     torch.testing.assert_close(got.sq_norms, reference.sq_norms)
-
-
-def launched_nodes(probe):
-    """Nodes of a probe's only program that the extension launches, and all of them."""
-    (structure,) = probe._reader._structures.values()
-    (recipe,) = structure._recipes.values()
-    (program,) = recipe.programs.values()
-    return program.launched.nodes, set(program.use_at)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import weakref
 from dataclasses import replace
 from unittest import mock
 
@@ -15,8 +16,9 @@ from triton.runtime.jit import JITFunction
 
 from fastminima.ops import _launches
 from fastminima.ops._launches import INPUT, OUTPUT, SCRATCH
+from fastminima.ops._pieces import LIMIT
 from fastminima.ops.conv_geometry import ConvGeometry
-from fastminima.ops.recording import recorded
+from fastminima.ops.recording import launch, recorded
 from fastminima.ops.triton import conv, dense, norm, totals
 from tools.kernels.compile import compiling
 
@@ -109,8 +111,8 @@ def test_arguments_are_those_of_the_compiled_kernel(compiled, name):
     assert found is not None
     assert found.kept == compiled
     written = set()
-    for launch, kernel in zip(found.launches, compiled, strict=True):
-        function, grid, threads, shared, arguments, pointers = launch
+    for each, kernel in zip(found.launches, compiled, strict=True):
+        function, grid, threads, shared, arguments, pointers = each
         declared = parameters_of(kernel.asm["ptx"])
         assert len(arguments) == len(declared)
         flat = _launches._flat(
@@ -135,6 +137,11 @@ def on_rows(g, a):
     return dense.row_sq_norms(a, g)
 
 
+def launched_on_nothing(x, y):
+    launch(totals._parts_kernel, (0,), x, y, y, 0, 0, 1, 1, 1, ITEMS=1, PARTS=1)
+    return x, y
+
+
 @pytest.mark.parametrize(
     ("run", "why"),
     [
@@ -144,6 +151,7 @@ def on_rows(g, a):
         (lambda g, a: [g[:, 0], on_rows(g, a)[1]], "an input"),
         (lambda g, a: on_rows(g, torch.zeros(4, 32)), "zeros are filled"),
         (lambda g, a: on_rows(g, OTHER), "a tensor that is no input"),
+        (lambda g, a: launched_on_nothing(*on_rows(g, a)), "no program in the grid"),
         (lambda g, a: (g.new_empty(4).float(), g.new_empty(4).float()), "no launch"),
     ],
 )
@@ -162,6 +170,55 @@ def test_inputs_in_one_memory_are_not_noted(compiled):
     both = torch.zeros(4, 80)
     _, found = recorded(on_rows, both.split([48, 32], dim=1), [True, True])
     assert found is None
+
+
+def test_inputs_whose_memory_overlaps_are_not_noted(compiled):
+    """As of tensors that share memory with another library."""
+    memory = bytearray(4 * 4 * 48)
+    g = torch.frombuffer(memory, dtype=torch.float32).view(4, 48)
+    a = torch.frombuffer(memory, dtype=torch.float32, offset=64, count=128)
+    a = a.view(4, 32)
+    assert a.untyped_storage().data_ptr() > g.untyped_storage().data_ptr()
+    assert recorded(on_rows, (g, a), [True, True])[1] is None
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_no_more_memory_is_held_than_an_op_may(compiled, pieces):
+    """Scratch lives as long as a pass, where an op's own memory is freed soon."""
+    g, a = torch.zeros(4, 48), torch.zeros(4, 32)
+
+    def holding(share):
+        def run(g, a):
+            for _ in range(pieces):
+                g.new_empty(int(share * LIMIT / pieces / g.itemsize))
+            return on_rows(g, a)
+
+        return recorded(run, (g, a), [True, True])[1]
+
+    assert holding(0.9) is not None
+    assert holding(1.1) is None
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_recording_that_is_given_up_holds_nothing(compiled, is_small):
+    """A way that goes through pieces holds one at a time, when it is recorded too."""
+    g, a = torch.zeros(4, 48), torch.zeros(4, 32)
+    alive = []
+
+    def run(g, a):
+        if is_small:
+            g.sum()  # cannot be launched again
+        pieces = []
+        for _ in range(5):
+            piece = g.new_empty(16, 1024 if is_small else LIMIT // 100)
+            totals.last_added(piece)
+            pieces.append(weakref.ref(piece))
+            del piece
+            alive.append(sum(ref() is not None for ref in pieces))
+        return on_rows(g, a)
+
+    assert recorded(run, (g, a), [True, True])[1] is None
+    assert alive[-1] == 0
 
 
 def test_kernels_with_memory_of_their_own_are_not_noted(compiled, monkeypatch):

@@ -2,6 +2,7 @@
 
     first step   the call is recorded: kernels, grids, arguments, and where they point
     second       computed as before, and launched into a table of its own: same bits?
+                 put off where these say nothing: all zero, or not finite
     from then on the extension launches the kernels, and Python is not called
 
 A step is launched for tensors like those of the recording alone: device, shapes,
@@ -23,6 +24,7 @@ from ..graph.extension import learned
 __all__ = ["Called", "Launched", "can_be_launched", "is_same", "new_table"]
 
 MOST_KINDS = 8  # of tensors that one use is recorded for
+MOST_CHECKS = 16  # of a recording, while its outputs say nothing
 ROW = 64  # numbers that a row of a table is a multiple of: its address stays aligned
 
 
@@ -79,6 +81,7 @@ class Called:
         self._places = [rows[name] for name in names if name is not None]
         self._node, self._steps, self._launched = node, steps, launched
         self._recorded: dict[tuple, Recorded | None] = {}
+        self._checks: dict[tuple, int] = {}  # left, of what is recorded
 
     def norms(self, *tensors: Tensor) -> dict[str, Tensor]:
         """By parameter, of the gradient and the saved tensors."""
@@ -88,43 +91,68 @@ class Called:
     def _outputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if not can_be_launched(tensors[0].device):
             return self._run(*tensors)
+        if not all(map(learned().is_readable, tensors)):
+            return self._run(*tensors)
         kind = tuple(map(_kind_of, tensors))
         if kind not in self._recorded and len(self._recorded) < MOST_KINDS:
             wanted = [name is not None for name in self._names]
             outputs, found = recorded(self._run, tensors, wanted)
-            self._recorded[kind] = found
+            self._recorded[kind], self._checks[kind] = found, MOST_CHECKS
             return outputs
         outputs = self._run(*tensors)
         found = self._recorded.get(kind)
         if found is not None:
-            self._recorded[kind] = None
-            self._launch_from_now_on(found, tensors, outputs)
+            self._check(kind, found, tensors, outputs)
         return outputs
 
-    def _launch_from_now_on(
+    def _check(
         self,
+        kind: tuple,
         found: Recorded,
         tensors: Sequence[Tensor],
         outputs: Sequence[Tensor | None],
     ) -> None:
-        """Hand the launches to the extension, if they give these outputs."""
-        host, tensors = learned(), list(tensors)
-        launches = host.Launches(
-            tensors, found.launches, self._places, found.bytes, found.kept
-        )
-        device = tensors[0].device
+        """Launch what was recorded from now on, or never, where outputs show it."""
         pairs = zip(self._names, outputs, strict=True)
         expected = [x for name, x in pairs if name is not None and x is not None]
+        self._checks[kind] -= 1
+        is_shown = all(map(says_something, expected))
+        if is_shown or not self._checks[kind]:
+            self._recorded[kind] = None
+        if is_shown:
+            self._launch_from_now_on(found, tensors, expected)
+
+    def _launch_from_now_on(
+        self, found: Recorded, tensors: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        """Hand the launches to the extension, if they give these outputs."""
+        tensors, device = list(tensors), tensors[0].device
+        launches = learned().Launches(
+            tensors, found.launches, self._places, found.bytes, found.kept
+        )
         scratch = torch.empty(max(1, found.bytes), dtype=torch.uint8, device=device)
         got = new_table(len(expected), len(expected[0]), device)
-        # What is not written stays no number, and is seen.
+        # What is not written stays no number, in any dtype of floats, and is seen.
+        scratch.fill_(255)
         got.fill_(torch.nan)
-        if not launches.run(tensors, list(got), scratch):
-            return
-        if all(is_same(a, b) for a, b in zip(got, expected, strict=True)):
+        try:
+            is_launched = launches.run(tensors, list(got), scratch)
+        except RuntimeError:  # the driver refuses what Python has just launched
+            is_launched = False
+        pairs = zip(got, expected, strict=True)
+        if is_launched and all(is_same(a, b) for a, b in pairs):
             self._launched.bytes = max(self._launched.bytes, found.bytes)
             self._launched.nodes.add(self._node)
             self._steps.launch(self._node, launches)
+
+
+def says_something(x: Tensor) -> bool:
+    """Whether numbers show that they were computed; waits for the device.
+
+    Zeros, as below a layer that starts at zero, come of any launches, and what is not
+    a number, as in the first steps under a loss scale, of none.
+    """
+    return bool(x.isfinite().all() & x.any())
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

@@ -173,7 +173,7 @@ def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     if not recipe.plan.uses:
         return None
     first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
-    key = "norms", first.device.type, first.dtype
+    key = "norms", first.device, first.dtype
     if key not in recipe.programs:
         recipe.programs[key] = _make(reading, order)
     return recipe.programs[key]
