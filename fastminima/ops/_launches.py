@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Called", "Launched", "NotRecordableError", "Recorded", "described"]
+__all__ = [
+    "KernelLaunch",
+    "LauncherCall",
+    "NotRecordableError",
+    "Recorded",
+    "described",
+]
 
 # Of every allocation in the scratch; PyTorch's own start so on a GPU.
 ALIGNMENT = 512
@@ -47,7 +53,7 @@ class Recorded:
 
 
 @dataclass
-class Launched:
+class KernelLaunch:
     """A Triton kernel that was launched."""
 
     compiled: Any
@@ -56,7 +62,7 @@ class Launched:
 
 
 @dataclass
-class Called:
+class LauncherCall:
     """A launcher of the extension that was called; its last argument is the stream."""
 
     address: int
@@ -87,7 +93,7 @@ class NotRecordableError(Exception):
 
 
 def described(
-    launches: Sequence[Launched | Called],
+    launches: Sequence[KernelLaunch | LauncherCall],
     allocated: Sequence[Tensor],
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor | None],
@@ -113,10 +119,12 @@ def described(
             memory.append(_Memory(start, size, SCRATCH, 0, total))
             total += -(-size // ALIGNMENT) * ALIGNMENT
     as_taken = [
-        _as_call(each, memory) if isinstance(each, Called) else _as_launch(each, memory)
+        _as_call(each, memory)
+        if isinstance(each, LauncherCall)
+        else _as_launch(each, memory)
         for each in launches
     ]
-    kept = [each.compiled for each in launches if isinstance(each, Launched)]
+    kept = [each.compiled for each in launches if isinstance(each, KernelLaunch)]
     return Recorded(as_taken, total, kept)
 
 
@@ -143,7 +151,7 @@ def _of_output(x: Tensor | None, number: int, allocated: Sequence[Tensor]) -> _M
     return _Memory(start, size, OUTPUT, number, 0)
 
 
-def _as_launch(launched: Launched, memory: Sequence[_Memory]) -> tuple:
+def _as_launch(launched: KernelLaunch, memory: Sequence[_Memory]) -> tuple:
     compiled = launched.compiled
     function = getattr(compiled, "function", None)
     grid = (*launched.grid, 1, 1)[:3]
@@ -159,7 +167,7 @@ def _as_launch(launched: Launched, memory: Sequence[_Memory]) -> tuple:
     return function, grid, threads, metadata.shared, arguments, pointers
 
 
-def _as_call(called: Called, memory: Sequence[_Memory]) -> tuple:
+def _as_call(called: LauncherCall, memory: Sequence[_Memory]) -> tuple:
     if not called.address or len(called.letters) != len(called.arguments):
         raise NotRecordableError
     arguments, pointers = [], []

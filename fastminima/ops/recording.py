@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ._launches import Called, Launched, NotRecordableError, Recorded, described
+from ._launches import (
+    KernelLaunch,
+    LauncherCall,
+    NotRecordableError,
+    Recorded,
+    described,
+)
 from ._pieces import LIMIT
 
 __all__ = ["Recorded", "launch", "recorded", "watched"]
@@ -41,7 +47,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
-        self.launches: list[Launched | Called] = []
+        self.launches: list[KernelLaunch | LauncherCall] = []
         self.is_complete = True
         self._bytes = 0
 
@@ -55,7 +61,7 @@ class _Recorder(TorchDispatchMode):
             self._give_up()
         return out
 
-    def note(self, launched: Launched | Called) -> None:
+    def note(self, launched: KernelLaunch | LauncherCall) -> None:
         """Hold a launch, with the tensors that it is given."""
         if self.is_complete:
             self.launches.append(launched)
@@ -100,7 +106,7 @@ class _Watched:
 
         def call(*args: Any) -> None:
             function(*args)
-            self._recorder.note(Called(address, letters[:-1], args))
+            self._recorder.note(LauncherCall(address, letters[:-1], args))
 
         return call
 
@@ -124,7 +130,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     recorder = getattr(_THREAD, "recorder", None)
     if recorder is not None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
-        recorder.note(Launched(compiled, grid, given))
+        recorder.note(KernelLaunch(compiled, grid, given))
 
 
 def recorded(
