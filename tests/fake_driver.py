@@ -206,7 +206,9 @@ def driving(kernels=None):
         leader = first if isinstance(first, torch.Tensor) else first[0]
         found = with_cuda.get(self.name, self)
         backends = found.backends("cuda", leader.dtype)
-        (backend, *_) = [x for x in ("triton", "cuda", "reference") if x in backends]
+        # The build's own CUDA kernels would want a GPU.
+        ways = ("triton", "cuda", "reference") if with_cuda else ("triton", "reference")
+        backend = next(way for way in ways if way in backends)
         return found.on(backend, "cuda", leader.dtype)(first, *args, **kwargs)
 
     host = learned()

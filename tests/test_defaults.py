@@ -165,7 +165,8 @@ def test_a_planted_default_is_found(kind, call, monkeypatch):
     """A tensor that a rule makes without saying where, or of what dtype."""
     scope = {"torch": torch, "honest": fused.find_fusion}
     source = (
-        f"def planted(*args):\n    assert {call}.sum() >= 0\n    return honest(*args)"
+        f"def planted(*args, **options):\n    assert {call}.sum() >= 0\n"
+        "    return honest(*args, **options)"
     )
     exec(compile(source, fused.__file__, "exec"), scope)
     monkeypatch.setattr(
