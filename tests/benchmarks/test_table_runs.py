@@ -53,7 +53,8 @@ def test_everything_is_planned_once_and_by_workload():
 
 
 def test_memory_and_second_moments_are_taken_of_all_workloads():
-    assert COLUMNS["memory"] == COLUMNS["second_moments"] == tuple(WORKLOADS)
+    """But of W6, whose peers do not fit beside each other."""
+    assert COLUMNS["memory"] == (*COLUMNS["second_moments"], "W6") == tuple(WORKLOADS)
 
 
 def test_a_full_run_is_estimated_within_forty_minutes():
