@@ -25,20 +25,6 @@ def case(request):
     return BY_NAME[request.param]
 
 
-@pytest.fixture
-def fusions(monkeypatch):
-    """The names that each backward pass fused."""
-    seen = []
-
-    def spying(*args, **options):
-        fusion = fused.find_fusion(*args, **options)
-        seen.append(set() if fusion is None else set(fusion.names))
-        return fusion
-
-    monkeypatch.setattr("fastminima.capture.session.attach.find_fusion", spying)
-    return seen
-
-
 def fused_probe(model, **options):
     return fm.GradientProbe(model, mode="fused", **options)
 

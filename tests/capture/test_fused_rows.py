@@ -9,7 +9,6 @@ from torch import nn
 
 import fastminima as fm
 from fastminima import _native
-from fastminima.capture.session import fused
 
 BATCH = 70  # enough for our products, and no multiple of their blocks
 IS_OURS = _native.best_isa in ("avx512", "avx2")
@@ -31,19 +30,6 @@ class Rows(nn.Module):
 
 
 NAMES = {"first.weight", "first.bias", "second.weight", "third"}  # the head is small
-
-
-@pytest.fixture
-def fusions(monkeypatch):
-    seen = []
-
-    def spying(*args, **options):
-        fusion = fused.find_fusion(*args, **options)
-        seen.append(set() if fusion is None else set(fusion.names))
-        return fusion
-
-    monkeypatch.setattr("fastminima.capture.session.attach.find_fusion", spying)
-    return seen
 
 
 def losses_of(model, x):
