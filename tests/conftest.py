@@ -95,3 +95,16 @@ def placed(request, device):
     dtype = None if default_dtype is None else getattr(torch, default_dtype)
     with placing.defaults(default_device, dtype, tests_on=device):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The launchers of CUDA kernels, on the emulated device."""
+    from tools.kernels import emulator
+
+    folder = tmp_path_factory.mktemp("emulated")
+    if reason := emulator.missing([], folder):
+        pytest.skip(reason)
+    sources = [*emulator.KERNELS, emulator.HERE / "emulated.cpp"]
+    flags = ["-shared", "-fPIC"]
+    return emulator.Emulated(emulator.build(folder / "emulated.so", sources, flags))

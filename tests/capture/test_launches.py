@@ -21,8 +21,6 @@ if learned() is None:
 from fake_driver import driving
 from launch_cases import N, Net, T, data, launched_nodes, losses_of
 
-from tools.kernels import emulator
-
 
 @contextlib.contextmanager
 def called_files():
@@ -138,16 +136,6 @@ def test_a_step_of_a_use_calls_little_python(driver):
     assert few_launches == 4 * 3 and many_launches == 12 * 3
     # Registering and removing a hook, which are PyTorch's own functions.
     assert (many - few) / 8 <= 6
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    if reason := emulator.missing([], folder):
-        pytest.skip(reason)
-    sources = [*emulator.KERNELS, emulator.HERE / "emulated.cpp"]
-    flags = ["-shared", "-fPIC"]
-    return emulator.Emulated(emulator.build(folder / "emulated.so", sources, flags))
 
 
 def test_launchers_of_the_extension_are_called_again(emulated):

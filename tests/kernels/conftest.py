@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastminima import _native
-from tools.kernels import emulator
 
 collect_ignore_glob = []
 if importlib.util.find_spec("triton") is None:
@@ -44,16 +43,6 @@ class Device:
         )
         flat = flat.to(self.name)
         return flat.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(x)
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    if reason := emulator.missing([], folder):
-        pytest.skip(reason)
-    sources = [*emulator.KERNELS, emulator.HERE / "emulated.cpp"]
-    flags = ["-shared", "-fPIC"]
-    return emulator.Emulated(emulator.build(folder / "emulated.so", sources, flags))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
