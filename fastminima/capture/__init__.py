@@ -35,7 +35,7 @@ Words:
 
 from .audit import Audit
 from .errors import CaptureError
-from .graph.compiled import compile
+from .compiled.backend import compile
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
-from .compiled import keeping_graphs
+from .replay import keeping_graphs
 from .node import Node
 from .saved import forget_pass
 

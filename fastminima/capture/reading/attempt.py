@@ -25,6 +25,7 @@ from ..rows.samples import Batch, Samples
 from . import mixing
 from .axis_shown import Shown, what_is_shown
 from .fit import Fit, fit, fit_one, guards_of, nodes_to_watch
+from .marked import Marked, Unmarked, marked_region
 from .plan import is_spread, reads_data
 from .recipe import Recipe, Region
 from .refusals import refuse_compiled, refuse_complex
@@ -94,6 +95,7 @@ class Attempt:
         may_open: whether closed gates are opened.
         opened: names of those that were.
         is_sealed: whether something was closed that cannot be opened.
+        run_again: why compiled regions are run again on probed steps.
     """
 
     graph: Graph
@@ -103,6 +105,7 @@ class Attempt:
     may_open: bool
     opened: set[str] = field(default_factory=set)
     is_sealed: bool = False
+    run_again: list[str] = field(default_factory=list)
 
     def run(self) -> Understood:
         """Run the measuring passes, and understand what they show.
@@ -123,10 +126,10 @@ class Attempt:
         evidence = Evidence(tape, samples, seen)
         if graph.is_open:
             evidence.hide(nodes_above(tape, roots))
-        inner: dict[int, Region | None] = {}
+        inner: dict[int, Region | Marked | None] = {}
         is_settled = self.may_open and not self.is_sealed
         for i, survey in surveys.items():
-            inner[i], holds = self._read_region(survey, scheme)
+            inner[i], holds = self._read_region(i, survey, scheme)
             is_settled &= holds
         if samples.count == 1:
             one = fit_one(tape, regions)
@@ -174,8 +177,8 @@ class Attempt:
         )
 
     def _read_region(
-        self, survey: Survey, scheme: Scheme
-    ) -> tuple[Region | None, bool]:
+        self, i: int, survey: Survey, scheme: Scheme
+    ) -> tuple[Region | Marked | None, bool]:
         """How to read a region's graph, and whether that holds for the next steps."""
         tape, samples = survey.tape, self.graph.samples
         if tape is None:  # no gradient came there
@@ -191,10 +194,12 @@ class Attempt:
             )
         holds = not gather_nodes(tape)  # they may pick other rows in the next step
         placed = None
+        measured: Measurements = {}
         if samples.count == 1:
             found = fit_one(tape)
         else:
-            seen = Evidence(tape, samples, measurements_of(survey.seen, scheme))
+            measured = measurements_of(survey.seen, scheme)
+            seen = Evidence(tape, samples, measured)
             found, evidence = fit(seen, where, is_inner=True)
             self._refuse_met(evidence, found, survey.reads & found.plan.preparing)
             if isinstance(samples, Batch):
@@ -203,9 +208,28 @@ class Attempt:
             holds = holds and found.is_settled and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
+        if survey.sight is not None:
+            try:
+                marked, is_shown = marked_region(
+                    *(survey.sight, measured, samples, self._inputs_of(i)),
+                    plan.sources,
+                )
+            except Unmarked as reason:
+                self.run_again.append(str(reason))
+            else:
+                return marked, holds and is_shown
         shapes = plan.signature(tape)
         region = Region(tape.key, plan, found.layouts, shapes, survey.inputs, placed)
         return region, holds
+
+    def _inputs_of(self, i: int) -> dict[int, str]:
+        """The tracked parameters that a region is given, by place."""
+        tape = self.graph.tape
+        return {
+            place: tape.parameter_at[edge[0]]
+            for place, edge in enumerate(tape.children[i])
+            if edge is not None and edge[0] in tape.parameter_at
+        }
 
     def _measured(
         self,
@@ -225,6 +249,7 @@ class Attempt:
                 node = tape.nodes[i]
                 handles += [survey, watch(node, survey, self)]
                 handles.append(node.register_hook(survey.free_inputs))
+                handles += survey.look_inside(node, self)
             return handles + (block_leaves(tape) if accumulates else [])
 
         def backward(weights: Tensor, leaves: list[Tensor]) -> None:

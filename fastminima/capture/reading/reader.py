@@ -68,6 +68,7 @@ class Reader:
         self._structures: dict[tuple, Structure] = {}
         self._recalled: Structure | None = None  # what served the last graph
         self._announced_gates: set[str] = set()
+        self._announced_regions: set[str] = set()
 
     @property
     def names(self) -> dict[int, str]:
@@ -226,7 +227,9 @@ class Reader:
         while True:
             attempt = Attempt(graph, self._model, self._batchnorm, rejected, may_open)
             try:
-                return attempt.run()
+                understood = attempt.run()
+                self._announce_regions(attempt.run_again)
+                return understood
             except OtherAxis as other:
                 rejected |= other.nodes
             except CaptureError:
@@ -254,6 +257,17 @@ class Reader:
                 rejected=understood.rejected,
             )
         known.remember(graph.tape, graph.samples, recipe)
+
+    def _announce_regions(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            if reason not in self._announced_regions:
+                self._announced_regions.add(reason)
+                warnings.warn(
+                    "A compiled region runs once more, uncompiled, on each probed "
+                    f"step, because {reason}. The statistics are exact; these steps "
+                    "cost more.",
+                    stacklevel=2,
+                )
 
     def _announce_gates(self, names: set[str]) -> None:
         new = names - self._announced_gates

@@ -13,6 +13,7 @@ from ..graph.tape import Tape
 from ..rows.guards import places
 from ..rows.routes import Routes
 from ..rows.samples import Samples, Segments
+from .marked import Marked
 from .plan import Layouts, Plan
 from .regions import tape_of
 
@@ -35,6 +36,11 @@ class Region:
     shapes: tuple
     inputs: Mapping[int, str]
     places: tuple | None
+
+    @property
+    def sources(self) -> Mapping[str, int]:
+        """For each parameter, how many uses there are."""
+        return self.plan.sources
 
     def resolved(self, segments: Segments) -> Region:
         """This region with the samples that rows have in this step."""
@@ -86,10 +92,15 @@ class Recipe:
 
     plan: Plan
     layouts: Layouts
-    regions: dict[int, Region | None] = field(default_factory=dict)
+    regions: dict[int, Region | Marked | None] = field(default_factory=dict)
     routes: Routes | None = None
     programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     lasts: bool = field(default=True, compare=False)
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether some region has a graph of its own, in a pass inside the pass."""
+        return not all(isinstance(r, Marked | None) for r in self.regions.values())
 
     def followed(self, tape: Tape, samples: Samples) -> Recipe | None:
         """This recipe with layouts of all uses; None where its routes do not agree."""
@@ -121,7 +132,9 @@ class Recipe:
         }
         return self._for_now(_choosing(self.layouts, samples), regions)
 
-    def _for_now(self, layouts: Layouts, regions: dict[int, Region | None]) -> Recipe:
+    def _for_now(
+        self, layouts: Layouts, regions: dict[int, Region | Marked | None]
+    ) -> Recipe:
         """This recipe with other layouts, for one step."""
         return replace(self, layouts=layouts, regions=regions, programs={}, lasts=False)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.compiled import NODE as COMPILED
+from ..graph.replay import NODE as COMPILED
 from ..graph.nodes import COLLECTIVES
 from ..graph.tape import Tape
 from ..rows.samples import Samples, Segments

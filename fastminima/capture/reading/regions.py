@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from ..compiled.operators import receive
 from ..errors import CaptureError
-from ..graph import compiled
+from ..graph import replay as compiled
 from ..graph.node import Node
 from ..graph.passes import belongs_to_another
 from ..graph.tape import Tape
 from ..rows.fingerprints import Fingerprints
 from ..rows.gates import Gates
 from ..rows.measure import leaves_below
+from .marked import Sight
 from .plan import reads_data, watched_nodes
 
 __all__ = [
@@ -67,6 +69,7 @@ class Survey:
         self.seen: dict[int, Fingerprints] = {}
         self.reads: set[int] = set()  # preparations that read data
         self.tape: Tape | None = None
+        self.sight: Sight | None = None  # of a compiled region's own uses
         self._handles: list[Any] = []
         self._detached: list[Tensor] = []  # inputs, gone with the graph
 
@@ -91,6 +94,14 @@ class Survey:
             self._handles += block_leaves(tape, inputs)
             self._detached = list(inputs)
         return leaves_below(tape, watched)
+
+    def look_inside(self, node: Node, owner: object) -> list[Any]:
+        """Watch the uses that a compiled region shows of itself; returns handles."""
+        if is_reentrant(node):
+            return []
+        if self.sight is None:
+            self.sight = Sight(self.seen, self._batch, owner)
+        return [receive(node, self.sight)]
 
     def free_inputs(self, *_: Any) -> None:
         """Let go of the gradients of the region's inputs, once they were passed on."""

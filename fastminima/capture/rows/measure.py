@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._memory import return_freed_memory
-from ..graph.compiled import NODE as COMPILED
+from ..graph.replay import NODE as COMPILED
 from ..graph.tape import Tape
 from .decode import Measurement, Scheme
 from .evidence import Measurements

@@ -207,6 +207,7 @@ class Attacher:
             hook_gradients=hook_gradients,
             announce=self.announce,
             defer_errors=self._defer_errors,
+            makes=self._options.is_fused,
             arrival=arrival,
             owner=owner,
         )

@@ -71,6 +71,16 @@ class Collector:
             into.second_moments[parameter] = whole.second_moment()
         self._add_dots(parameter, whole)
 
+    def make(self, parameter: str, whole: Contribution) -> Tensor:
+        """The gradient of one parameter, made with the statistics of its samples."""
+        into = self.collected
+        found = whole.fused(with_second_moment="second_moments" in self._measure)
+        into.sq_norms[parameter] = found.sq_norms
+        if found.second_moment is not None:
+            into.second_moments[parameter] = found.second_moment
+        self._add_dots(parameter, whole)
+        return found.total
+
     def _add_dots(self, parameter: str, whole: Contribution) -> None:
         given = {k: v[parameter] for k, v in self._directions.items() if parameter in v}
         if not given:
@@ -133,10 +143,4 @@ class FusedCollector(Collector):
         if parameter not in self.makes:
             super().take(parameter, whole)
             return
-        into = self.collected
-        found = whole.fused(with_second_moment="second_moments" in self._measure)
-        into.sq_norms[parameter] = found.sq_norms
-        if found.second_moment is not None:
-            into.second_moments[parameter] = found.second_moment
-        self._fusion.add(parameter, found.total)
-        self._add_dots(parameter, whole)
+        self._fusion.add(parameter, self.make(parameter, whole))

@@ -26,7 +26,7 @@ from ..graph.tape import Tape, signed
 from ..reading.plan import Path, Slot, Use
 from .moves import Move, is_known, move_of, turns_of
 
-__all__ = ["Deliveries", "Delivery", "deliveries_from", "delivery_of"]
+__all__ = ["Deliveries", "Delivery", "deliveries_from", "delivery_of", "turned"]
 
 Delivery = Callable[[Contribution], Contribution]
 
@@ -99,13 +99,13 @@ def delivery_of(tape: Tape | Nearby, slot: Slot, path: Path) -> Delivery | None:
         return None  # contributions are in the accumulation dtype anyway
     is_turned = turns_of(nodes, names) if len(shape) == 2 else None
     if is_turned is not None:
-        return _turned if is_turned else None
+        return turned if is_turned else None
     span = _span(nodes[-1], names[-1], path.steps[-1][1])
     place = _placer(nodes, names, path.steps)
     return lambda inner: Placed(inner, shape, place, span)
 
 
-def _turned(inner: Contribution) -> Contribution:
+def turned(inner: Contribution) -> Contribution:
     """For the transposed matrix."""
     if isinstance(inner, Dense):
         return inner.transposed()

@@ -7,11 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..compiled.operators import receive
 from ..errors import CaptureError
 from ..graph.node import current_node
 from ..graph.saved import readable
 from ..graph.tape import Tape
 from ..graph.undisturbed import undisturbed
+from ..reading.marked import Marked
 from ..reading.plan import Layouts, Plan, Use
 from ..reading.reader import Reading
 from ..reading.recipe import Region
@@ -21,6 +23,7 @@ from .arrival import Arrival, PassFilter
 from .collector import Collected, Collector
 from .delivery import delivery_of
 from .gradients import Gradients
+from .marked import MarkedUses
 from .parts import Parts
 from .program import Program, program_of
 from .taking import Taking
@@ -70,6 +73,7 @@ class Session(Taking):
             passes after which nobody calls `take_gradients`.
         defer_errors: let the pass go on after a CaptureError and raise it in `finish`:
             other ranks wait for this one's gradients.
+        makes: whether compiled regions may make gradients with their statistics.
         arrival: of the loss, where the pass is not run by the probe itself: only what
             comes by it counts.
         owner: of the passes that are run for it, where several sessions share them.
@@ -86,6 +90,7 @@ class Session(Taking):
         hook_gradients: bool,
         announce: Announce,
         defer_errors: bool = False,
+        makes: bool = False,
         arrival: Arrival | None = None,
         owner: object = None,
     ) -> None:
@@ -96,7 +101,7 @@ class Session(Taking):
         parts = Parts(missing, is_own_pass=arrival is None)
         super().__init__(parameters, recipe.layouts, batch, collector, parts, announce)
         self._names = {id(p): name for name, p in parameters.items()}
-        self._filter = PassFilter(owner, arrival, has_inner_passes=bool(recipe.regions))
+        self._filter = PassFilter(owner, arrival, has_inner_passes=recipe.runs_again)
         self._defer_errors = defer_errors
         self._error: CaptureError | None = None
         self._reads_gradients = hook_gradients
@@ -111,9 +116,11 @@ class Session(Taking):
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
-                self._handles.append(
-                    watch(node, self._region_watcher(region), self.owner)
-                )
+                if isinstance(region, Marked):
+                    handle = receive(node, self._marked_uses(region, makes=makes))
+                else:
+                    handle = watch(node, self._region_watcher(region), self.owner)
+                self._handles.append(handle)
             if hook_gradients:
                 is_known = not recipe.regions and self._gradients.hook_known(
                     reading.tape, self._parts
@@ -206,9 +213,20 @@ class Session(Taking):
             except CaptureError as error:
                 if not self._defer_errors:
                     raise
-                self._error = self._error or error
+                self._keep_error(error)
 
         return hook
+
+    def _marked_uses(self, region: Marked, *, makes: bool) -> MarkedUses:
+        return MarkedUses(
+            *(region, self._parts, self._collector),
+            is_anothers=self._filter.is_anothers,
+            on_error=self._keep_error if self._defer_errors else None,
+            makes=makes,
+        )
+
+    def _keep_error(self, error: CaptureError) -> None:
+        self._error = self._error or error
 
     def _region_watcher(self, region: Region | None) -> Watcher:
         def watcher(
@@ -240,9 +258,13 @@ def _of_several_graphs(reading: Reading) -> tuple[dict[str, int], frozenset[str]
     recipe, tape = reading.recipe, reading.tape
     regions = {i: r for i, r in recipe.regions.items() if r is not None}
     missing: dict[str, int] = {}
-    for plan in (recipe.plan, *(region.plan for region in regions.values())):
-        for name, count in plan.sources.items():
+    for part in (recipe.plan, *regions.values()):
+        for name, count in part.sources.items():
             missing[name] = missing.get(name, 0) + count
-    reentrant = (r.plan.own for i, r in regions.items() if is_reentrant(tape.nodes[i]))
+    reentrant = (
+        r.plan.own
+        for i, r in regions.items()
+        if isinstance(r, Region) and is_reentrant(tape.nodes[i])
+    )
     arrivals = [set(tape.leaves), *reentrant]
     return missing, frozenset(n for n in missing if sum(n in a for a in arrivals) > 1)

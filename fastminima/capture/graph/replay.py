@@ -9,7 +9,6 @@ gradient; training itself uses the compiled code throughout.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from .node import Node
 
-__all__ = ["NODE", "Replay", "compile", "keeping_graphs", "replay_of"]
+__all__ = ["NODE", "Replay", "keeping_graphs", "note", "replay_of", "versions_of"]
 
 NODE = "CompiledFunction"
 _KEY = "fastminima"
-_numbers = itertools.count(1)
 
 
 class Replay:
@@ -61,7 +59,7 @@ class Replay:
             CaptureError: when it draws random numbers, or a tensor that it was given
                 has changed since, so that the result would be another.
         """
-        if _versions(self.inputs) != self._versions:
+        if versions_of(self.inputs) != self._versions:
             raise CaptureError(
                 "A tensor that a compiled region reads was changed in place, by the "
                 "region or after it (a buffer of the model?), so it cannot be run "
@@ -111,47 +109,6 @@ class Replay:
             torch.autograd.grad(roots, list(leaves), seeds, allow_unused=True)
 
 
-def compile(
-    model: nn.Module | Callable[..., Any],
-    *,
-    backend: str | Callable[..., Any] = "inductor",
-    fullgraph: bool = False,
-    dynamic: bool | None = None,
-    options: dict[str, Any] | None = None,
-) -> Any:
-    """`torch.compile` such that `GradientProbe` can read the model.
-
-    The compiled code is the same, and so is its speed on steps that are not probed. On
-    a probed step each compiled region runs once more, uncompiled, forward and
-    backward: combine it with `GradientProbe(every=k)`. The statistics are those of the
-    uncompiled operations, equal to compiled ones up to rounding.
-
-    Regions that draw random numbers (dropout) or change buffers end in a `CaptureError`
-    on probed steps: run the uncompiled module on those.
-
-    Args:
-        model: what to compile.
-        backend: the backend that really compiles, by name or as a function.
-        fullgraph: as for `torch.compile`.
-        dynamic: as for `torch.compile`.
-        options: passed to the backend; for "inductor" as its configuration.
-
-    Example:
-        >>> import torch, fastminima as fm
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
-        >>> fast = fm.compile(model, backend="aot_eager")
-        >>> stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4)).sum(1))
-        >>> stats.sq_norms.shape
-        torch.Size([5])
-    """
-    return torch.compile(
-        model,
-        backend=_Backend(backend, options),
-        fullgraph=fullgraph,
-        dynamic=dynamic,
-    )
-
-
 def replay_of(node: Node) -> Replay | None:
     """How to run the region behind a node of the graph, if that is known."""
     return node.metadata.get(_KEY)
@@ -167,39 +124,11 @@ def keeping_graphs() -> AbstractContextManager[Any]:
     return config.patch(donated_buffer=False)
 
 
-class _Backend:
-    """Compiles with another backend and notes each call on the node it leaves."""
-
-    def __init__(
-        self, backend: str | Callable[..., Any], options: dict[str, Any] | None
-    ) -> None:
-        from torch._dynamo.backends.registry import lookup_backend
-
-        self._options: dict[str, Any] = {}
-        if options:
-            is_inductor = backend == "inductor"
-            self._options = {"config_patches" if is_inductor else "options": options}
-        self._compile = lookup_backend(backend) if isinstance(backend, str) else backend
-
-    def __call__(self, graph: Any, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        with keeping_graphs():
-            run = self._compile(graph, example_inputs, **self._options)
-        number = next(_numbers)
-
-        def noted(*inputs: Any) -> Any:
-            versions = _versions(inputs)
-            outputs = run(*inputs)
-            _note(outputs, graph, number, inputs, versions)
-            return outputs
-
-        return noted
-
-
-def _versions(inputs: Sequence[Any]) -> list[int]:
+def versions_of(inputs: Sequence[Any]) -> list[int]:
     return [t._version for t in inputs if isinstance(t, Tensor)]
 
 
-def _note(
+def note(
     outputs: Any, graph: Any, number: int, inputs: Sequence[Any], versions: list[int]
 ) -> None:
     """Keep a call of a region on the node that it left in the graph."""

@@ -1,0 +1,171 @@
+"""`compile`: torch.compile with backends whose backward graphs are marked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.replay import keeping_graphs, note, versions_of
+from . import operators as operators  # compiled code calls them
+
+__all__ = ["compile"]
+
+_numbers = itertools.count(1)
+
+
+def compile(
+    model: nn.Module | Callable[..., Any],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """`torch.compile` such that `GradientProbe` can read the model.
+
+    Operators are inserted into the backward graph before it is compiled, which show the
+    probe what each gradient of a parameter is computed from. There is no graph break,
+    and steps that are probed and steps that are not run the same code. The training
+    gradients are the same on both.
+
+    That is done for the backends "inductor", "aot_eager" and
+    "aot_eager_decomp_partition". Under another one, and for a region where a gradient
+    is computed by an operation that is not known here, a warning says why, and each
+    probed step runs the region once more, uncompiled, forward and backward. Such
+    regions must not draw random numbers (dropout) or change buffers.
+
+    Args:
+        model: what to compile.
+        backend: the backend that really compiles, by name or as a function.
+        fullgraph: as for `torch.compile`.
+        dynamic: as for `torch.compile`.
+        mode: as for `torch.compile`, for "inductor".
+        options: passed to the backend; for "inductor" as its configuration.
+
+    Raises:
+        ValueError: for a `mode` with another backend than "inductor".
+
+    Example:
+        >>> import torch, fastminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+        >>> fast = fm.compile(model, backend="aot_eager")
+        >>> stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4)).sum(1))
+        >>> stats.sq_norms.shape
+        torch.Size([5])
+    """
+    return torch.compile(
+        model,
+        backend=_Backend(backend, mode, options),
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+    )
+
+
+class _Backend:
+    """Compiles with another backend and notes each call on the node it leaves."""
+
+    def __init__(
+        self,
+        backend: str | Callable[..., Any],
+        mode: str | None,
+        options: dict[str, Any] | None,
+    ) -> None:
+        if mode is not None and backend != "inductor":
+            raise ValueError(
+                f"mode={mode!r} is for backend='inductor', and this is {backend!r}. "
+                "Pass `options=` instead."
+            )
+        self._compile = _compiler(backend, mode, options)
+
+    def __call__(self, graph: Any, example_inputs: list[Any]) -> Callable[..., Any]:
+        with keeping_graphs():
+            run = self._compile(graph, example_inputs)
+        number = next(_numbers)
+
+        def noted(*inputs: Any) -> Any:
+            versions = versions_of(inputs)
+            outputs = run(*inputs)
+            note(outputs, graph, number, inputs, versions)
+            return outputs
+
+        return noted
+
+
+_Compiler = Callable[[Any, Sequence[Any]], Callable[..., Any]]
+
+
+def _compiler(
+    backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any] | None
+) -> _Compiler:
+    """What compiles a graph for example inputs."""
+    if backend == "inductor":
+        return _inductor(mode, options)
+    if backend in ("aot_eager", "aot_eager_decomp_partition"):
+        return _aot(decomposed=backend != "aot_eager")
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+    given = {"options": options} if options else {}
+    return lambda graph, inputs: compiler(graph, inputs, **given)
+
+
+def _inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
+    # As torch.compile itself does it, with its messages for options that are not.
+    own = torch._TorchCompileInductorWrapper(mode, options, None)
+
+    def compiled(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor import config
+
+        from .inserting import Marking
+
+        key = "post_grad_custom_pre_pass"
+        before = own.config.get(key, getattr(config, key))
+        marking = Marking(_leaves(graph, inputs), len(inputs), before)
+        return own(graph, inputs, config_patches={key: marking})
+
+    return compiled
+
+
+def _aot(*, decomposed: bool) -> _Compiler:
+    def compiled(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._dynamo.backends.debugging import boxed_nop
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from torch._inductor.decomposition import select_decomp_table
+
+        from .inserting import mark_uses
+
+        leaves = _leaves(graph, inputs)
+
+        def backward(compiling: Any, example_inputs: Any) -> Any:
+            mark_uses(compiling.graph, leaves, len(inputs))
+            compiling.recompile()
+            return boxed_nop(compiling, example_inputs)
+
+        given: dict[str, Any] = {}
+        if decomposed:
+            given["decompositions"] = select_decomp_table
+        return aot_autograd(
+            fw_compiler=boxed_nop,
+            bw_compiler=backward,
+            partition_fn=min_cut_rematerialization_partition,
+            keep_inference_input_mutations=True,
+            **given,
+        )(graph, inputs)
+
+    return compiled
+
+
+def _leaves(graph: Any, inputs: Sequence[Any]) -> dict[int, str]:
+    """The inputs of a region that accumulate a gradient: place -> name."""
+    places = graph.graph.find_nodes(op="placeholder")
+    return {
+        i: str(node.target)
+        for i, (node, t) in enumerate(zip(places, inputs, strict=True))
+        if isinstance(t, Tensor) and t.requires_grad and t.is_leaf
+    }

@@ -1,0 +1,210 @@
+"""The uses of a compiled region, as its own code shows them in the backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiled.marks import Into, Mark, Move
+from ..contributions import Contribution, Dense, Embedding, Placed, Pushed
+from ..errors import CaptureError
+from ..graph.undisturbed import undisturbed
+from ..reading.marked import Marked
+from ..reading.plan import Path, Use
+from ..rules import contributions_of
+from .collector import Collector
+from .delivery import Delivery, turned
+from .parts import Parts
+from .visit import visit
+
+__all__ = ["MarkedUses"]
+
+
+class MarkedUses:
+    """Takes what the operators of one region are given.
+
+    Args:
+        region: how to read it.
+        parts: joins the contributions of several uses.
+        collector: takes whole parameters.
+        is_anothers: whether the pass that runs is not the one that is observed.
+        on_error: called with an error that must wait; None raises it.
+        makes: whether gradients of weights may be made with their statistics.
+    """
+
+    def __init__(
+        self,
+        region: Marked,
+        parts: Parts,
+        collector: Collector,
+        *,
+        is_anothers: Callable[[], bool],
+        on_error: Callable[[CaptureError], None] | None,
+        makes: bool,
+    ) -> None:
+        self._region, self._parts, self._collector = region, parts, collector
+        self._is_anothers, self._on_error, self._makes = is_anothers, on_error, makes
+
+    def take(self, mark: Mark, g: Tensor, saved: Sequence[Tensor]) -> Tensor | None:
+        """Take a use; returns its weight's gradient where it is made here."""
+        use = self._region.uses.get(mark.place)
+        if use is None or self._is_anothers():
+            return None
+        try:
+            with undisturbed():
+                return self._take(use, mark, g, saved)
+        except CaptureError as error:
+            if self._on_error is None:
+                raise
+            self._on_error(error)
+            return None
+
+    def refuse(self, reason: str) -> None:
+        """The region was marked when it was measured.
+
+        Raises:
+            CaptureError: always.
+        """
+        raise CaptureError(
+            f"A compiled region is not marked now, and was when its rows were "
+            f"measured: {reason}. Make a new probe."
+        )
+
+    def _take(
+        self, use: Use, mark: Mark, g: Tensor, saved: Sequence[Tensor]
+    ) -> Tensor | None:
+        place = mark.place
+        if tuple(g.shape) != self._region.shapes[place]:
+            raise CaptureError(
+                f"A gradient of shape {tuple(g.shape)} reached {use.name} in a "
+                f"compiled region (parameters {use.parameters}), where it was "
+                f"{self._region.shapes[place]} when its rows were measured. Make a new "
+                "probe; report it if that does not help."
+            )
+        layouts = self._region.layouts[place]
+        node = mark.node(saved)
+        found = contributions_of(use.name, node, (g,), layouts, use.slots)
+        if len(found) < len(use.slots):
+            raise CaptureError(
+                f"{use.name} in a compiled region (parameters {use.parameters}, shape "
+                f"{tuple(g.shape)}) is not covered by its rule. Report it, with the "
+                "layer."
+            )
+        made = self._made(use, mark, found, g.dtype)
+        deliveries = [
+            (into.number, path, _delivery(into, node))
+            for into, path in paths_of(mark, use)
+            if into.number in found
+        ]
+        visit(use, found, deliveries, self._parts, self._collector)
+        return made
+
+    def _made(
+        self,
+        use: Use,
+        mark: Mark,
+        found: dict[int, Contribution],
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """The gradient of a weight with its statistics, which is taken out of `found`.
+
+        None where the product is not the whole gradient of one parameter, and where
+        samples have one row each, whose norms share nothing with it.
+        """
+        number = _WEIGHTS.get(use.name)
+        ways = [way for way in paths_of(mark, use) if way[0].number == number]
+        if not self._makes or number not in found or len(ways) != 1:
+            return None
+        ((into, path),) = ways
+        is_turned = mark.constants["is_left"]
+        if len(into.moves) != is_turned or self._region.sources[path.parameter] > 1:
+            return None
+        part = found[number]
+        if isinstance(part, Dense) and part.products.has_one_row:
+            return None
+        del found[number]
+        deliver = delivery_by(into.moves, into.shape)
+        self._parts.count(path.parameter, use.name)
+        whole = part if deliver is None else deliver(part)
+        return self._collector.make(path.parameter, whole).to(dtype).contiguous()
+
+
+def _delivery(into: Into, node: Any) -> Delivery | None:
+    """How a contribution to a use becomes one to the parameter."""
+    if into.looked_up is None:
+        return delivery_by(into.moves, into.shape)
+    ids, rows = node._saved_lookup.flatten(), into.looked_up
+    padding = getattr(node, "_saved_padding_idx", -1)
+
+    def delivered(inner: Contribution) -> Contribution:
+        """A table looked up once for all samples: the ids are the same in each."""
+        found = inner.per_sample(0, inner.batch).reshape(inner.batch, len(ids), -1)
+        return Embedding(ids.expand(inner.batch, -1), found, padding, rows)
+
+    return delivered
+
+
+# The input by which the weight of a product enters, as eager nodes count.
+_WEIGHTS = {"AddmmBackward0": 2, "BmmBackward0": 1}
+
+
+def paths_of(mark: Mark, use: Use) -> list[tuple[Into, Path]]:
+    """Where the parts of a use go: one for each gradient of a tracked parameter."""
+    paths = {p.leaf: p for slot in use.slots for p in slot.paths}
+    return [(into, paths[into.output]) for into in mark.into if into.output in paths]
+
+
+@lru_cache(maxsize=4096)
+def delivery_by(moves: tuple[Move, ...], entered: tuple[int, ...]) -> Delivery | None:
+    """How a contribution to a use becomes one to the parameter, by what only moves it.
+
+    Args:
+        moves: from the use's gradient to that of the parameter.
+        entered: the shape of the use's gradient.
+    """
+    moved = torch.empty(entered, device="meta")
+    for move in moves:
+        moved = _moved(moved, move)
+    shape = tuple(moved.shape)
+    factor = math.prod(move[1] for move in moves if move[0] == "scale")
+    rest = tuple(move for move in moves if move[0] != "scale")
+    if factor != 1:
+        return lambda inner: Pushed(inner, shape, lambda t: factor * _by(rest, t))
+    if not rest or (shape == entered and all(move[0] == "reshape" for move in rest)):
+        return None
+    if len(entered) == 2 and all(move == ("permute", (1, 0)) for move in rest):
+        return turned if len(rest) % 2 else None
+    return lambda inner: Placed(inner, shape, lambda t: _by(rest, t), _span(rest))
+
+
+def _by(moves: Sequence[Move], t: Tensor) -> Tensor:
+    for move in moves:
+        t = _moved(t, move)
+    return t
+
+
+def _moved(t: Tensor, move: Move) -> Tensor:
+    kind, *arguments = move
+    if kind == "reshape":
+        return t.reshape(arguments[0])
+    if kind == "permute":
+        return t.permute(arguments[0])
+    if kind == "scale":
+        return t * arguments[0]
+    dim, start, end, step, size = arguments
+    whole = t.new_zeros(*t.shape[:dim], size, *t.shape[dim + 1 :])
+    whole[(slice(None),) * dim + (slice(start, end, step),)] = t
+    return whole
+
+
+def _span(moves: Sequence[Move]) -> tuple[int, int] | None:
+    """Which rows of the parameter are taken, where the last move says so."""
+    kind, *arguments = moves[-1]
+    if kind != "put" or arguments[0] != 0 or arguments[3] != 1:
+        return None
+    return arguments[1], arguments[2]
