@@ -208,6 +208,7 @@ _INPUT: dict[Any, int] = {
     _aten._unsafe_masked_index_put_accumulate.default: 0,
     _aten.bmm.default: 1,
     _aten.embedding_dense_backward.default: 0,
+    _aten.index_add.default: 0,
     _aten.index_put.default: 0,
     _aten.mm.default: 2,
     _aten.sum.default: 0,
@@ -295,6 +296,8 @@ def _table_of(node: fx.Node, args: Sequence[Any]) -> _Use:
             raise NotTraced("a table has scale_grad_by_freq")
         return _Use(node, "EmbeddingBackward0", g, [("indices", ids)], constants)
     base = args[0]
+    if node.target is _aten.index_add.default and node.kwargs.get("alpha", 1) != 1:
+        raise NotTraced("a gradient is a weighted sum")
     if not is_zero(base):
         raise NotTraced("rows are added to what is there")
     if node.target is _aten._unsafe_masked_index_put_accumulate.default:
@@ -304,10 +307,18 @@ def _table_of(node: fx.Node, args: Sequence[Any]) -> _Use:
         constants = {"padding_idx": -1, "scale_grad_by_freq": False}
         saved = [("indices", ids), ("mask", mask)]
         return _Use(node, "EmbeddingBackward0", g, saved, constants)
+    if node.target is _aten.index_add.default:
+        _, dim, ids, g = args
+        if dim != 0:
+            raise NotTraced("a table is looked up along another dim than the first")
+        return _Use(node, "IndexSelectBackward0", g, [("index", ids)], {"dim": 0})
     _, indices, g, *rest = args
     if not (rest and rest[0]) or any(index is None for index in indices):
         raise NotTraced(f"{node.target} does not add up all rows of a table")
     return _Use(node, "IndexBackward0", g, [("indices[]", i) for i in indices])
+
+
+_TABLES = ("EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
 
 
 def _look_behind(
@@ -317,7 +328,7 @@ def _look_behind(
 
     Positions are looked up once for all samples: what comes there is summed over them.
     """
-    if table.name != "EmbeddingBackward0" or len(table.into) != 1:
+    if table.name not in _TABLES or len(table.into) != 1 or len(table.saved) > 2:
         return
     (into,) = table.into
     try:
@@ -328,13 +339,16 @@ def _look_behind(
     except (NotTraced, ValueError):
         return
     moves = (*own, *behind.moves)
-    is_plain = all(move[0] == "reshape" for move in moves)
+    is_plain = all(move[0] in ("permute", "reshape") for move in moves)
     if use.node.target not in _SUMS or use.node in uses or into.moves or not is_plain:
         return
-    saved = [("lookup" if n == "indices" else n, t) for n, t in table.saved]
+    if len(into.shape) != 2:
+        return
+    saved = [
+        ("lookup" if name.startswith("ind") else name, t) for name, t in table.saved
+    ]
     use.saved, use.at, use.behind = saved, table.node, table.node
-    if table.constants["padding_idx"] != -1:  # masked where it is negative otherwise
-        use.constants["padding_idx"] = table.constants["padding_idx"]
+    use.constants |= table.constants
     use.into.append(Into(0, into.output, shape, moves, into.shape[0]))
     uses[use.node] = use
 
@@ -402,4 +416,4 @@ def _viewed(g: fx.Node) -> tuple[int, ...] | None:
         shape, rows = shape_of(g.args[0]), shape_of(g)  # type: ignore[arg-type]
     except NotTraced:
         return None
-    return shape if shape[-1:] == rows[-1:] else None
+    return shape if len(shape) > 2 and shape[-1] == rows[-1] else None

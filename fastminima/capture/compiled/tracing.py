@@ -184,6 +184,18 @@ def _joined(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     return below
 
 
+def _stacked(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
+    parts, dim = node.args[0], (*node.args, 0)[1]
+    size = shape_of(node)
+    dim = range(len(size))[dim]  # type: ignore[index]
+    kept = ("reshape", (*size[:dim], 1, *size[dim + 1 :]))
+    return [
+        (_node(part), (kept, ("put", dim, i, i + 1, 1, size[dim])))
+        for i, part in enumerate(parts)  # type: ignore[arg-type]
+        if not is_zero(_node(part))
+    ]
+
+
 def _padded(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     pads, value = node.args[1], (*node.args, 0, 0)[2]
     sizes = list(shape_of(_first(node)))
@@ -239,6 +251,7 @@ _STEPS: dict[Any, _Step] = {
     _aten.select_backward.default: _put_back,
     _aten.cat.default: _joined,
     _aten.constant_pad_nd.default: _padded,
+    _aten.stack.default: _stacked,
 }
 # Operations that sum over samples, as far as a use is known by them.
 USES = frozenset(
@@ -247,6 +260,7 @@ USES = frozenset(
         _aten._unsafe_masked_index_put_accumulate.default,
         _aten.bmm.default,
         _aten.embedding_dense_backward.default,
+        _aten.index_add.default,
         _aten.index_put.default,
         _aten.mm.default,
         _aten.sum.default,

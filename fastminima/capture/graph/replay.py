@@ -37,6 +37,7 @@ class Replay:
         outputs: dict[int, int],
     ) -> None:
         self.number = number
+        self.difference: str | None = None  # why it may not be what it was
         self._graph = graph
         self.inputs = tuple(inputs)
         self._outputs = outputs  # output of the node -> output of the graph
@@ -52,19 +53,23 @@ class Replay:
         """The tensors among the inputs."""
         return [t for t in self.inputs if isinstance(t, Tensor)]
 
-    def run(self) -> tuple[list[Tensor], list[Any]]:
+    def run(self, *, may_differ: bool = False) -> tuple[list[Tensor], list[Any]]:
         """Compute the region uncompiled: its tensors, and what it returns.
+
+        Args:
+            may_differ: whether other numbers will do, as they do where only the rows
+                are looked at; `difference` says then what is wrong.
 
         Raises:
             CaptureError: when it draws random numbers, or a tensor that it was given
                 has changed since, so that the result would be another.
         """
         if versions_of(self.inputs) != self._versions:
-            raise CaptureError(
+            self._differ(
                 "A tensor that a compiled region reads was changed in place, by the "
                 "region or after it (a buffer of the model?), so it cannot be run "
-                "again for the probe. Run the uncompiled module on the steps that you "
-                "probe."
+                "again for the probe.",
+                may_differ,
             )
         inputs = [_separate(t) for t in self.inputs]
         devices = {t.device for t in self.tensors if t.is_cuda}
@@ -77,13 +82,18 @@ class Replay:
             found = self._graph(*inputs)
             after = _random_states(devices)
         if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            raise CaptureError(
+            self._differ(
                 "A compiled region draws random numbers (dropout?), and run again for "
-                "the probe it would draw others. Run the uncompiled module on the "
-                "steps that you probe."
+                "the probe it would draw others.",
+                may_differ,
             )
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         return tensors, list(found) if isinstance(found, list | tuple) else [found]
+
+    def _differ(self, message: str, may_differ: bool) -> None:
+        self.difference = f"{message} Run the uncompiled module on the steps you probe."
+        if not may_differ:
+            raise CaptureError(self.difference)
 
     def backward(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from ..graph.passes import is_distributed, run_pass, run_whole_pass
+from ..graph.replay import replay_of
 from ..graph.saved import frames_of
 from ..graph.tape import Tape
 from ..rows.batch_axis import batch_edges, nodes_above, unshown_message, weigh_edges
@@ -215,6 +216,10 @@ class Attempt:
                     plan.sources,
                 )
             except Unmarked as reason:
+                replay = replay_of(self.graph.tape.nodes[i])
+                if replay is not None and replay.difference is not None:
+                    message = f"{replay.difference} (It is not marked: {reason}.)"
+                    raise CaptureError(message) from None
                 self.run_again.append(str(reason))
             else:
                 return marked, holds and is_shown
@@ -247,7 +252,7 @@ class Attempt:
             handles += mixing.freeze(tape, graph.mixing)
             for i, survey in surveys.items():
                 node = tape.nodes[i]
-                handles += [survey, watch(node, survey, self)]
+                handles += [survey, watch(node, survey, self, may_differ=True)]
                 handles.append(node.register_hook(survey.free_inputs))
                 handles += survey.look_inside(node, self)
             return handles + (block_leaves(tape) if accumulates else [])

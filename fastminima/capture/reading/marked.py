@@ -245,7 +245,7 @@ def _is_read(
         return dim == 0
     if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
         return dim < len(shape) - len(mark.constants["normalized_shape"])
-    if name == "EmbeddingBackward0":
+    if name in ("EmbeddingBackward0", "IndexSelectBackward0"):
         return dim < len(shape) - 1
     return dim < len(shape) - len(mark.into[0].shape) + _indexed(mark)
 

@@ -191,14 +191,19 @@ def named_inputs(tape: Tape, i: int) -> dict[int, str]:
     }
 
 
-def watch(node: Any, watcher: Watcher, owner: object) -> Any:
-    """Show the region's graph whenever a pass of `owner`, or the user's, gets there."""
+def watch(
+    node: Any, watcher: Watcher, owner: object, *, may_differ: bool = False
+) -> Any:
+    """Show the region's graph whenever a pass of `owner`, or the user's, gets there.
+
+    `may_differ` lets a compiled region compute other numbers than before.
+    """
     replay = compiled.replay_of(node)
     if replay is not None:
 
         def before(grads: tuple[Tensor | None, ...]) -> None:
             if not belongs_to_another(owner):
-                inputs, outputs = replay.run()
+                inputs, outputs = replay.run(may_differ=may_differ)
                 replay.backward(outputs, grads, watcher(inputs, outputs))
 
         return node.register_prehook(before)

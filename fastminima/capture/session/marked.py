@@ -139,11 +139,14 @@ def _delivery(into: Into, node: Any) -> Delivery | None:
     if into.looked_up is None:
         return delivery_by(into.moves, into.shape)
     ids, rows = node._saved_lookup.flatten(), into.looked_up
-    padding = getattr(node, "_saved_padding_idx", -1)
+    padding = getattr(node, "_saved_padding_idx", None)
+    if padding is None:  # an index may count from the end
+        ids, padding = ids.remainder(rows), -1
 
     def delivered(inner: Contribution) -> Contribution:
         """A table looked up once for all samples: the ids are the same in each."""
-        found = inner.per_sample(0, inner.batch).reshape(inner.batch, len(ids), -1)
+        found = _of_each(into.moves, inner.per_sample(0, inner.batch))
+        found = found.reshape(inner.batch, len(ids), -1)
         return Embedding(ids.expand(inner.batch, -1), found, padding, rows)
 
     return delivered
@@ -186,6 +189,16 @@ def _by(moves: Sequence[Move], t: Tensor) -> Tensor:
     for move in moves:
         t = _moved(t, move)
     return t
+
+
+def _of_each(moves: Sequence[Move], samples: Tensor) -> Tensor:
+    """Samples' gradients `[batch, ...]`, each reshaped and permuted."""
+    for kind, numbers in moves:
+        if kind == "reshape":
+            samples = samples.reshape(len(samples), *numbers)
+        else:
+            samples = samples.permute(0, *(dim + 1 for dim in numbers))
+    return samples
 
 
 def _moved(t: Tensor, move: Move) -> Tensor:
