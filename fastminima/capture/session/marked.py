@@ -87,6 +87,9 @@ class MarkedUses:
                 "probe; report it if that does not help."
             )
         layouts = self._region.layouts[place]
+        if any(map(self._parts.will_wait, use.parameters)):
+            # Compiled code writes other things there as soon as the operator is done.
+            g, saved = g.clone(), [t.clone() for t in saved]
         node = mark.node(saved)
         found = contributions_of(use.name, node, (g,), layouts, use.slots)
         if len(found) < len(use.slots):

@@ -38,6 +38,10 @@ class Parts:
         """Uses of the parameter that has most of them left, one at least."""
         return max(1, *self._missing.values(), 1)
 
+    def will_wait(self, parameter: str) -> bool:
+        """Whether what the next use of a parameter brings waits for further ones."""
+        return self._missing.get(parameter, 0) > 1
+
     def count(self, parameter: str, use: str) -> None:
         """Note that one of the uses of a parameter was seen.
 
