@@ -10,8 +10,8 @@ python -m benchmarks.overhead --parts walk,knobs   some of it
   and with `sample=4`; and of one probed step.
 - adapters: the ratio for a model of frozen layers of which only adapters are tracked.
 - first: the first step of a model, in plain steps, and its peak memory.
-- compiled: W5 compiled by `fm.compile`, probed and not, beside `torch.compile`; and the
-  uncompiled module probed.
+- compiled: W3 and W5 compiled by `fm.compile`, probed in both modes and not, beside
+  `torch.compile`; and the uncompiled module probed. Compile times too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,27 +169,44 @@ def first(rounds: int) -> dict:
 
 
 def compiled(budget: float) -> dict:
-    """One step of W5 in each way; compiling takes a minute besides."""
-    plain, unprobed, probed, uncompiled = (build("W5") for _ in range(4))
-    torch_compiled = torch.compile(plain.model)
-    ours, ours_probed = fm.compile(unprobed.model), fm.compile(probed.model)
-    probe, of_uncompiled = (fm.GradientProbe(w.model) for w in (probed, uncompiled))
+    """Steps of compiled models; compiling takes minutes besides, and is timed too."""
+    return {name: _compiled(name, budget) for name in ("W3", "W5")}
 
-    def losses(run, workload: Workload) -> torch.Tensor:
+
+def _compiled(name: str, budget: float) -> dict:
+    """One step of a workload in each way."""
+    ways = ("plain", "not probed", "probed", "fused", "uncompiled, probed")
+    workloads = {way: build(name) for way in ways}
+    models = {way: workload.model for way, workload in workloads.items()}
+    runs = {way: fm.compile(model) for way, model in models.items()}
+    runs["plain"] = torch.compile(models["plain"])
+    runs["uncompiled, probed"] = models["uncompiled, probed"]
+    probes = {
+        "probed": fm.GradientProbe(models["probed"]),
+        "fused": fm.GradientProbe(models["fused"], mode="fused"),
+        "uncompiled, probed": fm.GradientProbe(models["uncompiled, probed"]),
+    }
+
+    def step(way: str) -> object:
+        workload = workloads[way]
         workload.model.zero_grad(set_to_none=True)
-        return sample_losses(run(workload.inputs), workload.targets)
+        losses = sample_losses(runs[way](workload.inputs), workload.targets)
+        if way in probes:
+            return probes[way].backward(losses)
+        return losses.mean().backward()
 
-    return _ratios(
-        {
-            "plain": lambda: losses(torch_compiled, plain).mean().backward(),
-            "fm.compile": lambda: losses(ours, unprobed).mean().backward(),
-            "fm.compile, probed": lambda: probe.backward(losses(ours_probed, probed)),
-            "uncompiled, probed": lambda: of_uncompiled.backward(
-                losses(uncompiled.model, uncompiled)
-            ),
-        },
-        budget,
-    )
+    seconds = {way: _compile_seconds(partial(step, way)) for way in ways[:2]}
+    found = _ratios({way: partial(step, way) for way in ways}, budget)
+    return {**found, "compile_seconds": seconds}
+
+
+def _compile_seconds(step: Callable[[], object]) -> float:
+    """Of the first step, with nothing in the compiler's caches."""
+    with torch._inductor.utils.fresh_cache():
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
 
 
 def _ratios(steps: dict[str, Callable[[], object]], budget: float) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..graph.replay import keeping_graphs, note, versions_of
 from . import operators as operators  # compiled code calls them
@@ -121,11 +121,11 @@ def _inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
     def compiled(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor import config
 
-        from .inserting import Marking
+        from .inserting import Inputs, Marking
 
         key = "post_grad_custom_pre_pass"
         before = own.config.get(key, getattr(config, key))
-        marking = Marking(_leaves(graph, inputs), len(inputs), before)
+        marking = Marking(Inputs.of(graph, inputs), before)
         return own(graph, inputs, config_patches={key: marking})
 
     return compiled
@@ -138,34 +138,24 @@ def _aot(*, decomposed: bool) -> _Compiler:
         from torch._functorch.partitioners import min_cut_rematerialization_partition
         from torch._inductor.decomposition import select_decomp_table
 
-        from .inserting import mark_uses
+        from .inserting import Inputs, mark_uses
 
-        leaves = _leaves(graph, inputs)
+        given = Inputs.of(graph, inputs)
 
         def backward(compiling: Any, example_inputs: Any) -> Any:
-            mark_uses(compiling.graph, leaves, len(inputs))
+            mark_uses(compiling.graph, given)
             compiling.recompile()
             return boxed_nop(compiling, example_inputs)
 
-        given: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if decomposed:
-            given["decompositions"] = select_decomp_table
+            more["decompositions"] = select_decomp_table
         return aot_autograd(
             fw_compiler=boxed_nop,
             bw_compiler=backward,
             partition_fn=min_cut_rematerialization_partition,
             keep_inference_input_mutations=True,
-            **given,
+            **more,
         )(graph, inputs)
 
     return compiled
-
-
-def _leaves(graph: Any, inputs: Sequence[Any]) -> dict[int, str]:
-    """The inputs of a region that accumulate a gradient: place -> name."""
-    places = graph.graph.find_nodes(op="placeholder")
-    return {
-        i: str(node.target)
-        for i, (node, t) in enumerate(zip(places, inputs, strict=True))
-        if isinstance(t, Tensor) and t.requires_grad and t.is_leaf
-    }

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -21,7 +21,16 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from .marks import REFUSED, Into, Mark, Move
 from .operators import LOOK, PRODUCT
-from .tracing import Found, NotTraced, found_in, is_zero, shape_of, stripped
+from .tracing import (
+    Found,
+    NotTraced,
+    any_sizes_of,
+    found_in,
+    is_zero,
+    shape_of,
+    sizes_of,
+    stripped,
+)
 
 __all__ = ["Marking", "mark_uses"]
 
@@ -29,39 +38,63 @@ _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: "AddmmBackward0", _aten.bmm.default: "BmmBackward0"}
 
 
+class Inputs(NamedTuple):
+    """What a region is given.
+
+    Attributes:
+        count: of all inputs.
+        tensors: of those that are tensors, which are the edges of the region's node.
+        leaves: those that accumulate a gradient: place among the inputs, place among
+            the tensors, name.
+    """
+
+    count: int
+    tensors: int
+    leaves: tuple[tuple[int, int, str], ...]
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule, inputs: Sequence[Any]) -> Inputs:
+        """The inputs of a graph as a backend is given it, with examples of them."""
+        edge = 0
+        leaves = []
+        for i, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+            t = inputs[i]
+            if isinstance(t, torch.Tensor):
+                if t.requires_grad and t.is_leaf:
+                    leaves.append((i, edge, str(node.target)))
+                edge += 1
+        return cls(len(inputs), edge, tuple(leaves))
+
+
 class Marking(CustomGraphPass):
     """The pass, for one region.
 
     Args:
-        leaves: by place among the region's inputs, the names of those that accumulate
-            a gradient.
-        inputs: how many inputs there are.
+        inputs: of the region.
         before: a pass of the user's own at the same point of compilation.
     """
 
-    def __init__(
-        self, leaves: Mapping[int, str], inputs: int, before: Any = None
-    ) -> None:
-        self._leaves, self._inputs, self._before = dict(leaves), inputs, before
+    def __init__(self, inputs: Inputs, before: Any = None) -> None:
+        self._inputs, self._before = inputs, before
 
     def __call__(self, graph: fx.Graph) -> None:
         """Mark a graph, if it is a backward graph."""
         if self._before is not None:
             self._before(graph)
-        mark_uses(graph, self._leaves, self._inputs)
+        mark_uses(graph, self._inputs)
 
     def uuid(self) -> Any:
         """What the pass does depends on: part of the keys of the compiler's caches."""
         folder = Path(__file__).parent
         files = tuple(sorted(str(path) for path in folder.glob("*.py")))
-        own = get_hash_for_files(files), tuple(self._leaves.items()), self._inputs
+        own = get_hash_for_files(files), self._inputs
         if self._before is None:
             return own
         before = self._before.uuid() if hasattr(self._before, "uuid") else None
         return None if before is None else (own, before)
 
 
-def mark_uses(graph: fx.Graph, leaves: Mapping[int, str], inputs: int) -> None:
+def mark_uses(graph: fx.Graph, inputs: Inputs) -> None:
     """Insert the operators into a backward graph, or one that says why there are none.
 
     Forward graphs are left as they are.
@@ -70,7 +103,7 @@ def mark_uses(graph: fx.Graph, leaves: Mapping[int, str], inputs: int) -> None:
     if not tangents:
         return
     try:
-        uses = _uses(graph, leaves, inputs, tangents)
+        uses = _uses(graph, inputs, tangents)
     except NotTraced as error:
         with graph.inserting_before(graph.output_node()):
             node = graph.call_function(LOOK, (f"{REFUSED}{error}", tangents[:1]))
@@ -78,7 +111,7 @@ def mark_uses(graph: fx.Graph, leaves: Mapping[int, str], inputs: int) -> None:
         return
     places = {node: place for place, node in enumerate(uses)}
     for node, use in uses.items():
-        use.insert(graph, places, places[node], inputs)
+        use.insert(graph, places, places[node], inputs.tensors)
     graph.lint()
 
 
@@ -113,14 +146,14 @@ class _Use:
         return self.node.target in _PRODUCTS
 
     def insert(
-        self, graph: fx.Graph, places: Mapping[fx.Node, int], place: int, outputs: int
+        self, graph: fx.Graph, places: Mapping[fx.Node, int], place: int, edges: int
     ) -> None:
         """Put the operator in place of a product, or beside another operation."""
         behind = None if self.behind is None else places[self.behind]
         saved = tuple(name for name, _ in self.saved)
         mark = Mark(
             *(place, len(places), self.name, saved, tuple(self.into)),
-            *(self.constants, _viewed(self.g), outputs, behind),
+            *(self.constants, _viewed(self.g), edges, behind),
         )
         if self.is_product:
             with graph.inserting_before(self.node):
@@ -136,23 +169,22 @@ class _Use:
 
 
 def _uses(
-    graph: fx.Graph,
-    leaves: Mapping[int, str],
-    inputs: int,
-    tangents: Sequence[fx.Node],
+    graph: fx.Graph, inputs: Inputs, tangents: Sequence[fx.Node]
 ) -> dict[fx.Node, _Use]:
     """The uses behind the gradients of all leaves, in the order of the graph."""
     outputs: Any = graph.output_node().args[0]
-    if len(outputs) != inputs:
-        raise NotTraced(f"the graph has {len(outputs)} gradients for {inputs} inputs")
+    if len(outputs) != inputs.count:
+        raise NotTraced(
+            f"the graph has {len(outputs)} gradients for {inputs.count} inputs"
+        )
     above = _depending(graph, tangents)
     uses: dict[fx.Node, _Use] = {}
-    for output, name in leaves.items():
+    for output, edge, name in inputs.leaves:
         if outputs[output] is None:
             continue
         try:
             for found in found_in(outputs[output]):
-                _add(uses, found, output, above)
+                _add(uses, found, edge, above)
         except NotTraced as error:
             raise NotTraced(f"{error} ({name})") from None
     _join_biases(uses)
@@ -171,7 +203,7 @@ def _depending(graph: fx.Graph, tangents: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _add(
-    uses: dict[fx.Node, _Use], found: Found, output: int, above: set[fx.Node]
+    uses: dict[fx.Node, _Use], found: Found, edge: int, above: set[fx.Node]
 ) -> None:
     """Note where the gradient of a use goes."""
     node, number, first = _of_use(found.node)
@@ -179,7 +211,7 @@ def _add(
     if use is None:
         use = uses[node] = _use_of(node, above)
     shape, own = _entering(use, found.node, number)
-    use.into.append(Into(first, output, shape, (*own, *found.moves)))
+    use.into.append(Into(first, edge, shape, (*own, *found.moves)))
 
 
 # Of operations with several results: which input each of them is the gradient of.
@@ -220,7 +252,7 @@ def _entering(
     use: _Use, result: fx.Node, number: int | None
 ) -> tuple[tuple[int, ...], tuple[Move, ...]]:
     """The shape in which a parameter enters a use, and moves to the use's result."""
-    shape = shape_of(result)
+    shape = any_sizes_of(result)
     if use.is_product:
         if not use.constants["is_left"]:
             return shape, ()
@@ -238,17 +270,20 @@ _SUMS = (_aten.sum.default, _aten.sum.dim_IntList)
 def _kept(node: fx.Node) -> tuple[int, ...]:
     """The shape of a sum that keeps its dims, as long as parameters go, 1 before."""
     summed = _dims(node)
-    sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    kept = [1 if dim in summed else size for dim, size in enumerate(sizes)]
-    if not all(isinstance(size, int) for size in kept):
-        raise NotTraced(f"{node.target} has sizes that change")
-    return tuple(kept)
+    sizes = any_sizes_of(_argument(node))
+    return tuple(1 if dim in summed else size for dim, size in enumerate(sizes))
 
 
 def _dims(node: fx.Node) -> set[int]:
-    count = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    count = _argument(node).meta["val"].dim()
     dims: Any = node.args[1] if len(node.args) > 1 else None
     return {range(count)[dim] for dim in dims} if dims else set(range(count))
+
+
+def _argument(node: fx.Node) -> fx.Node:
+    (argument, *_) = node.args
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
@@ -349,7 +384,7 @@ def _look_behind(
     ]
     use.saved, use.at, use.behind = saved, table.node, table.node
     use.constants |= table.constants
-    use.into.append(Into(0, into.output, shape, moves, into.shape[0]))
+    use.into.append(Into(0, into.edge, shape, moves, into.shape[0]))
     uses[use.node] = use
 
 

@@ -30,9 +30,8 @@ class Into:
 
     Attributes:
         number: of the input by which the parameter enters, as an eager node counts.
-        output: of the backward graph, which is that of the parameter's place among the
-            region's inputs.
-        shape: in which the parameter enters.
+        edge: of the region's node, by which the parameter enters.
+        shape: in which the parameter enters the use; -1 for a size that changes.
         moves: from the use's own gradient, of that shape, to that of the parameter; or
             to rows that were looked up in it.
         looked_up: how many rows the parameter has then, of which the node has saved
@@ -40,7 +39,7 @@ class Into:
     """
 
     number: int
-    output: int
+    edge: int
     shape: tuple[int, ...]
     moves: tuple[Move, ...] = ()
     looked_up: int | None = None
@@ -58,7 +57,7 @@ class Mark:
         constants: what else it saves.
         into: the gradients that it adds to.
         viewed: the shape of the gradient before it was reshaped; None if it was not.
-        outputs: of the backward graph.
+        edges: of the region's node.
         behind: the place of a look-up that this use stands for, if what comes there is
             summed over samples already; None for uses that stand for themselves.
     """
@@ -70,7 +69,7 @@ class Mark:
     into: tuple[Into, ...]
     constants: dict[str, Any] = field(default_factory=dict)
     viewed: tuple[int, ...] | None = None
-    outputs: int = 0
+    edges: int = 0
     behind: int | None = None
 
     def encoded(self) -> str:
@@ -100,7 +99,7 @@ def mark_of(text: str) -> Mark:
     into = tuple(
         Into(
             found["number"],
-            found["output"],
+            found["edge"],
             tuple(found["shape"]),
             tuple(_hashable(move) for move in found["moves"]),
             found["looked_up"],
@@ -116,7 +115,7 @@ def mark_of(text: str) -> Mark:
         into,
         said["constants"],
         None if viewed is None else tuple(viewed),
-        said["outputs"],
+        said["edges"],
         said["behind"],
     )
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from .marks import Move
 
-__all__ = ["Found", "NotTraced", "found_in", "is_zero", "shape_of", "stripped"]
+__all__ = ["Found", "NotTraced", "any_sizes_of", "found_in", "is_zero", "shape_of", "sizes_of", "stripped"]
 
 _aten = torch.ops.aten
 
@@ -54,6 +54,24 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return shape
 
 
+def sizes_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node computes, -1 for a size that changes.
+
+    Raises:
+        NotTraced: where there are several of these.
+    """
+    found = any_sizes_of(node)
+    if found.count(-1) > 1:
+        raise NotTraced(f"{node.target} has several sizes that change")
+    return found
+
+
+def any_sizes_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node computes, -1 for sizes that change."""
+    sizes = node.meta["val"].shape
+    return tuple(size if isinstance(size, int) else -1 for size in sizes)
+
+
 def stripped(node: fx.Node) -> fx.Node:
     """What a node was before it was copied or converted to more digits."""
     while node.target in _COPIES and _is_exact(node):
@@ -87,17 +105,17 @@ def _same(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 
 
 def _reshaped(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    return [(_first(node), (("reshape", shape_of(node)),))]
+    return [(_first(node), (("reshape", sizes_of(node)),))]
 
 
 def _expanded(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    if shape_of(node) != shape_of(_first(node)):
+    if sizes_of(node) != sizes_of(_first(node)):
         raise NotTraced("a gradient is expanded")
     return _same(node)
 
 
 def _permuted(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    dims = range(len(shape_of(node)))
+    dims = range(node.meta["val"].dim())
     if node.target is _aten.permute.default:
         order = [dims[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
     else:
@@ -112,7 +130,7 @@ def _added(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     terms = node.args[:2]
     if node.kwargs.get("alpha", 1) != 1 or len(node.all_input_nodes) != len(set(terms)):
         raise NotTraced("a gradient is a weighted sum")
-    shapes = {shape_of(_node(term)) for term in terms}
+    shapes = {sizes_of(_node(term)) for term in terms}
     if len(shapes) > 1:
         raise NotTraced("a gradient is a sum with broadcasting")
     return [(_node(term), ()) for term in terms]

@@ -213,7 +213,7 @@ class Attempt:
             try:
                 marked, is_shown = marked_region(
                     *(survey.sight, measured, samples, self._inputs_of(i)),
-                    plan.sources,
+                    *(len(self.graph.tape.children[i]), plan.sources),
                 )
             except Unmarked as reason:
                 replay = replay_of(self.graph.tape.nodes[i])

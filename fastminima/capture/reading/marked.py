@@ -95,6 +95,7 @@ def marked_region(
     measured: Mapping[int, Sequence[Measurement | None]],
     samples: Samples,
     parameters: Mapping[int, str],
+    edges: int,
     wanted: Mapping[str, int],
 ) -> tuple[Marked, bool]:
     """The uses that were seen, and whether what was seen will hold.
@@ -103,7 +104,8 @@ def marked_region(
         sight: what the operators were given.
         measured: of it, by `key`.
         samples: what a sample is.
-        parameters: of the region's inputs, by place.
+        parameters: of the region's inputs that are tensors, by place.
+        edges: how many of these there are.
         wanted: the parameters that the region's own graph uses.
 
     Raises:
@@ -111,7 +113,10 @@ def marked_region(
     """
     if not sight.marks:
         raise Unmarked(sight.reason)
-    total = next(iter(sight.marks.values())).total
+    first = next(iter(sight.marks.values()))
+    total = first.total
+    if first.edges != edges:
+        raise Unmarked(f"it has {edges} inputs and was compiled for {first.edges}")
     if len(sight.marks) != total:
         raise Unmarked(f"{len(sight.marks)} of its {total} uses got a gradient")
     uses: dict[int, Use] = {}
@@ -119,7 +124,7 @@ def marked_region(
     is_settled = True
     instead = {m.behind: place for place, m in sight.marks.items()}
     for place, mark in sorted(sight.marks.items()):
-        use = _use_of(mark, parameters)
+        use = _use_of(mark, sight.shapes[place], parameters)
         if use is None or mark.behind is not None:
             continue
         try:
@@ -128,7 +133,7 @@ def marked_region(
             if place not in instead:
                 raise
             place = instead[place]
-            use = _use_of(sight.marks[place], parameters)
+            use = _use_of(sight.marks[place], sight.shapes[place], parameters)
             assert use is not None
             layout, holds = _layout_of(place, sight, measured, samples)
         uses[place] = use
@@ -143,16 +148,21 @@ def marked_region(
     return Marked(uses, layouts, sight.shapes, sources), is_settled
 
 
-def _use_of(mark: Mark, parameters: Mapping[int, str]) -> Use | None:
-    """The use of tracked parameters that a mark tells of."""
-    into = [into for into in mark.into if into.output in parameters]
+def _use_of(
+    mark: Mark, shape: tuple[int, ...], parameters: Mapping[int, str]
+) -> Use | None:
+    """The use of tracked parameters that a mark tells of.
+
+    `shape` is that of its output gradient, where it has sizes that change.
+    """
+    into = [into for into in mark.into if into.edge in parameters]
     if not into:
         return None
     slots = tuple(
         Slot(
             number,
             (_NOWHERE, 0),
-            next(x.shape for x in into if x.number == number),
+            next(_filled(x.shape, shape) for x in into if x.number == number),
             tuple(_path(x, parameters) for x in into if x.number == number),
         )
         for number in sorted({x.number for x in into})
@@ -160,8 +170,17 @@ def _use_of(mark: Mark, parameters: Mapping[int, str]) -> Use | None:
     return Use(_NOWHERE, mark.name, slots)
 
 
+def _filled(sizes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes, those that change being those of the same dims of another shape."""
+    if -1 not in sizes:
+        return sizes
+    return tuple(
+        now if size == -1 else size for size, now in zip(sizes, shape, strict=True)
+    )
+
+
 def _path(into: Into, parameters: Mapping[int, str]) -> Path:
-    return Path(parameters[into.output], None, into.output, is_copy=False)
+    return Path(parameters[into.edge], None, into.edge, is_copy=False)
 
 
 def _layout_of(

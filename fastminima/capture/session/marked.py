@@ -99,8 +99,9 @@ class MarkedUses:
                 "layer."
             )
         made = self._made(use, mark, found, g.dtype)
+        entered = {slot.number: slot.shape for slot in use.slots}
         deliveries = [
-            (into.number, path, _delivery(into, node))
+            (into.number, path, _delivery(into, entered[into.number], node))
             for into, path in paths_of(mark, use)
             if into.number in found
         ]
@@ -137,10 +138,10 @@ class MarkedUses:
         return self._collector.make(path.parameter, whole).to(dtype).contiguous()
 
 
-def _delivery(into: Into, node: Any) -> Delivery | None:
+def _delivery(into: Into, entered: tuple[int, ...], node: Any) -> Delivery | None:
     """How a contribution to a use becomes one to the parameter."""
     if into.looked_up is None:
-        return delivery_by(into.moves, into.shape)
+        return delivery_by(into.moves, entered)
     ids, rows = node._saved_lookup.flatten(), into.looked_up
     padding = getattr(node, "_saved_padding_idx", None)
     if padding is None:  # an index may count from the end
@@ -162,7 +163,7 @@ _WEIGHTS = {"AddmmBackward0": 2, "BmmBackward0": 1}
 def paths_of(mark: Mark, use: Use) -> list[tuple[Into, Path]]:
     """Where the parts of a use go: one for each gradient of a tracked parameter."""
     paths = {p.leaf: p for slot in use.slots for p in slot.paths}
-    return [(into, paths[into.output]) for into in mark.into if into.output in paths]
+    return [(into, paths[into.edge]) for into in mark.into if into.edge in paths]
 
 
 @lru_cache(maxsize=4096)
