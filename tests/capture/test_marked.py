@@ -1,0 +1,291 @@
+"""Compiled regions that show their uses themselves: nothing runs again, and exactly."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch import nn
+
+import fastminima as fm
+from fastminima.capture.compiled.marks import Into, Mark, mark_of
+from fastminima.capture.graph import replay
+
+BY_NAME = {case.name: case for case in CASES}
+BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
+# Where a gradient is computed by what no mark knows; the reasons are in
+# docs/compiled.md. Any other case that runs again is a fault.
+RUN_AGAIN = {
+    "bilinear",
+    "batch norm eval",
+    "experts selected",
+    "loop over images",
+    "loop over samples",
+    "low rank",
+    "spectral norm",
+    "weight norm",
+    "weight unbound",
+}
+# PyTorch has no float32 kernel for it under its compiler.
+CASES = [case for case in CASES if case.name != "experts grouped"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _placed(device):
+    if device.type == "apart":
+        pytest.skip("compilers do not know the device `apart`")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)  # it compiles something else then
+    yield
+    torch._dynamo.reset()
+
+
+def take_grads(model):
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+def singles(losses, model):
+    """Squared norms of single samples' gradients, through the very same graph."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with replay.keeping_graphs():
+        rows = [
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            for loss in losses
+        ]
+    found = [sum(g.double().square().sum() for g in row if g is not None) for row in rows]
+    return torch.stack(found).to(losses.dtype)
+
+
+def assert_alike(got, want):
+    """Statistics by parameter, to rounding of the largest."""
+    scale = float(want.sq_norms.max())
+    assert got.sq_norms_by_parameter.keys() == want.sq_norms_by_parameter.keys()
+    close = {"rtol": 1e-4, "atol": 1e-6 * scale}
+    for name, norms in want.sq_norms_by_parameter.items():
+        torch.testing.assert_close(got.sq_norms_by_parameter[name], norms, **close)
+        moments = got.second_moments[name], want.second_moments[name]
+        torch.testing.assert_close(*moments, **close)
+    torch.testing.assert_close(got.dots["v"], want.dots["v"], **close)
+    torch.testing.assert_close(
+        got.mean_grad_sq_norm, want.mean_grad_sq_norm, rtol=1e-4, atol=1e-6 * scale
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case(case, backend, device):
+    """As the uncompiled probe, and as is said of what runs again."""
+    model, inputs = case.make(device=device)
+    count = sum(p.numel() for p in model.parameters())
+    options = {
+        "measure": ("norms", "second_moments"),
+        "per_parameter": True,
+        "directions": {"v": torch.linspace(-1, 1, count).to(device)},
+    }
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        want = fm.GradientProbe(model, **options).backward(case.losses(model, inputs))
+        take_grads(model)
+        fast = fm.compile(model, backend=backend)
+        probe = fm.GradientProbe(model, **options)
+        for _ in range(3):
+            assert_alike(probe.backward(case.losses(fast, inputs)), want)
+            take_grads(model)
+    again = [str(w.message) for w in seen if "once more" in str(w.message)]
+    assert not again or case.name in RUN_AGAIN, again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["conv2d", "tied head", "rows in common", "reused", "group norm", "mha batch first"],
+)
+def test_the_real_compiler(name, device):
+    """Which writes over tensors as soon as an operator has read them."""
+    case = BY_NAME[name]
+    model, inputs = case.make(device=device)
+    options = {"per_parameter": True, "measure": ("norms", "second_moments", "gram")}
+    want = fm.GradientProbe(model, **options).backward(case.losses(model, inputs))
+    take_grads(model)
+    fast = fm.compile(model, fullgraph=True)
+    case.losses(fast, inputs).mean().backward()
+    grads = take_grads(model)
+    probe = fm.GradientProbe(model, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*once more")
+        for _ in range(2):
+            got = probe.backward(case.losses(fast, inputs))
+            torch.testing.assert_close(got.gram, want.gram, rtol=1e-4, atol=1e-5)
+            for parameter, norms in want.sq_norms_by_parameter.items():
+                torch.testing.assert_close(
+                    got.sq_norms_by_parameter[parameter], norms, rtol=1e-4, atol=1e-5
+                )
+            for g, h in zip(take_grads(model), grads, strict=True):
+                assert torch.equal(g, h)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.layers = nn.Sequential(
+            nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.4), nn.LayerNorm(16)
+        )
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, ids):
+        return self.head(self.layers(self.table(ids)))
+
+
+@pytest.fixture
+def dropping(device):
+    """A model with dropout, and losses of single samples of any run of it."""
+    torch.manual_seed(0)
+    ids = torch.randint(11, (6, 5)).to(device)
+
+    def losses(run):
+        return F.cross_entropy(run(ids).mT, ids, reduction="none").mean(1)
+
+    return Dropping().to(device), losses
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_with_the_masks_of_the_step(dropping, backend):
+    model, losses_of = dropping
+    fast = fm.compile(model, backend=backend, fullgraph=True)
+    probe = fm.GradientProbe(model)
+    for _ in range(3):
+        losses = losses_of(fast)
+        want = singles(losses, model)
+        got = probe.backward(losses).sq_norms
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_probed_step_is_the_step_itself(dropping, backend):
+    """Bit by bit, dropout's masks and all that is random afterwards too."""
+    model, losses_of = dropping
+    twin = copy.deepcopy(model)
+    after = {}
+    for run in (model, twin):
+        fast = fm.compile(run, backend=backend)
+        probe = fm.GradientProbe(run, every=2)
+        optimizer = torch.optim.SGD(run.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            losses = losses_of(fast)
+            if run is twin:
+                probe.backward(losses)
+            else:
+                losses.mean().backward()
+            optimizer.step()
+        after[run] = [*run.parameters(), torch.rand(3)]
+    for a, b in zip(after[model], after[twin], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused(dropping, backend):
+    """Gradients with their statistics, and the product itself when nobody asks."""
+    model, losses_of = dropping
+    model.eval()
+    fast = fm.compile(model, backend=backend)
+    losses_of(fast).mean().backward()
+    plain = take_grads(model)
+    want = fm.GradientProbe(model).backward(losses_of(model)).sq_norms
+    take_grads(model)
+    probe = fm.GradientProbe(model, mode="fused", measure=("norms", "second_moments"))
+    moments = fm.GradientProbe(model, measure="second_moments")
+    expected = moments.backward(losses_of(model)).second_moments
+    take_grads(model)
+    for _ in range(3):
+        got = probe.backward(losses_of(fast))
+        torch.testing.assert_close(got.sq_norms, want)
+        for name, moment in expected.items():
+            torch.testing.assert_close(got.second_moments[name], moment)
+        for g, h in zip(take_grads(model), plain, strict=True):
+            torch.testing.assert_close(g, h)
+        losses_of(fast).mean().backward()
+        for g, h in zip(take_grads(model), plain, strict=True):
+            assert torch.equal(g, h)
+
+
+def test_an_error_in_the_pass_leaves_nothing(dropping):
+    model, losses_of = dropping
+    model.eval()
+    fast = fm.compile(model, backend="aot_eager")
+    probe = fm.GradientProbe(model)
+    want = probe.backward(losses_of(fast)).sq_norms
+    losses = losses_of(fast)
+    probe.attach(losses)
+
+    def stop(_):
+        raise RuntimeError("stop")
+
+    handle = model.table.weight.register_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        losses.mean().backward()
+    handle.remove()
+    node = losses.grad_fn
+    while node.name() != "CompiledFunctionBackward":
+        node = next(n for n, _ in node.next_functions if n is not None)
+    torch.testing.assert_close(probe.backward(losses_of(fast)).sq_norms, want)
+    assert "fastminima.receiver" not in node.metadata
+
+
+def test_a_mark_means_the_same_in_another_process():
+    into = Into(2, 5, (3, 4), (("permute", (1, 0)), ("put", 0, 2, 6, 1, 6)), 7)
+    mark = Mark(
+        *(1, 3, "AddmmBackward0", ("mat1", "indices[]"), (into,)),
+        *({"is_left": True, "stride": [2, 2]}, (2, 3, 4), 9, 2),
+    )
+    assert mark_of(mark.encoded()) == mark
+
+
+@pytest.mark.slow
+def test_caches_of_the_compiler(tmp_path):
+    """A second process compiles nothing, and reads the same."""
+    code = textwrap.dedent("""
+        import torch, fastminima as fm
+        from torch._dynamo.utils import counters
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+        )
+        fast = fm.compile(model)
+        stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4, 6)).sum((1, 2)))
+        found = counters["aot_autograd"]
+        print(found["autograd_cache_hit"], found["autograd_cache_miss"])
+        print(stats.sq_norms.tolist())
+    """)
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**__import__("os").environ, **environment},
+        ).stdout.splitlines()
+        for _ in range(2)
+    ]
+    assert runs[0][0] == "0 1"
+    assert runs[1][0] == "1 0"
+    assert runs[0][1] == runs[1][1]
