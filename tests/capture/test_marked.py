@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from cases import CASES
 from torch import nn
 
 import fastminima as fm
+from fastminima.capture.compiled import operators
 from fastminima.capture.compiled.marks import Into, Mark, mark_of
 from fastminima.capture.graph import replay
+from fastminima.capture.reading.reader import Reader
 
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
@@ -289,3 +292,55 @@ def test_caches_of_the_compiler(tmp_path):
     assert runs[0][0] == "0 1"
     assert runs[1][0] == "1 0"
     assert runs[0][1] == runs[1][1]
+
+
+def test_code_that_does_not_show_its_uses_is_noticed(dropping, monkeypatch):
+    """As where a wrapper replays it: an error, not statistics of what was seen."""
+    model, losses_of = dropping
+    fast = fm.compile(model, backend="aot_eager")
+    probe = fm.GradientProbe(model)
+    probe.backward(losses_of(fast))
+    model.zero_grad()
+    monkeypatch.setattr(operators, "_receiver", lambda: None)
+    with pytest.raises(fm.CaptureError, match="showed 0 of its"):
+        probe.backward(losses_of(fast))
+
+
+def test_sizes_are_carried_over(device, monkeypatch):
+    """One compiled graph for all lengths and batches: three are measured."""
+    torch.manual_seed(0)
+    model = BY_NAME["tied head"].build().to(device)
+    fast = fm.compile(model, backend="aot_eager", dynamic=True)
+    measured = []
+    measure = Reader._measure
+    monkeypatch.setattr(
+        Reader, "_measure", lambda self, g: measured.append(g) or measure(self, g)
+    )
+    probe, plain = fm.GradientProbe(model), fm.GradientProbe(model)
+    counts = []
+    for n, t in [(4, 5), (3, 5), (4, 3), (5, 4), (2, 5), (7, 3), (3, 3), (7, 2)]:
+        ids = torch.randint(11, (n, t)).to(device)
+        want, got = (
+            each.backward(run(ids).square().flatten(1).sum(1)).sq_norms
+            for each, run in ((plain, model), (probe, fast))
+        )
+        torch.testing.assert_close(got, want)
+        counts.append(sum(graph.regions != [] for graph in measured))
+    assert counts == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_measured_anew_and_found_to_be_other(dropping):
+    """What is remembered of a region is compared with every new measurement."""
+    model, losses_of = dropping
+    fast = fm.compile(model, backend="aot_eager")
+    probe = fm.GradientProbe(model)
+    probe.backward(losses_of(fast))
+    (structure,) = probe._attacher._reader._structures.values()
+    (recipe,) = structure._recipes.values()
+    (region,) = recipe.regions.values()
+    place = next(p for p, (x,) in region.layouts.items() if x.inner > 1)
+    (layout,) = region.layouts[place]
+    region.layouts[place] = (replace(layout, outer=layout.inner, inner=1),)
+    with pytest.raises(fm.CaptureError, match="belong to other samples"):
+        for _ in range(20):
+            probe.backward(losses_of(fast))

@@ -107,12 +107,14 @@ def _no_shape(text: str, tensors: list[Tensor]) -> None:
     pass
 
 
+# Under CUDA graphs they run between the graphs: a replay calls no Python.
+_TAGS = torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe
 _LIBRARY = torch.library.Library("fastminima", "FRAGMENT")
 for _schema, _run in (
     ("product(str mark, Tensor left, Tensor right) -> Tensor", _product),
     ("look(str mark, Tensor[] tensors) -> ()", _look),
 ):
-    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout,))
+    _LIBRARY.define(_schema, tags=_TAGS)
     _LIBRARY.impl(_schema.split("(")[0], _run, "CompositeExplicitAutograd")
 PRODUCT = torch.ops.fastminima.product.default
 LOOK = torch.ops.fastminima.look.default

@@ -74,12 +74,55 @@ class Marked:
         layouts: of each use.
         shapes: of its output gradient.
         sources: for each parameter, how many uses there are.
+        batch: number of samples in this step, where the layouts are those of another
+            one, to be carried over to the shapes that come; else None.
     """
 
     uses: Mapping[int, Use]
     layouts: Layouts
-    shapes: Mapping[int, tuple[int, ...]]
+    shapes: Mapping[int, tuple[int, ...]] = field(compare=False)
     sources: Mapping[str, int] = field(compare=False)
+    batch: int | None = None
+
+    def at(self, mark: Mark, shape: tuple[int, ...]) -> tuple[Use, tuple] | None:
+        """A tracked use and its layouts, for an output gradient of this shape.
+
+        None where its rows are not known.
+        """
+        use, layouts = self.uses[mark.place], self.layouts[mark.place]
+        measured = self.shapes[mark.place]
+        if self.batch is None:
+            return (use, layouts) if shape == measured else None
+        (layout,) = layouts
+        carried = layout.transfer(measured, shape, self.batch)
+        if carried is None:
+            return None
+        sizes = {into.number: into.shape for into in mark.into}
+        slots = tuple(
+            replace(slot, shape=_filled(sizes[slot.number], shape))
+            for slot in use.slots
+        )
+        return replace(use, slots=slots), (carried,)
+
+    def carried_to(self, batch: int) -> Marked | None:
+        """This region in another batch, if its layouts can be carried over."""
+        layouts = (x for of_use in self.layouts.values() for x in of_use)
+        if not all(isinstance(x, RegularLayout) for x in layouts):
+            return None
+        return replace(self, batch=batch)
+
+    def agrees(self, other: Marked) -> bool:
+        """Whether a measurement in other sizes is what this one would be there."""
+        if self.uses.keys() != other.uses.keys():
+            return False
+        for place, (layout,) in self.layouts.items():
+            if not isinstance(layout, RegularLayout):
+                return False
+            (now,) = other.layouts[place]
+            sizes = self.shapes[place], other.shapes[place]
+            if layout.transfer(*sizes, now.batch) != now:
+                return False
+        return True
 
     def resolved(self, segments: Segments) -> Marked:
         """This region with the samples that packed rows have in this step."""

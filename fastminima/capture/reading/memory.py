@@ -13,8 +13,9 @@ from ..rows.batch_axis import batch_edges
 from ..rows.guards import Guard, placing_numbers, read_numbers, reordering_nodes
 from ..rows.layout import IrregularLayout, RegularLayout
 from ..rows.own_functions import OwnGuard
-from ..rows.samples import Samples
+from ..rows.samples import Batch, Samples
 from . import mixing as batchnorm
+from .marked import Marked
 from .plan import Layouts
 from .recipe import Recipe
 from .regions import region_shapes
@@ -135,7 +136,10 @@ class Structure:
             routes = routes.resized(tape, samples.count)
             if routes is None:
                 return None
-        recipe = Recipe(self._plan.sized(tape), layouts, routes=routes)
+        regions = self._carried_regions(samples)
+        if regions is None:
+            return None
+        recipe = Recipe(self._plan.sized(tape), layouts, regions, routes)
         self._keep(signature, recipe)
         return recipe.followed(tape, samples)
 
@@ -174,10 +178,36 @@ class Structure:
         signature = self._signature(tape, samples)
         if self._measured:
             self._follows &= self._carried_over(signature) == recipe.layouts
-        self._follows &= not recipe.regions  # they may compute anything in other sizes
+            self._follows &= self._regions_agree(recipe)
+        # What runs again may compute anything in other sizes.
+        self._follows &= not recipe.runs_again
         if signature not in self._recipes:
             self._measured.append(signature)
         self._keep(signature, recipe)
+
+    def _carried_regions(self, samples: Samples) -> dict[int, Any] | None:
+        """The regions of the first measurement, for samples of another number."""
+        first = self._recipes[self._measured[0]].regions
+        if first and not isinstance(samples, Batch):
+            return None
+        carried = {
+            i: None if region is None else region.carried_to(samples.count)
+            for i, region in first.items()
+        }
+        is_lost = any(carried[i] is None and first[i] is not None for i in first)
+        return None if is_lost else carried
+
+    def _regions_agree(self, recipe: Recipe) -> bool:
+        """Whether a measurement shows regions as those of the first one, carried over.
+
+        Of one sample all rows are its own.
+        """
+        first = self._recipes[self._measured[0]].regions
+        return all(
+            isinstance(region, Marked) and region.agrees(now)
+            for i, region in first.items()
+            if isinstance(now := recipe.regions[i], Marked)
+        )
 
     def _keep(self, signature: tuple, recipe: Recipe) -> None:
         if len(self._recipes) >= _MOST_SIZES:

@@ -18,6 +18,7 @@ from . import mixing
 from .attempt import Attempt, Graph, OtherAxis, Understood
 from .fit import disagreement, nodes_to_watch
 from .known import KnownReading
+from .marked import Marked
 from .memory import Structure
 from .recipe import Recipe
 from .refusals import (
@@ -204,6 +205,8 @@ class Reader:
             self._structures.pop(graph.key, None)
             raise CaptureError(_changed_message(steps) + str(error)) from error
         node = disagreement(recipe, understood.seen)
+        if node is None and understood.guards is not None:
+            node = _other_region(recipe, understood.recipe)
         if node is not None:
             self._structures.pop(graph.key, None)
             where = self._model.where.module_at(graph.tape, node)
@@ -280,6 +283,17 @@ class Reader:
                 "more passes). Leave the term out of the graph until it is used.",
                 stacklevel=2,
             )
+
+
+def _other_region(recipe: Recipe, now: Recipe) -> int | None:
+    """The first compiled region whose rows a new measurement gives to other samples."""
+    for i, region in recipe.regions.items():
+        measured = now.regions.get(i)
+        if not (isinstance(region, Marked) and isinstance(measured, Marked)):
+            continue
+        if region.layouts != measured.layouts and not region.agrees(measured):
+            return i
+    return None
 
 
 def _changed_message(steps: int) -> str:

@@ -107,6 +107,7 @@ class Session(Taking):
         self._reads_gradients = hook_gradients
         self._gradients = Gradients(collector, parameters, split, self._filter)
         self._handles: list[Any] = []
+        self._marked: list[MarkedUses] = []
         try:
             taken: frozenset[int] = frozenset()
             if collector.wants_norms_only and not defer_errors:
@@ -117,7 +118,10 @@ class Session(Taking):
             for i, region in recipe.regions.items():
                 node = reading.tape.nodes[i]
                 if isinstance(region, Marked):
-                    handle = receive(node, self._marked_uses(region, makes=makes))
+                    uses = self._marked_uses(region, makes=makes)
+                    self._handles.append(node.register_hook(uses.note_run))
+                    self._marked.append(uses)
+                    handle = receive(node, uses)
                 else:
                     handle = watch(node, self._region_watcher(region), self.owner)
                 self._handles.append(handle)
@@ -144,11 +148,14 @@ class Session(Taking):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._marked.clear()
         self._parts.clear()
         self._gradients.clear()
 
     def finish(self) -> Collected:
         """Complete the parameters some of whose uses got no gradient; remove hooks."""
+        for message in filter(None, (uses.missing() for uses in self._marked)):
+            self._keep_error(CaptureError(message))
         if self._error is not None:
             self.close()
             raise self._error

@@ -49,6 +49,24 @@ class MarkedUses:
     ) -> None:
         self._region, self._parts, self._collector = region, parts, collector
         self._is_anothers, self._on_error, self._makes = is_anothers, on_error, makes
+        self._taken: set[int] = set()
+        self._has_run = False
+
+    def note_run(self, *_: Any) -> None:
+        """Note that the region's node has run: a hook on it."""
+        self._has_run = self._has_run or not self._is_anothers()
+
+    def missing(self) -> str | None:
+        """What is wrong where the region ran and did not show all its uses."""
+        if not self._has_run or self._taken == self._region.uses.keys():
+            return None
+        return (
+            f"A compiled region ran and showed {len(self._taken)} of its "
+            f"{len(self._region.uses)} uses of parameters: its code ran without "
+            "calling the operators that were compiled into it, as a CUDA graph does "
+            "that was recorded around them. Compile with fastminima.compile(model) "
+            "without such a wrapper."
+        )
 
     def take(self, mark: Mark, g: Tensor, saved: Sequence[Tensor]) -> Tensor | None:
         """Take a use; returns its weight's gradient where it is made here."""
@@ -79,14 +97,16 @@ class MarkedUses:
         self, use: Use, mark: Mark, g: Tensor, saved: Sequence[Tensor]
     ) -> Tensor | None:
         place = mark.place
-        if tuple(g.shape) != self._region.shapes[place]:
+        self._taken.add(place)
+        known = self._region.at(mark, tuple(g.shape))
+        if known is None:
             raise CaptureError(
                 f"A gradient of shape {tuple(g.shape)} reached {use.name} in a "
                 f"compiled region (parameters {use.parameters}), where it was "
                 f"{self._region.shapes[place]} when its rows were measured. Make a new "
                 "probe; report it if that does not help."
             )
-        layouts = self._region.layouts[place]
+        use, layouts = known
         if any(map(self._parts.will_wait, use.parameters)):
             # Compiled code writes other things there as soon as the operator is done.
             g, saved = g.clone(), [t.clone() for t in saved]
