@@ -110,8 +110,12 @@ def mark_uses(graph: fx.Graph, inputs: Inputs) -> None:
         node.meta["val"] = None
         return
     places = {node: place for place, node in enumerate(uses)}
-    for node, use in uses.items():
+    # Products last: the others may be given what they are replaced with.
+    for node, use in sorted(uses.items(), key=lambda found: found[1].is_product):
         use.insert(graph, places, places[node], inputs.tensors)
+    for use in uses.values():
+        if use.is_product:
+            graph.erase_node(use.node)
     graph.lint()
 
 
@@ -128,7 +132,6 @@ class _Use:
         name: of the eager node.
         g: the output gradient.
         saved: other tensors, by the names under which an eager node has them.
-        at: the node that the operator is put before; None for `node`.
         behind: the look-up that this use may stand for.
     """
 
@@ -138,7 +141,6 @@ class _Use:
     saved: Sequence[tuple[str, fx.Node]]
     constants: dict[str, Any] = field(default_factory=dict)
     into: list[Into] = field(default_factory=list)
-    at: fx.Node | None = None
     behind: fx.Node | None = None
 
     @property
@@ -160,10 +162,12 @@ class _Use:
                 node = graph.call_function(PRODUCT, (mark.encoded(), *self.node.args))
             node.meta.update(self.node.meta)
             self.node.replace_all_uses_with(node)
-            graph.erase_node(self.node)
             return
         tensors = [self.g, *(t for _, t in self.saved)]
-        with graph.inserting_before(self.at or self.node):
+        last = max(tensors)  # in the order of the graph
+        is_there = last < self.node
+        place_of = graph.inserting_before if is_there else graph.inserting_after
+        with place_of(self.node if is_there else last):
             node = graph.call_function(LOOK, (mark.encoded(), tensors))
         node.meta["val"] = None
 
@@ -183,7 +187,7 @@ def _uses(
         if outputs[output] is None:
             continue
         try:
-            for found in found_in(outputs[output]):
+            for found in found_in(outputs[output], above):
                 _add(uses, found, edge, above)
         except NotTraced as error:
             raise NotTraced(f"{error} ({name})") from None
@@ -211,7 +215,17 @@ def _add(
     if use is None:
         use = uses[node] = _use_of(node, above)
     shape, own = _entering(use, found.node, number)
-    use.into.append(Into(first, edge, shape, (*own, *found.moves)))
+    moves = found.moves
+    if found.factors:
+        if use.is_product:
+            raise NotTraced("the gradient of a matrix is multiplied by a tensor")
+        known = sum(name == _FACTOR for name, _ in use.saved)
+        moves = tuple(("times", m[1] + known) if m[0] == "times" else m for m in moves)
+        use.saved = [*use.saved, *((_FACTOR, factor) for factor in found.factors)]
+    use.into.append(Into(first, edge, shape, (*own, *moves)))
+
+
+_FACTOR = "factor[]"
 
 
 # Of operations with several results: which input each of them is the gradient of.
@@ -367,7 +381,7 @@ def _look_behind(
         return
     (into,) = table.into
     try:
-        found = found_in(table.g)
+        found = found_in(table.g, above)
         (behind,) = found
         use = _use_of(behind.node, above)
         shape, own = _entering(use, behind.node, None)
@@ -382,7 +396,7 @@ def _look_behind(
     saved = [
         ("lookup" if name.startswith("ind") else name, t) for name, t in table.saved
     ]
-    use.saved, use.at, use.behind = saved, table.node, table.node
+    use.saved, use.behind = saved, table.node
     use.constants |= table.constants
     use.into.append(Into(0, into.edge, shape, moves, into.shape[0]))
     uses[use.node] = use

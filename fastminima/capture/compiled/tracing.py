@@ -9,7 +9,7 @@ some of which are taken apart already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +27,29 @@ class NotTraced(Exception):
 
 
 class Found(NamedTuple):
-    """A use's own gradient, and its way to the parameter's."""
+    """A use's own gradient, and its way to the parameter's.
+
+    Attributes:
+        factors: tensors that it is multiplied by on the way, by the numbers that the
+            moves have.
+    """
 
     node: fx.Node
     moves: tuple[Move, ...]
+    factors: tuple[fx.Node, ...] = ()
 
 
-def found_in(grad: fx.Node) -> list[Found]:
+def found_in(grad: fx.Node, above: Container[fx.Node]) -> list[Found]:
     """What a parameter's gradient is a sum of.
+
+    Args:
+        grad: the gradient.
+        above: the nodes that are computed from output gradients.
 
     Raises:
         NotTraced: where one of the summands is none of the uses that are known.
     """
-    return list(_trace(grad, ()))
+    return list(_trace(Found(grad, ()), above))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -85,16 +95,35 @@ def _is_exact(node: fx.Node) -> bool:
     return torch.promote_types(*dtypes) == dtypes[1]
 
 
-def _trace(node: fx.Node, after: tuple[Move, ...]) -> Iterator[Found]:
+def _trace(after: Found, above: Container[fx.Node]) -> Iterator[Found]:
     """The summands of a node, whose moves end with those that come after it."""
+    node = after.node
     if node.target in USES or _is_part_of_use(node):
-        yield Found(node, after)
+        yield after
+        return
+    if node.target is _aten.mul.Tensor and isinstance(node.args[1], fx.Node):
+        yield from _trace(_multiplied(after, above), above)
         return
     step = _STEPS.get(node.target)  # type: ignore[arg-type]
     if step is None:
         raise NotTraced(f"a gradient comes from {node.target}")
     for below, moves in step(node):
-        yield from _trace(below, (*moves, *after))
+        found = Found(below, (*moves, *after.moves), after.factors)
+        yield from _trace(found, above)
+
+
+def _multiplied(after: Found, above: Container[fx.Node]) -> Found:
+    """What is multiplied by a tensor that is the same for all samples."""
+    terms = [_node(term) for term in after.node.args[:2]]
+    data = [term for term in terms if term in above]
+    if len(data) != 1:
+        raise NotTraced("a gradient is a product of two")
+    (term,) = data
+    (factor,) = (other for other in terms if other is not term)
+    if sizes_of(term) != sizes_of(after.node):
+        raise NotTraced("a gradient is multiplied with broadcasting")
+    moves = (("times", len(after.factors)), *after.moves)
+    return Found(term, moves, (*after.factors, factor))
 
 
 _Step = Callable[[fx.Node], Sequence[tuple[fx.Node, tuple[Move, ...]]]]

@@ -161,6 +161,8 @@ class MarkedUses:
 def _delivery(into: Into, entered: tuple[int, ...], node: Any) -> Delivery | None:
     """How a contribution to a use becomes one to the parameter."""
     if into.looked_up is None:
+        if any(move[0] == "times" for move in into.moves):
+            return _multiplied(into.moves, entered, node._saved_factor)
         return delivery_by(into.moves, entered)
     ids, rows = node._saved_lookup.flatten(), into.looked_up
     padding = getattr(node, "_saved_padding_idx", None)
@@ -174,6 +176,14 @@ def _delivery(into: Into, entered: tuple[int, ...], node: Any) -> Delivery | Non
         return Embedding(ids.expand(inner.batch, -1), found, padding, rows)
 
     return delivered
+
+
+def _multiplied(
+    moves: Sequence[Move], entered: tuple[int, ...], factors: Sequence[Tensor]
+) -> Delivery:
+    """For a gradient that is multiplied by tensors on its way."""
+    shape = tuple(_by(moves, factors[0].new_zeros(entered), factors).shape)
+    return lambda inner: Pushed(inner, shape, lambda t: _by(moves, t, factors))
 
 
 # The input by which the weight of a product enters, as eager nodes count.
@@ -209,9 +219,9 @@ def delivery_by(moves: tuple[Move, ...], entered: tuple[int, ...]) -> Delivery |
     return lambda inner: Placed(inner, shape, lambda t: _by(rest, t), _span(rest))
 
 
-def _by(moves: Sequence[Move], t: Tensor) -> Tensor:
+def _by(moves: Sequence[Move], t: Tensor, factors: Sequence[Tensor] = ()) -> Tensor:
     for move in moves:
-        t = _moved(t, move)
+        t = t * factors[move[1]] if move[0] == "times" else _moved(t, move)
     return t
 
 
