@@ -25,7 +25,6 @@ BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
 # docs/compiled.md. Any other case that runs again is a fault.
 RUN_AGAIN = {
     "bilinear",
-    "batch norm eval",
     "experts selected",
     "loop over images",
     "loop over samples",
@@ -344,3 +343,30 @@ def test_measured_anew_and_found_to_be_other(dropping):
     with pytest.raises(fm.CaptureError, match="belong to other samples"):
         for _ in range(20):
             probe.backward(losses_of(fast))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_normalisation(device, backend):
+    """Refused in training as ever; rows of the ordinary pass; constants in eval."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)
+    ).to(device)
+    x = torch.randn(5, 3, 6, 6).to(device)
+    fast = fm.compile(model, backend=backend)
+    for options in ({}, {"batchnorm": "frozen"}):
+        with pytest.raises(fm.CaptureError, match="Batch normalisation in training"):
+            fm.GradientProbe(model, **options).backward(fast(x).square().sum(1))
+        assert all(p.grad is None for p in model.parameters())
+    options = {"batchnorm": "rows", "per_parameter": True}
+    probe, plain = (fm.GradientProbe(model, **options) for _ in range(2))
+    for training in (True, False, True):
+        model.train(training)
+        for _ in range(2):
+            want = plain.backward(model(x).square().sum(1))
+            grads = take_grads(model)
+            got = probe.backward(fast(x).square().sum(1))
+            for name, norms in want.sq_norms_by_parameter.items():
+                torch.testing.assert_close(got.sq_norms_by_parameter[name], norms)
+            for g, h in zip(take_grads(model), grads, strict=True):
+                torch.testing.assert_close(g, h)

@@ -232,6 +232,7 @@ _FACTOR = "factor[]"
 _RESULTS = {
     _aten._fused_rms_norm_backward.default: {1: 1},
     _aten.convolution_backward.default: {1: 1, 2: 2},
+    _aten.native_batch_norm_backward.default: {1: 1, 2: 2},
     _aten.native_group_norm_backward.default: {1: 1, 2: 2},
     _aten.native_layer_norm_backward.default: {1: 1, 2: 2},
 }
@@ -329,6 +330,13 @@ def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
         saved = [("input", x), ("result1", rstd)]
         constants = {"normalized_shape": _plain(shape)}
         return _Use(node, "FusedRmsNormBackward0", g, saved, constants)
+    if node.target is _aten.native_batch_norm_backward.default:
+        g, x, _, *statistics, training, eps, _ = args
+        names = ("running_mean", "running_var", "result1", "result2")
+        saved = [(n, t) for n, t in zip(names, statistics, strict=True) if t is not None]
+        constants = {"training": _plain(training), "eps": _plain(eps)}
+        saved = [("input", x), *saved]
+        return _Use(node, "NativeBatchNormBackward0", g, saved, constants)
     if node.target is _aten.native_group_norm_backward.default:
         g, x, mean, rstd, *_ = args
         saved = [("input", x), ("result1", mean), ("result2", rstd)]

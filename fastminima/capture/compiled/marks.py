@@ -90,7 +90,7 @@ class Mark:
             if mask is not None and name in found:  # the rest is padding
                 ids = found[name]
                 found[name] = ids.masked_fill(~mask.reshape(ids.shape), -1)
-        return SimpleNamespace(**found)
+        return SimpleNamespace(name=lambda: self.name, **found)
 
 
 @lru_cache(maxsize=4096)

@@ -318,6 +318,7 @@ PARTS_OF_USES = frozenset(
     [
         _aten._fused_rms_norm_backward.default,
         _aten.convolution_backward.default,
+        _aten.native_batch_norm_backward.default,
         _aten.native_group_norm_backward.default,
         _aten.native_layer_norm_backward.default,
     ]

@@ -187,12 +187,10 @@ class Attempt:
         refuse_compiled(tape, [])
         refuse_complex(tape)
         where = self.model.where
-        if mixes := mixing.mixing_nodes(tape, samples.count):
-            raise CaptureError(
-                where.mixing_message(tape, mixes)
-                + " (In a region that runs again in the backward pass, a reentrant "
-                "checkpoint or a compiled one, it is refused in any case.)"
-            )
+        mixes = mixing.mixing_nodes(tape, samples.count)
+        sight = survey.sight
+        if mixes and (self.batchnorm != "rows" or sight is None or not sight.marks):
+            raise self._mixing_error(tape, mixes)
         holds = not gather_nodes(tape)  # they may pick other rows in the next step
         placed = None
         measured: Measurements = {}
@@ -209,13 +207,17 @@ class Attempt:
             holds = holds and found.is_settled and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
-        if survey.sight is not None:
+        if sight is not None:
             try:
                 marked, is_shown = marked_region(
-                    *(survey.sight, measured, samples, self._inputs_of(i)),
+                    *(sight, measured, samples, self._inputs_of(i)),
                     *(len(self.graph.tape.children[i]), plan.sources),
+                    # Compiled code mixes samples whatever is frozen.
+                    _by_parameter(tape, found) if mixes else None,
                 )
             except Unmarked as reason:
+                if mixes:
+                    raise self._mixing_error(tape, mixes) from None
                 replay = replay_of(self.graph.tape.nodes[i])
                 if replay is not None and replay.difference is not None:
                     message = f"{replay.difference} (It is not marked: {reason}.)"
@@ -226,6 +228,14 @@ class Attempt:
         shapes = plan.signature(tape)
         region = Region(tape.key, plan, found.layouts, shapes, survey.inputs, placed)
         return region, holds
+
+    def _mixing_error(self, tape: Tape, mixes: list[int]) -> CaptureError:
+        return CaptureError(
+            self.model.where.mixing_message(tape, mixes)
+            + ' (Inside a compiled region batchnorm="rows" is there, where the region '
+            "need not run again; inside a reentrant checkpoint it is refused in any "
+            "case.)"
+        )
 
     def _inputs_of(self, i: int) -> dict[int, str]:
         """The tracked parameters that a region is given, by place."""
@@ -305,9 +315,19 @@ class Attempt:
                 batch=self.graph.samples.count,
                 gates=Gates(may_open=self.may_open),
                 accumulates=i in accumulating,
+                freezes=self.batchnorm == "rows",
             )
             for i in self.graph.regions
         }
+
+
+def _by_parameter(tape: Tape, found: Fit) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """The shape of the output gradient of each parameter's use, and its layout."""
+    return {
+        name: (tuple(tape.shapes(use.node)[0]), found.layouts[use.node][0])
+        for use in found.plan.uses
+        for name in use.parameters
+    }
 
 
 def _alone(passes: int) -> int:

@@ -140,6 +140,7 @@ def marked_region(
     parameters: Mapping[int, str],
     edges: int,
     wanted: Mapping[str, int],
+    eager: Mapping[str, tuple[tuple[int, ...], RegularLayout | IrregularLayout]] | None,
 ) -> tuple[Marked, bool]:
     """The uses that were seen, and whether what was seen will hold.
 
@@ -150,6 +151,8 @@ def marked_region(
         parameters: of the region's inputs that are tensors, by place.
         edges: how many of these there are.
         wanted: the parameters that the region's own graph uses.
+        eager: what the layouts are of output gradients of these shapes, by parameter,
+            where the compiled code itself does not tell.
 
     Raises:
         Unmarked: where not all of these are seen, or not so that they can be read.
@@ -171,7 +174,10 @@ def marked_region(
         if use is None or mark.behind is not None:
             continue
         try:
-            layout, holds = _layout_of(place, sight, measured, samples)
+            if eager is None:
+                layout, holds = _layout_of(place, sight, measured, samples)
+            else:
+                layout, holds = _eager_layout(use, sight.shapes[place], eager), True
         except Unmarked:
             if place not in instead:
                 raise
@@ -252,6 +258,19 @@ def _layout_of(
     return fitting[0], holds and samples.are_shown(measurement)
 
 
+def _eager_layout(
+    use: Use,
+    shape: tuple[int, ...],
+    eager: Mapping[str, tuple[tuple[int, ...], RegularLayout | IrregularLayout]],
+) -> RegularLayout:
+    """The layout that an output gradient has in the same region, uncompiled."""
+    for name in use.parameters:
+        measured, layout = eager[name]
+        if measured == shape and isinstance(layout, RegularLayout):
+            return layout
+    raise Unmarked(f"the rows of {use.name} are not those of the uncompiled region")
+
+
 def _of_one(mark: Mark, shape: tuple[int, ...]) -> RegularLayout | IrregularLayout:
     """All rows belong to the one sample, in a form that the rule reads."""
     if not shape:
@@ -303,7 +322,7 @@ def _is_read(
         return dim == 1
     if name == "ConvolutionBackward0":
         return dim == 0 and (layout.is_one_row or len(shape) < 5)
-    if name == "NativeGroupNormBackward0":
+    if name in ("NativeGroupNormBackward0", "NativeBatchNormBackward0"):
         return dim == 0
     if name in ("NativeLayerNormBackward0", "FusedRmsNormBackward0"):
         return dim < len(shape) - len(mark.constants["normalized_shape"])

@@ -27,6 +27,7 @@ from ..rows.fingerprints import Fingerprints
 from ..rows.gates import Gates
 from ..rows.measure import leaves_below
 from .marked import Sight
+from .mixing import freeze, mixing_nodes
 from .plan import reads_data, watched_nodes
 
 __all__ = [
@@ -62,10 +63,12 @@ class Survey:
         batch: int,
         gates: Gates,
         accumulates: bool,
+        freezes: bool,
     ) -> None:
         self._names, self.inputs, self._own = names, inputs, own
         self._batch, self.gates = batch, gates
         self._accumulates = accumulates  # its pass would add to `.grad`
+        self._freezes = freezes  # batch statistics are constants
         self.seen: dict[int, Fingerprints] = {}
         self.reads: set[int] = set()  # preparations that read data
         self.tape: Tape | None = None
@@ -84,6 +87,8 @@ class Survey:
                 "contains another such region; use use_reentrant=False."
             )
         watched = watched_nodes(tape)
+        if self._freezes:
+            self._handles += freeze(tape, mixing_nodes(tape, self._batch))
         self._handles += self.gates.hooks(tape)
         for i in watched:
             prints = self.seen.setdefault(i, Fingerprints(self._batch))
