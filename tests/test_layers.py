@@ -30,7 +30,7 @@ LAYER = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FLOORS = (
     {"errors"},
     {"contributions", "graph"},
-    {"rows"},
+    {"compiled", "rows"},
     {"options", "reading"},
     {"rules"},
     {"session"},

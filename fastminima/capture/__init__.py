@@ -11,6 +11,7 @@ Each room imports only those on the floors below it (`tests/test_layers.py`):
     rules/           what each kind of node says of the gradients of its parameters
     reading/         one graph understood: its uses, whose rows are there; kept
     options.py       what users say of a probe and of a loss, checked once
+    compiled/        operators in compiled steps that show the uses there
     rows/            whose row is whose: measured, fitted to a layout, guarded, followed
     graph/           autograd's graph as data: tape, names of nodes, saved tensors
     contributions/   the sample gradients of one parameter, without holding them
@@ -27,15 +28,16 @@ Words:
     layout        which rows are whose:  [B * T, d] -> sample of row r is r // T
     evidence      what the measuring passes showed of the rows
     recipe        how to read a graph; *structure*: what all graphs of one shape taught
-    region        a node with a graph of its own (checkpoint, compiled), run again
+    region        a node with a graph of its own (checkpoint, compiled), run again; or
+                  *marked*: compiled with operators that show its uses
     contribution  what one use adds to the gradient of each sample
     program       the steps of a recipe that are decided once, run by the extension
     repeat        a whole pass like the one before, of which nothing is decided again
 """
 
 from .audit import Audit
-from .errors import CaptureError
 from .compiled.backend import compile
+from .errors import CaptureError
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
 

@@ -205,7 +205,7 @@ def test_mixed_samples_inside_a_region(device):
 
 
 class Mixed(nn.Module):
-    """A layer whose gradient no mark knows, after something that is not the same twice."""
+    """A layer whose gradient no mark knows, after what is not the same twice."""
 
     def __init__(self, before):
         super().__init__()

@@ -70,7 +70,9 @@ def singles(losses, model):
             torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             for loss in losses
         ]
-    found = [sum(g.double().square().sum() for g in row if g is not None) for row in rows]
+    found = [
+        sum(g.double().square().sum() for g in row if g is not None) for row in rows
+    ]
     return torch.stack(found).to(losses.dtype)
 
 
@@ -116,7 +118,14 @@ def test_every_case(case, backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["conv2d", "tied head", "rows in common", "reused", "group norm", "mha batch first"],
+    [
+        "conv2d",
+        "tied head",
+        "rows in common",
+        "reused",
+        "group norm",
+        "mha batch first",
+    ],
 )
 def test_the_real_compiler(name, device):
     """Which writes over tensors as soon as an operator has read them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class _Backend:
         return noted
 
 
-_Compiler = Callable[[Any, Sequence[Any]], Callable[..., Any]]
+_Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
 
 
 def _compiler(
@@ -118,7 +118,7 @@ def _inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
     # As torch.compile itself does it, with its messages for options that are not.
     own = torch._TorchCompileInductorWrapper(mode, options, None)
 
-    def compiled(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor import config
 
         from .inserting import Inputs, Marking
@@ -126,13 +126,14 @@ def _inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
         key = "post_grad_custom_pre_pass"
         before = own.config.get(key, getattr(config, key))
         marking = Marking(Inputs.of(graph, inputs), before)
-        return own(graph, inputs, config_patches={key: marking})
+        run: Any = own(graph, list(inputs), config_patches={key: marking})
+        return run
 
     return compiled
 
 
 def _aot(*, decomposed: bool) -> _Compiler:
-    def compiled(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
         from torch._dynamo.backends.debugging import boxed_nop
         from torch._functorch.partitioners import min_cut_rematerialization_partition

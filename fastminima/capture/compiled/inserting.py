@@ -28,7 +28,6 @@ from .tracing import (
     found_in,
     is_zero,
     shape_of,
-    sizes_of,
     stripped,
 )
 
@@ -42,13 +41,13 @@ class Inputs(NamedTuple):
     """What a region is given.
 
     Attributes:
-        count: of all inputs.
+        all: how many inputs there are.
         tensors: of those that are tensors, which are the edges of the region's node.
         leaves: those that accumulate a gradient: place among the inputs, place among
             the tensors, name.
     """
 
-    count: int
+    all: int
     tensors: int
     leaves: tuple[tuple[int, int, str], ...]
 
@@ -177,9 +176,9 @@ def _uses(
 ) -> dict[fx.Node, _Use]:
     """The uses behind the gradients of all leaves, in the order of the graph."""
     outputs: Any = graph.output_node().args[0]
-    if len(outputs) != inputs.count:
+    if len(outputs) != inputs.all:
         raise NotTraced(
-            f"the graph has {len(outputs)} gradients for {inputs.count} inputs"
+            f"the graph has {len(outputs)} gradients for {inputs.all} inputs"
         )
     above = _depending(graph, tangents)
     uses: dict[fx.Node, _Use] = {}
@@ -295,6 +294,10 @@ def _dims(node: fx.Node) -> set[int]:
     return {range(count)[dim] for dim in dims} if dims else set(range(count))
 
 
+def _name_of(product: fx.Node) -> str:
+    return _PRODUCTS[product.target]  # type: ignore[index]
+
+
 def _argument(node: fx.Node) -> fx.Node:
     (argument, *_) = node.args
     assert isinstance(argument, fx.Node)
@@ -311,14 +314,13 @@ def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
         saved = "mat1" if node.target is _aten.mm.default else "self"
         g, other = args if is_left else args[::-1]
         constants = {"is_left": is_left, "alpha": 1, "beta": 1}
-        return _Use(node, _PRODUCTS[node.target], g, [(saved, other)], constants)
+        return _Use(node, _name_of(node), g, [(saved, other)], constants)
     if node.target in _SUMS:
         return _Use(node, "AddBackward0", stripped(args[0]), [], {"alpha": 1})
     if node.target is _aten.convolution_backward.default:
         g, x, weight, _, *numbers, _ = args
-        names = "stride padding dilation transposed output_padding groups".split()
         saved = [("input", x), ("weight", weight)]
-        constants = dict(zip(names, map(_plain, numbers), strict=True))
+        constants = dict(zip(_GEOMETRY, map(_plain, numbers), strict=True))
         return _Use(node, "ConvolutionBackward0", g, saved, constants)
     if node.target is _aten.native_layer_norm_backward.default:
         g, x, shape, mean, rstd, *_ = args
@@ -333,7 +335,9 @@ def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
     if node.target is _aten.native_batch_norm_backward.default:
         g, x, _, *statistics, training, eps, _ = args
         names = ("running_mean", "running_var", "result1", "result2")
-        saved = [(n, t) for n, t in zip(names, statistics, strict=True) if t is not None]
+        saved = [
+            (n, t) for n, t in zip(names, statistics, strict=True) if t is not None
+        ]
         constants = {"training": _plain(training), "eps": _plain(eps)}
         saved = [("input", x), *saved]
         return _Use(node, "NativeBatchNormBackward0", g, saved, constants)
@@ -342,6 +346,12 @@ def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
         saved = [("input", x), ("result1", mean), ("result2", rstd)]
         return _Use(node, "NativeGroupNormBackward0", g, saved)
     return _table_of(node, args)
+
+
+_GEOMETRY = (
+    *("stride", "padding", "dilation"),
+    *("transposed", "output_padding", "groups"),
+)
 
 
 def _table_of(node: fx.Node, args: Sequence[Any]) -> _Use:
@@ -378,9 +388,7 @@ def _table_of(node: fx.Node, args: Sequence[Any]) -> _Use:
 _TABLES = ("EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
 
 
-def _look_behind(
-    uses: dict[fx.Node, _Use], table: _Use, above: set[fx.Node]
-) -> None:
+def _look_behind(uses: dict[fx.Node, _Use], table: _Use, above: set[fx.Node]) -> None:
     """Add the sum that a look-up's gradient comes from, if it is one.
 
     Positions are looked up once for all samples: what comes there is summed over them.
@@ -431,7 +439,8 @@ def _join_biases(uses: dict[fx.Node, _Use]) -> None:
             continue
         rows, dims = use.g, _dims(node)
         count = rows.meta["val"].dim()
-        weight = weights.get(rows) or weights.get(_flat_view(rows, weights))
+        view = rows if rows in weights else _flat_view(rows, weights)
+        weight = None if view is None else weights[view]
         if weight is None or count < 2 or dims != set(range(count - 1)):
             continue
         weight.into += [

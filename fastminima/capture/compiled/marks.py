@@ -19,9 +19,9 @@ __all__ = ["REFUSED", "Into", "Mark", "Move", "mark_of", "refusal"]
 
 # In place of a mark, before the reason why a region has none.
 REFUSED = "not marked: "
-# ("reshape", shape), ("permute", dims), ("scale", factor), ("times", n): the n-th of the
-# tensors saved as `factor`, or ("put", dim, start, end, step, size): into zeros of that
-# size along a dim.
+# ("reshape", shape), ("permute", dims), ("scale", factor), ("times", n): by the n-th of
+# the tensors saved as `factor`, or ("put", dim, start, end, step, size): into zeros of
+# that size along a dim.
 Move = tuple[Any, ...]
 
 

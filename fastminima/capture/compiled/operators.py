@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from ..graph.node import Node
 from .marks import Mark, mark_of, refusal
@@ -68,7 +69,7 @@ class _Handle:
 
 
 def _receiver() -> Receiver | None:
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     return None if node is None else node.metadata.get(_KEY)
 
 
@@ -120,4 +121,4 @@ PRODUCT = torch.ops.fastminima.product.default
 LOOK = torch.ops.fastminima.look.default
 torch.library.register_fake("fastminima::product", _product_shape, lib=_LIBRARY)
 torch.library.register_fake("fastminima::look", _no_shape, lib=_LIBRARY)
-torch.fx.node.has_side_effect(LOOK)  # compilers take out what nobody reads
+has_side_effect(LOOK)  # compilers take out what nobody reads

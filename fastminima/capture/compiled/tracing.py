@@ -17,7 +17,16 @@ from torch import fx
 
 from .marks import Move
 
-__all__ = ["Found", "NotTraced", "any_sizes_of", "found_in", "is_zero", "shape_of", "sizes_of", "stripped"]
+__all__ = [
+    "Found",
+    "NotTraced",
+    "any_sizes_of",
+    "found_in",
+    "is_zero",
+    "shape_of",
+    "sizes_of",
+    "stripped",
+]
 
 _aten = torch.ops.aten
 
@@ -101,10 +110,10 @@ def _trace(after: Found, above: Container[fx.Node]) -> Iterator[Found]:
     if node.target in USES or _is_part_of_use(node):
         yield after
         return
-    if node.target is _aten.mul.Tensor and isinstance(node.args[1], fx.Node):
+    if node.target is _aten.mul.Tensor and isinstance(_args(node)[1], fx.Node):
         yield from _trace(_multiplied(after, above), above)
         return
-    step = _STEPS.get(node.target)  # type: ignore[arg-type]
+    step = _STEPS.get(node.target)
     if step is None:
         raise NotTraced(f"a gradient comes from {node.target}")
     for below, moves in step(node):
@@ -146,17 +155,17 @@ def _expanded(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 def _permuted(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     dims = range(node.meta["val"].dim())
     if node.target is _aten.permute.default:
-        order = [dims[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
+        order = [dims[dim] for dim in _args(node)[1]]
     else:
         order = list(dims)
         if order:
-            a, b = (0, -1) if node.target is _aten.t.default else node.args[1:3]
-            order[a], order[b] = order[b], order[a]  # type: ignore[index]
+            a, b = (0, -1) if node.target is _aten.t.default else _args(node)[1:3]
+            order[a], order[b] = order[b], order[a]
     return [(_first(node), (("permute", tuple(order)),))]
 
 
 def _added(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    terms = node.args[:2]
+    terms = _args(node)[:2]
     if node.kwargs.get("alpha", 1) != 1 or len(node.all_input_nodes) != len(set(terms)):
         raise NotTraced("a gradient is a weighted sum")
     shapes = {sizes_of(_node(term)) for term in terms}
@@ -166,7 +175,7 @@ def _added(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 
 
 def _scaled(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    factor: Any = -1 if node.target is _aten.neg.default else node.args[1]
+    factor: Any = -1 if node.target is _aten.neg.default else _args(node)[1]
     if not isinstance(factor, int | float):
         raise NotTraced(f"a gradient comes from {node.target} of two tensors")
     if "div" in str(node.target):
@@ -176,9 +185,9 @@ def _scaled(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 
 def _put_into(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     """`slice_scatter` and `select_scatter`, into zeros or what is put there before."""
-    base, piece, dim, *rest = node.args
+    base, piece, dim, *rest = _args(node)
     sizes = shape_of(node)
-    dim = range(len(sizes))[dim]  # type: ignore[index]
+    dim = range(len(sizes))[dim]
     moves = _put(node.target is _aten.select_scatter.default, dim, sizes, rest)
     below = [(_node(piece), moves)]
     if not is_zero(_node(base)):
@@ -190,9 +199,9 @@ def _put_into(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 
 def _put_back(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     """`slice_backward` and `select_backward`: into zeros of given sizes."""
-    piece, _, dim, *rest = node.args
+    piece, _, dim, *rest = _args(node)
     sizes = shape_of(node)
-    dim = range(len(sizes))[dim]  # type: ignore[index]
+    dim = range(len(sizes))[dim]
     moves = _put(node.target is _aten.select_backward.default, dim, sizes, rest)
     return [(_node(piece), moves)]
 
@@ -219,11 +228,11 @@ def _bases(node: fx.Node) -> Iterator[fx.Node]:
 
 def _joined(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     """`cat` of the parts that a parameter was split into."""
-    parts, dim = node.args[0], (*node.args, 0)[1]
+    parts, dim = _args(node)[0], (*_args(node), 0)[1]
     size = shape_of(node)
-    dim = range(len(size))[dim]  # type: ignore[index]
+    dim = range(len(size))[dim]
     below, start = [], 0
-    for part in parts:  # type: ignore[union-attr]
+    for part in parts:
         end = start + shape_of(_node(part))[dim]
         if not is_zero(_node(part)):
             below.append((_node(part), (("put", dim, start, end, 1, size[dim]),)))
@@ -232,25 +241,25 @@ def _joined(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
 
 
 def _stacked(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    parts, dim = node.args[0], (*node.args, 0)[1]
+    parts, dim = _args(node)[0], (*_args(node), 0)[1]
     size = shape_of(node)
-    dim = range(len(size))[dim]  # type: ignore[index]
+    dim = range(len(size))[dim]
     kept = ("reshape", (*size[:dim], 1, *size[dim + 1 :]))
     return [
         (_node(part), (kept, ("put", dim, i, i + 1, 1, size[dim])))
-        for i, part in enumerate(parts)  # type: ignore[arg-type]
+        for i, part in enumerate(parts)
         if not is_zero(_node(part))
     ]
 
 
 def _padded(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
-    pads, value = node.args[1], (*node.args, 0, 0)[2]
+    pads, value = _args(node)[1], (*_args(node), 0, 0)[2]
     sizes = list(shape_of(_first(node)))
-    if value != 0 or min(pads) < 0:  # type: ignore[type-var]
+    if value != 0 or min(pads) < 0:
         raise NotTraced("a gradient is padded with numbers")
     moves = []
-    for i in range(len(pads) // 2):  # type: ignore[arg-type]
-        before, behind = pads[2 * i : 2 * i + 2]  # type: ignore[index]
+    for i in range(len(pads) // 2):
+        before, behind = pads[2 * i : 2 * i + 2]
         dim, size = len(sizes) - 1 - i, sizes[-1 - i]
         if before or behind:
             whole = before + size + behind
@@ -331,8 +340,13 @@ def _is_part_of_use(node: fx.Node) -> bool:
     return name == "getitem" and _first(node).target in PARTS_OF_USES
 
 
+def _args(node: fx.Node) -> Any:
+    """A node's arguments, whose kinds the operation knows."""
+    return node.args
+
+
 def _first(node: fx.Node) -> fx.Node:
-    return _node(node.args[0])
+    return _node(_args(node)[0])
 
 
 def _node(argument: Any) -> fx.Node:
@@ -346,8 +360,8 @@ def is_zero(node: fx.Node) -> bool:
     if node.target in (_aten.zeros.default, _aten.new_zeros.default):
         return True
     if node.target in (_aten.full.default, _aten.new_full.default):
-        value = node.args[1 if node.target is _aten.full.default else 2]
-        return value == 0
+        value = _args(node)[1 if node.target is _aten.full.default else 2]
+        return bool(value == 0)
     return node.target in _COPIES | _SPREADING and is_zero(_first(node))
 
 

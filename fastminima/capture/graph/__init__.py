@@ -8,6 +8,6 @@ saved_names.py  what the batch normalisations of each backend call what they sav
 passes.py       extra backward passes, and whose each one is
 undisturbed.py  our own computations inside a pass, out of everybody's modes
 tracking.py     parameters that a graph reaches and a probe does not know yet
-compiled.py     regions compiled by `fastminima.compile`, run again uncompiled
+replay.py       regions compiled by `fastminima.compile`, run again uncompiled
 sharding.py     parameters of `fully_shard`, whole during the passes
 """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
-from .replay import keeping_graphs
 from .node import Node
+from .replay import keeping_graphs
 from .saved import forget_pass
 
 __all__ = [

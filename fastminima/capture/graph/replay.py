@@ -135,6 +135,7 @@ def keeping_graphs() -> AbstractContextManager[Any]:
 
 
 def versions_of(inputs: Sequence[Any]) -> list[int]:
+    """How often each tensor among some inputs was changed in place."""
     return [t._version for t in inputs if isinstance(t, Tensor)]
 
 

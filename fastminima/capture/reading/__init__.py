@@ -8,6 +8,7 @@ axis_shown.py  whether data show that a scalar loss' axis is the samples'
 recipe.py      how to read a graph, and the regions in it
 memory.py      one structure in all the sizes it was met in
 regions.py     checkpoints and compiled regions, whose graphs come with the pass
+marked.py      compiled regions that show their uses themselves
 mixing.py      layers that mix samples by what they are
 refusals.py    every "cannot be read" that is seen in the graph; where in the model
 tracked.py     the parameters and tensors of the model

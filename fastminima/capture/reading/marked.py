@@ -14,7 +14,7 @@ from ..graph.passes import belongs_to_another
 from ..rows.decode import Measurement
 from ..rows.fingerprints import Fingerprints
 from ..rows.layout import IrregularLayout, RegularLayout
-from ..rows.samples import SegmentLayout, Samples, Segments
+from ..rows.samples import Samples, SegmentLayout, Segments
 from .plan import Layouts, Path, Slot, Use
 
 __all__ = ["Marked", "Sight", "Unmarked", "marked_region"]

@@ -191,7 +191,7 @@ class Structure:
         if first and not isinstance(samples, Batch):
             return None
         carried = {
-            i: None if region is None else region.carried_to(samples.count)
+            i: region.carried_to(samples.count) if isinstance(region, Marked) else None
             for i, region in first.items()
         }
         is_lost = any(carried[i] is None and first[i] is not None for i in first)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.replay import NODE as COMPILED
 from ..graph.nodes import COLLECTIVES
+from ..graph.replay import NODE as COMPILED
 from ..graph.tape import Tape
 from ..rows.samples import Samples, Segments
 from .plan import Plan

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from ..graph.replay import NODE as COMPILED
 from ..graph.node import Node
+from ..graph.replay import NODE as COMPILED
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 

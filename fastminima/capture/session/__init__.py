@@ -6,6 +6,7 @@ hooks.py        the session: hooks on uses, gradients and regions
 program.py      uses whose steps are decided once for a recipe
 steps.py        which step that is, for each kind of use
 called.py       what Python computes for a use on a device, until it is launched
+marked.py       the uses of a compiled region, as its own code shows them
 tied.py         two uses of a table, computed together
 taking.py       what the hooks of a program ask of Python
 repeat.py       a whole pass like the one before
