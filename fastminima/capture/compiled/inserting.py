@@ -288,6 +288,11 @@ def _kept(node: fx.Node) -> tuple[int, ...]:
     return tuple(1 if dim in summed else size for dim, size in enumerate(sizes))
 
 
+def _keeps_last(node: fx.Node) -> bool:
+    """Whether a sum is over all dims but the last."""
+    return _dims(node) == set(range(_argument(node).meta["val"].dim() - 1))
+
+
 def _dims(node: fx.Node) -> set[int]:
     count = _argument(node).meta["val"].dim()
     dims: Any = node.args[1] if len(node.args) > 1 else None
@@ -316,7 +321,8 @@ def _use_of(node: fx.Node, above: set[fx.Node]) -> _Use:
         constants = {"is_left": is_left, "alpha": 1, "beta": 1}
         return _Use(node, _name_of(node), g, [(saved, other)], constants)
     if node.target in _SUMS:
-        return _Use(node, "AddBackward0", stripped(args[0]), [], {"alpha": 1})
+        constants = {"alpha": 1, "keeps_last": _keeps_last(node)}
+        return _Use(node, "AddBackward0", stripped(args[0]), [], constants)
     if node.target is _aten.convolution_backward.default:
         g, x, weight, _, *numbers, _ = args
         saved = [("input", x), ("weight", weight)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ class Marked:
     shapes: Mapping[int, tuple[int, ...]] = field(compare=False)
     sources: Mapping[str, int] = field(compare=False)
     batch: int | None = None
+    # How norms are computed, by place and shape, once that is decided.
+    ways: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)
 
     def at(self, mark: Mark, shape: tuple[int, ...]) -> tuple[Use, tuple] | None:
         """A tracked use and its layouts, for an output gradient of this shape.

@@ -19,6 +19,7 @@ from ..reading.plan import Path, Use
 from ..rules import contributions_of
 from .collector import Collector
 from .delivery import Delivery, turned
+from .marked_norms import Way, way_of
 from .parts import Parts
 from .visit import visit
 
@@ -49,6 +50,7 @@ class MarkedUses:
     ) -> None:
         self._region, self._parts, self._collector = region, parts, collector
         self._is_anothers, self._on_error, self._makes = is_anothers, on_error, makes
+        self._is_plain = collector.wants_norms_only
         self._taken: set[int] = set()
         self._has_run = False
 
@@ -98,6 +100,15 @@ class MarkedUses:
     ) -> Tensor | None:
         place = mark.place
         self._taken.add(place)
+        if self._is_plain and not self._makes:
+            way = self._way(mark, use, tuple(g.shape))
+            if way is not None:
+                for parameter in use.parameters:
+                    self._parts.count(parameter, use.name)
+                found = zip(way.names, way.run(g, *saved), strict=True)
+                norms = {n: x for n, x in found if n is not None and x is not None}
+                self._collector.collected.sq_norms.update(norms)
+                return None
         known = self._region.at(mark, tuple(g.shape))
         if known is None:
             raise CaptureError(
@@ -127,6 +138,17 @@ class MarkedUses:
         ]
         visit(use, found, deliveries, self._parts, self._collector)
         return made
+
+    def _way(self, mark: Mark, use: Use, shape: tuple[int, ...]) -> Way | None:
+        """How the norms are computed; None where the rule is asked."""
+        key, ways = (mark.place, shape), self._region.ways
+        if key not in ways:
+            known = self._region.at(mark, shape)
+            is_alone = all(map(self._parts.has_one_use, use.parameters))
+            ways[key] = None
+            if known is not None and is_alone:
+                ways[key] = way_of(mark, known[0], known[1][0])
+        return ways[key]
 
     def _made(
         self,

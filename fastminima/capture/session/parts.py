@@ -19,7 +19,7 @@ class Parts:
     """
 
     def __init__(self, missing: Mapping[str, int], *, is_own_pass: bool) -> None:
-        self._missing = dict(missing)
+        self._missing, self._uses = dict(missing), missing
         self._is_own_pass = is_own_pass
         self._waiting: dict[str, list[Contribution]] = {}
         self._seen: dict[str, list[str]] = {}
@@ -37,6 +37,10 @@ class Parts:
     def most(self) -> int:
         """Uses of the parameter that has most of them left, one at least."""
         return max(1, *self._missing.values(), 1)
+
+    def has_one_use(self, parameter: str) -> bool:
+        """Whether a parameter is used once."""
+        return self._uses.get(parameter) == 1
 
     def will_wait(self, parameter: str) -> bool:
         """Whether what the next use of a parameter brings waits for further ones."""

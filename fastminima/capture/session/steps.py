@@ -34,7 +34,7 @@ from ..reading.plan import Slot, Use
 from ..rows.layout import RegularLayout
 from .called import Called, Launched
 
-__all__ = ["Making"]
+__all__ = ["Making", "products_of"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _dense(making: Making) -> bool:
     common = (making.use.node, saved, places)
     time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
     if not making.is_for_kernels or cost.is_torch_faster(time, d_in, d_out):
-        products = _products(layout, bias is not None)
+        products = products_of(layout, bias is not None)
         return making.call([saved], (weight, bias), products, factors)
     if layout.is_one_row:
         making.steps.add_single_rows(*common, factors)
@@ -143,7 +143,7 @@ def _dense(making: Making) -> bool:
     return True
 
 
-def _products(
+def products_of(
     layout: RegularLayout, has_bias: bool
 ) -> Callable[[Tensor, Tensor], Sequence[Tensor | None]]:
     """Norms of a weight and its bias, by the ops."""

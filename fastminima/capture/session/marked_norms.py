@@ -1,0 +1,96 @@
+"""Norms of the uses of a compiled region: which function gives them, decided once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...ops import broadcast, embedding
+from ...ops.conv_geometry import ConvGeometry
+from ..compiled.marks import Mark
+from ..contributions import Patches, sq_norms_of
+from ..reading.plan import Use
+from ..rows.layout import RegularLayout, RowLayout
+from .steps import products_of
+
+__all__ = ["Way", "way_of"]
+
+# Of the output gradient and of what the node would have saved.
+_Run = Callable[..., Sequence[Tensor | None]]
+
+
+class Way(NamedTuple):
+    """How to compute the norms of one use.
+
+    Attributes:
+        run: gives norms for each of the names.
+        names: of parameters; None where nobody asks.
+    """
+
+    run: _Run
+    names: tuple[str | None, ...]
+
+
+def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
+    """The way for a use, all of whose parameters are used only here.
+
+    None where the rule of such a use has to be asked, as where the gradient is more
+    than rearranged on its way to the parameter, which would change its norm.
+    """
+    moves = {move[0] for into in mark.into for move in into.moves}
+    is_looked_up = any(into.looked_up is not None for into in mark.into)
+    if moves & {"scale", "times"} or is_looked_up:
+        return None
+    if not isinstance(layout, RegularLayout) or layout.chosen is not None:
+        return None
+    names = {slot.number: slot.paths[0].parameter for slot in use.slots}
+    if any(len(slot.paths) > 1 for slot in use.slots):
+        return None
+    if use.name == "AddmmBackward0" and 2 in names:
+        return Way(products_of(layout, 0 in names), (names[2], names.get(0)))
+    if use.name == "AddBackward0" and _is_of_last(use, layout, mark):
+        return Way(
+            lambda g: [sq_norms_of(broadcast.sum_over_time(layout.rows(g, 1)))],
+            (names[0],),
+        )
+    if use.name == "EmbeddingBackward0" and "mask" not in mark.saved:
+        padding = mark.constants["padding_idx"]
+        return Way(
+            lambda g, ids: [
+                embedding.embedding_sq_norms(
+                    layout.rows(ids, 0), layout.rows(g, 1), padding
+                )
+            ],
+            (names[0],),
+        )
+    if use.name == "ConvolutionBackward0" and layout.is_one_row and 1 in names:
+        return Way(_convolution(mark, use, 2 in names), (names[1], names.get(2)))
+    return None
+
+
+def _is_of_last(use: Use, layout: RegularLayout, mark: Mark) -> bool:
+    """Whether a term is summed over all dims but its last, where a parameter is."""
+    shape = use.slots[0].shape
+    is_last = len(shape) > 1 and all(size == 1 for size in shape[:-1])
+    return is_last and layout.dim < len(shape) - 1 and mark.constants["keeps_last"]
+
+
+def _convolution(mark: Mark, use: Use, has_bias: bool) -> _Run:
+    constants = mark.constants
+    words = ("stride", "padding", "dilation", "output_padding")
+    (weight,) = (slot for slot in use.slots if slot.number == 1)
+    geometry = ConvGeometry(
+        kernel_size=tuple(weight.shape[2:]),
+        groups=constants["groups"],
+        transposed=constants["transposed"],
+        **{word: tuple(constants[word]) for word in words},
+    )
+
+    def norms(g: Tensor, x: Tensor, _: Tensor) -> Sequence[Tensor | None]:
+        patches = Patches(x, g, geometry, with_bias=has_bias)
+        of_weight = patches.weight_norms  # first: it leaves those of the bias
+        return of_weight, patches.bias_norms if has_bias else None
+
+    return norms
