@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastminima as fm
 from fastminima.capture.compiled import operators
@@ -379,3 +380,104 @@ def test_batch_normalisation(device, backend):
                 torch.testing.assert_close(got.sq_norms_by_parameter[name], norms)
             for g, h in zip(take_grads(model), grads, strict=True):
                 torch.testing.assert_close(g, h)
+
+
+class Checkpointed(nn.Module):
+    """Blocks of which one is computed again in the backward pass, or part of it."""
+
+    def __init__(self, context_fn=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.options = {} if context_fn is None else {"context_fn": context_fn}
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        x = x + checkpoint(self.block, x, use_reentrant=False, **self.options)
+        return self.last(x)
+
+
+def _keep_products():
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    return create_selective_checkpoint_contexts(kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("context_fn", [None, _keep_products], ids=["all", "selective"])
+def test_checkpoints_inside(device, backend, context_fn):
+    torch.manual_seed(0)
+    plain = Checkpointed().to(device)
+    x = torch.randn(5, 4, 6).to(device)
+    want = fm.GradientProbe(plain).backward(plain(x).square().sum((1, 2)))
+    grads = take_grads(plain)
+    model = Checkpointed(context_fn).to(device)
+    model.load_state_dict(plain.state_dict())
+    fast = fm.compile(model, backend=backend, fullgraph=True)
+    probe = fm.GradientProbe(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*once more")
+        for _ in range(2):
+            got = probe.backward(fast(x).square().sum((1, 2)))
+            torch.testing.assert_close(got.sq_norms, want.sq_norms)
+            for g, h in zip(take_grads(model), grads, strict=True):
+                torch.testing.assert_close(g, h)
+
+
+def test_accumulation(dropping):
+    """Each backward pass has statistics of its own; `.grad` is their sum."""
+    model, losses_of = dropping
+    model.eval()
+    fast = fm.compile(model, backend="aot_eager")
+    probe, plain = fm.GradientProbe(model), fm.GradientProbe(model)
+    want = plain.backward(losses_of(model))
+    once = take_grads(model)
+    for _ in range(3):
+        got = probe.backward(losses_of(fast))
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+        torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
+    for g, h in zip(take_grads(model), once, strict=True):
+        torch.testing.assert_close(g, 3 * h)
+
+
+def test_autocast_inside(device, autocast):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            with autocast(dtype=torch.bfloat16):
+                return self.layers(x).float()
+
+    model, x = Cast().to(device), torch.randn(5, 4, 6).to(device)
+    fast = fm.compile(model, backend="aot_eager", fullgraph=True)
+    want, got = (
+        fm.GradientProbe(model).backward(run(x).square().sum((1, 2))).sq_norms
+        for run in (model, fast)
+    )
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=0)
+
+
+def test_an_exported_model(device):
+    """Its modules are gone, its parameters and their gradients are not."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), torch.randn(5, 4, 6)
+    exported = torch.export.export(model, (x,)).module()
+    x = x.to(device)
+    model, exported = model.to(device), exported.to(device)
+    fast = fm.compile(exported, backend="aot_eager")
+    want, got = (
+        fm.GradientProbe(model).backward(run(x).sin().sum((1, 2))).sq_norms
+        for model, run in ((model, model), (exported, fast))
+    )
+    torch.testing.assert_close(got, want)
+
+
+def test_operators_keep_out_of_cuda_graphs():
+    """A replay calls no Python, so the compiler runs them between its graphs."""
+    for operator in (operators.LOOK, operators.PRODUCT):
+        assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
+def test_a_mode_is_for_inductor():
+    with pytest.raises(ValueError, match="mode='reduce-overhead' is for"):
+        fm.compile(nn.Linear(2, 2), backend="aot_eager", mode="reduce-overhead")
