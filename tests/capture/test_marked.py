@@ -472,6 +472,30 @@ def test_an_exported_model(device):
     torch.testing.assert_close(got, want)
 
 
+def test_a_mean_outside_the_region(device):
+    """Its samples are found below it, as in an uncompiled model."""
+    torch.manual_seed(0)
+    model, x = BY_NAME["linear 3d"].make(device=device)
+    fast = fm.compile(model, backend="aot_eager")
+    target = torch.randn_like(model(*x))
+    want, got = (
+        fm.GradientProbe(model)
+        .backward(F.mse_loss(run(*x), target), batch_size=len(target))
+        .sq_norms
+        for run in (model, fast)
+    )
+    torch.testing.assert_close(got, want)
+    inside = fm.compile(lambda x: F.mse_loss(model(x), target), backend="aot_eager")
+    with pytest.raises(fm.CaptureError, match="per-sample losses"):
+        fm.GradientProbe(model).backward(inside(*x), batch_size=len(target))
+    # Another axis of the same length is not taken for that of the samples.
+    square, rows = nn.Linear(6, 3).to(device), torch.randn(3, 6).to(device)
+    for run in (square, fm.compile(square, backend="aot_eager")):
+        loss = run(rows).t().square().mean(1).mean()
+        with pytest.raises(fm.CaptureError, match="reordered, selected or transposed"):
+            fm.GradientProbe(square).backward(loss, batch_size=3)
+
+
 def test_operators_keep_out_of_cuda_graphs():
     """A replay calls no Python, so the compiler runs them between its graphs."""
     for operator in (operators.LOOK, operators.PRODUCT):

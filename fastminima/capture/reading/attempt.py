@@ -24,7 +24,7 @@ from ..rows.measure import measure_samples
 from ..rows.own_functions import OwnGuard
 from ..rows.samples import Batch, Samples
 from . import mixing
-from .axis_shown import Shown, what_is_shown
+from .axis_shown import Shown, said_together, what_uses_say
 from .fit import Fit, fit, fit_one, guards_of, nodes_to_watch
 from .marked import Marked, Unmarked, marked_region
 from .plan import is_spread, reads_data
@@ -96,6 +96,7 @@ class Attempt:
         may_open: whether closed gates are opened.
         opened: names of those that were.
         is_sealed: whether something was closed that cannot be opened.
+        words: what regions say of the axis of a scalar loss.
         run_again: why compiled regions are run again on probed steps.
     """
 
@@ -106,6 +107,7 @@ class Attempt:
     may_open: bool
     opened: set[str] = field(default_factory=set)
     is_sealed: bool = False
+    words: list[Shown] = field(default_factory=list)
     run_again: list[str] = field(default_factory=list)
 
     def run(self) -> Understood:
@@ -153,7 +155,8 @@ class Attempt:
 
     def _check_axis(self, found: Fit, roots: Mapping[int, list[int]]) -> None:
         tape, samples = self.graph.tape, self.graph.samples
-        shown = what_is_shown(tape, found.plan, found.layouts, samples)
+        words = what_uses_say(tape, found.plan, found.layouts, samples)
+        shown = said_together([*words, *self.words])
         if shown is Shown.EITHER:
             raise CaptureError(unshown_message(samples))
         if shown is not Shown.SAMPLES:
@@ -207,6 +210,9 @@ class Attempt:
             holds = holds and found.is_settled and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
+        above = self.graph.tape
+        if not any(above.is_data(edge, ()) for edge in above.children[i]):
+            self.words += what_uses_say(tape, plan, found.layouts, samples)
         if sight is not None:
             try:
                 marked, is_shown = marked_region(

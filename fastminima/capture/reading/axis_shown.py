@@ -17,7 +17,7 @@ from ..rows.layout import IrregularLayout, RegularLayout
 from ..rows.samples import Samples, SegmentLayout, Segments
 from .plan import Layouts, Plan, Use
 
-__all__ = ["Shown", "what_is_shown"]
+__all__ = ["Shown", "said_together", "what_uses_say"]
 
 
 class Shown(Enum):
@@ -29,17 +29,16 @@ class Shown(Enum):
     NOTHING = auto()
 
 
-def what_is_shown(
+def what_uses_say(
     tape: Tape,
     plan: Plan,
     layouts: Layouts,
     samples: Samples,
-) -> Shown:
-    """Whether the rows of the data are the samples, in order, and no other axis.
+) -> list[Shown]:
+    """Whether the rows of the data are the samples, by each use of data in a graph.
 
-    Some use of data must show it, and none may show something else. Rows that were
-    routed before they met a parameter say nothing. `layouts` are those of the plan's
-    uses, for segments before they are resolved.
+    Rows that were routed before they met a parameter say nothing. `layouts` are those
+    of the plan's uses, for segments before they are resolved.
     """
     words: list[Shown] = []
     calls: dict[tuple, list[tuple[int, int]]] = {}
@@ -56,7 +55,14 @@ def what_is_shown(
             call = tape.nodes[use.node]._sequence_nr(), alone
             calls.setdefault((use.name, *use.parameters), []).append(call)
         words.append(word)
-    words += [_are_called(of_layer) for of_layer in calls.values()]
+    return words + [_are_called(of_layer) for of_layer in calls.values()]
+
+
+def said_together(words: Sequence[Shown]) -> Shown:
+    """Whether the rows of the data are the samples, in order, and no other axis.
+
+    Some use of data must show it, and none may show something else.
+    """
     # One that contradicts says most, and then one that cannot tell.
     said = (Shown.OTHER, Shown.EITHER, Shown.SAMPLES)
     return next((word for word in said if word in words), Shown.OTHER)

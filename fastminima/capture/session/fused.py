@@ -120,8 +120,11 @@ def find_fusion(
     norms; second moments share the reading of the rows, where that pays.
     """
     tape, recipe = reading.tape, reading.recipe
-    if recipe.regions:  # they run by a backward pass of their own
+    if recipe.runs_again:  # by a backward pass of its own
         return None
+    inside = {
+        name for r in recipe.regions.values() if r is not None for name in r.sources
+    }
     uses = [
         part
         for use in recipe.plan.uses
@@ -132,7 +135,11 @@ def find_fusion(
         """The parameters of which these are all uses."""
         sources = recipe.plan.sources
         names = (name for name, count in found.items() if count == sources[name])
-        return {name for name in names if _may_be_left_out(parameters[name])}
+        return {
+            name
+            for name in names
+            if name not in inside and _may_be_left_out(parameters[name])
+        }
 
     rows = Counter[str]()
     for part in uses:
