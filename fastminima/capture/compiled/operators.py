@@ -44,42 +44,44 @@ class Receiver(Protocol):
 
 
 def receive(node: Node, receiver: Receiver) -> Any:
-    """Tell `receiver` what the operators of a region are given; returns a handle."""
+    """Tell `receiver` what the operators of a region are given; returns a handle.
+
+    Several may be told, as several probes may watch one pass.
+    """
     metadata: Any = node.metadata
-    before = metadata.get(_KEY)
-    metadata[_KEY] = receiver
-    return _Handle(metadata, receiver, before)
+    metadata[_KEY] = (*metadata.get(_KEY, ()), receiver)
+    return _Handle(metadata, receiver)
 
 
 class _Handle:
-    """Of a receiver: takes it away, and puts back the one before."""
+    """Of a receiver: takes it away."""
 
-    def __init__(
-        self, metadata: dict[str, Any], receiver: Receiver, before: Receiver | None
-    ) -> None:
-        self._metadata, self._receiver, self._before = metadata, receiver, before
+    def __init__(self, metadata: dict[str, Any], receiver: Receiver) -> None:
+        self._metadata, self._receiver = metadata, receiver
 
     def remove(self) -> None:
         """Tell it nothing any more."""
-        if self._metadata.get(_KEY) is self._receiver:
-            if self._before is None:
-                del self._metadata[_KEY]
-            else:
-                self._metadata[_KEY] = self._before
+        told = self._metadata.get(_KEY, ())
+        left = tuple(x for x in told if x is not self._receiver)
+        if left:
+            self._metadata[_KEY] = left
+        else:
+            self._metadata.pop(_KEY, None)
 
 
-def _receiver() -> Receiver | None:
+def _receivers() -> tuple[Receiver, ...]:
     node: Any = torch._C._current_autograd_node()
-    return None if node is None else node.metadata.get(_KEY)
+    return () if node is None else node.metadata.get(_KEY, ())
 
 
 def _product(text: str, left: Tensor, right: Tensor) -> Tensor:
-    receiver = _receiver()
-    if receiver is not None:
+    made = None
+    for receiver in _receivers():
         mark = mark_of(text)
-        made = receiver.take(mark, *_operands(mark, left, right))
-        if made is not None:
-            return made
+        own = receiver.take(mark, *_operands(mark, left, right))
+        made = own if made is None else made
+    if made is not None:
+        return made
     return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
 
 
@@ -90,14 +92,12 @@ def _operands(mark: Mark, left: Tensor, right: Tensor) -> tuple[Tensor, list[Ten
 
 
 def _look(text: str, tensors: list[Tensor]) -> None:
-    receiver = _receiver()
-    if receiver is None:
-        return
-    reason = refusal(text)
-    if reason is not None:
-        receiver.refuse(reason)
-    else:
-        receiver.take(mark_of(text), tensors[0], tensors[1:])
+    for receiver in _receivers():
+        reason = refusal(text)
+        if reason is not None:
+            receiver.refuse(reason)
+        else:
+            receiver.take(mark_of(text), tensors[0], tensors[1:])
 
 
 def _product_shape(text: str, left: Tensor, right: Tensor) -> Tensor:
