@@ -3,6 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fastminima as fm
 
@@ -27,6 +32,20 @@ def _fresh():
     torch._dynamo.reset()
 
 
+def sq_norms_of(losses, model):
+    """Of each sample's gradient, by backward passes through the compiled code itself.
+
+    So that random numbers are those of the step. The region must keep what it saved, as
+    those of `fm.compile` do.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        found.append(sum(g.square().sum() for g in grads))
+    return torch.stack(found)
+
+
 def test_two_probes_watch_one_pass(device):
     model = nn.Linear(6, 3).to(device)
     x = torch.randn(5, 6).to(device)
@@ -43,3 +62,44 @@ def test_two_probes_watch_one_pass(device):
         torch.testing.assert_close(whole.collect().sq_norms, want)
         assert (found < want).all()
         assert "fastminima.receiver" not in out.grad_fn.metadata
+
+
+class Checkpointed(nn.Module):
+    """Blocks with dropout that are computed again in the backward pass."""
+
+    def __init__(self, context_fn=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3)) for _ in range(2)
+        )
+        self.options = {} if context_fn is None else {"context_fn": context_fn}
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, **self.options)
+        return x
+
+
+def saves_products(context, operation, *args, **kwargs):
+    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective():
+    return create_selective_checkpoint_contexts(saves_products)
+
+
+@pytest.mark.parametrize("context_fn", [None, selective], ids=["all", "selective"])
+def test_checkpoints_with_dropout_inside_a_region(context_fn, device):
+    """What is run uncompiled, to find the rows, draws the same numbers again."""
+    model = Checkpointed(context_fn).to(device)
+    x = torch.randn(5, 3, 8).to(device)
+    fast, probe = fm.compile(model, backend="aot_eager"), fm.GradientProbe(model)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses = fast(x).sin().flatten(1).sum(1)
+        want = sq_norms_of(losses, model)
+        torch.manual_seed(seed)
+        got = probe.backward(fast(x).sin().flatten(1).sum(1))
+        torch.testing.assert_close(got.sq_norms, want)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.replay import keeping_graphs, note, versions_of
+from ..graph.replay import keeping_graphs, note, runnable, versions_of
 from . import operators as operators  # compiled code calls them
 
 __all__ = ["compile"]
@@ -85,12 +85,12 @@ class _Backend:
     def __call__(self, graph: Any, example_inputs: list[Any]) -> Callable[..., Any]:
         with keeping_graphs():
             run = self._compile(graph, example_inputs)
-        number = next(_numbers)
+        number, again = next(_numbers), runnable(graph)
 
         def noted(*inputs: Any) -> Any:
             versions = versions_of(inputs)
             outputs = run(*inputs)
-            note(outputs, graph, number, inputs, versions)
+            note(outputs, again, number, inputs, versions)
             return outputs
 
         return noted

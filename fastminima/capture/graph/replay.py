@@ -11,15 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError
 from .node import Node
 
-__all__ = ["NODE", "Replay", "keeping_graphs", "note", "replay_of", "versions_of"]
+__all__ = [
+    "NODE",
+    "Replay",
+    "keeping_graphs",
+    "note",
+    "replay_of",
+    "runnable",
+    "versions_of",
+]
 
 NODE = "CompiledFunction"
 _KEY = "fastminima"
@@ -122,6 +133,39 @@ class Replay:
 def replay_of(node: Node) -> Replay | None:
     """How to run the region behind a node of the graph, if that is known."""
     return node.metadata.get(_KEY)
+
+
+def runnable(graph: fx.GraphModule) -> fx.GraphModule:
+    """A region's graph, or a copy whose checkpoints can run uncompiled.
+
+    As they are, their second computation would draw other random numbers, and what a
+    policy chooses to save would be there only once.
+    """
+    inner = {
+        name: runnable(child)
+        for name, child in graph.named_children()
+        if isinstance(child, fx.GraphModule)
+    }
+    is_same = all(getattr(graph, name) is child for name, child in inner.items())
+    if is_same and not _checkpoints(graph):
+        return graph
+    found = fx.GraphModule(graph, deepcopy(graph.graph))
+    for name, child in inner.items():
+        setattr(found, name, child)
+    for node in _checkpoints(found):
+        _, node.kwargs = tag_activation_checkpoint.divide_kwargs(node.kwargs)
+        node.target = _checkpointed
+    found.recompile()
+    return found
+
+
+def _checkpoints(graph: fx.GraphModule) -> list[fx.Node]:
+    found = graph.graph.find_nodes(op="call_function", target=tag_activation_checkpoint)
+    return list(found)
+
+
+def _checkpointed(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
 def keeping_graphs() -> AbstractContextManager[Any]:
