@@ -103,3 +103,28 @@ def test_checkpoints_with_dropout_inside_a_region(context_fn, device):
         torch.manual_seed(seed)
         got = probe.backward(fast(x).sin().flatten(1).sum(1))
         torch.testing.assert_close(got.sq_norms, want)
+
+
+class Shuffled(nn.Module):
+    """Rows of data in an order that is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x, order):
+        return self.layer(x.flatten(0, 1)[order]).tanh()
+
+
+def test_rows_that_are_put_in_order_behind_a_region(device):
+    """In another order in each step, which the graph around the region shows."""
+    model, x = Shuffled().to(device), torch.randn(4, 4, 6).to(device)
+    fast, probe = fm.compile(model, backend="aot_eager"), fm.GradientProbe(model)
+    want = fm.GradientProbe(model).backward(
+        model(x, torch.arange(16).to(device)).reshape(4, 24).sin().sum(1)
+    )
+    for order in (torch.arange(16), torch.arange(16).view(4, 4).T.flatten()) * 2:
+        order = order.to(device)
+        out = fast(x, order)[order.argsort()]
+        got = probe.backward(out.reshape(4, 24).sin().sum(1))
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)

@@ -148,7 +148,10 @@ class Attempt:
         complete = recipe.followed(tape, samples)
         assert complete is not None  # the routes agree with this very graph
         self._refuse_mixing(evidence, complete)
-        guards = guards_of(evidence, found.routes)
+        routes = found.routes
+        if routes is not None and not routes.nodes.keys().isdisjoint(regions):
+            routes = None  # the rows inside such a region are not followed
+        guards = guards_of(evidence, routes)
         if not (is_settled and found.is_settled):
             guards = None
         return Understood(recipe, complete, guards, seen, frozenset(self.rejected))
