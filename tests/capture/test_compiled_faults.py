@@ -1,7 +1,10 @@
 """Compiled regions whose own code is read: what was wrong once."""
 
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -128,3 +131,39 @@ def test_rows_that_are_put_in_order_behind_a_region(device):
         out = fast(x, order)[order.argsort()]
         got = probe.backward(out.reshape(4, 24).sin().sum(1))
         torch.testing.assert_close(got.sq_norms, want.sq_norms)
+
+
+def test_regions_that_hold_no_tracked_parameter(device):
+    """A compiled loss, activation, frozen part: nothing in them has to run again."""
+    model = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]).to(device)
+    first, second = model
+    between = fm.compile(lambda x: F.dropout(x.sin(), 0.3), backend="aot_eager")
+    frozen = fm.compile(
+        nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3))
+        .requires_grad_(False)
+        .to(device),
+        backend="aot_eager",
+    )
+
+    class Powers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            return F.dropout(x * self.weight.exp(), 0.3)
+
+    # Tracked by nobody, and no use that is known.
+    untracked = fm.compile(Powers().to(device), backend="aot_eager")
+    loss = fm.compile(lambda x: F.dropout(x, 0.3).sin().sum(1), backend="aot_eager")
+    probe = fm.GradientProbe(model)
+    x = torch.randn(5, 6).to(device)
+    for seed in (0, 1):
+        found = []
+        for read in (sq_norms_of, lambda losses, _: probe.backward(losses).sq_norms):
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "A compiled region")
+                out = second(untracked(frozen(between(first(x)))))
+                found.append(read(loss(out), model))
+        torch.testing.assert_close(*found)

@@ -160,6 +160,8 @@ def marked_region(
     Raises:
         Unmarked: where not all of these are seen, or not so that they can be read.
     """
+    if not wanted:  # nothing to read there, whatever it does
+        return Marked({}, {}, {}, {}), True
     if not sight.marks:
         raise Unmarked(sight.reason)
     first = next(iter(sight.marks.values()))

@@ -57,8 +57,9 @@ def refuse_hidden(plan: Plan) -> None:
         raise CaptureError(
             f"Parameter {name!r} is changed (cast, reshaped, normalised) before it "
             "enters a region that runs again in the backward pass, a reentrant "
-            "checkpoint or a compiled one. Do that inside the region, or use "
-            "use_reentrant=False or the uncompiled module."
+            "checkpoint or a compiled one, or samples are mixed between the two (by "
+            "the losses?). Change it inside the region, or use use_reentrant=False or "
+            "the uncompiled module."
         )
 
 

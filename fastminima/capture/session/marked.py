@@ -85,11 +85,13 @@ class MarkedUses:
             return None
 
     def refuse(self, reason: str) -> None:
-        """The region was marked when it was measured.
+        """The region was marked when it was measured, unless nothing is read there.
 
         Raises:
-            CaptureError: always.
+            CaptureError: where something is.
         """
+        if not self._region.uses or self._is_anothers():
+            return
         raise CaptureError(
             f"A compiled region is not marked now, and was when its rows were "
             f"measured: {reason}. Make a new probe."
