@@ -167,3 +167,31 @@ def test_regions_that_hold_no_tracked_parameter(device):
                 out = second(untracked(frozen(between(first(x)))))
                 found.append(read(loss(out), model))
         torch.testing.assert_close(*found)
+
+
+class Tokens(nn.Module):
+    """A parameter that is broadcast over samples, and is not where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 3, 6))
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.dropout(self.layer(x) + self.positions.tanh(), 0.3)
+
+
+def test_a_batch_of_one_sample(device):
+    model, x = Tokens().to(device), torch.randn(4, 3, 6).to(device)
+    probe = fm.GradientProbe(model)
+    for dynamic in (False, True):
+        fast = fm.compile(model, backend="aot_eager", dynamic=dynamic)
+        for seed in (0, 1):
+            found = []
+            for read in (
+                sq_norms_of,
+                lambda losses, _: probe.backward(losses).sq_norms,
+            ):
+                torch.manual_seed(seed)
+                found.append(read(fast(x[:1]).sin().flatten(1).sum(1), model))
+            torch.testing.assert_close(*found)

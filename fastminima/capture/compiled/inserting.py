@@ -189,11 +189,37 @@ def _uses(
             for found in found_in(outputs[output], above):
                 _add(uses, found, edge, above)
         except NotTraced as error:
-            raise NotTraced(f"{error} ({name})") from None
+            reason = f"{error} ({name})"
+            if not any(map(_may_be_of_one, tangents)):
+                raise NotTraced(reason) from None
+            _add_whole(uses, outputs[output], edge, reason)
     _join_biases(uses)
     for use in list(uses.values()):
         _look_behind(uses, use, above)
     return uses
+
+
+def _may_be_of_one(tangent: fx.Node) -> bool:
+    """Whether an output may be that of one sample."""
+    sizes = any_sizes_of(tangent)
+    return not sizes or 1 in sizes
+
+
+def _add_whole(
+    uses: dict[fx.Node, _Use], grad: fx.Node, edge: int, reason: str
+) -> None:
+    """Take a gradient as it is, which is that of a sample where there is only one."""
+    for node, use in list(uses.items()):
+        use.into = [into for into in use.into if into.edge != edge]
+        if not use.into:
+            del uses[node]
+    with grad.graph.inserting_before(grad.graph.output_node()):
+        row = grad.graph.call_function(_aten.unsqueeze.default, (grad, 0))
+    row.meta["val"] = grad.meta["val"].unsqueeze(0)
+    shape = shape_of(grad)
+    into = [Into(0, edge, (1, *shape), (("reshape", shape),))]
+    constants = {"alpha": 1, "keeps_last": False, "of_one": reason}
+    uses[row] = _Use(row, "AddBackward0", row, [], constants, into)
 
 
 def _depending(graph: fx.Graph, tangents: Sequence[fx.Node]) -> set[fx.Node]:

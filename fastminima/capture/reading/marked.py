@@ -247,6 +247,8 @@ def _layout_of(
     mark, shape = sight.marks[place], sight.shapes[place]
     if samples.count == 1:
         return _of_one(mark, shape), True
+    if "of_one" in mark.constants:
+        raise Unmarked(mark.constants["of_one"])
     measured = seen.get(key(place), ())
     measurement = measured[0] if measured else None
     if measurement is None:
