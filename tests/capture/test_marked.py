@@ -507,6 +507,38 @@ def test_operators_keep_out_of_cuda_graphs():
         assert torch.Tag.cudagraph_unsafe in operator.tags
 
 
+def test_one_graph_for_all_steps(dropping):
+    """None is compiled when a step is probed, or not, or by another probe."""
+    model, losses_of = dropping
+    torch._dynamo.utils.counters.clear()
+    fast = fm.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(6):
+        losses = losses_of(fast)
+        if step % 2:
+            fm.GradientProbe(model, mode=("observe", "fused")[step // 3]).backward(
+                losses
+            )
+        else:
+            losses.mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_as_a_decorator(device):
+    model, x = nn.Linear(3, 2).to(device), torch.randn(4, 3).to(device)
+
+    @fm.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    def losses(x):
+        return model(x).square().sum(1)
+
+    want = fm.GradientProbe(model).backward(model(x).square().sum(1)).sq_norms
+    torch.testing.assert_close(
+        fm.GradientProbe(model).backward(losses(x)).sq_norms, want
+    )
+    same = fm.compile(model, disable=True)
+    assert same(x).grad_fn.name() == "AddmmBackward0"
+
+
 def test_a_mode_is_for_inductor():
     with pytest.raises(ValueError, match="mode='reduce-overhead' is for"):
         fm.compile(nn.Linear(2, 2), backend="aot_eager", mode="reduce-overhead")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,12 @@ _numbers = itertools.count(1)
 
 
 def compile(
-    model: nn.Module | Callable[..., Any],
+    model: nn.Module | Callable[..., Any] | None = None,
     *,
-    backend: str | Callable[..., Any] = "inductor",
-    fullgraph: bool = False,
-    dynamic: bool | None = None,
+    backend: str | Callable[..., Any] | None = None,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    **others: Any,
 ) -> Any:
     """`torch.compile` such that `GradientProbe` can read the model.
 
@@ -40,12 +40,14 @@ def compile(
     regions must not draw random numbers (dropout) or change buffers.
 
     Args:
-        model: what to compile.
-        backend: the backend that really compiles, by name or as a function.
-        fullgraph: as for `torch.compile`.
-        dynamic: as for `torch.compile`.
+        model: what to compile: a module, or a function of a step that returns the
+            losses of the samples. Without it a decorator is returned.
+        backend: the backend that really compiles, by name or as a function; "inductor"
+            unless one is named.
         mode: as for `torch.compile`, for "inductor".
         options: passed to the backend; for "inductor" as its configuration.
+        others: `fullgraph`, `dynamic`, `disable` and whatever else `torch.compile`
+            takes.
 
     Raises:
         ValueError: for a `mode` with another backend than "inductor".
@@ -58,11 +60,12 @@ def compile(
         >>> stats.sq_norms.shape
         torch.Size([5])
     """
+    if model is None:
+        return partial(compile, backend=backend, mode=mode, options=options, **others)
     return torch.compile(
         model,
-        backend=_Backend(backend, mode, options),
-        fullgraph=fullgraph,
-        dynamic=dynamic,
+        backend=_Backend(backend or "inductor", mode, options),
+        **others,
     )
 
 
