@@ -1,9 +1,9 @@
 """Compiled regions that show their uses themselves: nothing runs again, and exactly."""
 
 import copy
+import os
 import subprocess
 import sys
-import textwrap
 import warnings
 from dataclasses import replace
 
@@ -271,36 +271,43 @@ def test_a_mark_means_the_same_in_another_process():
     assert mark_of(mark.encoded()) == mark
 
 
+ONE_STEP = """
+import torch, fastminima as fm
+from torch._dynamo.utils import counters
+from fastminima.capture.compiled import inserting
+sources = inserting.get_hash_for_files
+inserting.get_hash_for_files = lambda files: sources(files) + {version!r}.encode()
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+)
+fast = fm.compile(model)
+stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4, 6)).sum((1, 2)))
+found = counters["aot_autograd"]
+print(found["autograd_cache_hit"], found["autograd_cache_miss"])
+print(stats.sq_norms.tolist())
+"""
+
+
 @pytest.mark.slow
 def test_caches_of_the_compiler(tmp_path):
-    """A second process compiles nothing, and reads the same."""
-    code = textwrap.dedent("""
-        import torch, fastminima as fm
-        from torch._dynamo.utils import counters
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
-        )
-        fast = fm.compile(model)
-        stats = fm.GradientProbe(model).backward(fast(torch.randn(5, 4, 6)).sum((1, 2)))
-        found = counters["aot_autograd"]
-        print(found["autograd_cache_hit"], found["autograd_cache_miss"])
-        print(stats.sq_norms.tolist())
-    """)
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    runs = [
-        subprocess.run(
+    """A second process compiles nothing, and reads the same; other sources do."""
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+
+    def run(version):
+        code = ONE_STEP.format(version=version)
+        return subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             check=True,
-            env={**__import__("os").environ, **environment},
+            env={**os.environ, **own},
         ).stdout.splitlines()
-        for _ in range(2)
-    ]
-    assert runs[0][0] == "0 1"
-    assert runs[1][0] == "1 0"
-    assert runs[0][1] == runs[1][1]
+
+    first, second, other = run("1"), run("1"), run("2")
+    assert first[0] == other[0] == "0 1"
+    assert second[0] == "1 0"
+    assert first[1] == second[1] == other[1]
 
 
 def test_code_that_does_not_show_its_uses_is_noticed(dropping, monkeypatch):
@@ -515,9 +522,8 @@ def test_one_graph_for_all_steps(dropping):
     for step in range(6):
         losses = losses_of(fast)
         if step % 2:
-            fm.GradientProbe(model, mode=("observe", "fused")[step // 3]).backward(
-                losses
-            )
+            mode = ("observe", "fused")[step // 3]
+            fm.GradientProbe(model, mode=mode).backward(losses)
         else:
             losses.mean().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -532,9 +538,8 @@ def test_as_a_decorator(device):
         return model(x).square().sum(1)
 
     want = fm.GradientProbe(model).backward(model(x).square().sum(1)).sq_norms
-    torch.testing.assert_close(
-        fm.GradientProbe(model).backward(losses(x)).sq_norms, want
-    )
+    got = fm.GradientProbe(model).backward(losses(x)).sq_norms
+    torch.testing.assert_close(got, want)
     same = fm.compile(model, disable=True)
     assert same(x).grad_fn.name() == "AddmmBackward0"
 
