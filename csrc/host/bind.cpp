@@ -4,6 +4,7 @@
 
 #include "host/attribute.h"
 #include "host/called.h"
+#include "host/fused.h"
 #include "host/graph.h"
 #include "host/kernels.h"
 #include "host/leaves.h"
@@ -38,7 +39,10 @@ class Program {
   Program(std::string dtype, std::string isa)
       : dtype_(std::move(dtype)), isa_(std::move(isa)), steps_(std::make_shared<Steps>()) {}
 
-  void add(std::unique_ptr<Step> step, const py::dict& required) {
+  // Of the gradients that it makes: rows of the table, and shapes.
+  using Gradients = std::vector<std::pair<int64_t, py::tuple>>;
+  void add(std::unique_ptr<Step> step, const py::dict& required, const Gradients& made = {}) {
+    for (const auto& [row, shape] : made) step->make(row, shape.ptr());
     for (auto item : required) step->require(item.first.ptr(), item.second.ptr());
     steps_->push_back(std::move(step));
   }
@@ -231,6 +235,16 @@ void bind_host(py::module_& m) {
                              p.isa()),
                    required);
            })
+      .def("add_fused_sequences",
+           [](Program& p, int64_t node, Text saved, Place to, Axis axis, bool out_first,
+              int64_t rows_at_a_time, Program::Gradients made, py::dict required) {
+             const py::tuple& shape = made.at(0).second;
+             FusedDense known{out_first, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
+                              rows_at_a_time};
+             p.add(fused_sequences(node, saved, {to.first, to.second}, layout_of(axis), known,
+                                   p.dtype(), p.isa()),
+                   required, made);
+           })
       .def("add_layer_norm",
            [](Program& p, int64_t node, std::vector<std::string> saved, Place to, Axis axis,
               int trailing, py::dict required) {
@@ -316,6 +330,7 @@ void bind_host(py::module_& m) {
              if (found < 0) throw py::error_already_set();
              return found == 1;
            })
+      .def("gradients", [](Pass& self) { return stolen(self.gradients()); })
       .def("release",
            [](Pass& self) {
              if (self.release() != 0) throw py::error_already_set();

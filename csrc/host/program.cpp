@@ -94,6 +94,7 @@ int Pass::release() {
 
 int Pass::close() {
   is_closed_ = true;  // of a node that runs, hooks are called still
+  gradients_.clear();
   for (size_t i = 0; i < kept_.size(); i++) {
     kept_[i] = Kept();
     below_[i] = Object();
@@ -111,6 +112,20 @@ int Pass::is_observed(PyObject* session) const {
   return is_anothers < 0 ? -1 : !is_anothers;
 }
 
+PyObject* Pass::gradients() {
+  std::vector<Made> made;
+  made.swap(gradients_);
+  Object list(PyList_New(made.size()));
+  if (!list) return nullptr;
+  for (size_t i = 0; i < made.size(); i++) {
+    PyObject* pair =
+        Py_BuildValue("LO", static_cast<long long>(made[i].row), made[i].gradient.get());
+    if (pair == nullptr) return nullptr;
+    PyList_SET_ITEM(list.get(), i, pair);
+  }
+  return Py_NewRef(list.get());
+}
+
 // Whether a gradient came to one of the outputs at least.
 static bool has_any(PyObject* grads) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(grads); i++)
@@ -118,16 +133,40 @@ static bool has_any(PyObject* grads) {
   return false;
 }
 
-int Pass::compute(const Step& step, PyObject* grad, const Object* saved) const {
+int Pass::has_signs(const Step& step, PyObject* grad, const Object* saved) {
+  bool minds_all = !step.gradients().empty();
+  int negated = minds_all ? is_negated(grad) : 0;
+  size_t count = minds_all ? step.saved() : step.minds_sign();
+  for (size_t i = 0; i < count && negated == 0; i++) negated = is_negated(saved[i].get());
+  return negated < 0 ? -1 : !negated;
+}
+
+int Pass::compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x) {
+  Workspace workspace = workspace_;
+  Object made[Step::kMostGradients];
+  static PyObject* name = PyUnicode_InternFromString("new_empty");
+  for (size_t i = 0; i < step.gradients().size(); i++) {
+    made[i] = Object(PyObject_CallMethodOneArg(grad, name, step.gradients()[i].shape));
+    if (!made[i]) return -1;
+    dlpack::Tensor memory;
+    if (!read(made[i].get(), memory)) return 0;
+    workspace.gradients[i] = memory.data;
+  }
+  if (!step.compute(x, workspace)) return 0;
+  for (size_t i = 0; i < step.gradients().size(); i++)
+    gradients_.push_back({step.gradients()[i].row, std::move(made[i])});
+  return 1;
+}
+
+int Pass::compute(const Step& step, PyObject* grad, const Object* saved) {
   dlpack::Tensor x[Step::kMost];
   if (!read(grad, x[0])) return 0;
-  if (step.minds_sign()) {
-    int negated = is_negated(saved[0].get());
-    if (negated != 0) return negated < 0 ? -1 : 0;
-  }
+  int has_all = has_signs(step, grad, saved);
+  if (has_all != 1) return has_all;
   for (size_t i = 0; i < step.saved(); i++)
     if (!read(saved[i].get(), x[i + 1])) return 0;
   try {
+    if (!step.gradients().empty()) return compute_gradients(step, grad, x);
     return step.compute(x, workspace_) ? 1 : 0;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -43,6 +43,9 @@ class Pass : public Watcher {
   int release();
   // Removes the hooks. -1 with a Python error set.
   int close();
+  // The gradients that steps have made since this was asked last: a list of (row, tensor), or null
+  // with a Python error set.
+  PyObject* gradients();
   // Of each step, whether it was taken.
   const std::vector<char>& taken() const { return taken_; }
 
@@ -56,7 +59,11 @@ class Pass : public Watcher {
 
   void find_memory(int threads);
   // Reads the tensors of a step and computes. 1: done; 0: not; -1 with a Python error set.
-  int compute(const Step& step, PyObject* grad, const Object* saved) const;
+  int compute(const Step& step, PyObject* grad, const Object* saved);
+  // Whether nothing that it reads is a view to be negated; -1 with a Python error set.
+  static int has_signs(const Step& step, PyObject* grad, const Object* saved);
+  // As `compute`, of one that makes gradients: in new memory, kept where it is done.
+  int compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x);
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
   int take(size_t step, PyObject* session, PyObject* number, PyObject* grad);
   // As `take`, of a step that has a partner.
@@ -75,8 +82,13 @@ class Pass : public Watcher {
   PassFilter filter_;
   bool is_ready_, is_closed_ = false;
   std::vector<char> taken_, memory_;
-  std::vector<char> apart_;    // steps whose partner goes the generic way
-  std::vector<Kept> kept_;     // of steps that wait for their partners
+  std::vector<char> apart_;  // steps whose partner goes the generic way
+  std::vector<Kept> kept_;   // of steps that wait for their partners
+  struct Made {
+    int64_t row;
+    Object gradient;
+  };
+  std::vector<Made> gradients_;
   std::vector<Object> below_;  // nodes that have saved what steps of others read
   Hooks hooks_;
   Workspace workspace_;

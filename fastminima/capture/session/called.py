@@ -60,8 +60,9 @@ class Called:
     """The norms of one use, of the gradient and what was saved.
 
     Args:
-        run: gives norms for each of the names.
+        run: gives norms for each of the names, then gradients.
         names: parameters; None where nobody asks.
+        gradients: parameters whose gradients it makes.
         rows: of the table, by parameter.
         node: of the use.
         steps: of the program, as the extension has them.
@@ -72,24 +73,31 @@ class Called:
         self,
         run: Callable[..., Sequence[Tensor | None]],
         names: Sequence[str | None],
+        gradients: Sequence[str],
         rows: Mapping[str, int],
         node: int,
         steps: Any,
         launched: Launched,
     ) -> None:
-        self._run, self._names = run, names
+        self._run, self._names, self._gradients = run, names, gradients
         self._places = [rows[name] for name in names if name is not None]
         self._node, self._steps, self._launched = node, steps, launched
         self._recorded: dict[tuple, Recorded | None] = {}
         self._checks: dict[tuple, int] = {}  # left, of what is recorded
 
-    def norms(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """By parameter, of the gradient and the saved tensors."""
-        found = zip(self._names, self._outputs(tensors), strict=True)
-        return {n: x for n, x in found if n is not None and x is not None}
+    def found(self, *tensors: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Norms and gradients by parameter, of the gradient and the saved tensors."""
+        outputs = self._outputs(tensors)
+        count = len(self._names)
+        norms = zip(self._names, outputs[:count], strict=True)
+        gradients = zip(self._gradients, outputs[count:], strict=True)
+        return (
+            {n: x for n, x in norms if n is not None and x is not None},
+            {n: x for n, x in gradients if x is not None},
+        )
 
     def _outputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if not can_be_launched(tensors[0].device):
+        if self._gradients or not can_be_launched(tensors[0].device):
             return self._run(*tensors)
         if not all(map(learned().is_readable, tensors)):
             return self._run(*tensors)

@@ -29,8 +29,6 @@ class Fusion:
         names: parameters whose gradients the session makes.
         inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
             uses, so that the pass visits them.
-        made: the gradients, from the time their last use is seen until they are
-            delivered, which `add` fills.
     """
 
     def __init__(
@@ -39,7 +37,8 @@ class Fusion:
         self._parameters = parameters
         self.names = frozenset(parameters)
         self.inputs = [*others, *(edge_of(node, 0) for node in uses)]
-        self.made: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
+        self._source: Callable[[], Mapping[str, Tensor]] | None = None
         self._handles: list[Any] = []
         if is_distributed() or any(map(_has_step, parameters.values())):
             # The graph does not keep this alive, nor this the graph.
@@ -49,15 +48,27 @@ class Fusion:
 
     def add(self, name: str, grad: Tensor) -> None:
         """Keep a gradient as its parameter is: all of them may wait at once."""
-        self.made[name] = grad.to(self._parameters[name])
+        self._made[name] = grad.to(self._parameters[name])
+
+    def expect(self, source: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Ask a program too, for those it has made since it was asked last."""
+        self._source = source
+
+    @property
+    def made(self) -> dict[str, Tensor]:
+        """The gradients, from when their last use is seen until they are delivered."""
+        if self._source is not None:
+            self._made.update(self._source())
+        return self._made
 
     def deliver(self) -> None:
         """Accumulate the gradients as a backward pass does, with every hook."""
-        if not self.made:
+        made = self.made
+        if not made:
             return
-        parameters = [self._parameters[name] for name in self.made]
-        grads = list(self.made.values())
-        self.made.clear()
+        parameters = [self._parameters[name] for name in made]
+        grads = list(made.values())
+        made.clear()
         with torch.inference_mode(False), torch.enable_grad():
             source = _Source.apply(grads, *parameters)
         assert isinstance(source, Tensor)
@@ -68,7 +79,8 @@ class Fusion:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.made.clear()
+        self._made.clear()
+        self._source = None
 
 
 class _Source(torch.autograd.Function):

@@ -36,6 +36,7 @@ from ..reading.reader import Reading
 from .arrival import PassFilter
 from .called import Called, Launched, new_table
 from .delivery import Deliveries, deliveries_from
+from .fused_steps import add_fused
 from .norms import NormTable, new_numbers
 from .steps import Making
 from .tied import Part, add_tied, tied_halves
@@ -110,15 +111,18 @@ class Program:
                 torch.empty(self.launched.bytes, dtype=torch.uint8, device=self.device),
             )
 
-    def wanted(self, but: frozenset[str]) -> bytes:
-        """A 1 for each step but those of some parameters."""
-        if not but:
-            return self._all
-        return bytes(but.isdisjoint(use.parameters) for use in self.uses)
+    @cached_property
+    def all(self) -> bytes:
+        """A 1 for each step."""
+        return bytes([1]) * len(self.uses)
+
+    def gradients(self, of_pass: Any) -> dict[str, Tensor]:
+        """What a pass has made since it was asked last, by parameter."""
+        return {self._ordered[row]: grad for row, grad in of_pass.gradients()}
 
     @cached_property
-    def _all(self) -> bytes:
-        return bytes([1]) * len(self.uses)
+    def _ordered(self) -> list[str]:
+        return list(self.rows)
 
     def nodes(self, hooked: bytes) -> frozenset[int]:
         """The nodes of the steps that have a 1."""
@@ -161,11 +165,18 @@ class Program:
         return {}
 
 
-def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
+def program_of(
+    reading: Reading, order: Iterable[str], makes: frozenset[str] = frozenset()
+) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
     None without the extension, where rows are routed anew in each step, and where
-    regions run. `order` names all tracked parameters.
+    regions run.
+
+    Args:
+        reading: the graph, as it is read.
+        order: names of all tracked parameters.
+        makes: parameters whose gradients the program makes, beside their norms.
     """
     recipe = reading.recipe
     if recipe.routes is not None or recipe.regions or not recipe.lasts:
@@ -173,13 +184,15 @@ def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     if not recipe.plan.uses:
         return None
     first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
-    key = "norms", first.device, first.dtype
+    key = "norms", first.device, first.dtype, makes
     if key not in recipe.programs:
-        recipe.programs[key] = _make(reading, order)
+        recipe.programs[key] = _make(reading, order, makes)
     return recipe.programs[key]
 
 
-def _make(reading: Reading, order: Iterable[str]) -> Program | None:
+def _make(
+    reading: Reading, order: Iterable[str], makes: frozenset[str]
+) -> Program | None:
     host = learned()
     if host is None:
         return None
@@ -193,17 +206,18 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     makings = [
         Making(
             *(steps, tape, use, recipe.layouts[use.node][0], rows, dtype, calls),
-            launched,
+            *(launched, makes),
         )
         for use in uses
     ]
-    halves = tied_halves(makings)
+    observed = [making for making in makings if not making.is_fused]
+    halves = tied_halves(observed)
     by_rule = set[int]()
     for making in makings:
         pair = halves.get(making.use.node)
         if pair is not None:
             add_tied(making, pair, [uses.index(half.making.use) for half in pair])
-        elif not making.by_kind():
+        elif not (add_fused(making) if making.is_fused else making.by_kind()):
             making.by_rule()
             by_rule.add(making.use.node)
     kernels = {use.node for use in uses} - by_rule - calls.keys()
@@ -211,7 +225,7 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
         *(steps, uses, rows, dtype if kernels else None, calls, launched),
         tape.nodes[uses[0].node]._input_metadata[0].device,
         {half.making.use.node: half.part for pair in halves.values() for half in pair},
-        frozenset(making.use.node for making in makings if making.is_alone),
+        frozenset(making.use.node for making in observed if making.is_alone),
         *(frozenset(kernels), _names_between(tape, uses)),
     )
 

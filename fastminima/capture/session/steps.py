@@ -34,7 +34,7 @@ from ..reading.plan import Slot, Use
 from ..rows.layout import RegularLayout
 from .called import Called, Launched
 
-__all__ = ["Making"]
+__all__ = ["Making", "convolution_of"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Making:
     dtype: torch.dtype | None
     calls: dict[int, Called]
     launched: Launched
+    makes: frozenset[str]  # parameters whose gradients are made too
 
     @property
     def is_alone(self) -> bool:
@@ -57,6 +58,11 @@ class Making:
         Norms do not change with the order of elements.
         """
         return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gradients are made of parameters that it has."""
+        return not self.makes.isdisjoint(self.use.parameters)
 
     def by_kind(self) -> bool:
         """Add a step for a use of a known kind; returns whether it is one."""
@@ -84,14 +90,18 @@ class Making:
         required: Mapping[str, Any] = MappingProxyType({}),
         *,
         minds_sign: bool = False,
+        made: Sequence[Slot] = (),
     ) -> bool:
         """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
 
-        `minds_sign`: they are others where a saved tensor has another sign.
+        `minds_sign`: they are others where a saved tensor has another sign. After the
+        norms come the gradients of the slots that are `made`.
         """
         names = [None if slot is None else slot.paths[0].parameter for slot in slots]
+        gradients = [slot.paths[0].parameter for slot in made]
         self.calls[self.use.node] = Called(
-            *(run, names, self.rows, self.use.node, self.steps, self.launched)
+            *(run, names, gradients, self.rows),
+            *(self.use.node, self.steps, self.launched),
         )
         self.steps.add_called(*(self.use.node, list(saved), minds_sign, dict(required)))
         return True
@@ -166,11 +176,26 @@ def _convolution(making: Making) -> bool:
         return False
     if making.layout.dim != 0 or not making.layout.is_one_row:
         return False
+    patches_of, required = convolution_of(making, has_bias=2 in slots)
+
+    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        patches = patches_of(g, x)
+        weight = patches.weight_norms  # first: it leaves those of the bias
+        return weight, patches.bias_norms if 2 in slots else None
+
+    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
+
+
+def convolution_of(
+    making: Making, *, has_bias: bool
+) -> tuple[Callable[[Tensor, Tensor], Patches], dict[str, Any]]:
+    """What a convolution multiplies, of its gradient and input; and what must hold."""
     node = making.tape.nodes[making.use.node]
+    (weight,) = (slot for slot in making.use.slots if slot.number == 1)
     words = ("stride", "padding", "dilation", "output_padding")
     numbers = {word: tuple(getattr(node, f"_saved_{word}")) for word in words}
     geometry = ConvGeometry(
-        kernel_size=tuple(slots[1].shape[2:]),
+        kernel_size=tuple(weight.shape[2:]),
         groups=node._saved_groups,
         transposed=node._saved_transposed,
         **numbers,
@@ -179,14 +204,7 @@ def _convolution(making: Making) -> bool:
         f"_saved_{word}": getattr(node, f"_saved_{word}")
         for word in (*words, "groups", "transposed")
     }
-    has_bias = 2 in slots
-
-    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        patches = Patches(x, g, geometry, with_bias=has_bias)
-        weight = patches.weight_norms  # first: it leaves those of the bias
-        return weight, patches.bias_norms if has_bias else None
-
-    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
+    return lambda g, x: Patches(x, g, geometry, with_bias=has_bias), required
 
 
 def _layer_norm(making: Making) -> bool:
