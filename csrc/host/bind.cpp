@@ -168,6 +168,20 @@ bool are_fresh(const py::list& parameters) {
   return true;
 }
 
+// Whether all parameters want gradients, and none has a hook that is told of them.
+bool may_be_left_out(const py::list& parameters) {
+  Attribute requires_grad(names().requires_grad, Attribute::kOfOneCall);
+  Attribute hooks(names().backward_hooks, Attribute::kOfOneCall);
+  for (py::handle parameter : parameters) {
+    Object wants(requires_grad.of(parameter.ptr())), told(hooks.of(parameter.ptr()));
+    if (!wants || !told) throw py::error_already_set();
+    int has_hooks = PyObject_IsTrue(told.get());
+    if (has_hooks < 0) throw py::error_already_set();
+    if (has_hooks || wants.get() != Py_True) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace host
 
@@ -182,6 +196,7 @@ void bind_host(py::module_& m) {
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);
+  sub.def("may_be_left_out", &may_be_left_out);
   sub.def("total", &total_of);
   sub.def("sum_of_squares", [](const py::list& parameters, const std::string& isa, int threads,
                                const py::object& out) {
@@ -257,7 +272,9 @@ void bind_host(py::module_& m) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
       .def("add_by_rule",
-           [](Program& p, int64_t node) { p.add(std::make_unique<ByRule>(node), {}); })
+           [](Program& p, int64_t node, py::dict required) {
+             p.add(std::make_unique<ByRule>(node), required);
+           })
       .def("add_called",
            [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_sign,
               py::dict required) {
@@ -326,9 +343,11 @@ void bind_host(py::module_& m) {
       .def("follow",
            [](const std::shared_ptr<Pass>& self, const Wiring& wiring, const Conditions& conditions,
               py::object root, py::dict parameters) {
-             int found = Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr());
+             Object nodes;
+             int found =
+                 Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr(), nodes);
              if (found < 0) throw py::error_already_set();
-             return found == 1;
+             return found ? py::reinterpret_borrow<py::object>(nodes.get()) : py::none();
            })
       .def("gradients", [](Pass& self) { return stolen(self.gradients()); })
       .def("release",

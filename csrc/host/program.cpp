@@ -73,7 +73,8 @@ PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
 }
 
 int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
-                 const Conditions& conditions, PyObject* root, PyObject* parameters) {
+                 const Conditions& conditions, PyObject* root, PyObject* parameters,
+                 Object& nodes) {
   Found found;
   int is_same = wiring.follow(root, parameters, found);
   if (is_same != 1) return is_same;
@@ -82,6 +83,7 @@ int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
   Object hooked(hook(pass, found.nodes.get(), std::string(pass->steps_->size(), 1)));
   if (!hooked) return -1;
   const char* fits = PyBytes_AS_STRING(hooked.get());
+  nodes = std::move(found.nodes);
   return std::all_of(fits, fits + pass->steps_->size(), [](char one) { return one == 1; });
 }
 

@@ -35,10 +35,12 @@ class Pass : public Watcher {
   // a bytes object with a 1 for each of these. Null with a Python error set.
   static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
                         const std::string& wanted);
-  // Walks over a known graph and hooks all steps; returns 1. 0: the graph is another one, or a step
-  // does not fit. -1 with a Python error set. Where it is not 1, `close` has to follow.
+  // Walks over a known graph and hooks all steps; returns 1, and the nodes. 0: the graph is another
+  // one, or a step does not fit. -1 with a Python error set. Where it is not 1, `close` has to
+  // follow.
   static int follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
-                    const Conditions& conditions, PyObject* root, PyObject* parameters);
+                    const Conditions& conditions, PyObject* root, PyObject* parameters,
+                    Object& nodes);
   // Gives Python what waits for a second step that has not come. -1 with a Python error set.
   int release();
   // Removes the hooks. -1 with a Python error set.

@@ -74,7 +74,11 @@ class Making:
 
     def by_rule(self) -> None:
         """Add a step that asks the use's rule, whatever it is."""
-        self.steps.add_by_rule(self.use.node)
+        node, required = self.tape.nodes[self.use.node], {}
+        if self.is_fused:  # a fusion was decided by these
+            names = _DECIDING.get(self.use.name, ())
+            required = {name: getattr(node, name) for name in names}
+        self.steps.add_by_rule(self.use.node, required)
 
     @property
     def is_for_kernels(self) -> bool:
@@ -376,6 +380,12 @@ def _comes_alone(tape: Tape, slot: Slot) -> bool:
     return all(tape.names[node] in REARRANGING for node, _, _ in slot.paths[0].steps)
 
 
+# What says whether a use is fused, by the name of its node: see `fusible.py`.
+_DECIDING = {
+    ADDMM: ("_saved_alpha", "_saved_beta"),
+    EMBEDDING: ("_saved_scale_grad_by_freq", "_saved_sparse"),
+    "IndexSelectBackward0": ("_saved_dim",),
+}
 # What makes the step of a use, by the name of its node; returns whether there is one.
 _STEPS: dict[str, Callable[[Making], bool]] = {
     **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},
