@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from ..graph.node import Node, edge_of
 from ..graph.passes import is_distributed
 from ..reading.reader import Reading
 from .fusible import part_of
@@ -60,12 +60,17 @@ class Fusion:
         self._source: Callable[[], Mapping[str, Tensor]] | None = None
         self._handles: list[Any] = []
 
-    def enter(self, nodes: Sequence[Node]) -> None:
-        """Be for the graph of these nodes, whose other leaves may be frozen since."""
-        leaves = (nodes[i].variable for i in self.plan.others)
+    def enter(self, nodes: Sequence[Any], *, is_fresh: bool = False) -> None:
+        """Be for the graph of these nodes, whose other leaves may be frozen since.
+
+        `is_fresh`: `.grad` will be that of this pass, and nobody is told when.
+        """
+        leaves = [nodes[i].variable for i in self.plan.others]
         uses = [nodes[i] for i in self.plan.uses]
-        edges = (edge_of(node, 0) for node in uses)
-        self.inputs = [*(leaf for leaf in leaves if leaf.requires_grad), *edges]
+        edges = [GradientEdge(node, 0) for node in uses]
+        self.inputs = [leaf for leaf in leaves if leaf.requires_grad] + edges
+        if is_fresh:
+            return
         if is_distributed() or any(map(_has_step, self._parameters.values())):
             # The graph does not keep this alive, nor this the graph.
             deliver = weakref.WeakMethod(self.deliver)

@@ -110,7 +110,7 @@ class Repeated(Taking, Pass):
         """Hook all uses below a root; returns whether it is the known graph's."""
         nodes = self._pass.follow(known.wiring, known.conditions, root, names)
         if nodes is not None and self._fusion is not None:
-            self._fusion.enter(nodes)
+            self._fusion.enter(nodes, is_fresh=True)
         return nodes is not None
 
     @property
