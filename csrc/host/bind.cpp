@@ -39,10 +39,11 @@ class Program {
   Program(std::string dtype, std::string isa)
       : dtype_(std::move(dtype)), isa_(std::move(isa)), steps_(std::make_shared<Steps>()) {}
 
-  // Of the gradients that it makes: rows of the table, and shapes.
-  using Gradients = std::vector<std::pair<int64_t, py::tuple>>;
-  void add(std::unique_ptr<Step> step, const py::dict& required, const Gradients& made = {}) {
-    for (const auto& [row, shape] : made) step->make(row, shape.ptr());
+  // Of the gradients that it makes: rows of the table, shapes, and dtypes as Step has them.
+  using Gradients = std::vector<std::tuple<int64_t, py::tuple, py::object, py::object>>;
+  void add(std::unique_ptr<Step> step, const py::dict& required, const Gradients& gradients = {}) {
+    for (const auto& [row, shape, made, kept] : gradients)
+      step->make(row, shape.ptr(), made.ptr(), kept.ptr());
     for (auto item : required) step->require(item.first.ptr(), item.second.ptr());
     steps_->push_back(std::move(step));
   }
@@ -253,7 +254,7 @@ void bind_host(py::module_& m) {
       .def("add_fused_sequences",
            [](Program& p, int64_t node, Text saved, Place to, Axis axis, bool out_first,
               int64_t rows_at_a_time, Program::Gradients made, py::dict required) {
-             const py::tuple& shape = made.at(0).second;
+             const py::tuple& shape = std::get<1>(made.at(0));
              FusedDense known{out_first, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
                               rows_at_a_time};
              p.add(fused_sequences(node, saved, {to.first, to.second}, layout_of(axis), known,
@@ -277,8 +278,8 @@ void bind_host(py::module_& m) {
            })
       .def("add_called",
            [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_sign,
-              py::dict required) {
-             p.add(std::make_unique<Called>(node, saved, minds_sign), required);
+              py::dict required, Program::Gradients made) {
+             p.add(std::make_unique<Called>(node, saved, minds_sign), required, made);
            })
       .def("launch", &Program::launch)
       .def("add_table",

@@ -143,20 +143,34 @@ int Pass::has_signs(const Step& step, PyObject* grad, const Object* saved) {
   return negated < 0 ? -1 : !negated;
 }
 
+// Memory for a gradient of what comes by this one.
+static Object allocated(PyObject* grad, const Step::Gradient& gradient) {
+  static PyObject* name = PyUnicode_InternFromString("new_empty");
+  static PyObject* keywords = Py_BuildValue("(s)", "dtype");
+  PyObject* args[] = {grad, gradient.shape, gradient.made};
+  bool is_alike = gradient.made == Py_None;
+  return Object(PyObject_VectorcallMethod(name, args, 2, is_alike ? nullptr : keywords));
+}
+
 int Pass::compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x) {
   Workspace workspace = workspace_;
   Object made[Step::kMostGradients];
-  static PyObject* name = PyUnicode_InternFromString("new_empty");
   for (size_t i = 0; i < step.gradients().size(); i++) {
-    made[i] = Object(PyObject_CallMethodOneArg(grad, name, step.gradients()[i].shape));
+    made[i] = allocated(grad, step.gradients()[i]);
     if (!made[i]) return -1;
     dlpack::Tensor memory;
     if (!read(made[i].get(), memory)) return 0;
     workspace.gradients[i] = memory.data;
   }
   if (!step.compute(x, workspace)) return 0;
-  for (size_t i = 0; i < step.gradients().size(); i++)
-    gradients_.push_back({step.gradients()[i].row, std::move(made[i])});
+  for (size_t i = 0; i < step.gradients().size(); i++) {
+    const Step::Gradient& gradient = step.gradients()[i];
+    static PyObject* to = PyUnicode_InternFromString("to");
+    if (gradient.kept != Py_None)  // all of them may wait at once: not in a wider dtype
+      made[i] = Object(PyObject_CallMethodOneArg(made[i].get(), to, gradient.kept));
+    if (!made[i]) return -1;
+    gradients_.push_back({gradient.row, std::move(made[i])});
+  }
   return 1;
 }
 

@@ -254,13 +254,14 @@ Step::Step(int64_t node, const std::vector<std::string>& saved, int64_t source)
 
 Step::~Step() {
   for (Required& r : required_) Py_DECREF(r.value);
-  for (Gradient& g : gradients_) Py_DECREF(g.shape);
+  for (Gradient& g : gradients_)
+    for (PyObject* held : {g.shape, g.made, g.kept}) Py_DECREF(held);
 }
 
-void Step::make(int64_t row, PyObject* shape) {
+void Step::make(int64_t row, PyObject* shape, PyObject* made, PyObject* kept) {
   if (gradients_.size() == kMostGradients)
     throw std::invalid_argument("a step makes two gradients at most");
-  gradients_.push_back({row, Py_NewRef(shape)});
+  gradients_.push_back({row, Py_NewRef(shape), Py_NewRef(made), Py_NewRef(kept)});
 }
 
 void Step::require_of(int64_t node, PyObject* attribute, PyObject* value) {

@@ -76,11 +76,13 @@ class Step {
 
   // The gradient of a parameter, which the step makes beside the norms.
   struct Gradient {
-    int64_t row;      // of the parameter
-    PyObject* shape;  // a tuple
+    int64_t row;            // of the parameter
+    PyObject* shape;        // a tuple
+    PyObject *made, *kept;  // dtypes: what the step writes, None for that of its tensors, and what
+                            // the parameter has, None where that is the same
   };
   static constexpr size_t kMostGradients = 2;
-  void make(int64_t row, PyObject* shape);
+  void make(int64_t row, PyObject* shape, PyObject* made, PyObject* kept);
   const std::vector<Gradient>& gradients() const { return gradients_; }
 
   // Reads what the node has saved. 1: done; 0: something that may not be read here; -1 with a

@@ -80,7 +80,10 @@ class Called:
         launched: Launched,
     ) -> None:
         self._run, self._names, self._gradients = run, names, gradients
+        # Rows of the table; the gradients are numbered downwards, from -1.
         self._places = [rows[name] for name in names if name is not None]
+        self._places += [-1 - i for i in range(len(gradients))]
+        self._wanted = [name is not None for name in names] + [True] * len(gradients)
         self._node, self._steps, self._launched = node, steps, launched
         self._recorded: dict[tuple, Recorded | None] = {}
         self._checks: dict[tuple, int] = {}  # left, of what is recorded
@@ -97,14 +100,13 @@ class Called:
         )
 
     def _outputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if self._gradients or not can_be_launched(tensors[0].device):
+        if not can_be_launched(tensors[0].device):
             return self._run(*tensors)
         if not all(map(learned().is_readable, tensors)):
             return self._run(*tensors)
         kind = tuple(map(_kind_of, tensors))
         if kind not in self._recorded and len(self._recorded) < MOST_KINDS:
-            wanted = [name is not None for name in self._names]
-            outputs, found = recorded(self._run, tensors, wanted)
+            outputs, found = recorded(self._run, tensors, self._wanted)
             self._recorded[kind], self._checks[kind] = found, MOST_CHECKS
             return outputs
         outputs = self._run(*tensors)
@@ -121,8 +123,8 @@ class Called:
         outputs: Sequence[Tensor | None],
     ) -> None:
         """Launch what was recorded from now on, or never, where outputs show it."""
-        pairs = zip(self._names, outputs, strict=True)
-        expected = [x for name, x in pairs if name is not None and x is not None]
+        pairs = zip(self._wanted, outputs, strict=True)
+        expected = [x for is_wanted, x in pairs if is_wanted and x is not None]
         self._checks[kind] -= 1
         is_shown = all(map(says_something, expected))
         if is_shown or not self._checks[kind]:
@@ -139,12 +141,15 @@ class Called:
             tensors, found.launches, self._places, found.bytes, found.kept
         )
         scratch = torch.empty(max(1, found.bytes), dtype=torch.uint8, device=device)
-        got = new_table(len(expected), len(expected[0]), device)
+        count = sum(place >= 0 for place in self._places)
+        got = [*new_table(count, len(expected[0]), device)]
+        got += [torch.empty_like(x) for x in expected[count:]]
         # What is not written stays no number, in any dtype of floats, and is seen.
         scratch.fill_(255)
-        got.fill_(torch.nan)
+        for x in got:
+            x.fill_(torch.nan)
         try:
-            is_launched = launches.run(tensors, list(got), scratch)
+            is_launched = launches.run(tensors, got, scratch)
         except RuntimeError:  # the driver refuses what Python has just launched
             is_launched = False
         pairs = zip(got, expected, strict=True)

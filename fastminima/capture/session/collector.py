@@ -136,9 +136,11 @@ class FusedCollector(Collector):
         self.makes = fusion.names
 
     def expect(self, source: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Ask a program for the gradients that it makes, when they are needed."""
         self._fusion.expect(source)
 
     def add(self, parameter: str, gradient: Tensor) -> None:
+        """Note a gradient that the pass leaves out."""
         self._fusion.add(parameter, gradient)
 
     def take(self, parameter: str, whole: Contribution) -> None:

@@ -214,5 +214,3 @@ def _plan(
         tuple(node for node, part in found.items() if part.weight in names),
         tuple(i for i in leaves if i not in left_out),
     )
-
-

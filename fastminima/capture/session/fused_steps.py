@@ -6,7 +6,8 @@ allocated when the step runs, in the parameter's own shape, and becomes its `.gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -14,8 +15,7 @@ from ...ops.cost.dense import is_fused_faster
 from ...ops.native.dense import part_of_rows
 from ..contributions import Convolution, ConvolutionBias, Dense, DenseBias, Products
 from ..contributions.base import Contribution
-from ..graph.nodes import ADDMM, CONVOLUTION, PRODUCTS
-from ..graph.tape import Tape
+from ..graph.nodes import ADDMM, CONVOLUTION, PRODUCTS, ROUNDING
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout
 from .steps import Making, convolution_of
@@ -39,25 +39,30 @@ def _dense(making: Making) -> bool:
         return False
     weight, layout = slots[product.weight], making.layout
     bias = None if product.bias is None else slots.get(product.bias)
-    turns = _turns(making.tape, weight)
+    turns = _turns(making, weight)
     (shape,) = making.tape.shapes(making.use.node)
     if turns is None or layout.is_one_row or len(shape) != 2:
         return False
-    if not (_is_made(making, weight) and _is_itself(bias, weight.shape[1:])):
+    if not (_is_made(making, weight) and _is_beside(making, bias, weight.shape[1:])):
         return False
     out_first = turns % 2 == 1
     saved = f"_saved_{product.operands[product.factors[0]]}"
     factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
-    whole = tuple(weight.shape[::-1] if out_first else weight.shape)
-    time, (rows, columns) = layout.outer * layout.inner, whole
-    if making.is_for_kernels and is_fused_faster(time, columns, rows):
-        assert making.dtype is not None
-        part = part_of_rows(rows, columns, making.dtype.itemsize)
-        shapes = {weight: whole} | ({} if bias is None else {bias: tuple(bias.shape)})
-        made = [(making.row(s), x) for s, x in shapes.items() if _is_made(making, s)]
+    shapes = [tuple(weight.shape[::-1] if out_first else weight.shape)]
+    shapes += [] if bias is None else [tuple(bias.shape)]
+    time, (rows, columns) = layout.outer * layout.inner, shapes[0]
+    there = [weight] if bias is None else [weight, bias]
+    made = {
+        slot.paths[0].parameter: shape
+        for slot, shape in zip(there, shapes, strict=True)
+        if _is_made(making, slot)
+    }
+    if _is_for_kernels(making, made) and is_fused_faster(time, columns, rows):
+        part = part_of_rows(rows, columns, making.parameters[next(iter(made))].itemsize)
+        gradients = [(making.rows[name], x, None, None) for name, x in made.items()]
         making.steps.add_fused_sequences(
             *(making.use.node, saved, (making.row(weight), making.row(bias))),
-            *(making.axis, out_first, part, made, factors),
+            *(making.axis, out_first, part, gradients, factors),
         )
         return True
 
@@ -65,9 +70,9 @@ def _dense(making: Making) -> bool:
         has_bias = bias is not None
         products = Products(layout.rows(a, 1), layout.rows(g, 1), with_bias=has_bias)
         found = Dense(products, out_first=out_first)
-        return [found, DenseBias(products, bias.shape)] if bias else [found]
+        return [found, DenseBias(products, shapes[1])] if has_bias else [found]
 
-    return _call(making, [saved], [weight, bias], parts, factors)
+    return _call(making, [saved], there, made, parts, factors)
 
 
 def _convolution(making: Making) -> bool:
@@ -76,29 +81,36 @@ def _convolution(making: Making) -> bool:
     if slots is None or 1 not in slots or not making.layout.is_one_row:
         return False
     weight, bias = slots[1], slots.get(2)
-    if _turns(making.tape, weight) != 0 or not _is_made(making, weight):
+    if _turns(making, weight) != 0 or not _is_made(making, weight):
         return False
-    if not _is_itself(bias, bias.shape if bias else ()):
+    if not _is_beside(making, bias, bias.shape if bias else ()):
         return False
     patches, required = convolution_of(making, has_bias=bias is not None)
+    there = [weight] if bias is None else [weight, bias]
+    made = {
+        slot.paths[0].parameter: tuple(slot.shape)
+        for slot in there
+        if _is_made(making, slot)
+    }
 
     def parts(g: Tensor, x: Tensor) -> Sequence[Contribution]:
         found = patches(g, x)
-        return [Convolution(found), *([ConvolutionBias(found)] if bias else [])]
+        weight, bias = Convolution(found), ConvolutionBias(found)
+        return [weight, bias][: len(there)]
 
-    return _call(making, ["_saved_input"], [weight, bias], parts, required)
+    return _call(making, ["_saved_input"], there, made, parts, required)
 
 
 def _call(
     making: Making,
     saved: Sequence[str],
-    slots: Sequence[Slot | None],
+    slots: Sequence[Slot],
+    made: Mapping[str, Sequence[int]],
     parts: Callable[..., Sequence[Contribution]],
-    required: dict[str, object],
+    required: dict[str, Any],
 ) -> bool:
     """Let Python take it, by the contributions of a weight and a bias beside it."""
-    there = [slot for slot in slots if slot is not None]
-    are_made = [_is_made(making, slot) for slot in there]
+    are_made = [_is_made(making, slot) for slot in slots]
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         norms, gradients = [], []
@@ -111,25 +123,35 @@ def _call(
                 norms.append(part.sq_norms())
         return [*norms, *gradients]
 
-    made = [s for s, is_made in zip(there, are_made, strict=True) if is_made]
-    return making.call(saved, there, run, required, minds_sign=True, made=made)
+    return making.call(saved, slots, run, required, minds_sign=True, made=made)
 
 
 def _is_made(making: Making, slot: Slot) -> bool:
     return slot.paths[0].parameter in making.makes
 
 
-def _turns(tape: Tape, slot: Slot) -> int | None:
-    """How often a matrix is transposed on its way; None if something else happens."""
-    names = [tape.names[node] for node, _, _ in slot.paths[0].steps or ()]
-    return len(names) if set(names) <= {"TBackward0"} else None
+def _is_for_kernels(making: Making, made: Iterable[str]) -> bool:
+    """Whether kernels on the host read and write all tensors as they are."""
+    dtypes = {making.parameters[name].dtype for name in made}
+    return making.is_for_kernels and dtypes == {making.dtype}
 
 
-def _is_itself(bias: Slot | None, shape: Sequence[int]) -> bool:
+def _turns(making: Making, slot: Slot) -> int | None:
+    """How often a parameter is transposed on its way, where else it is only rounded."""
+    (path,) = slot.paths
+    names = [making.tape.names[node] for node, _, _ in path.steps or ()]
+    (output, *_) = making.tape.nodes[making.use.node]._input_metadata
+    is_there = making.parameters[path.parameter].device == output.device
+    if not is_there or not set(names) <= {"TBackward0", ROUNDING}:
+        return None
+    return names.count("TBackward0")
+
+
+def _is_beside(making: Making, bias: Slot | None, shape: Sequence[int]) -> bool:
     """Whether a bias is a parameter of that shape, if there is one."""
     if bias is None:
         return True
-    return tuple(bias.shape) == tuple(shape) and not bias.paths[0].steps
+    return tuple(bias.shape) == tuple(shape) and _turns(making, bias) == 0
 
 
 _STEPS: dict[str, Callable[[Making], bool]] = {

@@ -166,7 +166,9 @@ class Program:
 
 
 def program_of(
-    reading: Reading, order: Iterable[str], makes: frozenset[str] = frozenset()
+    reading: Reading,
+    parameters: Mapping[str, Tensor],
+    makes: frozenset[str] = frozenset(),
 ) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
@@ -175,7 +177,7 @@ def program_of(
 
     Args:
         reading: the graph, as it is read.
-        order: names of all tracked parameters.
+        parameters: all tracked ones, by name.
         makes: parameters whose gradients the program makes, beside their norms.
     """
     recipe = reading.recipe
@@ -184,21 +186,22 @@ def program_of(
     if not recipe.plan.uses:
         return None
     first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
-    key = "norms", first.device, first.dtype, makes
+    dtypes = tuple(p.dtype for name, p in parameters.items() if name in makes)
+    key = "norms", first.device, first.dtype, makes, dtypes
     if key not in recipe.programs:
-        recipe.programs[key] = _make(reading, order, makes)
+        recipe.programs[key] = _make(reading, parameters, makes)
     return recipe.programs[key]
 
 
 def _make(
-    reading: Reading, order: Iterable[str], makes: frozenset[str]
+    reading: Reading, parameters: Mapping[str, Tensor], makes: frozenset[str]
 ) -> Program | None:
     host = learned()
     if host is None:
         return None
     recipe, tape = reading.recipe, reading.tape
     reached = recipe.plan.sources
-    rows = {name: i for i, name in enumerate(n for n in order if n in reached)}
+    rows = {name: i for i, name in enumerate(n for n in parameters if n in reached)}
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
@@ -206,7 +209,7 @@ def _make(
     makings = [
         Making(
             *(steps, tape, use, recipe.layouts[use.node][0], rows, dtype, calls),
-            *(launched, makes),
+            *(launched, makes, parameters),
         )
         for use in uses
     ]

@@ -50,6 +50,7 @@ class Making:
     calls: dict[int, Called]
     launched: Launched
     makes: frozenset[str]  # parameters whose gradients are made too
+    parameters: Mapping[str, Tensor]
 
     @property
     def is_alone(self) -> bool:
@@ -94,21 +95,30 @@ class Making:
         required: Mapping[str, Any] = MappingProxyType({}),
         *,
         minds_sign: bool = False,
-        made: Sequence[Slot] = (),
+        made: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> bool:
         """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
 
         `minds_sign`: they are others where a saved tensor has another sign. After the
-        norms come the gradients of the slots that are `made`.
+        norms come the gradients that are `made`: of which parameters, in what shapes.
         """
         names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-        gradients = [slot.paths[0].parameter for slot in made]
+        gradients = list(made)
         self.calls[self.use.node] = Called(
             *(run, names, gradients, self.rows),
             *(self.use.node, self.steps, self.launched),
         )
-        self.steps.add_called(*(self.use.node, list(saved), minds_sign, dict(required)))
+        self.steps.add_called(
+            *(self.use.node, list(saved), minds_sign, dict(required)),
+            [self._gradient(name, shape) for name, shape in made.items()],
+        )
         return True
+
+    def _gradient(self, parameter: str, shape: Sequence[int]) -> tuple[Any, ...]:
+        """What is launched writes a gradient in float32, whatever the parameter is."""
+        kept = self.parameters[parameter].dtype
+        is_same = kept == torch.float32
+        return self.rows[parameter], shape, torch.float32, None if is_same else kept
 
     @property
     def axis(self) -> tuple[int, int, int, int]:
