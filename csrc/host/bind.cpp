@@ -299,12 +299,13 @@ void bind_host(py::module_& m) {
            })
       .def("add_half", [](Program& p, int64_t node, Text saved, int64_t partner,
                           py::dict required) { p.add(half(node, saved, partner), required); })
-      .def("add_tied",
-           [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to, bool is_head_first,
-              Axis head, double guard, Axis table, int64_t padding, py::dict required) {
-             Tied known{is_head_first, layout_of(head), guard, layout_of(table), padding};
-             p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required);
-           });
+      .def("add_tied", [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to,
+                          bool is_head_first, Axis head, double guard, Axis table, int64_t padding,
+                          py::dict required, int64_t rows_at_a_time, Program::Gradients made) {
+        Tied known{is_head_first,    layout_of(head), guard,
+                   layout_of(table), padding,         rows_at_a_time};
+        p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required, made);
+      });
 
   sub.def("has_driver", &has_driver);
   sub.def("counting_driver", [] { return reinterpret_cast<uintptr_t>(counting_driver()); });

@@ -1,8 +1,8 @@
 #include "host/fused.h"
 
-#include <algorithm>
+#include <utility>
 
-#include "host/typed.h"
+#include "host/product.h"
 
 namespace fastminima {
 namespace host {
@@ -34,9 +34,14 @@ class FusedSequences : public OverTime<scalar_t> {
     if (rows.d_out != known_.rows || rows.d_in != known_.columns) return false;
     bool has_bias = this->places_.bias >= 0;
     // The kernel adds up what is on the left: the output gradients, of a weight [d_out, d_in].
-    scalar_t* samples = workspace.template scratch<scalar_t>(need(workspace, d_out));
-    multiply(rows, has_bias && known_.out_first ? samples : nullptr,
-             samples + workspace.batch * d_out, workspace);
+    int64_t of_bias = has_bias ? workspace.batch * d_out : 0;
+    scalar_t* samples = workspace.template scratch<scalar_t>(
+        of_bias + part_size(workspace.batch, known_.rows_at_a_time));
+    multiply<scalar_t>(this->kernels_, rows, known_.rows_at_a_time,
+                       {workspace.template gradient<scalar_t>(0),
+                        workspace.template row<scalar_t>(this->places_.weight),
+                        has_bias && known_.out_first ? samples : nullptr, nullptr},
+                       samples + of_bias, workspace.threads);
     if (!has_bias) return true;
     if (!known_.out_first)
       this->kernels_.sum_over_time(this->data(g), of_g.batch_stride, of_g.time_stride,
@@ -49,36 +54,6 @@ class FusedSequences : public OverTime<scalar_t> {
   }
 
  private:
-  // Numbers of scratch: the bias' gradient of each sample and, of a large weight, what one of its
-  // parts gives.
-  int64_t need(const Workspace& workspace, int64_t d_out) const {
-    return workspace.batch * (d_out + 1 + known_.rows_at_a_time);
-  }
-
-  void multiply(const Sequences<scalar_t>& x, scalar_t* bias, scalar_t* of_part,
-                const Workspace& workspace) const {
-    scalar_t* gradient = workspace.template gradient<scalar_t>(0);
-    scalar_t* norms = workspace.template row<scalar_t>(this->places_.weight);
-    int threads = workspace.threads;
-    if (!known_.rows_at_a_time)
-      return this->kernels_.sequence_fused(x, gradient, norms, bias, nullptr, threads);
-    // As `sequence_fused` of ops/native/dense.py.
-    scalar_t* part_norms = of_part + x.batch * known_.rows_at_a_time;
-    std::vector<double> total(x.batch, 0.0);
-    for (int64_t lo = 0; lo < x.d_out; lo += known_.rows_at_a_time) {
-      Sequences<scalar_t> part = x;
-      part.g += lo;
-      part.d_out = std::min(known_.rows_at_a_time, x.d_out - lo);
-      this->kernels_.sequence_fused(part, gradient + lo * x.d_in, part_norms,
-                                    bias ? of_part : nullptr, nullptr, threads);
-      for (int64_t n = 0; n < x.batch; n++) {
-        total[n] += part_norms[n];
-        if (bias) std::copy_n(of_part + n * part.d_out, part.d_out, bias + n * x.d_out + lo);
-      }
-    }
-    for (int64_t n = 0; n < x.batch; n++) norms[n] = static_cast<scalar_t>(total[n]);
-  }
-
   FusedDense known_;
 };
 

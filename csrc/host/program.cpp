@@ -237,7 +237,7 @@ int Pass::take_half(size_t i, PyObject* session, PyObject* grad) {
   return hand_over(i, session) == 0 ? 1 : -1;
 }
 
-int Pass::take_both(size_t first, size_t second) const {
+int Pass::take_both(size_t first, size_t second) {
   dlpack::Tensor x[Step::kMost];
   size_t count = 0;
   for (size_t i : {first, second})
@@ -247,7 +247,9 @@ int Pass::take_both(size_t first, size_t second) const {
       if (negated != 0) return negated < 0 ? -1 : 0;
       if (!read(tensor, x[count++])) return 0;
     }
-  return (*steps_)[second]->compute(x, workspace_) ? 1 : 0;
+  const Step& step = *(*steps_)[second];
+  if (!step.gradients().empty()) return compute_gradients(step, kept_[second].tensors[0].get(), x);
+  return step.compute(x, workspace_) ? 1 : 0;
 }
 
 int Pass::hand_over(size_t i, PyObject* session) {

@@ -71,7 +71,7 @@ class Pass : public Watcher {
   // As `take`, of a step that has a partner.
   int take_half(size_t step, PyObject* session, PyObject* grad);
   // Whether the tensors of two steps, the earlier one first, were all that was needed; or -1.
-  int take_both(size_t first, size_t second) const;
+  int take_both(size_t first, size_t second);
   // Lets Python take what was kept of a step. -1 with a Python error set.
   int hand_over(size_t step, PyObject* session);
   // The node that has saved what a step reads: the one that runs, or another.

@@ -150,6 +150,7 @@ struct Tied {
   double guard;
   Layout table;
   int64_t padding;
+  int64_t rows_at_a_time;  // of the gradient, where the step makes it; 0: all
 };
 // The first of two steps that are computed together: `partner` does that.
 std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner);

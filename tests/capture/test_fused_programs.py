@@ -36,7 +36,7 @@ def by_python(monkeypatch):
 
     for owner, name in ((hooks.Session, "_hook_program"), (repeat.Repeated, "hook")):
         monkeypatch.setattr(owner, name, starting(getattr(owner, name)))
-    for name in ("generic", "call"):
+    for name in ("generic", "call", "part"):
         honest = getattr(taking.Taking, name)
 
         def spy(session, node, *args, _honest=honest, _name=name):
@@ -191,6 +191,55 @@ def test_large_weights_are_made_in_parts(by_python, monkeypatch):
     monkeypatch.setattr("fastminima.ops.native.dense._BLOCK", 1)
     compare(monkeypatch, wide, lambda k: losses_of(wide, data(k, time=40)))
     assert by_python == [[]] * STEPS
+
+
+class Words(nn.Module):
+    """A table that is the head's weight too."""
+
+    def __init__(self, words, width, **options):
+        super().__init__()
+        self.table = nn.Embedding(words, width, **options)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, ids):
+        return F.linear(self.mix(self.table(ids)).tanh(), self.table.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}], ids=str)
+@pytest.mark.parametrize("words", [60, 1100])
+def test_a_tied_table_is_the_extension_s(words, options, by_python, monkeypatch):
+    torch.manual_seed(0)
+    model = Words(words, 32, **options)
+    monkeypatch.setattr("fastminima.ops.native.dense._BLOCK", 1)  # of 1100 in parts
+
+    def losses(k):
+        ids = torch.randint(words, (5, 17), generator=torch.Generator().manual_seed(k))
+        ids[:, :4] = 3  # several times, and what may be padding
+        return F.cross_entropy(model(ids).mT, ids, reduction="none").mean(1)
+
+    compare(monkeypatch, model, losses)
+    assert by_python == [[]] * STEPS
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_uses_of_a_table_that_cancel_are_made_from_gradients(
+    sign, by_python, monkeypatch
+):
+    """The head's part is minus the table's, nearly."""
+    torch.manual_seed(0)
+    model = nn.Embedding(9, 32)
+    ids, factors = torch.randint(9, (5, 17)), sign * torch.full((5, 17, 32), 1.001)
+
+    def losses(_):
+        x, weight = model(ids), model.weight
+        logits = F.linear(torch.ones_like(x).flatten(0, 1), weight)
+        chosen = logits.unflatten(0, x.shape[:2]).gather(2, ids.unsqueeze(2))
+        return chosen.sum((1, 2)) + (x * factors).sum((1, 2))
+
+    compare(monkeypatch, model, losses)
+    apart = [("part", "EmbeddingBackward0"), ("part", "MmBackward0")]
+    for seen in by_python:
+        assert sorted(seen) == (apart if sign < 0 else [])
 
 
 def test_convolutions_are_called_with_what_they_read(by_python, monkeypatch):

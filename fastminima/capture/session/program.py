@@ -214,7 +214,7 @@ def _make(
         for use in uses
     ]
     observed = [making for making in makings if not making.is_fused]
-    halves = tied_halves(observed)
+    halves = tied_halves(makings)
     by_rule = set[int]()
     for making in makings:
         pair = halves.get(making.use.node)
