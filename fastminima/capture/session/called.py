@@ -7,6 +7,7 @@
 
 A step is launched for tensors like those of the recording alone: device, shapes,
 strides, dtypes and alignment are compared in each step. All others are computed here.
+Of fused uses the gradients are outputs too, which the extension allocates in each step.
 """
 
 from __future__ import annotations
