@@ -31,7 +31,7 @@ import fastminima as fm
 from benchmarks.models import narrow_gpt2
 from benchmarks.records import describe_run, save
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session import called, steps
+from fastminima.capture.session import called, making
 from fastminima.ops.table import Op
 from tools.kernels.compile import compiling
 
@@ -117,7 +117,7 @@ def as_on_a_gpu() -> Iterator[None]:
             mock.patch.object(called, "can_be_launched", lambda device: True),
             mock.patch.object(called, "is_same", yes),
             mock.patch.object(called, "says_something", yes),
-            mock.patch.object(steps.Making, "is_for_kernels", False),
+            mock.patch.object(making.Making, "is_for_kernels", False),
         ):
             stack.enter_context(change)
         host.use_driver(host.counting_driver())

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.jit import JITFunction
 
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session import called, steps
+from fastminima.capture.session import called, making
 from fastminima.ops.table import Op
 from tools.kernels.capturable import cuda_ops
 from tools.kernels.interpreter import interpreting
@@ -226,7 +226,7 @@ def driving(kernels=None):
             mock.patch.object(Op, "__call__", op),
             mock.patch.object(called, "can_be_launched", lambda device: True),
             mock.patch.object(
-                steps.Making, "is_for_kernels", property(lambda self: False)
+                making.Making, "is_for_kernels", property(lambda self: False)
             ),
         ):
             stack.enter_context(change)

@@ -18,7 +18,8 @@ from ..contributions.base import Contribution
 from ..graph.nodes import ADDMM, CONVOLUTION, PRODUCTS, ROUNDING
 from ..reading.plan import Slot
 from ..rows.layout import RegularLayout
-from .steps import Making, convolution_of
+from .making import Making
+from .steps import convolution_of
 
 __all__ = ["add_fused"]
 

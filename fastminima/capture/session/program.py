@@ -37,8 +37,9 @@ from .arrival import PassFilter
 from .called import Called, Launched, new_table
 from .delivery import Deliveries, deliveries_from
 from .fused_steps import add_fused
+from .making import Making
 from .norms import NormTable, new_numbers
-from .steps import Making
+from .steps import add_step
 from .tied import Part, add_tied, tied_halves
 
 __all__ = ["Program", "program_of"]
@@ -220,7 +221,7 @@ def _make(
         pair = halves.get(making.use.node)
         if pair is not None:
             add_tied(making, pair, [uses.index(half.making.use) for half in pair])
-        elif not (add_fused(making) if making.is_fused else making.by_kind()):
+        elif not (add_fused(making) if making.is_fused else add_step(making)):
             making.by_rule()
             by_rule.add(making.use.node)
     kernels = {use.node for use in uses} - by_rule - calls.keys()

@@ -8,13 +8,10 @@ class in `csrc/host/steps.cpp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...ops import broadcast, dense, embedding, norm
@@ -27,113 +24,21 @@ from ..graph.nodes import (
     EMBEDDING,
     KEEPING_ORDER,
     PRODUCTS,
-    REARRANGING,
 )
-from ..graph.tape import Tape, signed
-from ..reading.plan import Slot, Use
+from ..graph.tape import signed
 from ..rows.layout import RegularLayout
-from .called import Called, Launched
+from .making import Making
 
-__all__ = ["Making", "convolution_of"]
+__all__ = ["add_step", "convolution_of"]
 
 
-@dataclass(frozen=True)
-class Making:
-    """One use, of which a step may be made."""
-
-    steps: Any
-    tape: Tape
-    use: Use
-    layout: Any
-    rows: Mapping[str, int]
-    dtype: torch.dtype | None
-    calls: dict[int, Called]
-    launched: Launched
-    makes: frozenset[str]  # parameters whose gradients are made too
-    parameters: Mapping[str, Tensor]
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its parameters are used only here, rearranged at most.
-
-        Norms do not change with the order of elements.
-        """
-        return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether gradients are made of parameters that it has."""
-        return not self.makes.isdisjoint(self.use.parameters)
-
-    def by_kind(self) -> bool:
-        """Add a step for a use of a known kind; returns whether it is one."""
-        make = (_STEPS if self.is_alone else _STEPS_OF_SHARED).get(self.use.name)
-        layout = self.layout
-        if make is None or not isinstance(layout, RegularLayout):
-            return False
-        return layout.chosen is None and make(self)
-
-    def by_rule(self) -> None:
-        """Add a step that asks the use's rule, whatever it is."""
-        node, required = self.tape.nodes[self.use.node], {}
-        if self.is_fused:  # a fusion was decided by these
-            names = _DECIDING.get(self.use.name, ())
-            required = {name: getattr(node, name) for name in names}
-        self.steps.add_by_rule(self.use.node, required)
-
-    @property
-    def is_for_kernels(self) -> bool:
-        """Whether kernels on the host read its tensors."""
-        (output, *_) = self.tape.nodes[self.use.node]._input_metadata
-        return output.device.type == "cpu" and output.dtype == self.dtype
-
-    def call(
-        self,
-        saved: Sequence[str],
-        slots: Sequence[Slot | None],
-        run: Callable[..., Sequence[Tensor | None]],
-        required: Mapping[str, Any] = MappingProxyType({}),
-        *,
-        minds_sign: bool = False,
-        made: Mapping[str, Sequence[int]] = MappingProxyType({}),
-    ) -> bool:
-        """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
-
-        `minds_sign`: they are others where a saved tensor has another sign. After the
-        norms come the gradients that are `made`: of which parameters, in what shapes.
-        """
-        names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-        gradients = list(made)
-        self.calls[self.use.node] = Called(
-            *(run, names, gradients, self.rows),
-            *(self.use.node, self.steps, self.launched),
-        )
-        self.steps.add_called(
-            *(self.use.node, list(saved), minds_sign, dict(required)),
-            [self._gradient(name, shape) for name, shape in made.items()],
-        )
-        return True
-
-    def _gradient(self, parameter: str, shape: Sequence[int]) -> tuple[Any, ...]:
-        """What is launched writes a gradient in float32, whatever the parameter is."""
-        kept = self.parameters[parameter].dtype
-        is_same = kept == torch.float32
-        return self.rows[parameter], shape, torch.float32, None if is_same else kept
-
-    @property
-    def axis(self) -> tuple[int, int, int, int]:
-        """Where the samples are."""
-        layout = self.layout
-        return layout.dim, layout.outer, layout.batch, layout.inner
-
-    def slots(self, *numbers: int | None) -> dict[int, Slot] | None:
-        """The slots by number; None where others take parameters."""
-        slots = {slot.number: slot for slot in self.use.slots}
-        return slots if slots and slots.keys() <= set(numbers) else None
-
-    def row(self, slot: Slot | None) -> int:
-        """Where the norms of the slot's parameter go; -1 where it has none."""
-        return -1 if slot is None else self.rows[slot.paths[0].parameter]
+def add_step(making: Making) -> bool:
+    """Add a step for a use of a known kind; returns whether it is one."""
+    steps = _STEPS if making.is_alone else _STEPS_OF_SHARED
+    make, layout = steps.get(making.use.name), making.layout
+    if make is None or not isinstance(layout, RegularLayout):
+        return False
+    return layout.chosen is None and make(making)
 
 
 def _dense(making: Making) -> bool:
@@ -383,19 +288,6 @@ def _shared_table(making: Making) -> bool:
     return True
 
 
-def _comes_alone(tape: Tape, slot: Slot) -> bool:
-    """Whether a slot takes one parameter, rearranged at most, used only here."""
-    if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
-        return False
-    return all(tape.names[node] in REARRANGING for node, _, _ in slot.paths[0].steps)
-
-
-# What says whether a use is fused, by the name of its node: see `fusible.py`.
-_DECIDING = {
-    ADDMM: ("_saved_alpha", "_saved_beta"),
-    EMBEDDING: ("_saved_scale_grad_by_freq", "_saved_sparse"),
-    "IndexSelectBackward0": ("_saved_dim",),
-}
 # What makes the step of a use, by the name of its node; returns whether there is one.
 _STEPS: dict[str, Callable[[Making], bool]] = {
     **{name: _dense for name, product in PRODUCTS.items() if product.is_of_matrices},

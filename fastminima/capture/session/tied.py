@@ -23,7 +23,7 @@ from ..contributions import Contribution, Dense, Embedding, Products
 from ..graph.nodes import ADDMM, EMBEDDING, PRODUCTS
 from ..graph.tape import signed
 from ..rows.layout import RegularLayout
-from .steps import Making
+from .making import Making
 
 __all__ = ["Half", "Part", "add_tied", "tied_halves"]
 
