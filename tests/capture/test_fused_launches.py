@@ -9,6 +9,7 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
+from fastminima.capture.session import fused as fusing
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -101,6 +102,20 @@ def test_gradients_and_norms_are_those_of_python(driver, dtype):
         torch.testing.assert_close(got[1][name], p.grad, **tolerance)
 
 
+def test_gradients_that_wait_are_no_wider_than_their_parameters(driver, monkeypatch):
+    waiting = []
+    deliver = fusing.Fusion.deliver
+
+    def noting(fusion):
+        waiting.append({g.dtype for g in fusion.made.values()})
+        deliver(fusion)
+
+    monkeypatch.setattr(fusing.Fusion, "deliver", noting)
+    model = model_of(torch.bfloat16)
+    both(driver, model, lambda k: losses_of(model, data(k).bfloat16()))
+    assert waiting == [{torch.bfloat16}] * (STEPS + 2)
+
+
 def test_autocast_rounds_weights_and_no_gradients(driver, autocast):
     model = model_of()
 
@@ -158,7 +173,7 @@ def test_what_is_not_like_the_recording_goes_by_python(driver):
 
         @staticmethod
         def backward(ctx, g):
-            return torch.complex(torch.zeros_like(g), -g).conj().imag
+            return torch._neg_view(-g)
 
     def negated(x):
         return Negative.apply(model(x)).square().unflatten(0, x.shape[:2]).sum((1, 2))
