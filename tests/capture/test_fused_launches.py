@@ -10,6 +10,7 @@ from torch import nn
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
 from fastminima.capture.session import fused as fusing
+from fastminima.ops import recording
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -202,6 +203,30 @@ def test_launches_that_give_something_else_are_not_used(driver):
     driver.wrong = 0.0
     assert not driver.launches  # all were refused
     assert_same(got, step(fused(model), model, losses_of(model, data(STEPS - 1))))
+
+
+def test_gradients_are_no_scratch(driver, monkeypatch):
+    """What scratch is limited to does not count them: weights may be large."""
+    torch.manual_seed(5)
+    model = nn.Linear(64, 64, bias=False)
+
+    def losses(k):
+        x = torch.randn(N, T, 64, generator=seeded(k))
+        return model(x).square().sum((1, 2))
+
+    *_, by_python, probe = both(driver, model, losses)
+    assert not by_python
+    (structure,) = probe._reader._structures.values()
+    (recipe,) = structure._recipes.values()
+    (program,) = recipe.programs.values()
+    scratch = program.launched.bytes + 1024  # and norms
+    monkeypatch.setattr(recording, "LIMIT", scratch)
+    got, expected, by_python, _ = both(driver, model, losses)
+    assert not by_python
+    assert_same(got, expected)
+    monkeypatch.setattr(recording, "LIMIT", scratch - 2048)
+    *_, by_python, _ = both(driver, model, losses)
+    assert by_python
 
 
 def test_a_use_calls_no_python(driver):

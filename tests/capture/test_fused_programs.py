@@ -175,7 +175,7 @@ def test_threads_do_not_matter(monkeypatch):
 def test_what_is_called_makes_gradients_too():
     """A function is given norms and gradients, in this order."""
     made = called.Called(
-        *(lambda g, a: (a.sum(0), g.sum(0), a @ g), ["w", None], ["w"]),
+        *(lambda g, a: (a.sum(0), g.sum(0), a @ g), ["w", None], {"w": (2, 2)}),
         *({"w": 0}, 3, None, called.Launched()),
     )
     g, a = torch.ones(2, 2), torch.eye(2)

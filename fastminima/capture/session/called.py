@@ -63,7 +63,7 @@ class Called:
     Args:
         run: gives norms for each of the names, then gradients.
         names: parameters; None where nobody asks.
-        gradients: parameters whose gradients it makes.
+        gradients: shapes of those that it makes, by parameter.
         rows: of the table, by parameter.
         node: of the use.
         steps: of the program, as the extension has them.
@@ -74,7 +74,7 @@ class Called:
         self,
         run: Callable[..., Sequence[Tensor | None]],
         names: Sequence[str | None],
-        gradients: Sequence[str],
+        gradients: Mapping[str, Sequence[int]],
         rows: Mapping[str, int],
         node: int,
         steps: Any,
@@ -86,6 +86,8 @@ class Called:
         self._places += [-1 - i for i in range(len(gradients))]
         self._wanted = [name is not None for name in names] + [True] * len(gradients)
         self._node, self._steps, self._launched = node, steps, launched
+        elements = sum(torch.Size(shape).numel() for shape in gradients.values())
+        self._bytes = elements * torch.float32.itemsize  # of the gradients
         self._recorded: dict[tuple, Recorded | None] = {}
         self._checks: dict[tuple, int] = {}  # left, of what is recorded
 
@@ -107,7 +109,7 @@ class Called:
             return self._run(*tensors)
         kind = tuple(map(_kind_of, tensors))
         if kind not in self._recorded and len(self._recorded) < MOST_KINDS:
-            outputs, found = recorded(self._run, tensors, self._wanted)
+            outputs, found = recorded(*(self._run, tensors, self._wanted, self._bytes))
             self._recorded[kind], self._checks[kind] = found, MOST_CHECKS
             return outputs
         outputs = self._run(*tensors)

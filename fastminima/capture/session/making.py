@@ -83,9 +83,8 @@ class Making:
         norms come the gradients that are `made`: of which parameters, in what shapes.
         """
         names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-        gradients = list(made)
         self.calls[self.use.node] = Called(
-            *(run, names, gradients, self.rows),
+            *(run, names, made, self.rows),
             *(self.use.node, self.steps, self.launched),
         )
         self.steps.add_called(
