@@ -181,6 +181,10 @@ int Pass::compute(const Step& step, PyObject* grad, const Object* saved) {
   if (has_all != 1) return has_all;
   for (size_t i = 0; i < step.saved(); i++)
     if (!read(saved[i].get(), x[i + 1])) return 0;
+  return compute_from(step, grad, x);
+}
+
+int Pass::compute_from(const Step& step, PyObject* grad, const dlpack::Tensor* x) {
   try {
     if (!step.gradients().empty()) return compute_gradients(step, grad, x);
     return step.compute(x, workspace_) ? 1 : 0;
@@ -247,9 +251,7 @@ int Pass::take_both(size_t first, size_t second) {
       if (negated != 0) return negated < 0 ? -1 : 0;
       if (!read(tensor, x[count++])) return 0;
     }
-  const Step& step = *(*steps_)[second];
-  if (!step.gradients().empty()) return compute_gradients(step, kept_[second].tensors[0].get(), x);
-  return step.compute(x, workspace_) ? 1 : 0;
+  return compute_from(*(*steps_)[second], kept_[second].tensors[0].get(), x);
 }
 
 int Pass::hand_over(size_t i, PyObject* session) {

@@ -64,7 +64,9 @@ class Pass : public Watcher {
   int compute(const Step& step, PyObject* grad, const Object* saved);
   // Whether nothing that it reads is a view to be negated; -1 with a Python error set.
   static int has_signs(const Step& step, PyObject* grad, const Object* saved);
-  // As `compute`, of one that makes gradients: in new memory, kept where it is done.
+  // As `compute`, of tensors that are read.
+  int compute_from(const Step& step, PyObject* grad, const dlpack::Tensor* x);
+  // As `compute_from`, of one that makes gradients: in new memory, kept where it is done.
   int compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x);
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
   int take(size_t step, PyObject* session, PyObject* number, PyObject* grad);
