@@ -2,6 +2,7 @@
 
 python -m benchmarks.launches                   a GPT-2 and a Llama, deep and narrow
 python -m benchmarks.launches --rounds 40
+python -m benchmarks.launches --mode fused     weight gradients too
 
 The models run on the CPU, in float32 or bfloat16, and every statistic goes the way of a
 GPU: kernels are compiled for an H100 and recorded, and from the third step on the
@@ -30,7 +31,7 @@ import fastminima as fm
 from benchmarks.models import narrow_gpt2
 from benchmarks.records import describe_run, save
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session import called, steps
+from fastminima.capture.session import called, making
 from fastminima.ops.table import Op
 from tools.kernels.compile import compiling
 
@@ -40,6 +41,7 @@ Losses = Callable[[], Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--mode", default="observe")
     parser.add_argument("--record", type=Path, help="a file, or - for none")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -48,10 +50,11 @@ def main() -> None:
     for name, make in MODELS.items():
         model, losses = make()
         with as_on_a_gpu():
-            found[name] = _measured(model, losses, options.rounds)
+            found[name] = _measured(model, losses, options.rounds, options.mode)
         print(f"{name:20} {_told(found[name])}", flush=True)
     if str(options.record) != "-":
-        content = {"run": describe_run(threads=1), "models": found}
+        run = {"run": describe_run(threads=1), "mode": options.mode}
+        content = {**run, "models": found}
         print("record:", save(content, options.record, suffix="-launches"))
 
 
@@ -103,8 +106,8 @@ def as_on_a_gpu() -> Iterator[None]:
         backend = "triton" if "triton" in backends else "reference"
         return self.on(backend, "cuda", first.dtype)(first, *args, **kwargs)
 
-    def same(a: Tensor, b: Tensor, **_: object) -> bool:
-        return True  # nothing is computed that could be compared
+    def yes(*_: object) -> bool:
+        return True  # nothing is computed that could be looked at
 
     with contextlib.ExitStack() as stack:
         kernels = stack.enter_context(compiling("sm_90a"))
@@ -112,8 +115,9 @@ def as_on_a_gpu() -> Iterator[None]:
         for change in (
             mock.patch.object(Op, "__call__", op),
             mock.patch.object(called, "can_be_launched", lambda device: True),
-            mock.patch.object(called, "is_same", same),
-            mock.patch.object(steps.Making, "is_for_kernels", False),
+            mock.patch.object(called, "is_same", yes),
+            mock.patch.object(called, "says_something", yes),
+            mock.patch.object(making.Making, "is_for_kernels", False),
         ):
             stack.enter_context(change)
         host.use_driver(host.counting_driver())
@@ -154,9 +158,11 @@ def _told(found: dict) -> str:
     )
 
 
-def _measured(model: nn.Module, losses: Losses, rounds: int) -> dict:
+def _measured(model: nn.Module, losses: Losses, rounds: int, mode: str) -> dict:
     host = learned()
-    probe, by_python = (fm.GradientProbe(model, check_every=10**9) for _ in range(2))
+    probe, by_python = (
+        fm.GradientProbe(model, mode=mode, check_every=10**9) for _ in range(2)
+    )
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)
@@ -213,7 +219,7 @@ def _seconds(step: Callable[[], None]) -> tuple[float, float]:
         nonlocal in_pass
         start = time.process_time_ns()
         honest(*args, **kwargs)
-        in_pass = (time.process_time_ns() - start) / 1e9
+        in_pass += (time.process_time_ns() - start) / 1e9  # fused mode has two
 
     with mock.patch.object(torch.autograd, "backward", timed):
         start = time.process_time_ns()

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.jit import JITFunction
 
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session import called, steps
-from fastminima.ops.table import Op
+from fastminima.capture.session import called, making
+from fastminima.ops.table import Op, _in_memory
 from tools.kernels.capturable import cuda_ops
 from tools.kernels.interpreter import interpreting
 
@@ -209,7 +209,8 @@ def driving(kernels=None):
         # The build's own CUDA kernels would want a GPU.
         ways = ("triton", "cuda", "reference") if with_cuda else ("triton", "reference")
         backend = next(way for way in ways if way in backends)
-        return found.on(backend, "cuda", leader.dtype)(first, *args, **kwargs)
+        run = found.on(backend, "cuda", leader.dtype)
+        return run(*map(_in_memory, (first, *args)), **kwargs)  # as `Op` itself does
 
     host = learned()
     with interpreting(), contextlib.ExitStack() as stack:
@@ -226,7 +227,7 @@ def driving(kernels=None):
             mock.patch.object(Op, "__call__", op),
             mock.patch.object(called, "can_be_launched", lambda device: True),
             mock.patch.object(
-                steps.Making, "is_for_kernels", property(lambda self: False)
+                making.Making, "is_for_kernels", property(lambda self: False)
             ),
         ):
             stack.enter_context(change)

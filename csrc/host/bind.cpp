@@ -4,6 +4,7 @@
 
 #include "host/attribute.h"
 #include "host/called.h"
+#include "host/fused.h"
 #include "host/graph.h"
 #include "host/kernels.h"
 #include "host/leaves.h"
@@ -38,7 +39,11 @@ class Program {
   Program(std::string dtype, std::string isa)
       : dtype_(std::move(dtype)), isa_(std::move(isa)), steps_(std::make_shared<Steps>()) {}
 
-  void add(std::unique_ptr<Step> step, const py::dict& required) {
+  // Of the gradients that it makes: rows of the table, shapes, and dtypes as Step has them.
+  using Gradients = std::vector<std::tuple<int64_t, py::tuple, py::object, py::object>>;
+  void add(std::unique_ptr<Step> step, const py::dict& required, const Gradients& gradients = {}) {
+    for (const auto& [row, shape, made, kept] : gradients)
+      step->make(row, shape.ptr(), made.ptr(), kept.ptr());
     for (auto item : required) step->require(item.first.ptr(), item.second.ptr());
     steps_->push_back(std::move(step));
   }
@@ -164,6 +169,20 @@ bool are_fresh(const py::list& parameters) {
   return true;
 }
 
+// Whether all parameters want gradients, and none has a hook that is told of them.
+bool may_be_left_out(const py::list& parameters) {
+  Attribute requires_grad(names().requires_grad, Attribute::kOfOneCall);
+  Attribute hooks(names().backward_hooks, Attribute::kOfOneCall);
+  for (py::handle parameter : parameters) {
+    Object wants(requires_grad.of(parameter.ptr())), told(hooks.of(parameter.ptr()));
+    if (!wants || !told) throw py::error_already_set();
+    int has_hooks = PyObject_IsTrue(told.get());
+    if (has_hooks < 0) throw py::error_already_set();
+    if (has_hooks || wants.get() != Py_True) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace host
 
@@ -178,6 +197,7 @@ void bind_host(py::module_& m) {
     return learn_tensors(tensor.ptr(), parameter.ptr());
   });
   sub.def("are_fresh", &are_fresh);
+  sub.def("may_be_left_out", &may_be_left_out);
   sub.def("total", &total_of);
   sub.def("sum_of_squares", [](const py::list& parameters, const std::string& isa, int threads,
                                const py::object& out) {
@@ -231,6 +251,16 @@ void bind_host(py::module_& m) {
                              p.isa()),
                    required);
            })
+      .def("add_fused_sequences",
+           [](Program& p, int64_t node, Text saved, Place to, Axis axis, bool out_first,
+              int64_t rows_at_a_time, Program::Gradients made, py::dict required) {
+             const py::tuple& shape = std::get<1>(made.at(0));
+             FusedDense known{out_first, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
+                              rows_at_a_time};
+             p.add(fused_sequences(node, saved, {to.first, to.second}, layout_of(axis), known,
+                                   p.dtype(), p.isa()),
+                   required, made);
+           })
       .def("add_layer_norm",
            [](Program& p, int64_t node, std::vector<std::string> saved, Place to, Axis axis,
               int trailing, py::dict required) {
@@ -243,11 +273,13 @@ void bind_host(py::module_& m) {
              p.add(scale(node, saved, {to, -1}, layout_of(axis), p.dtype(), p.isa()), required);
            })
       .def("add_by_rule",
-           [](Program& p, int64_t node) { p.add(std::make_unique<ByRule>(node), {}); })
+           [](Program& p, int64_t node, py::dict required) {
+             p.add(std::make_unique<ByRule>(node), required);
+           })
       .def("add_called",
            [](Program& p, int64_t node, std::vector<std::string> saved, bool minds_sign,
-              py::dict required) {
-             p.add(std::make_unique<Called>(node, saved, minds_sign), required);
+              py::dict required, Program::Gradients made) {
+             p.add(std::make_unique<Called>(node, saved, minds_sign), required, made);
            })
       .def("launch", &Program::launch)
       .def("add_table",
@@ -267,12 +299,13 @@ void bind_host(py::module_& m) {
            })
       .def("add_half", [](Program& p, int64_t node, Text saved, int64_t partner,
                           py::dict required) { p.add(half(node, saved, partner), required); })
-      .def("add_tied",
-           [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to, bool is_head_first,
-              Axis head, double guard, Axis table, int64_t padding, py::dict required) {
-             Tied known{is_head_first, layout_of(head), guard, layout_of(table), padding};
-             p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required);
-           });
+      .def("add_tied", [](Program& p, int64_t node, Text saved, int64_t partner, int64_t to,
+                          bool is_head_first, Axis head, double guard, Axis table, int64_t padding,
+                          py::dict required, int64_t rows_at_a_time, Program::Gradients made) {
+        Tied known{is_head_first,    layout_of(head), guard,
+                   layout_of(table), padding,         rows_at_a_time};
+        p.add(tied(node, saved, partner, {to, -1}, known, p.dtype(), p.isa()), required, made);
+      });
 
   sub.def("has_driver", &has_driver);
   sub.def("counting_driver", [] { return reinterpret_cast<uintptr_t>(counting_driver()); });
@@ -312,10 +345,13 @@ void bind_host(py::module_& m) {
       .def("follow",
            [](const std::shared_ptr<Pass>& self, const Wiring& wiring, const Conditions& conditions,
               py::object root, py::dict parameters) {
-             int found = Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr());
+             Object nodes;
+             int found =
+                 Pass::follow(self, wiring, conditions, root.ptr(), parameters.ptr(), nodes);
              if (found < 0) throw py::error_already_set();
-             return found == 1;
+             return found ? py::reinterpret_borrow<py::object>(nodes.get()) : py::none();
            })
+      .def("gradients", [](Pass& self) { return stolen(self.gradients()); })
       .def("release",
            [](Pass& self) {
              if (self.release() != 0) throw py::error_already_set();

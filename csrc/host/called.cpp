@@ -17,8 +17,10 @@ bool Called::compute(const dlpack::Tensor* x, const Workspace& workspace) const 
   for (size_t k = 0; k < known_.size(); k++) {
     auto launches = known_[k];  // held: other threads run meanwhile, which may add some
     void* outputs[kMost];
-    for (size_t i = 0; i < launches->places().size(); i++)
-      outputs[i] = workspace.row<float>(launches->places()[i]);
+    for (size_t i = 0; i < launches->places().size(); i++) {
+      int64_t place = launches->places()[i];
+      outputs[i] = place < 0 ? workspace.gradients[-1 - place] : workspace.row<float>(place);
+    }
     if (launches->run(x, outputs, memory)) return true;
   }
   return false;

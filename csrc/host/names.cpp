@@ -18,6 +18,8 @@ const Names& names() {
       PyUnicode_InternFromString("task"),
       PyUnicode_InternFromString("is_done"),
       PyUnicode_InternFromString("is_neg"),
+      PyUnicode_InternFromString("requires_grad"),
+      PyUnicode_InternFromString("_backward_hooks"),
       PyUnicode_InternFromString("hooks_dict_ref"),
       PyUnicode_InternFromString("id"),
       PyUnicode_InternFromString("extra_dict_ref"),

@@ -9,6 +9,7 @@ namespace host {
 struct Names {
   PyObject *next_functions, *name, *variable, *input_metadata, *shape, *unpack_hook;
   PyObject *register_prehook, *remove, *grad, *post_accumulate_hooks, *task, *is_done, *is_neg;
+  PyObject *requires_grad, *backward_hooks;
   PyObject *hooks_dict_ref, *id, *extra_dict_ref;
 };
 

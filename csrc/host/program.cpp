@@ -73,7 +73,8 @@ PyObject* Pass::hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
 }
 
 int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
-                 const Conditions& conditions, PyObject* root, PyObject* parameters) {
+                 const Conditions& conditions, PyObject* root, PyObject* parameters,
+                 Object& nodes) {
   Found found;
   int is_same = wiring.follow(root, parameters, found);
   if (is_same != 1) return is_same;
@@ -82,6 +83,7 @@ int Pass::follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
   Object hooked(hook(pass, found.nodes.get(), std::string(pass->steps_->size(), 1)));
   if (!hooked) return -1;
   const char* fits = PyBytes_AS_STRING(hooked.get());
+  nodes = std::move(found.nodes);
   return std::all_of(fits, fits + pass->steps_->size(), [](char one) { return one == 1; });
 }
 
@@ -94,6 +96,7 @@ int Pass::release() {
 
 int Pass::close() {
   is_closed_ = true;  // of a node that runs, hooks are called still
+  gradients_.clear();
   for (size_t i = 0; i < kept_.size(); i++) {
     kept_[i] = Kept();
     below_[i] = Object();
@@ -111,6 +114,20 @@ int Pass::is_observed(PyObject* session) const {
   return is_anothers < 0 ? -1 : !is_anothers;
 }
 
+PyObject* Pass::gradients() {
+  std::vector<Made> made;
+  made.swap(gradients_);
+  Object list(PyList_New(made.size()));
+  if (!list) return nullptr;
+  for (size_t i = 0; i < made.size(); i++) {
+    PyObject* pair =
+        Py_BuildValue("LO", static_cast<long long>(made[i].row), made[i].gradient.get());
+    if (pair == nullptr) return nullptr;
+    PyList_SET_ITEM(list.get(), i, pair);
+  }
+  return Py_NewRef(list.get());
+}
+
 // Whether a gradient came to one of the outputs at least.
 static bool has_any(PyObject* grads) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(grads); i++)
@@ -118,16 +135,58 @@ static bool has_any(PyObject* grads) {
   return false;
 }
 
-int Pass::compute(const Step& step, PyObject* grad, const Object* saved) const {
+int Pass::has_signs(const Step& step, PyObject* grad, const Object* saved) {
+  bool minds_all = !step.gradients().empty();
+  int negated = minds_all ? is_negated(grad) : 0;
+  size_t count = minds_all ? step.saved() : step.minds_sign();
+  for (size_t i = 0; i < count && negated == 0; i++) negated = is_negated(saved[i].get());
+  return negated < 0 ? -1 : !negated;
+}
+
+// Memory for a gradient of what comes by this one.
+static Object allocated(PyObject* grad, const Step::Gradient& gradient) {
+  static PyObject* name = PyUnicode_InternFromString("new_empty");
+  static PyObject* keywords = Py_BuildValue("(s)", "dtype");
+  PyObject* args[] = {grad, gradient.shape, gradient.made};
+  bool is_alike = gradient.made == Py_None;
+  return Object(PyObject_VectorcallMethod(name, args, 2, is_alike ? nullptr : keywords));
+}
+
+int Pass::compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x) {
+  Workspace workspace = workspace_;
+  Object made[Step::kMostGradients];
+  for (size_t i = 0; i < step.gradients().size(); i++) {
+    made[i] = allocated(grad, step.gradients()[i]);
+    if (!made[i]) return -1;
+    dlpack::Tensor memory;
+    if (!read(made[i].get(), memory)) return 0;
+    workspace.gradients[i] = memory.data;
+  }
+  if (!step.compute(x, workspace)) return 0;
+  for (size_t i = 0; i < step.gradients().size(); i++) {
+    const Step::Gradient& gradient = step.gradients()[i];
+    static PyObject* to = PyUnicode_InternFromString("to");
+    if (gradient.kept != Py_None)  // all of them may wait at once: not in a wider dtype
+      made[i] = Object(PyObject_CallMethodOneArg(made[i].get(), to, gradient.kept));
+    if (!made[i]) return -1;
+    gradients_.push_back({gradient.row, std::move(made[i])});
+  }
+  return 1;
+}
+
+int Pass::compute(const Step& step, PyObject* grad, const Object* saved) {
   dlpack::Tensor x[Step::kMost];
   if (!read(grad, x[0])) return 0;
-  if (step.minds_sign()) {
-    int negated = is_negated(saved[0].get());
-    if (negated != 0) return negated < 0 ? -1 : 0;
-  }
+  int has_all = has_signs(step, grad, saved);
+  if (has_all != 1) return has_all;
   for (size_t i = 0; i < step.saved(); i++)
     if (!read(saved[i].get(), x[i + 1])) return 0;
+  return compute_from(step, grad, x);
+}
+
+int Pass::compute_from(const Step& step, PyObject* grad, const dlpack::Tensor* x) {
   try {
+    if (!step.gradients().empty()) return compute_gradients(step, grad, x);
     return step.compute(x, workspace_) ? 1 : 0;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
@@ -182,7 +241,7 @@ int Pass::take_half(size_t i, PyObject* session, PyObject* grad) {
   return hand_over(i, session) == 0 ? 1 : -1;
 }
 
-int Pass::take_both(size_t first, size_t second) const {
+int Pass::take_both(size_t first, size_t second) {
   dlpack::Tensor x[Step::kMost];
   size_t count = 0;
   for (size_t i : {first, second})
@@ -192,7 +251,7 @@ int Pass::take_both(size_t first, size_t second) const {
       if (negated != 0) return negated < 0 ? -1 : 0;
       if (!read(tensor, x[count++])) return 0;
     }
-  return (*steps_)[second]->compute(x, workspace_) ? 1 : 0;
+  return compute_from(*(*steps_)[second], kept_[second].tensors[0].get(), x);
 }
 
 int Pass::hand_over(size_t i, PyObject* session) {

@@ -35,14 +35,19 @@ class Pass : public Watcher {
   // a bytes object with a 1 for each of these. Null with a Python error set.
   static PyObject* hook(const std::shared_ptr<Pass>& pass, PyObject* nodes,
                         const std::string& wanted);
-  // Walks over a known graph and hooks all steps; returns 1. 0: the graph is another one, or a step
-  // does not fit. -1 with a Python error set. Where it is not 1, `close` has to follow.
+  // Walks over a known graph and hooks all steps; returns 1, and the nodes. 0: the graph is another
+  // one, or a step does not fit. -1 with a Python error set. Where it is not 1, `close` has to
+  // follow.
   static int follow(const std::shared_ptr<Pass>& pass, const Wiring& wiring,
-                    const Conditions& conditions, PyObject* root, PyObject* parameters);
+                    const Conditions& conditions, PyObject* root, PyObject* parameters,
+                    Object& nodes);
   // Gives Python what waits for a second step that has not come. -1 with a Python error set.
   int release();
   // Removes the hooks. -1 with a Python error set.
   int close();
+  // The gradients that steps have made since this was asked last: a list of (row, tensor), or null
+  // with a Python error set.
+  PyObject* gradients();
   // Of each step, whether it was taken.
   const std::vector<char>& taken() const { return taken_; }
 
@@ -56,13 +61,19 @@ class Pass : public Watcher {
 
   void find_memory(int threads);
   // Reads the tensors of a step and computes. 1: done; 0: not; -1 with a Python error set.
-  int compute(const Step& step, PyObject* grad, const Object* saved) const;
+  int compute(const Step& step, PyObject* grad, const Object* saved);
+  // Whether nothing that it reads is a view to be negated; -1 with a Python error set.
+  static int has_signs(const Step& step, PyObject* grad, const Object* saved);
+  // As `compute`, of tensors that are read.
+  int compute_from(const Step& step, PyObject* grad, const dlpack::Tensor* x);
+  // As `compute_from`, of one that makes gradients: in new memory, kept where it is done.
+  int compute_gradients(const Step& step, PyObject* grad, const dlpack::Tensor* x);
   // 1: taken; 0: not something that it knows, and nothing was done; -1 with a Python error set.
   int take(size_t step, PyObject* session, PyObject* number, PyObject* grad);
   // As `take`, of a step that has a partner.
   int take_half(size_t step, PyObject* session, PyObject* grad);
   // Whether the tensors of two steps, the earlier one first, were all that was needed; or -1.
-  int take_both(size_t first, size_t second) const;
+  int take_both(size_t first, size_t second);
   // Lets Python take what was kept of a step. -1 with a Python error set.
   int hand_over(size_t step, PyObject* session);
   // The node that has saved what a step reads: the one that runs, or another.
@@ -75,8 +86,13 @@ class Pass : public Watcher {
   PassFilter filter_;
   bool is_ready_, is_closed_ = false;
   std::vector<char> taken_, memory_;
-  std::vector<char> apart_;    // steps whose partner goes the generic way
-  std::vector<Kept> kept_;     // of steps that wait for their partners
+  std::vector<char> apart_;  // steps whose partner goes the generic way
+  std::vector<Kept> kept_;   // of steps that wait for their partners
+  struct Made {
+    int64_t row;
+    Object gradient;
+  };
+  std::vector<Made> gradients_;
   std::vector<Object> below_;  // nodes that have saved what steps of others read
   Hooks hooks_;
   Workspace workspace_;

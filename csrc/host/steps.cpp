@@ -3,109 +3,14 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "host/kernels.h"
 #include "host/names.h"
+#include "host/typed.h"
 
 namespace fastminima {
 namespace host {
 namespace {
 
 PyObject* interned(const std::string& text) { return PyUnicode_InternFromString(text.c_str()); }
-
-// Strides of a tensor seen as [batch, time, ...]: its leading dims, without `trailing` others.
-struct Rows {
-  int64_t batch_stride, time_stride, time;
-};
-
-// False where no strides say it: dims that do not lie one after the other, another batch size.
-bool see_rows(const dlpack::Tensor& x, const Layout& layout, int trailing, Rows& out) {
-  int leading = x.ndim - trailing;
-  if (layout.dim >= leading) return false;
-  if (x.shape[layout.dim] != layout.outer * layout.batch * layout.inner) return false;
-  int64_t stride = x.strides[layout.dim];
-  struct Part {
-    int64_t size, stride;
-  } parts[16];
-  if (leading + 2 > 16) return false;
-  int count = 0;
-  // The order of `RegularLayout.rows`: dims before, what is left of the own one, dims after.
-  for (int i = 0; i < leading; i++) {
-    if (i != layout.dim) {
-      parts[count++] = {x.shape[i], x.strides[i]};
-      continue;
-    }
-    parts[count++] = {layout.outer, stride * layout.batch * layout.inner};
-    parts[count++] = {layout.inner, stride};
-  }
-  out.batch_stride = stride * layout.inner;
-  out.time = 1;
-  out.time_stride = 0;
-  for (int i = count - 1; i >= 0; i--) {
-    if (parts[i].size == 0) return false;
-    if (parts[i].size == 1) continue;
-    if (out.time == 1)
-      out.time_stride = parts[i].stride;
-    else if (parts[i].stride != out.time * out.time_stride)
-      return false;
-    out.time *= parts[i].size;
-  }
-  return true;
-}
-
-// Whether rows [batch, time] lie one after the other, each an element.
-bool is_list(const Rows& rows, int64_t batch) {
-  return (rows.time == 1 || rows.time_stride == 1) &&
-         (batch == 1 || rows.batch_stride == rows.time);
-}
-
-bool has_adjacent_features(const dlpack::Tensor& x) {
-  return x.ndim > 0 && x.strides[x.ndim - 1] == 1;
-}
-
-int64_t width_of(const dlpack::Tensor& x, int trailing) {
-  int64_t width = 1;
-  for (int i = x.ndim - trailing; i < x.ndim; i++) width *= x.shape[i];
-  return width;
-}
-
-bool is_id(const dlpack::Tensor& x) {
-  return x.device.type == dlpack::kCpu && x.dtype.code == dlpack::kInt && x.dtype.bits == 64;
-}
-
-// Whether the last dims can be read as one.
-bool is_flat(const dlpack::Tensor& x, int trailing) {
-  int64_t expected = 1;
-  for (int i = x.ndim - 1; i >= x.ndim - trailing; i--) {
-    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
-    expected *= x.shape[i];
-  }
-  return trailing == 0 || has_adjacent_features(x);
-}
-
-template <typename scalar_t>
-class Typed : public Step {
- public:
-  Typed(int64_t node, const std::vector<std::string>& saved, Places places, const std::string& isa,
-        int64_t source = -1)
-      : Step(node, saved, source), places_(places), kernels_(Kernels<scalar_t>::of(isa)) {}
-
- protected:
-  static bool is_mine(const dlpack::Tensor& x) { return is_float_on_cpu(x, 8 * sizeof(scalar_t)); }
-  static const scalar_t* data(const dlpack::Tensor& x) {
-    return static_cast<const scalar_t*>(x.data);
-  }
-
-  // Squared norms of gradients [batch, width], to a row of the table.
-  void keep_norms(const scalar_t* gradients, int64_t width, int64_t place,
-                  const Workspace& workspace) const {
-    if (place >= 0)
-      kernels_.sample_sq_norms(gradients, workspace.batch, width,
-                               workspace.template row<scalar_t>(place), workspace.threads);
-  }
-
-  Places places_;
-  Kernels<scalar_t> kernels_;
-};
 
 template <typename scalar_t>
 class SingleRows : public Typed<scalar_t> {
@@ -126,26 +31,6 @@ class SingleRows : public Typed<scalar_t> {
                                 workspace.threads);
     return true;
   }
-};
-
-template <typename scalar_t>
-class OverTime : public Typed<scalar_t> {
- public:
-  OverTime(int64_t node, const std::vector<std::string>& saved, Places places, Layout layout,
-           const std::string& isa, int64_t source = -1)
-      : Typed<scalar_t>(node, saved, places, isa, source), layout_(layout) {}
-
- protected:
-  // Sees two tensors as rows of the same samples and times, whose features lie together.
-  bool see_both(const dlpack::Tensor& g, const dlpack::Tensor& x, int trailing, Rows& of_g,
-                Rows& of_x, const Workspace& workspace) const {
-    return this->is_mine(g) && this->is_mine(x) && layout_.batch == workspace.batch &&
-           g.ndim >= trailing && x.ndim >= trailing && is_flat(g, trailing) &&
-           is_flat(x, trailing) && see_rows(g, layout_, trailing, of_g) &&
-           see_rows(x, layout_, trailing, of_x) && of_g.time == of_x.time;
-  }
-
-  Layout layout_;
 };
 
 template <typename scalar_t>
@@ -292,77 +177,6 @@ class SharedTable : public OverTime<scalar_t> {
   int64_t padding_;
 };
 
-class Half : public Step {
- public:
-  Half(int64_t node, const std::string& saved, int64_t partner)
-      : Step(node, {saved}), partner_(partner) {}
-  int64_t partner() const override { return partner_; }
-  bool compute(const dlpack::Tensor*, const Workspace&) const override { return false; }
-
- private:
-  int64_t partner_;
-};
-
-// |h|^2 + |e|^2 + 2 <h, e>, of a head's gradients h and a table's e: `contributions/joined.py`.
-template <typename scalar_t>
-class TiedHalf : public Typed<scalar_t> {
- public:
-  TiedHalf(int64_t node, const std::string& saved, int64_t partner, Places places,
-           const Tied& known, const std::string& isa)
-      : Typed<scalar_t>(node, {saved}, places, isa), partner_(partner), known_(known) {}
-  int64_t partner() const override { return partner_; }
-
-  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
-    const dlpack::Tensor* of_head = x + (known_.is_head_first ? 0 : 2);
-    const dlpack::Tensor* of_table = x + (known_.is_head_first ? 2 : 0);
-    const dlpack::Tensor &go = of_head[0], &a = of_head[1], &ge = of_table[0], &ids = of_table[1];
-    Rows of_go, of_a, of_ge, of_ids;
-    int64_t batch = workspace.batch;
-    if (!this->is_mine(go) || !this->is_mine(a) || !this->is_mine(ge) || !is_id(ids)) return false;
-    if (known_.head.batch != batch || known_.table.batch != batch) return false;
-    if (go.ndim != 2 || a.ndim != 2 || ge.ndim != ids.ndim + 1) return false;
-    if (!has_adjacent_features(go) || !has_adjacent_features(a) || !has_adjacent_features(ge))
-      return false;
-    if (!see_rows(go, known_.head, 1, of_go) || !see_rows(a, known_.head, 1, of_a) ||
-        !see_rows(ge, known_.table, 1, of_ge) || !see_rows(ids, known_.table, 0, of_ids))
-      return false;
-    int64_t width = ge.shape[ge.ndim - 1];
-    if (of_go.time != of_a.time || of_ge.time != of_ids.time || !is_list(of_ids, batch))
-      return false;
-    if (a.shape[1] != width) return false;
-    Sequences<scalar_t> head{this->data(a),  of_a.batch_stride,  of_a.time_stride,
-                             this->data(go), of_go.batch_stride, of_go.time_stride,
-                             batch,          of_go.time,         width,
-                             go.shape[1]};
-    const int64_t* rows = static_cast<const int64_t*>(ids.data);
-    int threads = workspace.threads;
-    scalar_t* of_both = workspace.template scratch<scalar_t>(3 * batch);
-    scalar_t *h = of_both, *e = h + batch, *cross = e + batch;
-    this->kernels_.sequence_sq_norms(head, known_.guard, h, nullptr, threads);
-    this->kernels_.tied_cross(head, rows, this->data(ge), of_ge.batch_stride, of_ge.time_stride,
-                              known_.padding, of_ge.time, cross, threads);
-    this->kernels_.embedding_sq_norms(rows, this->data(ge), of_ge.batch_stride, of_ge.time_stride,
-                                      known_.padding, batch, of_ge.time, width, e, threads);
-    scalar_t* norms = workspace.template row<scalar_t>(this->places_.weight);
-    for (int64_t n = 0; n < batch; n++) {
-      scalar_t parts = e[n] + h[n], total = parts + 2 * cross[n];
-      if (!(total >= scalar_t(1e-2) * parts)) return false;  // they cancel: made from gradients
-      norms[n] = total;
-    }
-    return true;
-  }
-
- private:
-  int64_t partner_;
-  Tied known_;
-};
-
-template <template <typename> class Kind, typename... Args>
-std::unique_ptr<Step> made(const std::string& dtype, const Args&... args) {
-  if (dtype == "f64") return std::make_unique<Kind<double>>(args...);
-  return std::make_unique<Kind<float>>(args...);
-}
-
 }  // namespace
 
 Step::Step(int64_t node, const std::vector<std::string>& saved, int64_t source)
@@ -375,6 +189,14 @@ Step::Step(int64_t node, const std::vector<std::string>& saved, int64_t source)
 
 Step::~Step() {
   for (Required& r : required_) Py_DECREF(r.value);
+  for (Gradient& g : gradients_)
+    for (PyObject* held : {g.shape, g.made, g.kept}) Py_DECREF(held);
+}
+
+void Step::make(int64_t row, PyObject* shape, PyObject* made, PyObject* kept) {
+  if (gradients_.size() == kMostGradients)
+    throw std::invalid_argument("a step makes two gradients at most");
+  gradients_.push_back({row, Py_NewRef(shape), Py_NewRef(made), Py_NewRef(kept)});
 }
 
 void Step::require_of(int64_t node, PyObject* attribute, PyObject* value) {
@@ -439,15 +261,6 @@ std::unique_ptr<Step> shared_table(int64_t node, int64_t source, const std::stri
                                    Places places, Layout layout, int64_t padding,
                                    const std::string& dtype, const std::string& isa) {
   return made<SharedTable>(dtype, node, source, saved, places, layout, padding, isa);
-}
-
-std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner) {
-  return std::make_unique<Half>(node, saved, partner);
-}
-
-std::unique_ptr<Step> tied(int64_t node, const std::string& saved, int64_t partner, Places places,
-                           const Tied& known, const std::string& dtype, const std::string& isa) {
-  return made<TiedHalf>(dtype, node, saved, partner, places, known, isa);
 }
 
 }  // namespace host

@@ -33,11 +33,16 @@ struct Workspace {
   int threads = 1;
   std::vector<char>* memory = nullptr;  // grows as needed
   bool has_device = false;
-  DeviceMemory device;  // of launches, where there are some
+  DeviceMemory device;                      // of launches, where there are some
+  void* gradients[2] = {nullptr, nullptr};  // memory of what the step makes
 
   template <typename scalar_t>
   scalar_t* row(int64_t place) const {
     return place < 0 ? nullptr : static_cast<scalar_t*>(table) + place * stride;
+  }
+  template <typename scalar_t>
+  scalar_t* gradient(size_t number) const {
+    return static_cast<scalar_t*>(gradients[number]);
   }
   template <typename scalar_t>
   scalar_t* scratch(int64_t count) const {
@@ -69,6 +74,17 @@ class Step {
 
   static constexpr size_t kMost = 4;  // tensors, with the gradient
 
+  // The gradient of a parameter, which the step makes beside the norms.
+  struct Gradient {
+    int64_t row;            // of the parameter
+    PyObject* shape;        // a tuple
+    PyObject *made, *kept;  // dtypes: what the step writes, None for that of its tensors, and what
+                            // the parameter has, None where that is the same
+  };
+  static constexpr size_t kMostGradients = 2;
+  void make(int64_t row, PyObject* shape, PyObject* made, PyObject* kept);
+  const std::vector<Gradient>& gradients() const { return gradients_; }
+
   // Reads what the node has saved. 1: done; 0: something that may not be read here; -1 with a
   // Python error set.
   int read_saved(PyObject* node, Object* saved) const;
@@ -82,8 +98,9 @@ class Step {
   // The step by which the parameter is used too, where both are computed together: as soon as the
   // second has come, from the tensors of both, those of the earlier step in the program first.
   virtual int64_t partner() const { return -1; }
-  // Whether the sign of what was saved first counts. No norm changes with the sign of a whole
-  // tensor, so a product does not mind a view whose negation is not done in memory.
+  // Whether the sign of what is read first counts, the gradient aside. No norm changes with the
+  // sign of a whole tensor, so a product does not mind a view whose negation is not done in memory;
+  // a step that makes gradients minds all signs.
   virtual bool minds_sign() const { return false; }
   // The gradient, then what was saved. False where they are not what the step was made for.
   virtual bool compute(const dlpack::Tensor* x, const Workspace& workspace) const = 0;
@@ -98,6 +115,7 @@ class Step {
   Attribute raw_;  // the first of them, not unpacked
   std::vector<Attribute> saved_;
   std::vector<Required> required_;
+  std::vector<Gradient> gradients_;
 };
 
 using Steps = std::vector<std::unique_ptr<Step>>;
@@ -132,6 +150,7 @@ struct Tied {
   double guard;
   Layout table;
   int64_t padding;
+  int64_t rows_at_a_time;  // of the gradient, where the step makes it; 0: all
 };
 // The first of two steps that are computed together: `partner` does that.
 std::unique_ptr<Step> half(int64_t node, const std::string& saved, int64_t partner);

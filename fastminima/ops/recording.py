@@ -44,12 +44,12 @@ _ALLOCATIONS = {
 class _Recorder(TorchDispatchMode):
     """Notes allocations and launches of a thread; see the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
         self.launches: list[KernelLaunch | LauncherCall] = []
         self.is_complete = True
-        self._bytes = 0
+        self._bytes, self._most = 0, most
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -69,10 +69,10 @@ class _Recorder(TorchDispatchMode):
     def _keep(self, allocated: Tensor) -> None:
         """Hold memory, so that nothing else is given the same; not without limit.
 
-        All of it is scratch, which lives as long as a backward pass.
+        All of it but outputs is scratch, which lives as long as a backward pass.
         """
         self._bytes += allocated.untyped_storage().nbytes()
-        if self._bytes > LIMIT:
+        if self._bytes > self._most:
             self._give_up()
         if self.is_complete:
             self.allocated.append(allocated)
@@ -137,6 +137,7 @@ def recorded(
     run: Callable[..., Sequence[Tensor | None]],
     inputs: Sequence[Tensor],
     wanted: Sequence[bool],
+    of_outputs: int = 0,
 ) -> tuple[Sequence[Tensor | None], Recorded | None]:
     """Run `run(*inputs)`, and say how to launch it again.
 
@@ -144,13 +145,14 @@ def recorded(
         run: computes outputs from the inputs by ops.
         inputs: on one device.
         wanted: of each output, whether it is asked for.
+        of_outputs: bytes of what outputs take, if that is much.
 
     Returns:
         The outputs, and what was launched for them: None where something else was
         computed, an output is not float32 in memory of its own, or more than
-        `LIMIT` bytes were allocated.
+        `LIMIT` bytes were allocated beside `of_outputs`.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(LIMIT + of_outputs)
     _THREAD.recorder = recorder
     try:
         with recorder:

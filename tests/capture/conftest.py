@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastminima.capture.session import fused
+from fastminima.capture.session import fused, hooks, repeat, taking
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +22,43 @@ def fusions(monkeypatch):
 
     monkeypatch.setattr("fastminima.capture.session.attach.find_fusion", spying)
     return seen
+
+
+@pytest.fixture
+def by_python(monkeypatch):
+    """What Python was asked to take of each pass: nodes, by rule or by a function."""
+    passes = []
+
+    def starting(honest):
+        def start(session, *args):
+            passes.append([])
+            return honest(session, *args)
+
+        return start
+
+    for owner, name in ((hooks.Session, "_hook_program"), (repeat.Repeated, "hook")):
+        monkeypatch.setattr(owner, name, starting(getattr(owner, name)))
+    for name in ("generic", "call", "part"):
+        honest = getattr(taking.Taking, name)
+
+        def spy(session, node, *args, _honest=honest, _name=name):
+            passes[-1].append((_name, session._program.use_at[node].name))
+            return _honest(session, node, *args)
+
+        monkeypatch.setattr(taking.Taking, name, spy)
+    return passes
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Whether each step that could be like the one before was taken so."""
+    found = []
+    honest = repeat.Repeat.attach
+
+    def attach(self, *args):
+        made = honest(self, *args)
+        found.append(made is not None)
+        return made
+
+    monkeypatch.setattr(repeat.Repeat, "attach", attach)
+    return found

@@ -44,8 +44,8 @@ def test_a_view_with_another_sign_is_not_launched(driver):
     driver.by_python.clear()
     stats(probe, data(6))
     assert not driver.by_python
-    negated = torch.complex(torch.zeros(N, T, 8), data(7)).conj().imag
-    assert negated.is_neg()
+    negated = torch._neg_view(data(7))
+    assert negated.is_neg() and negated.is_contiguous()
     got = stats(probe, negated)
     assert driver.by_python
     assert torch.equal(got.sq_norms, stats(oracle, -data(7)).sq_norms)
@@ -193,7 +193,7 @@ def test_memory_is_aligned_as_kernels_were_compiled_for(of_output, of_scratch, d
 
 def test_each_device_has_a_program_and_memory_of_its_own(monkeypatch):
     """A model that moves to another one is launched there too."""
-    monkeypatch.setattr(program, "_make", lambda reading, order: object())
+    monkeypatch.setattr(program, "_make", lambda *_: object())
     plan = SimpleNamespace(uses=(SimpleNamespace(node=0),))
     recipe = SimpleNamespace(
         routes=None, regions={}, lasts=True, plan=plan, programs={}
@@ -205,7 +205,7 @@ def test_each_device_has_a_program_and_memory_of_its_own(monkeypatch):
         )
         tape = SimpleNamespace(nodes=[SimpleNamespace(_input_metadata=[output])])
         reading = SimpleNamespace(recipe=recipe, tape=tape)
-        return program.program_of(reading, [])
+        return program.program_of(reading, {})
 
     first, second = program_on(0), program_on(1)
     assert first is program_on(0)

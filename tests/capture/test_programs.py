@@ -75,21 +75,6 @@ def taken(monkeypatch):
     return passes
 
 
-@pytest.fixture
-def repeated(monkeypatch):
-    """Whether each step that could be like the one before was taken so."""
-    found = []
-    honest = repeat.Repeat.attach
-
-    def attach(self, *args):
-        made = honest(self, *args)
-        found.append(made is not None)
-        return made
-
-    monkeypatch.setattr(repeat.Repeat, "attach", attach)
-    return found
-
-
 def ways(passes):
     """How the steps of each pass went, in order of their names."""
     return [sorted(each.values()) for each in passes]

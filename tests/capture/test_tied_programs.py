@@ -14,37 +14,12 @@ from torch.nn import functional as F
 
 import fastminima as fm
 from fastminima import _native
-from fastminima.capture.session import hooks, repeat, taking
+from fastminima.capture.session import hooks
 
 if _native.host() is None:
     pytest.skip("no native extension", allow_module_level=True)
 
 STEPS = 7  # from the fifth on they are repeated
-
-
-@pytest.fixture
-def by_python(monkeypatch):
-    """What Python was asked to take, pass by pass: "generic" and "part" of uses."""
-    passes = []
-
-    def starting(honest):
-        def start(session, *args):
-            passes.append([])
-            return honest(session, *args)
-
-        return start
-
-    for owner, name in ((hooks.Session, "_hook_program"), (repeat.Repeated, "hook")):
-        monkeypatch.setattr(owner, name, starting(getattr(owner, name)))
-    for name in ("generic", "part"):
-        honest = getattr(taking.Taking, name)
-
-        def taken(session, node, *tensors, _name=name, _honest=honest):
-            passes[-1].append((_name, session._program.use_at[node].name))
-            return _honest(session, node, *tensors)
-
-        monkeypatch.setattr(taking.Taking, name, taken)
-    return passes
 
 
 def keep(t):

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulation_dtype
-from ...ops import reduce
+from ...ops import broadcast, reduce
 from ...ops._pieces import pieces
 
-__all__ = ["Contribution", "Fused", "Materialized", "sq_norms_of", "summed"]
+__all__ = [
+    "Contribution",
+    "Fused",
+    "Materialized",
+    "fused_of",
+    "sq_norms_of",
+    "summed",
+]
 
 
 class Fused(NamedTuple):
@@ -120,6 +127,12 @@ def summed(parts: Iterator[Tensor]) -> Tensor:
 def sq_norms_of(samples: Tensor) -> Tensor:
     """Squared norms of `[batch, *shape]`, `[batch]`."""
     return reduce.sample_sq_norms(_flat(samples))
+
+
+def fused_of(samples: Tensor, shape: Sequence[int]) -> Fused:
+    """The gradient of a given shape, and norms, of samples' `[batch, width]`."""
+    (total,) = broadcast.sum_over_time(samples.unsqueeze(0)).unbind()
+    return Fused(total.reshape(shape), sq_norms_of(samples), None)
 
 
 def _flat(samples: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops import broadcast, conv
 from ...ops.conv_geometry import ConvGeometry
-from .base import Contribution, Fused, sq_norms_of
+from .base import Contribution, Fused, fused_of, sq_norms_of
 
 __all__ = ["Convolution", "ConvolutionBias", "Frames", "Patches"]
 
@@ -108,6 +108,11 @@ class ConvolutionBias(Contribution):
 
     def sq_norms(self) -> Tensor:
         return self.patches.bias_norms
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        if with_second_moment:
+            return super().fused(with_second_moment=True)
+        return fused_of(self.patches.bias_samples, self.shape)
 
 
 class Frames(Contribution):

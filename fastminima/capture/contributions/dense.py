@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._dtypes import accumulation_dtype
 from ...ops import broadcast, dense
 from ...ops.dense_pieces import Sequences
-from .base import Contribution, Fused, sq_norms_of, summed
+from .base import Contribution, Fused, fused_of, sq_norms_of, summed
 
 __all__ = ["Column", "Dense", "DenseBias", "Products", "Stacked"]
 
@@ -165,6 +165,11 @@ class DenseBias(Contribution):
 
     def sq_norms(self) -> Tensor:
         return self.products.bias_norms
+
+    def fused(self, *, with_second_moment: bool) -> Fused:
+        if with_second_moment:
+            return super().fused(with_second_moment=True)
+        return fused_of(self.products.bias_samples, self.shape)
 
 
 class Column(Contribution):

@@ -5,6 +5,8 @@ states.py       what stands between attach and collect, and what comes of it
 hooks.py        the session: hooks on uses, gradients and regions
 program.py      uses whose steps are decided once for a recipe
 steps.py        which step that is, for each kind of use
+making.py       a use, and what its step is told of it
+fused_steps.py  ... where gradients are made beside the norms
 called.py       what Python computes for a use on a device, until it is launched
 marked.py       the uses of a compiled region, as its own code shows them
 tied.py         two uses of a table, computed together

@@ -125,11 +125,14 @@ class Attacher:
         except BaseException:
             observed.close()
             raise
-        if is_fresh and self._may_repeat and observed.fusion is None:
+        if is_fresh and self._may_repeat:
+            fusion = observed.fusion
+            makes = frozenset() if fusion is None else fusion.names
             self._repeat = new_repeat(
                 self._reader.known(reading),
-                program_of(reading, self._parameters),
+                program_of(reading, self._parameters, makes),
                 *(target, self._parameters, self.announce),
+                None if fusion is None else fusion.plan,
             )
         return observed
 

@@ -7,6 +7,7 @@
 
 A step is launched for tensors like those of the recording alone: device, shapes,
 strides, dtypes and alignment are compared in each step. All others are computed here.
+Of fused uses the gradients are outputs too, which the extension allocates in each step.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Called:
     """The norms of one use, of the gradient and what was saved.
 
     Args:
-        run: gives norms for each of the names.
+        run: gives norms for each of the names, then gradients.
         names: parameters; None where nobody asks.
+        gradients: shapes of those that it makes, by parameter.
         rows: of the table, by parameter.
         node: of the use.
         steps: of the program, as the extension has them.
@@ -72,21 +74,33 @@ class Called:
         self,
         run: Callable[..., Sequence[Tensor | None]],
         names: Sequence[str | None],
+        gradients: Mapping[str, Sequence[int]],
         rows: Mapping[str, int],
         node: int,
         steps: Any,
         launched: Launched,
     ) -> None:
-        self._run, self._names = run, names
+        self._run, self._names, self._gradients = run, names, gradients
+        # Rows of the table; the gradients are numbered downwards, from -1.
         self._places = [rows[name] for name in names if name is not None]
+        self._places += [-1 - i for i in range(len(gradients))]
+        self._wanted = [name is not None for name in names] + [True] * len(gradients)
         self._node, self._steps, self._launched = node, steps, launched
+        elements = sum(torch.Size(shape).numel() for shape in gradients.values())
+        self._bytes = elements * torch.float32.itemsize  # of the gradients
         self._recorded: dict[tuple, Recorded | None] = {}
         self._checks: dict[tuple, int] = {}  # left, of what is recorded
 
-    def norms(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """By parameter, of the gradient and the saved tensors."""
-        found = zip(self._names, self._outputs(tensors), strict=True)
-        return {n: x for n, x in found if n is not None and x is not None}
+    def found(self, *tensors: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Norms and gradients by parameter, of the gradient and the saved tensors."""
+        outputs = self._outputs(tensors)
+        count = len(self._names)
+        norms = zip(self._names, outputs[:count], strict=True)
+        gradients = zip(self._gradients, outputs[count:], strict=True)
+        return (
+            {n: x for n, x in norms if n is not None and x is not None},
+            {n: x for n, x in gradients if x is not None},
+        )
 
     def _outputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if not can_be_launched(tensors[0].device):
@@ -95,8 +109,7 @@ class Called:
             return self._run(*tensors)
         kind = tuple(map(_kind_of, tensors))
         if kind not in self._recorded and len(self._recorded) < MOST_KINDS:
-            wanted = [name is not None for name in self._names]
-            outputs, found = recorded(self._run, tensors, wanted)
+            outputs, found = recorded(*(self._run, tensors, self._wanted, self._bytes))
             self._recorded[kind], self._checks[kind] = found, MOST_CHECKS
             return outputs
         outputs = self._run(*tensors)
@@ -113,8 +126,8 @@ class Called:
         outputs: Sequence[Tensor | None],
     ) -> None:
         """Launch what was recorded from now on, or never, where outputs show it."""
-        pairs = zip(self._names, outputs, strict=True)
-        expected = [x for name, x in pairs if name is not None and x is not None]
+        pairs = zip(self._wanted, outputs, strict=True)
+        expected = [x for is_wanted, x in pairs if is_wanted and x is not None]
         self._checks[kind] -= 1
         is_shown = all(map(says_something, expected))
         if is_shown or not self._checks[kind]:
@@ -131,12 +144,15 @@ class Called:
             tensors, found.launches, self._places, found.bytes, found.kept
         )
         scratch = torch.empty(max(1, found.bytes), dtype=torch.uint8, device=device)
-        got = new_table(len(expected), len(expected[0]), device)
+        count = sum(place >= 0 for place in self._places)
+        got = [*new_table(count, len(expected[0]), device)]
+        got += [torch.empty_like(x) for x in expected[count:]]
         # What is not written stays no number, in any dtype of floats, and is seen.
         scratch.fill_(255)
-        got.fill_(torch.nan)
+        for x in got:
+            x.fill_(torch.nan)
         try:
-            is_launched = launches.run(tensors, list(got), scratch)
+            is_launched = launches.run(tensors, got, scratch)
         except RuntimeError:  # the driver refuses what Python has just launched
             is_launched = False
         pairs = zip(got, expected, strict=True)

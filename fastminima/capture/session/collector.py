@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -52,6 +52,13 @@ class Collector:
 
     # Parameters whose gradients it makes itself, from their contributions.
     makes: frozenset[str] = frozenset()
+
+    def expect(self, source: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Ask a program for the gradients that it makes, when they are needed."""
+
+    def add(self, parameter: str, gradient: Tensor) -> None:
+        """Note a gradient that the pass leaves out."""
+        raise NotImplementedError
 
     @property
     def wants_norms_only(self) -> bool:
@@ -137,6 +144,14 @@ class FusedCollector(Collector):
         super().__init__(measure, directions, keep_grads=keep_grads)
         self._fusion = fusion
         self.makes = fusion.names
+
+    def expect(self, source: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Ask a program for the gradients that it makes, when they are needed."""
+        self._fusion.expect(source)
+
+    def add(self, parameter: str, gradient: Tensor) -> None:
+        """Note a gradient that the pass leaves out."""
+        self._fusion.add(parameter, gradient)
 
     def take(self, parameter: str, whole: Contribution) -> None:
         """The statistics of one parameter, and its gradient if the pass has none."""

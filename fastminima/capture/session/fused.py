@@ -9,39 +9,69 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from ..graph.node import Node, edge_of
 from ..graph.passes import is_distributed
 from ..reading.reader import Reading
 from .fusible import part_of
+from .held import may_be_left_out
 
-__all__ = ["Fusion", "find_fusion"]
+__all__ = ["Fusion", "FusionPlan", "find_fusion"]
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """Which gradients passes leave out. It holds names and numbers, and no node.
+
+    Attributes:
+        names: parameters whose gradients the session makes, in order.
+        uses: the nodes where it sees them.
+        others: accumulators of all other gradients.
+    """
+
+    names: tuple[str, ...]
+    uses: tuple[int, ...]
+    others: tuple[int, ...]
+
+    def parameters(self, among: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those whose gradients the session makes, by name."""
+        return {name: among[name] for name in self.names}
 
 
 class Fusion:
-    """What a pass leaves out: the gradients of `names`, made where the uses are seen.
+    """What a pass leaves out: gradients of parameters, made where the uses are seen.
 
     Attributes:
         names: parameters whose gradients the session makes.
         inputs: for `backward(inputs=...)`: all other leaves, and the edges into the
-            uses, so that the pass visits them.
-        made: the gradients, from the time their last use is seen until they are
-            delivered, which `add` fills.
+            uses, so that the pass visits them. None before `enter`.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], others: list[Any], uses: Sequence[Node]
-    ) -> None:
-        self._parameters = parameters
+    def __init__(self, plan: FusionPlan, parameters: Mapping[str, Tensor]) -> None:
+        self.plan, self._parameters = plan, parameters
         self.names = frozenset(parameters)
-        self.inputs = [*others, *(edge_of(node, 0) for node in uses)]
-        self.made: dict[str, Tensor] = {}
+        self.inputs: list[Any] | None = None
+        self._made: dict[str, Tensor] = {}
+        self._source: Callable[[], Mapping[str, Tensor]] | None = None
         self._handles: list[Any] = []
-        if is_distributed() or any(map(_has_step, parameters.values())):
+
+    def enter(self, nodes: Sequence[Any], *, is_fresh: bool = False) -> None:
+        """Be for the graph of these nodes, whose other leaves may be frozen since.
+
+        `is_fresh`: `.grad` will be that of this pass, and nobody is told when.
+        """
+        leaves = [nodes[i].variable for i in self.plan.others]
+        uses = [nodes[i] for i in self.plan.uses]
+        edges = [GradientEdge(node, 0) for node in uses]
+        self.inputs = [leaf for leaf in leaves if leaf.requires_grad] + edges
+        if is_fresh:
+            return
+        if is_distributed() or any(map(_has_step, self._parameters.values())):
             # The graph does not keep this alive, nor this the graph.
             deliver = weakref.WeakMethod(self.deliver)
             for node in uses:
@@ -49,15 +79,27 @@ class Fusion:
 
     def add(self, name: str, grad: Tensor) -> None:
         """Keep a gradient as its parameter is: all of them may wait at once."""
-        self.made[name] = grad.to(self._parameters[name])
+        self._made[name] = grad.to(self._parameters[name])
+
+    def expect(self, source: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Ask a program too, for those it has made since it was asked last."""
+        self._source = source
+
+    @property
+    def made(self) -> dict[str, Tensor]:
+        """The gradients, from when their last use is seen until they are delivered."""
+        if self._source is not None:
+            self._made.update(self._source())
+        return self._made
 
     def deliver(self) -> None:
         """Accumulate the gradients as a backward pass does, with every hook."""
-        if not self.made:
+        made = self.made
+        if not made:
             return
-        parameters = [self._parameters[name] for name in self.made]
-        grads = list(self.made.values())
-        self.made.clear()
+        parameters = [self._parameters[name] for name in made]
+        grads = list(made.values())
+        made.clear()
         with torch.inference_mode(False), torch.enable_grad():
             source = _Source.apply(grads, *parameters)
         assert isinstance(source, Tensor)
@@ -68,7 +110,8 @@ class Fusion:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.made.clear()
+        self._made.clear()
+        self._source = None
 
 
 class _Source(torch.autograd.Function):
@@ -112,6 +155,18 @@ def _has_step(parameter: Tensor) -> bool:
 def find_fusion(
     reading: Reading, parameters: Mapping[str, Tensor], *, with_moments: bool = False
 ) -> Fusion | None:
+    """What a pass over this graph leaves out; None where that is nothing."""
+    plan = _plan(reading, parameters, with_moments)
+    if plan is None:
+        return None
+    fusion = Fusion(plan, plan.parameters(parameters))
+    fusion.enter(reading.tape.nodes)
+    return fusion
+
+
+def _plan(
+    reading: Reading, parameters: Mapping[str, Tensor], with_moments: bool
+) -> FusionPlan | None:
     """The parameters of this graph that can be fused; None where there are none.
 
     Weights of dense layers over several rows a sample and of convolutions, the biases
@@ -125,20 +180,22 @@ def find_fusion(
     inside = {
         name for r in recipe.regions.values() if r is not None for name in r.sources
     }
-    uses = [
-        part
+    found = {
+        use.node: part
         for use in recipe.plan.uses
         if (part := part_of(tape, use, recipe.layouts[use.node])) is not None
-    ]
+    }
+    uses = found.values()
+
+    def is_plain(parameter: Tensor) -> bool:
+        return parameter.layout == torch.strided and may_be_left_out([parameter])
 
     def whole(found: Counter[str]) -> set[str]:
         """The parameters of which these are all uses."""
         sources = recipe.plan.sources
         names = (name for name, count in found.items() if count == sources[name])
         return {
-            name
-            for name in names
-            if name not in inside and _may_be_left_out(parameters[name])
+            name for name in names if name not in inside and is_plain(parameters[name])
         }
 
     rows = Counter[str]()
@@ -156,23 +213,9 @@ def find_fusion(
     if not names:
         return None
     left_out = {tape.leaves[name] for name in names}
-    others = [
-        leaf
-        for i in range(len(tape.nodes))
-        if tape.is_leaf(i)
-        and i not in left_out
-        and (leaf := tape.nodes[i].variable).requires_grad  # not frozen since
-    ]
-    nodes = [part.node for part in uses if part.weight in names]
-    fused = {name: parameters[name] for name in sorted(names)}
-    return Fusion(fused, others, nodes)
-
-
-def _may_be_left_out(parameter: Tensor) -> bool:
-    """Whether nobody notices that the pass itself has no gradient of a parameter.
-
-    Hooks on the parameter may count the gradients that one pass brings them, as those
-    of `torch.autograd.graph.register_multi_grad_hook` do.
-    """
-    is_plain = parameter.layout == torch.strided and not parameter._backward_hooks
-    return is_plain and parameter.requires_grad
+    leaves = (i for i in range(len(tape.nodes)) if tape.is_leaf(i))
+    return FusionPlan(
+        tuple(sorted(names)),
+        tuple(node for node, part in found.items() if part.weight in names),
+        tuple(i for i in leaves if i not in left_out),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ... import _native
 from ...ops._arguments import NATIVE
 from ..graph.extension import learned
 
-__all__ = ["have_no_gradient", "sum_of_squares"]
+__all__ = ["have_no_gradient", "may_be_left_out", "sum_of_squares"]
 
 
 def have_no_gradient(parameters: Mapping[str, Tensor]) -> bool:
@@ -23,6 +23,18 @@ def have_no_gradient(parameters: Mapping[str, Tensor]) -> bool:
         p.grad is None and not p._post_accumulate_grad_hooks
         for p in parameters.values()
     )
+
+
+def may_be_left_out(parameters: Sequence[Tensor]) -> bool:
+    """Whether nobody notices that a pass itself has no gradients of any of these.
+
+    Hooks on a parameter may count the gradients that one pass brings it, as those of
+    `torch.autograd.graph.register_multi_grad_hook` do. A frozen one gets none.
+    """
+    host = _native.host()
+    if host is not None:
+        return host.may_be_left_out(list(parameters))
+    return all(p.requires_grad and not p._backward_hooks for p in parameters)
 
 
 def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:

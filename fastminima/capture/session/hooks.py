@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..compiled.operators import receive
@@ -110,8 +111,11 @@ class Session(Taking):
         self._marked: list[MarkedUses] = []
         try:
             taken: frozenset[int] = frozenset()
-            if collector.wants_norms_only and not defer_errors:
-                program = program_of(reading, parameters)
+            may_run = collector.wants_norms_only and not defer_errors
+            if collector.makes and torch.is_inference_mode_enabled():
+                may_run = False  # gradients would be inference tensors
+            if may_run:
+                program = program_of(reading, parameters, collector.makes)
                 if program is not None:
                     taken = self._hook_program(program, reading.tape)
             self._hook_graph(reading.tape, recipe.plan, recipe.layouts, but=taken)
@@ -180,8 +184,7 @@ class Session(Taking):
     def _hook_program(self, program: Program, tape: Tape) -> frozenset[int]:
         """Let the extension hook the uses that have a step; returns their nodes."""
         self._start(program, self._filter)
-        wanted = program.wanted(self._collector.makes)
-        return program.nodes(self._pass.hook(tape.nodes, wanted))
+        return program.nodes(self._pass.hook(tape.nodes, program.all))
 
     def is_anothers(self) -> bool:
         """Whether a pass that comes by a step is not the one that is observed."""

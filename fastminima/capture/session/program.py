@@ -36,8 +36,10 @@ from ..reading.reader import Reading
 from .arrival import PassFilter
 from .called import Called, Launched, new_table
 from .delivery import Deliveries, deliveries_from
+from .fused_steps import add_fused
+from .making import Making
 from .norms import NormTable, new_numbers
-from .steps import Making
+from .steps import add_step
 from .tied import Part, add_tied, tied_halves
 
 __all__ = ["Program", "program_of"]
@@ -110,15 +112,18 @@ class Program:
                 torch.empty(self.launched.bytes, dtype=torch.uint8, device=self.device),
             )
 
-    def wanted(self, but: frozenset[str]) -> bytes:
-        """A 1 for each step but those of some parameters."""
-        if not but:
-            return self._all
-        return bytes(but.isdisjoint(use.parameters) for use in self.uses)
+    @cached_property
+    def all(self) -> bytes:
+        """A 1 for each step."""
+        return bytes([1]) * len(self.uses)
+
+    def gradients(self, of_pass: Any) -> dict[str, Tensor]:
+        """What a pass has made since it was asked last, by parameter."""
+        return {self._ordered[row]: grad for row, grad in of_pass.gradients()}
 
     @cached_property
-    def _all(self) -> bytes:
-        return bytes([1]) * len(self.uses)
+    def _ordered(self) -> list[str]:
+        return list(self.rows)
 
     def nodes(self, hooked: bytes) -> frozenset[int]:
         """The nodes of the steps that have a 1."""
@@ -161,11 +166,20 @@ class Program:
         return {}
 
 
-def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
+def program_of(
+    reading: Reading,
+    parameters: Mapping[str, Tensor],
+    makes: frozenset[str] = frozenset(),
+) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
     None without the extension, where rows are routed anew in each step, and where
-    regions run. `order` names all tracked parameters.
+    regions run.
+
+    Args:
+        reading: the graph, as it is read.
+        parameters: all tracked ones, by name.
+        makes: parameters whose gradients the program makes, beside their norms.
     """
     recipe = reading.recipe
     if recipe.routes is not None or recipe.regions or not recipe.lasts:
@@ -173,19 +187,22 @@ def program_of(reading: Reading, order: Iterable[str]) -> Program | None:
     if not recipe.plan.uses:
         return None
     first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
-    key = "norms", first.device, first.dtype
+    dtypes = tuple(p.dtype for name, p in parameters.items() if name in makes)
+    key = "norms", first.device, first.dtype, makes, dtypes
     if key not in recipe.programs:
-        recipe.programs[key] = _make(reading, order)
+        recipe.programs[key] = _make(reading, parameters, makes)
     return recipe.programs[key]
 
 
-def _make(reading: Reading, order: Iterable[str]) -> Program | None:
+def _make(
+    reading: Reading, parameters: Mapping[str, Tensor], makes: frozenset[str]
+) -> Program | None:
     host = learned()
     if host is None:
         return None
     recipe, tape = reading.recipe, reading.tape
     reached = recipe.plan.sources
-    rows = {name: i for i, name in enumerate(n for n in order if n in reached)}
+    rows = {name: i for i, name in enumerate(n for n in parameters if n in reached)}
     dtype = _dtype_of(tape, recipe.plan.uses)
     suffix = SUFFIX[torch.float32 if dtype is None else dtype]
     steps = host.Program(suffix, _native.best_isa)
@@ -193,17 +210,18 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
     makings = [
         Making(
             *(steps, tape, use, recipe.layouts[use.node][0], rows, dtype, calls),
-            launched,
+            *(launched, makes, parameters),
         )
         for use in uses
     ]
+    observed = [making for making in makings if not making.is_fused]
     halves = tied_halves(makings)
     by_rule = set[int]()
     for making in makings:
         pair = halves.get(making.use.node)
         if pair is not None:
             add_tied(making, pair, [uses.index(half.making.use) for half in pair])
-        elif not making.by_kind():
+        elif not (add_fused(making) if making.is_fused else add_step(making)):
             making.by_rule()
             by_rule.add(making.use.node)
     kernels = {use.node for use in uses} - by_rule - calls.keys()
@@ -211,7 +229,7 @@ def _make(reading: Reading, order: Iterable[str]) -> Program | None:
         *(steps, uses, rows, dtype if kernels else None, calls, launched),
         tape.nodes[uses[0].node]._input_metadata[0].device,
         {half.making.use.node: half.part for pair in halves.values() for half in pair},
-        frozenset(making.use.node for making in makings if making.is_alone),
+        frozenset(making.use.node for making in observed if making.is_alone),
         *(frozenset(kernels), _names_between(tape, uses)),
     )
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from ..graph.passes import owner_of_pass
 from ..options import REDUCTIONS, Request, Target
 from ..reading.known import KnownReading
-from .collector import Collector
+from .collector import Collector, FusedCollector
+from .fused import Fusion, FusionPlan
+from .held import may_be_left_out
 from .parts import Parts
 from .program import Program
 from .states import Outcome, Pass
@@ -36,6 +38,7 @@ class Repeat:
         target: the loss of the last step, and its samples.
         parameters: the tracked parameters by name.
         announce: as for a session.
+        fusion: what the pass left out, if anything.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class Repeat:
         target: Target,
         parameters: Mapping[str, Tensor],
         announce: Announce,
+        fusion: FusionPlan | None,
     ) -> None:
-        self.known, self.program = known, program
+        self.known, self.program, self.fusion = known, program, fusion
+        self.fused = {} if fusion is None else fusion.parameters(parameters)
         self.parameters, self.announce = parameters, announce
         self._samples, self._count = target.samples, target.samples.count
 
@@ -58,6 +63,8 @@ class Repeat:
             names: of the tracked parameters, by id.
         """
         if not (self._is_alike(request) and self.known.is_next(names)):
+            return None
+        if self.fused and not may_be_left_out(list(self.fused.values())):
             return None
         target = Target(request.loss, self._samples, True, request.scale)
         repeated = Repeated(self, target)
@@ -88,18 +95,32 @@ class Repeated(Taking, Pass):
     is_repeated = True
 
     def __init__(self, repeat: Repeat, target: Target) -> None:
+        plan = repeat.fusion
+        fusion = None if plan is None else Fusion(plan, repeat.fused)
         super().__init__(
             *(repeat.parameters, repeat.known.layouts, target.samples.count),
-            Collector(frozenset(["norms"]), {}, keep_grads=False),
+            _collector(fusion),
             Parts(repeat.known.sources, is_own_pass=True),
             repeat.announce,
         )
-        self._target = target
+        self._target, self._fusion = target, fusion
         self._start(repeat.program)
 
     def hook(self, known: KnownReading, root: Any, names: dict[int, str]) -> bool:
         """Hook all uses below a root; returns whether it is the known graph's."""
-        return self._pass.follow(known.wiring, known.conditions, root, names)
+        nodes = self._pass.follow(known.wiring, known.conditions, root, names)
+        if nodes is not None and self._fusion is not None:
+            self._fusion.enter(nodes, is_fresh=True)
+        return nodes is not None
+
+    @property
+    def inputs(self) -> list[Any] | None:
+        return None if self._fusion is None else self._fusion.inputs
+
+    def deliver(self) -> None:
+        if self._fusion is not None:
+            self.complete()
+            self._fusion.deliver()
 
     def read_gradients(self) -> None:
         self._collector.read_gradients(self._parameters)
@@ -113,10 +134,19 @@ class Repeated(Taking, Pass):
 
     def close(self) -> None:
         self._pass.close()
+        if self._fusion is not None:
+            self._fusion.close()
 
     def is_anothers(self) -> bool:
         """Whether a pass that comes by a step is not the one that is observed."""
         return owner_of_pass() is not None
+
+
+def _collector(fusion: Fusion | None) -> Collector:
+    measure = frozenset(["norms"])
+    if fusion is None:
+        return Collector(measure, {}, keep_grads=False)
+    return FusedCollector(measure, {}, fusion, keep_grads=False)
 
 
 def new_repeat(
@@ -125,10 +155,11 @@ def new_repeat(
     target: Target,
     parameters: Mapping[str, Tensor],
     announce: Announce,
+    fusion: FusionPlan | None,
 ) -> Repeat | None:
     """What a step was, if others can repeat it."""
     if known is None or program is None:
         return None
     if target.loss.dim() != 1:
         return None
-    return Repeat(known, program, target, parameters, announce)
+    return Repeat(known, program, target, parameters, announce, fusion)

@@ -8,13 +8,10 @@ class in `csrc/host/steps.cpp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...ops import broadcast, dense, embedding, norm
@@ -27,89 +24,21 @@ from ..graph.nodes import (
     EMBEDDING,
     KEEPING_ORDER,
     PRODUCTS,
-    REARRANGING,
 )
-from ..graph.tape import Tape, signed
-from ..reading.plan import Slot, Use
+from ..graph.tape import signed
 from ..rows.layout import RegularLayout
-from .called import Called, Launched
+from .making import Making
 
-__all__ = ["Making", "products_of"]
+__all__ = ["add_step", "convolution_of", "products_of"]
 
 
-@dataclass(frozen=True)
-class Making:
-    """One use, of which a step may be made."""
-
-    steps: Any
-    tape: Tape
-    use: Use
-    layout: Any
-    rows: Mapping[str, int]
-    dtype: torch.dtype | None
-    calls: dict[int, Called]
-    launched: Launched
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its parameters are used only here, rearranged at most.
-
-        Norms do not change with the order of elements.
-        """
-        return all(_comes_alone(self.tape, slot) for slot in self.use.slots)
-
-    def by_kind(self) -> bool:
-        """Add a step for a use of a known kind; returns whether it is one."""
-        make = (_STEPS if self.is_alone else _STEPS_OF_SHARED).get(self.use.name)
-        layout = self.layout
-        if make is None or not isinstance(layout, RegularLayout):
-            return False
-        return layout.chosen is None and make(self)
-
-    def by_rule(self) -> None:
-        """Add a step that asks the use's rule, whatever it is."""
-        self.steps.add_by_rule(self.use.node)
-
-    @property
-    def is_for_kernels(self) -> bool:
-        """Whether kernels on the host read its tensors."""
-        (output, *_) = self.tape.nodes[self.use.node]._input_metadata
-        return output.device.type == "cpu" and output.dtype == self.dtype
-
-    def call(
-        self,
-        saved: Sequence[str],
-        slots: Sequence[Slot | None],
-        run: Callable[..., Sequence[Tensor | None]],
-        required: Mapping[str, Any] = MappingProxyType({}),
-        *,
-        minds_sign: bool = False,
-    ) -> bool:
-        """Let Python take it: `run(g, *saved)` gives norms for each of the slots.
-
-        `minds_sign`: they are others where a saved tensor has another sign.
-        """
-        names = [None if slot is None else slot.paths[0].parameter for slot in slots]
-        self.calls[self.use.node] = Called(
-            *(run, names, self.rows, self.use.node, self.steps, self.launched)
-        )
-        self.steps.add_called(*(self.use.node, list(saved), minds_sign, dict(required)))
-        return True
-
-    @property
-    def axis(self) -> tuple[int, int, int, int]:
-        """Where the samples are."""
-        layout = self.layout
-        return layout.dim, layout.outer, layout.batch, layout.inner
-
-    def slots(self, *numbers: int | None) -> dict[int, Slot] | None:
-        """The slots by number; None where others take parameters."""
-        slots = {slot.number: slot for slot in self.use.slots}
-        return slots if slots and slots.keys() <= set(numbers) else None
-
-    def row(self, slot: Slot | None) -> int:
-        """Where the norms of the slot's parameter go; -1 where it has none."""
-        return -1 if slot is None else self.rows[slot.paths[0].parameter]
+def add_step(making: Making) -> bool:
+    """Add a step for a use of a known kind; returns whether it is one."""
+    steps = _STEPS if making.is_alone else _STEPS_OF_SHARED
+    make, layout = steps.get(making.use.name), making.layout
+    if make is None or not isinstance(layout, RegularLayout):
+        return False
+    return layout.chosen is None and make(making)
 
 
 def _dense(making: Making) -> bool:
@@ -166,11 +95,26 @@ def _convolution(making: Making) -> bool:
         return False
     if making.layout.dim != 0 or not making.layout.is_one_row:
         return False
+    patches_of, required = convolution_of(making, has_bias=2 in slots)
+
+    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        patches = patches_of(g, x)
+        weight = patches.weight_norms  # first: it leaves those of the bias
+        return weight, patches.bias_norms if 2 in slots else None
+
+    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
+
+
+def convolution_of(
+    making: Making, *, has_bias: bool
+) -> tuple[Callable[[Tensor, Tensor], Patches], dict[str, Any]]:
+    """What a convolution multiplies, of its gradient and input; and what must hold."""
     node = making.tape.nodes[making.use.node]
+    (weight,) = (slot for slot in making.use.slots if slot.number == 1)
     words = ("stride", "padding", "dilation", "output_padding")
     numbers = {word: tuple(getattr(node, f"_saved_{word}")) for word in words}
     geometry = ConvGeometry(
-        kernel_size=tuple(slots[1].shape[2:]),
+        kernel_size=tuple(weight.shape[2:]),
         groups=node._saved_groups,
         transposed=node._saved_transposed,
         **numbers,
@@ -179,14 +123,7 @@ def _convolution(making: Making) -> bool:
         f"_saved_{word}": getattr(node, f"_saved_{word}")
         for word in (*words, "groups", "transposed")
     }
-    has_bias = 2 in slots
-
-    def norms(g: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        patches = Patches(x, g, geometry, with_bias=has_bias)
-        weight = patches.weight_norms  # first: it leaves those of the bias
-        return weight, patches.bias_norms if has_bias else None
-
-    return making.call(["_saved_input"], (slots[1], slots.get(2)), norms, required)
+    return lambda g, x: Patches(x, g, geometry, with_bias=has_bias), required
 
 
 def _layer_norm(making: Making) -> bool:
@@ -349,13 +286,6 @@ def _shared_table(making: Making) -> bool:
         of_source,
     )
     return True
-
-
-def _comes_alone(tape: Tape, slot: Slot) -> bool:
-    """Whether a slot takes one parameter, rearranged at most, used only here."""
-    if not slot.is_alone or len(slot.paths) != 1 or slot.paths[0].steps is None:
-        return False
-    return all(tape.names[node] in REARRANGING for node, _, _ in slot.paths[0].steps)
 
 
 # What makes the step of a use, by the name of its node; returns whether there is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,7 @@ class Taking:
         self._program = program
         self._pass, table = program.start(self, self._batch, of_pass)
         self._collector.collected.sq_norms.table = table
+        self._collector.expect(partial(program.gradients, self._pass))
 
     def complete(self) -> None:
         """Take the parameters some of whose uses got no gradient."""
@@ -87,8 +89,10 @@ class Taking:
         """Take a step of Python's, with the tensors that it reads."""
         assert self._program is not None
         with undisturbed():
-            found = self._program.calls[node].norms(g, *saved)
-        self._collector.collected.sq_norms.update(found)
+            norms, gradients = self._program.calls[node].found(g, *saved)
+            for name, gradient in gradients.items():
+                self._collector.add(name, gradient)
+        self._collector.collected.sq_norms.update(norms)
 
     def part(self, node: int, g: Tensor, *saved: Tensor) -> None:
         """Take a use that was kept for another, with which it cannot be computed."""

@@ -18,11 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.cost import dense as cost
+from ...ops.native.dense import part_of_rows
 from ..contributions import Contribution, Dense, Embedding, Products
 from ..graph.nodes import ADDMM, EMBEDDING, PRODUCTS
 from ..graph.tape import signed
 from ..rows.layout import RegularLayout
-from .steps import Making
+from .making import Making
 
 __all__ = ["Half", "Part", "add_tied", "tied_halves"]
 
@@ -88,7 +89,17 @@ def add_tied(making: Making, pair: tuple[Half, Half], numbers: Sequence[int]) ->
     steps.add_tied(
         *(*common, making.row(making.use.slots[0]), pair[0].is_head),
         *(head.making.axis, guard, table.making.axis, padding, dict(half.required)),
+        *_gradient(making, d_in, d_out),
     )
+
+
+def _gradient(making: Making, width: int, rows: int) -> tuple[int, list[tuple]]:
+    """How many rows of the table's gradient are made at a time, and where it goes."""
+    if not making.is_fused:
+        return 0, []
+    assert making.dtype is not None
+    part = part_of_rows(rows, width, making.dtype.itemsize)
+    return part, [(making.row(making.use.slots[0]), (rows, width), None, None)]
 
 
 def _sizes(making: Making) -> tuple[RegularLayout, int, int, int]:
@@ -121,7 +132,9 @@ def _head(making: Making) -> Half | None:
     (output,) = making.tape.shapes(making.use.node)
     if layout.dim != 0 or len(output) != 2 or layout.is_one_row:
         return None
-    if cost.is_torch_faster(time, d_in, d_out):
+    if making.is_fused and not cost.is_fused_faster(time, d_in, d_out):
+        return None
+    if not making.is_fused and cost.is_torch_faster(time, d_in, d_out):
         return None
 
     def part(g: Tensor, a: Tensor) -> Contribution:
@@ -143,6 +156,8 @@ def _table(making: Making) -> Half | None:
         return None
     number = node._saved_padding_idx
     required = {"_saved_scale_grad_by_freq": False, "_saved_padding_idx": number}
+    if making.is_fused:  # the pass itself would make another kind of gradient
+        required["_saved_sparse"] = False
 
     def part(g: Tensor, ids: Tensor) -> Contribution:
         rows = layout.rows(ids, 0), layout.rows(g, 1)

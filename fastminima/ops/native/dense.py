@@ -14,6 +14,7 @@ from ..cost.dense import choose, guard
 __all__ = [
     "direct_sq_norms",
     "gram_sq_norms",
+    "part_of_rows",
     "row_sq_norms",
     "row_sums",
     "sequence_fused",
@@ -121,6 +122,12 @@ def _row_sums(kernels: Any, a: Tensor, g: Tensor, grad: int, moment: int) -> Non
     )
 
 
+def part_of_rows(d_out: int, d_in: int, itemsize: int) -> int:
+    """How many rows of a gradient are made at a time; 0 for all of them."""
+    rows = max(_ROWS, _BLOCK // max(1, d_in * itemsize))
+    return 0 if d_out < 2 * rows else rows
+
+
 def sequence_fused(
     kernels: Any, a: Tensor, g: Tensor, with_bias: bool, with_second_moment: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -130,14 +137,14 @@ def sequence_fused(
     the kernel goes over them once for each sample.
     """
     batch, d_out = len(g), g.shape[2]
-    rows = max(_ROWS, _BLOCK // max(1, a.shape[2] * a.itemsize))
-    if d_out < 2 * rows:
+    rows = part_of_rows(d_out, a.shape[2], a.itemsize)
+    if not rows:
         return _fused(kernels, a, g, with_bias, with_second_moment)
     a, g = accumulated_rows(a, g)
     grad = g.new_empty(d_out, a.shape[2])
     bias = g.new_empty(batch, d_out) if with_bias else None
     moment = torch.empty_like(grad) if with_second_moment else None
-    norms = []
+    total = torch.zeros(batch, dtype=torch.float64, device=g.device)
     for lo in range(0, d_out, rows):
         some = slice(lo, lo + rows)
         part = _fused(
@@ -145,11 +152,10 @@ def sequence_fused(
             grad[some],
             None if moment is None else moment[some],
         )
-        norms.append(part[1])
+        total += part[1]
         if bias is not None and part[2] is not None:
             bias[:, some] = part[2]
-    total = torch.stack(norms).sum(0, dtype=torch.float64).to(g.dtype)
-    return grad, total, bias, moment
+    return grad, total.to(g.dtype), bias, moment
 
 
 def _fused(
