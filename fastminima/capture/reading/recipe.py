@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -101,6 +102,12 @@ class Recipe:
     def runs_again(self) -> bool:
         """Whether some region has a graph of its own, in a pass inside the pass."""
         return not all(isinstance(r, Marked | None) for r in self.regions.values())
+
+    @cached_property
+    def inside(self) -> frozenset[str]:
+        """The parameters that are used in regions."""
+        there = (r for r in self.regions.values() if r is not None)
+        return frozenset(name for region in there for name in region.sources)
 
     def followed(self, tape: Tape, samples: Samples) -> Recipe | None:
         """This recipe with layouts of all uses; None where its routes do not agree."""

@@ -177,9 +177,6 @@ def _plan(
     tape, recipe = reading.tape, reading.recipe
     if recipe.runs_again:  # by a backward pass of its own
         return None
-    inside = {
-        name for r in recipe.regions.values() if r is not None for name in r.sources
-    }
     found = {
         use.node: part
         for use in recipe.plan.uses
@@ -195,7 +192,9 @@ def _plan(
         sources = recipe.plan.sources
         names = (name for name, count in found.items() if count == sources[name])
         return {
-            name for name in names if name not in inside and is_plain(parameters[name])
+            name
+            for name in names
+            if name not in recipe.inside and is_plain(parameters[name])
         }
 
     rows = Counter[str]()

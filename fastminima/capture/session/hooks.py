@@ -130,7 +130,7 @@ class Session(Taking):
                     handle = watch(node, self._region_watcher(region), self.owner)
                 self._handles.append(handle)
             if hook_gradients:
-                is_known = not recipe.regions and self._gradients.hook_known(
+                is_known = not recipe.runs_again and self._gradients.hook_known(
                     reading.tape, self._parts
                 )
                 if not is_known:

@@ -173,8 +173,8 @@ def program_of(
 ) -> Program | None:
     """The program of a recipe, made when it is first asked for.
 
-    None without the extension, where rows are routed anew in each step, and where
-    regions run.
+    None without the extension, where rows are routed anew in each step, where regions
+    run again, and where compiled ones use the same parameters.
 
     Args:
         reading: the graph, as it is read.
@@ -182,9 +182,9 @@ def program_of(
         makes: parameters whose gradients the program makes, beside their norms.
     """
     recipe = reading.recipe
-    if recipe.routes is not None or recipe.regions or not recipe.lasts:
+    if recipe.routes is not None or recipe.runs_again or not recipe.lasts:
         return None
-    if not recipe.plan.uses:
+    if not recipe.plan.uses or not recipe.inside.isdisjoint(recipe.plan.sources):
         return None
     first = reading.tape.nodes[recipe.plan.uses[0].node]._input_metadata[0]
     dtypes = tuple(p.dtype for name, p in parameters.items() if name in makes)
