@@ -195,3 +195,32 @@ def test_a_batch_of_one_sample(device):
                 torch.manual_seed(seed)
                 found.append(read(fast(x[:1]).sin().flatten(1).sum(1), model))
             torch.testing.assert_close(*found)
+
+
+class Distances(nn.Module):
+    """A table of distances, looked up once for all samples and added in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 2)
+
+    def forward(self, x):
+        place = torch.arange(x.shape[1], device=x.device)
+        bias = self.table(place[:, None] - place + 4).permute(2, 0, 1)[None]
+        for _ in range(2):
+            heads = x.unflatten(2, (2, 3)).transpose(1, 2)
+            weights = F.dropout((heads @ heads.mT + bias).softmax(-1), 0.3)
+            x = x + (weights @ heads).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_positions_that_several_layers_share(device):
+    model, x = Distances().to(device), torch.randn(4, 5, 6).to(device)
+    fast = fm.compile(model, backend="aot_eager", fullgraph=True)
+    probe = fm.GradientProbe(model)
+    for seed in (0, 1):
+        found = []
+        for read in (sq_norms_of, lambda losses, _: probe.backward(losses).sq_norms):
+            torch.manual_seed(seed)
+            found.append(read(fast(x).sin().flatten(1).sum(1), model))
+        torch.testing.assert_close(*found)

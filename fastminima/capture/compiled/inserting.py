@@ -228,33 +228,37 @@ _TABLES = ("EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
 def _look_behind(
     uses: dict[fx.Node, Candidate], table: Candidate, above: set[fx.Node]
 ) -> None:
-    """Add the sum that a look-up's gradient comes from, if it is one.
+    """Add the sums that a look-up's gradient comes from, if it comes from such.
 
-    Positions are looked up once for all samples: what comes there is summed over them.
+    Positions are looked up once for all samples: what comes there is summed over them,
+    in each layer that uses them.
     """
     if table.name not in _TABLES or len(table.into) != 1 or len(table.saved) > 2:
         return
     (into,) = table.into
+    if into.moves or len(into.shape) != 2:
+        return
+    found: dict[fx.Node, Candidate] = {}
     try:
-        found = found_in(table.g, above)
-        (behind,) = found
-        use = candidate_of(behind.node, above)
-        shape, own = entering(use, behind.node, None)
-    except (NotTraced, ValueError):
-        return
-    moves = (*own, *behind.moves)
-    is_plain = all(move[0] in ("permute", "reshape") for move in moves)
-    if use.node.target not in SUMS or use.node in uses or into.moves or not is_plain:
-        return
-    if len(into.shape) != 2:
+        for behind in found_in(table.g, above):
+            use = candidate_of(behind.node, above)
+            shape, own = entering(use, behind.node, None)
+            moves = (*own, *behind.moves)
+            is_plain = all(move[0] in ("permute", "reshape") for move in moves)
+            is_known = use.node in uses or use.node in found
+            if use.node.target not in SUMS or is_known or not is_plain:
+                return
+            use.into.append(Into(0, into.edge, shape, moves, into.shape[0]))
+            found[use.node] = use
+    except NotTraced:
         return
     saved = [
         ("lookup" if name.startswith("ind") else name, t) for name, t in table.saved
     ]
-    use.saved, use.behind = saved, table.node
-    use.constants |= table.constants
-    use.into.append(Into(0, into.edge, shape, moves, into.shape[0]))
-    uses[use.node] = use
+    for use in found.values():
+        use.saved, use.behind = saved, table.node
+        use.constants |= table.constants
+    uses |= found
 
 
 def _join_biases(uses: dict[fx.Node, Candidate]) -> None:

@@ -173,26 +173,31 @@ def marked_region(
     uses: dict[int, Use] = {}
     layouts: Layouts = {}
     is_settled = True
-    instead = {m.behind: place for place, m in sight.marks.items()}
+    instead: dict[int | None, list[int]] = {}
+    for place, mark in sorted(sight.marks.items()):
+        instead.setdefault(mark.behind, []).append(place)
     for place, mark in sorted(sight.marks.items()):
         use = _use_of(mark, sight.shapes[place], parameters)
         if use is None or mark.behind is not None:
             continue
         try:
             if eager is None:
-                layout, holds = _layout_of(place, sight, measured, samples)
+                found = {place: _layout_of(place, sight, measured, samples)}
             else:
-                layout, holds = _eager_layout(use, sight.shapes[place], eager), True
+                found = {place: (_eager_layout(use, sight.shapes[place], eager), True)}
         except Unmarked:
             if place not in instead:
                 raise
-            place = instead[place]
-            use = _use_of(sight.marks[place], sight.shapes[place], parameters)
+            found = {
+                behind: _layout_of(behind, sight, measured, samples)
+                for behind in instead[place]
+            }
+        for chosen, (layout, holds) in found.items():
+            use = _use_of(sight.marks[chosen], sight.shapes[chosen], parameters)
             assert use is not None
-            layout, holds = _layout_of(place, sight, measured, samples)
-        uses[place] = use
-        layouts[place] = (layout,)
-        is_settled &= holds
+            uses[chosen] = use
+            layouts[chosen] = (layout,)
+            is_settled &= holds
     sources: dict[str, int] = {}
     for name in (name for use in uses.values() for name in use.parameters):
         sources[name] = sources.get(name, 0) + 1
