@@ -4,8 +4,11 @@ import copy
 import os
 import subprocess
 import sys
+import tomllib
 import warnings
 from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +19,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import fastminima as fm
 from fastminima.capture.compiled import operators
-from fastminima.capture.compiled.marks import Into, Mark, mark_of
+from fastminima.capture.compiled.marks import Into, Mark, joined_moves, mark_of
 from fastminima.capture.graph import replay
 from fastminima.capture.reading.reader import Reader
+from fastminima.capture.session.collector import Collector
 
+ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
 # Where a gradient is computed by what no mark knows; the reasons are in
@@ -214,7 +219,7 @@ def test_a_probed_step_is_the_step_itself(dropping, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fused(dropping, backend):
+def test_fused(dropping, backend, monkeypatch):
     """Gradients with their statistics, and the product itself when nobody asks."""
     model, losses_of = dropping
     model.eval()
@@ -227,8 +232,15 @@ def test_fused(dropping, backend):
     moments = fm.GradientProbe(model, measure="second_moments")
     expected = moments.backward(losses_of(model)).second_moments
     take_grads(model)
+    made = []
+    make = Collector.make
+    monkeypatch.setattr(
+        Collector, "make", lambda self, p, whole: made.append(p) or make(self, p, whole)
+    )
     for _ in range(3):
+        made.clear()
         got = probe.backward(losses_of(fast))
+        assert made == ["head.weight", "layers.0.weight"]
         torch.testing.assert_close(got.sq_norms, want)
         for name, moment in expected.items():
             torch.testing.assert_close(got.second_moments[name], moment)
@@ -237,6 +249,26 @@ def test_fused(dropping, backend):
         losses_of(fast).mean().backward()
         for g, h in zip(take_grads(model), plain, strict=True):
             assert torch.equal(g, h)
+
+
+def test_fused_and_used_elsewhere(device):
+    """A weight of a region that is used outside too gets both its gradients."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 6).to(device), torch.randn(5, 4, 6).to(device)
+    fast = fm.compile(model, backend="aot_eager")
+
+    def losses(run):
+        return (run(x) + model(x.flip(1)).tanh()).square().sum((1, 2))
+
+    want = fm.GradientProbe(model).backward(losses(model))
+    grads = take_grads(model)
+    probe = fm.GradientProbe(model, mode="fused")
+    for _ in range(3):
+        got = probe.backward(losses(fast))
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+        torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
+        for g, h in zip(take_grads(model), grads, strict=True):
+            torch.testing.assert_close(g, h)
 
 
 def test_an_error_in_the_pass_leaves_nothing(dropping):
@@ -260,6 +292,20 @@ def test_an_error_in_the_pass_leaves_nothing(dropping):
         node = next(n for n, _ in node.next_functions if n is not None)
     torch.testing.assert_close(probe.backward(losses_of(fast)).sq_norms, want)
     assert "fastminima.receiver" not in node.metadata
+
+
+def test_moves_that_undo_each_other():
+    turn, back = ("permute", (1, 2, 0)), ("permute", (2, 0, 1))
+    assert joined_moves([turn, back]) == ()
+    assert joined_moves([turn, turn]) == (back,)
+    assert joined_moves([("reshape", (4, 6)), ("reshape", (24,))]) == (
+        ("reshape", (24,)),
+    )
+    t = torch.randn(2, 3, 4)
+    moves = [turn, ("reshape", (3, 8)), ("permute", (1, 0)), ("permute", (1, 0)), turn]
+    assert joined_moves(moves[:4]) == (turn, ("reshape", (3, 8)))
+    (both,) = joined_moves([turn, ("permute", (0, 2, 1))])
+    assert torch.equal(t.permute(1, 2, 0).permute(0, 2, 1), t.permute(both[1]))
 
 
 def test_a_mark_means_the_same_in_another_process():
@@ -542,6 +588,19 @@ def test_as_a_decorator(device):
     torch.testing.assert_close(got, want)
     same = fm.compile(model, disable=True)
     assert same(x).grad_fn.name() == "AddmmBackward0"
+
+
+@pytest.mark.slow
+def test_by_the_name_of_a_backend(device):
+    """As the package's metadata tell torch.compile where it is installed."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    points = metadata["project"]["entry-points"]["torch_dynamo_backends"]
+    (entry,) = (EntryPoint(name, where, "") for name, where in points.items())
+    model, x = nn.Linear(3, 2).to(device), torch.randn(4, 3).to(device)
+    want = fm.GradientProbe(model).backward(model(x).square().sum(1)).sq_norms
+    model.compile(backend=entry.load())
+    losses = model(x).square().sum(1)
+    torch.testing.assert_close(fm.GradientProbe(model).backward(losses).sq_norms, want)
 
 
 def test_a_mode_is_for_inductor():

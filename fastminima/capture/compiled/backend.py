@@ -13,7 +13,7 @@ from torch import nn
 from ..graph.replay import keeping_graphs, note, runnable, versions_of
 from . import operators as operators  # compiled code calls them
 
-__all__ = ["compile"]
+__all__ = ["compile", "inductor"]
 
 _numbers = itertools.count(1)
 
@@ -69,6 +69,27 @@ def compile(
     )
 
 
+def inductor(
+    graph: Any,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What `compile` compiles with, as a backend of `torch.compile`.
+
+    Where the package is installed, `torch.compile(model, backend="fastminima")` and
+    `module.compile(backend="fastminima")` find it by its name.
+
+    Args:
+        graph: of a region.
+        example_inputs: what it may be given.
+        mode: as for `compile`.
+        options: as for `compile`.
+    """
+    return _Backend("inductor", mode, options)(graph, example_inputs)
+
+
 class _Backend:
     """Compiles with another backend and notes each call on the node it leaves."""
 
@@ -107,7 +128,7 @@ def _compiler(
 ) -> _Compiler:
     """What compiles a graph for example inputs."""
     if backend == "inductor":
-        return _inductor(mode, options)
+        return _with_inductor(mode, options)
     if backend in ("aot_eager", "aot_eager_decomp_partition"):
         return _aot(decomposed=backend != "aot_eager")
     from torch._dynamo.backends.registry import lookup_backend
@@ -117,7 +138,7 @@ def _compiler(
     return lambda graph, inputs: compiler(graph, inputs, **given)
 
 
-def _inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
+def _with_inductor(mode: str | None, options: dict[str, Any] | None) -> _Compiler:
     # As torch.compile itself does it, with its messages for options that are not.
     own = torch._TorchCompileInductorWrapper(mode, options, None)
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from .marks import REFUSED, Into, Mark
+from .marks import REFUSED, Into, Mark, joined_moves
 from .nodes import NotTraced, any_sizes_of, shape_of, stripped
 from .operations import SUMS, Candidate, candidate_of, entering, result_of, summed_dims
 from .operators import LOOK, PRODUCT
@@ -216,7 +216,7 @@ def _add(
         known = sum(name == _FACTOR for name, _ in use.saved)
         moves = tuple(("times", m[1] + known) if m[0] == "times" else m for m in moves)
         use.saved = [*use.saved, *((_FACTOR, factor) for factor in found.factors)]
-    use.into.append(Into(first, edge, shape, (*own, *moves)))
+    use.into.append(Into(first, edge, shape, joined_moves([*own, *moves])))
 
 
 _FACTOR = "factor[]"

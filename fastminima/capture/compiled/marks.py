@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["REFUSED", "Into", "Mark", "Move", "mark_of", "refusal"]
+__all__ = ["REFUSED", "Into", "Mark", "Move", "joined_moves", "mark_of", "refusal"]
 
 # In place of a mark, before the reason why a region has none.
 REFUSED = "not marked: "
@@ -119,6 +119,23 @@ def mark_of(text: str) -> Mark:
         said["edges"],
         said["behind"],
     )
+
+
+def joined_moves(moves: Sequence[Move]) -> tuple[Move, ...]:
+    """The moves without those that undo each other, or do nothing."""
+    joined: list[Move] = []
+    for move in moves:
+        before = joined[-1] if joined else ("", ())
+        if move[0] == before[0] == "permute":
+            joined[-1] = ("permute", tuple(before[1][dim] for dim in move[1]))
+        elif move[0] == before[0] == "reshape":
+            joined[-1] = move
+        else:
+            joined.append(move)
+        kind, *numbers = joined[-1]
+        if kind == "permute" and list(numbers[0]) == sorted(numbers[0]):
+            joined.pop()
+    return tuple(joined)
 
 
 def refusal(text: str) -> str | None:

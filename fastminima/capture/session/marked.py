@@ -170,7 +170,8 @@ class MarkedUses:
             return None
         ((into, path),) = ways
         is_turned = mark.constants["is_left"]
-        if len(into.moves) != is_turned or self._region.sources[path.parameter] > 1:
+        is_one = self._parts.has_one_use(path.parameter)
+        if len(into.moves) != is_turned or not is_one:
             return None
         part = found[number]
         if isinstance(part, Dense) and part.products.has_one_row:

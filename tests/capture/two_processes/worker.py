@@ -20,6 +20,7 @@ from setting import CHECKS
 
 for module in (
     *("replicated", "replicated_faults", "sharded", "sharded_faults", "fused_mode"),
+    "compiled",
 ):
     importlib.import_module(module)  # which adds to CHECKS
 
