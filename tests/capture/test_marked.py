@@ -554,6 +554,38 @@ def test_a_mean_outside_the_region(device):
     torch.testing.assert_close(got, alone)
 
 
+OUTPUTS = {
+    "transposed": lambda y, x: (y.t(),),
+    "with its transpose": lambda y, x: (y, y.t()),
+    "parts": lambda y, x: (y[:, :2], y[:, 2:]),
+    "chunks": lambda y, x: y.chunk(2, 1),
+    "viewed": lambda y, x: (y.view(5, 2, 2),),
+    "beside an input": lambda y, x: (x, y, x.t()),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_a_region_gives(name, device):
+    """Views, which are made outside of what the region's node gives; its inputs."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4).to(device), torch.randn(5, 6).to(device)
+
+    def losses(run):
+        rows = (t if len(t) == 5 else t.t() for t in run(x))
+        return sum(t.reshape(5, -1).sin().sum(1) for t in rows)
+
+    def run(x):
+        return OUTPUTS[name](model(x), x)
+
+    fast = fm.compile(run, backend="aot_eager", fullgraph=True)
+    want = fm.GradientProbe(model).backward(losses(run)).sq_norms
+    probe = fm.GradientProbe(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*once more")
+        for _ in range(2):
+            torch.testing.assert_close(probe.backward(losses(fast)).sq_norms, want)
+
+
 def test_operators_keep_out_of_cuda_graphs():
     """A replay calls no Python, so the compiler runs them between its graphs."""
     for operator in (operators.LOOK, operators.PRODUCT):

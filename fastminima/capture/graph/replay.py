@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +36,25 @@ NODE = "CompiledFunction"
 _KEY = "fastminima"
 
 
+class Place(NamedTuple):
+    """Where an output of a region's node is among those of its graph.
+
+    Attributes:
+        number: of the graph's output.
+        output: of the node's.
+        is_base: whether the graph's is a view of the node's.
+    """
+
+    number: int
+    output: int
+    is_base: bool
+
+    def of(self, outputs: Sequence[Any]) -> Any:
+        """The tensor, among what the graph has computed."""
+        found = outputs[self.number]
+        return found._base if self.is_base else found
+
+
 class Replay:
     """One call of a compiled region: its graph and the tensors it was given."""
 
@@ -45,13 +64,13 @@ class Replay:
         number: int,
         inputs: Sequence[Any],
         versions: list[int],
-        outputs: dict[int, int],
+        outputs: dict[int, Place],
     ) -> None:
         self.number = number
         self.difference: str | None = None  # why it may not be what it was
         self._graph = graph
         self.inputs = tuple(inputs)
-        self._outputs = outputs  # output of the node -> output of the graph
+        self._outputs = outputs  # by output of the node
         self._versions = versions  # before the call, which may write into a buffer
         self._autocast = [
             (device, torch.get_autocast_dtype(device))
@@ -117,8 +136,9 @@ class Replay:
         for number, grad in enumerate(grads):
             if grad is None:
                 continue
-            output = outputs[self._outputs[number]] if number in self._outputs else None
-            if output is None:
+            place = self._outputs.get(number)
+            output = None if place is None else place.of(outputs)
+            if output is None or output.shape != grad.shape:
                 raise CaptureError(
                     "A gradient came to a compiled region by a way that is not one of "
                     "its outputs. Run the uncompiled module on the steps you probe."
@@ -188,18 +208,25 @@ def note(
 ) -> None:
     """Keep a call of a region on the node that it left in the graph."""
     found = outputs if isinstance(outputs, list | tuple) else [outputs]
-    places: dict[int, int] = {}
-    node = None
-    for place, t in enumerate(found):
+    before = {t.grad_fn for t in inputs if isinstance(t, Tensor)}
+    places: dict[Any, dict[int, Place]] = {}
+    for i, t in enumerate(found):
         if not isinstance(t, Tensor) or t.grad_fn is None:
             continue
-        if not t.grad_fn.name().startswith(NODE) or node not in (None, t.grad_fn):
-            return  # a view made afterwards, say: which output it is of is not known
-        node = t.grad_fn
-        places[t.output_nr] = place
-    if node is not None:
+        node, place = t.grad_fn, Place(i, t.output_nr, is_base=False)
+        if t._is_view() and not node.name().startswith(NODE):
+            # Made outside, of what the region's node has given.
+            node, output = node.next_functions[0]
+            place = Place(i, output, is_base=True)
+        if node is None or node in before or not node.name().startswith(NODE):
+            continue  # an input that is passed on
+        of_node = places.setdefault(node, {})
+        if place.output not in of_node or not place.is_base:
+            of_node[place.output] = place
+    if len(places) == 1:
+        ((node, of_node),) = places.items()
         metadata: Any = node.metadata
-        metadata[_KEY] = Replay(graph, number, inputs, versions, places)
+        metadata[_KEY] = Replay(graph, number, inputs, versions, of_node)
 
 
 def _separate(t: Any) -> Any:
