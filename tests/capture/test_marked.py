@@ -554,6 +554,35 @@ def test_a_mean_outside_the_region(device):
     torch.testing.assert_close(got, alone)
 
 
+class Joined(nn.Module):
+    """Parameters that are joined before they are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(4, 6)) for _ in range(2))
+        self.a, self.b = (nn.Parameter(torch.randn(4)) for _ in range(2))
+
+    def forward(self, x):
+        bias = torch.stack([self.a, self.b]).flatten()
+        return F.linear(x, torch.cat([self.q, self.k]), bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_are_joined(device, backend):
+    torch.manual_seed(0)
+    model, x = Joined().to(device), torch.randn(5, 3, 6).to(device)
+    options = {"per_parameter": True, "measure": ("norms", "second_moments")}
+    count = sum(p.numel() for p in model.parameters())
+    options["directions"] = {"v": torch.linspace(-1, 1, count).to(device)}
+    want = fm.GradientProbe(model, **options).backward(model(x).sin().sum((1, 2)))
+    probe = fm.GradientProbe(model, **options)
+    fast = fm.compile(model, backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*once more")
+        for _ in range(2):
+            assert_alike(probe.backward(fast(x).sin().sum((1, 2))), want)
+
+
 OUTPUTS = {
     "transposed": lambda y, x: (y.t(),),
     "with its transpose": lambda y, x: (y, y.t()),

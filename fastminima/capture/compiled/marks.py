@@ -20,8 +20,8 @@ __all__ = ["REFUSED", "Into", "Mark", "Move", "joined_moves", "mark_of", "refusa
 # In place of a mark, before the reason why a region has none.
 REFUSED = "not marked: "
 # ("reshape", shape), ("permute", dims), ("scale", factor), ("times", n): by the n-th of
-# the tensors saved as `factor`, or ("put", dim, start, end, step, size): into zeros of
-# that size along a dim.
+# the tensors saved as `factor`, ("take", dim, start, end, step), or
+# ("put", dim, start, end, step, size): into zeros of that size along a dim.
 Move = tuple[Any, ...]
 
 

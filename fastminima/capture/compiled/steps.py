@@ -94,6 +94,19 @@ def _put_back(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
     return [(node_of(piece), moves)]
 
 
+def _taken(node: fx.Node) -> Sequence[tuple[fx.Node, tuple[Move, ...]]]:
+    """`slice` and `select` of the gradient of parameters that were joined."""
+    dim, *rest = args_of(node)[1:] or (0,)
+    sizes = shape_of(first(node))
+    dim = range(len(sizes))[dim]
+    if node.target is _aten.select.int:
+        index = range(sizes[dim])[rest[0]]
+        moves = ("take", dim, index, index + 1, 1), ("reshape", shape_of(node))
+        return [(first(node), moves)]
+    bounds = slice(*(*rest, None, None, None)[:3]).indices(sizes[dim])
+    return [(first(node), (("take", dim, *bounds),))]
+
+
 def _put(
     is_one: bool, dim: int, sizes: Sequence[int], rest: Sequence[Any]
 ) -> tuple[Move, ...]:
@@ -102,8 +115,7 @@ def _put(
         index = range(size)[rest[0]]
         kept = (*sizes[:dim], 1, *sizes[dim + 1 :])
         return ("reshape", kept), ("put", dim, index, index + 1, 1, size)
-    start, end, step = (*rest, *(None, None, None)[len(rest) :])
-    bounds = slice(start, end, step).indices(size)
+    bounds = slice(*(*rest, None, None, None)[:3]).indices(size)
     return (("put", dim, *bounds, size),)
 
 
@@ -184,6 +196,8 @@ STEPS: dict[Any, _Step] = {
     _aten.slice_backward.default: _put_back,
     _aten.select_backward.default: _put_back,
     _aten.cat.default: _joined,
+    _aten.select.int: _taken,
+    _aten.slice.Tensor: _taken,
     _aten.constant_pad_nd.default: _padded,
     _aten.stack.default: _stacked,
 }

@@ -235,7 +235,7 @@ def delivery_by(moves: tuple[Move, ...], entered: tuple[int, ...]) -> Delivery |
     shape = tuple(moved.shape)
     factor = math.prod(move[1] for move in moves if move[0] == "scale")
     rest = tuple(move for move in moves if move[0] != "scale")
-    if factor != 1:
+    if factor != 1 or any(move[0] == "take" for move in rest):
         return lambda inner: Pushed(inner, shape, lambda t: factor * _by(rest, t))
     if not rest or (shape == entered and all(move[0] == "reshape" for move in rest)):
         return None
@@ -268,6 +268,9 @@ def _moved(t: Tensor, move: Move) -> Tensor:
         return t.permute(arguments[0])
     if kind == "scale":
         return t * arguments[0]
+    if kind == "take":
+        dim, start, end, step = arguments
+        return t[(slice(None),) * dim + (slice(start, end, step),)]
     dim, start, end, step, size = arguments
     whole = t.new_zeros(*t.shape[:dim], size, *t.shape[dim + 1 :])
     whole[(slice(None),) * dim + (slice(start, end, step),)] = t

@@ -41,7 +41,7 @@ def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
     """
     moves = {move[0] for into in mark.into for move in into.moves}
     is_looked_up = any(into.looked_up is not None for into in mark.into)
-    if moves & {"scale", "times"} or is_looked_up:
+    if moves & {"scale", "take", "times"} or is_looked_up:
         return None
     if not isinstance(layout, RegularLayout) or layout.chosen is not None:
         return None
