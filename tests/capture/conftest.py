@@ -1,6 +1,7 @@
 """Every test makes its models and batches on the device of `--device`."""
 
 import pytest
+import torch
 
 from fastminima.capture.session import fused, hooks, repeat, taking
 
@@ -8,6 +9,17 @@ from fastminima.capture.session import fused, hooks, repeat, taking
 @pytest.fixture(autouse=True)
 def _placed(placed):
     """See `placed`."""
+
+
+@pytest.fixture
+def compiling(device):
+    """Fresh compilers, in place of `placed`: they would trace what places tensors."""
+    if device.type == "apart":
+        pytest.skip("compilers do not know the device `apart`")
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)  # they compile something else then
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

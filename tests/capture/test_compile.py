@@ -29,18 +29,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _placed(device):
-    """Moved one by one instead: a compiler would trace what places tensors."""
-    if device.type == "apart":
-        pytest.skip("compilers do not know the device `apart`")
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.use_deterministic_algorithms(False)  # it compiles something else then
-    yield
-    torch._dynamo.reset()
+def _placed(compiling):
+    """Models and batches are moved one by one."""
 
 
 class Blocks(nn.Module):

@@ -49,17 +49,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _placed(device):
-    if device.type == "apart":
-        pytest.skip("compilers do not know the device `apart`")
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.use_deterministic_algorithms(False)  # it compiles something else then
-    yield
-    torch._dynamo.reset()
+def _placed(compiling):
+    """Models and batches are moved one by one."""
 
 
 def take_grads(model):
