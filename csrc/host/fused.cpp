@@ -15,7 +15,6 @@ class FusedSequences : public OverTime<scalar_t> {
                  const FusedDense& known, const std::string& isa)
       : OverTime<scalar_t>(node, {saved}, places, layout, isa), known_(known) {}
 
- public:
   bool minds_sign() const override { return true; }
   bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
     const dlpack::Tensor &g = x[0], &a = x[1];
