@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from cases import CASES
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers_models import LISTED, MORE
 
 import fastminima as fm
 from fastminima.capture.compiled import operators
@@ -25,6 +27,7 @@ from fastminima.capture.reading.reader import Reader
 from fastminima.capture.session.collector import Collector
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compiled.md"
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
 # Where a gradient is computed by what no mark knows; the reasons are in
@@ -146,6 +149,38 @@ def test_the_real_compiler(name, device):
                 )
             for g, h in zip(take_grads(model), grads, strict=True):
                 assert torch.equal(g, h)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "ViT", "Qwen3", "Mamba", "Swin v2"])
+def test_models_of_transformers(name, device):
+    """Only the last, whose positions pass a mask, has to run again."""
+    zoo = next(model for model in LISTED + MORE if model.name == name)
+    model, batch = zoo.make()
+    model, batch = model.to(device), tuple(t.to(device) for t in batch)
+    options = {"per_parameter": True}
+    want = fm.GradientProbe(model, **options).backward(zoo.losses(model, batch))
+    take_grads(model)
+    model.forward = fm.compile(model.forward, backend="aot_eager")
+    probe = fm.GradientProbe(model, **options)
+    with warnings.catch_warnings():
+        if name != "Swin v2":
+            warnings.filterwarnings("error", message=".*once more")
+        for _ in range(2):
+            got = probe.backward(zoo.losses(model, batch))
+            close = {"rtol": 1e-4, "atol": 1e-6 * float(want.sq_norms.max())}
+            for parameter, norms in want.sq_norms_by_parameter.items():
+                found = got.sq_norms_by_parameter[parameter]
+                torch.testing.assert_close(found, norms, **close)
+
+
+def test_the_page_names_tests_that_are_there():
+    """docs/compiled.md says of each line which test shows it."""
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", PAGE.read_text()))
+    files = (path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    there = set(re.findall(r"^def (test_\w+)", "\n".join(files), re.MULTILINE))
+    assert named
+    assert named <= there
 
 
 class Dropping(nn.Module):

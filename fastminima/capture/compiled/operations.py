@@ -218,7 +218,8 @@ def _table_of(node: fx.Node, args: Sequence[Any]) -> Candidate:
             raise NotTraced("a table is looked up along another dim than the first")
         return Candidate(node, "IndexSelectBackward0", g, [("index", ids)], {"dim": 0})
     _, indices, g, *rest = args
-    if not (rest and rest[0]) or any(index is None for index in indices):
+    adds_up = rest[0] if rest else node.kwargs.get("accumulate", False)
+    if not adds_up or any(index is None for index in indices):
         raise NotTraced(f"{node.target} does not add up all rows of a table")
     return Candidate(node, "IndexBackward0", g, [("indices[]", i) for i in indices])
 

@@ -100,6 +100,12 @@ class Survey:
             self._detached = list(inputs)
         return leaves_below(tape, watched)
 
+    def note_copies(self, given: Sequence[Tensor], used: Sequence[Tensor]) -> None:
+        """Take copies of the model's own tensors for its own too."""
+        for t, copy in zip(given, used, strict=True):
+            if t.untyped_storage()._cdata in self._own:
+                self._own.add(copy.untyped_storage()._cdata)
+
     def look_inside(self, node: Node, owner: object) -> list[Any]:
         """Watch the uses that a compiled region shows of itself; returns handles."""
         if is_reentrant(node):
@@ -209,6 +215,8 @@ def watch(
         def before(grads: tuple[Tensor | None, ...]) -> None:
             if not belongs_to_another(owner):
                 inputs, outputs = replay.run(may_differ=may_differ)
+                if isinstance(watcher, Survey):
+                    watcher.note_copies(replay.tensors, inputs)
                 replay.backward(outputs, grads, watcher(inputs, outputs))
 
         return node.register_prehook(before)
