@@ -12,6 +12,8 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
+from fastminima.capture.reading.plan import Plan, Use
+from fastminima.capture.reading.recipe import Recipe
 from fastminima.capture.session import called, program
 
 if importlib.util.find_spec("triton") is None:
@@ -194,10 +196,7 @@ def test_memory_is_aligned_as_kernels_were_compiled_for(of_output, of_scratch, d
 def test_each_device_has_a_program_and_memory_of_its_own(monkeypatch):
     """A model that moves to another one is launched there too."""
     monkeypatch.setattr(program, "_make", lambda *_: object())
-    plan = SimpleNamespace(uses=(SimpleNamespace(node=0),))
-    recipe = SimpleNamespace(
-        routes=None, regions={}, lasts=True, plan=plan, programs={}
-    )
+    recipe = Recipe(Plan((Use(0, "AddmmBackward0", ()),), frozenset()), {})
 
     def program_on(index):
         output = SimpleNamespace(

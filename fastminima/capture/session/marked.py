@@ -229,7 +229,7 @@ def delivery_by(moves: tuple[Move, ...], entered: tuple[int, ...]) -> Delivery |
         moves: from the use's gradient to that of the parameter.
         entered: the shape of the use's gradient.
     """
-    moved = torch.empty(entered, device="meta")
+    moved = torch.empty(entered, dtype=torch.float32, device="meta")
     for move in moves:
         moved = _moved(moved, move)
     shape = tuple(moved.shape)
