@@ -76,6 +76,16 @@ def singles(losses, model):
     return torch.stack(found).to(losses.dtype)
 
 
+def assert_trains_alike(probe, model, losses, want, grads):
+    """Some steps: norms of samples and of the mean, and the gradients, to rounding."""
+    for _ in range(3):
+        got = probe.backward(losses())
+        torch.testing.assert_close(got.sq_norms, want.sq_norms)
+        torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
+        for g, h in zip(take_grads(model), grads, strict=True):
+            torch.testing.assert_close(g, h)
+
+
 def assert_alike(got, want):
     """Statistics by parameter, to rounding of the largest."""
     scale = float(want.sq_norms.max())
@@ -289,12 +299,7 @@ def test_fused_and_used_elsewhere(device):
     want = fm.GradientProbe(model).backward(losses(model))
     grads = take_grads(model)
     probe = fm.GradientProbe(model, mode="fused")
-    for _ in range(3):
-        got = probe.backward(losses(fast))
-        torch.testing.assert_close(got.sq_norms, want.sq_norms)
-        torch.testing.assert_close(got.mean_grad_sq_norm, want.mean_grad_sq_norm)
-        for g, h in zip(take_grads(model), grads, strict=True):
-            torch.testing.assert_close(g, h)
+    assert_trains_alike(probe, model, lambda: losses(fast), want, grads)
 
 
 def test_an_error_in_the_pass_leaves_nothing(dropping):
@@ -495,11 +500,9 @@ def test_checkpoints_inside(device, backend, context_fn):
     probe = fm.GradientProbe(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*once more")
-        for _ in range(2):
-            got = probe.backward(fast(x).square().sum((1, 2)))
-            torch.testing.assert_close(got.sq_norms, want.sq_norms)
-            for g, h in zip(take_grads(model), grads, strict=True):
-                torch.testing.assert_close(g, h)
+        assert_trains_alike(
+            probe, model, lambda: fast(x).square().sum((1, 2)), want, grads
+        )
 
 
 def test_accumulation(dropping):
