@@ -30,11 +30,20 @@ def nodes_of(loss):
     return list(seen)
 
 
-def noisy(loss, factor=1.0, names=NAMES, seed=0):
-    """Make the chosen nodes of a graph inexact; returns the handles of the hooks."""
+def noisy(loss, factor=1.0, names=NAMES, seed=0, only=None):
+    """Make the chosen nodes of a graph inexact; returns the handles of the hooks.
+
+    With `only`, a function of a pass's number from 0, in the passes that it picks.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    passes = [-1]
+
+    def count(grads):
+        passes[0] += 1
 
     def blurred(g):
+        if only is not None and not only(passes[0]):
+            return g
         if g is None or not g.is_floating_point() or g.layout != torch.strided:
             return g
         wide = g.float() if g.dtype != torch.float64 else g
@@ -46,4 +55,5 @@ def noisy(loss, factor=1.0, names=NAMES, seed=0):
         return tuple(blurred(g) for g in grad_inputs)
 
     chosen = (n for n in nodes_of(loss) if any(name in n.name() for name in names))
-    return [node.register_hook(hook) for node in chosen]
+    counter = loss.grad_fn.register_prehook(count)
+    return [counter, *(node.register_hook(hook) for node in chosen)]

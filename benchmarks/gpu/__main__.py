@@ -78,6 +78,14 @@ STAGES = (
         is_told=True,
     ),
     Stage(
+        "compiled",
+        150,
+        "compiled.compiled",
+        "GPT-2 and ViT under fm.compile, with CUDA graphs too",
+        is_alone=True,
+        is_told=True,
+    ),
+    Stage(
         "models",
         240,
         "models.models",

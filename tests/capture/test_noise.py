@@ -25,14 +25,14 @@ def in_mode(mode, model, batch):
     ]
 
 
-def reading_of(case, mode, factor, seed):
+def reading_of(case, mode, factor, seed, only=None):
     """Uses, layouts and fallbacks of a case under noise."""
     model, batch = in_mode(mode, *case.make())
     probe = fm.GradientProbe(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         losses = case.losses(model, batch)
     losses = losses.float()
-    noisy(losses, factor, seed=seed)
+    noisy(losses, factor, seed=seed, only=only)
     samples = Request(losses, None, "mean", 1.0).checked(0).samples
     found = probe._reader.read(losses, samples).recipe
     layouts = [
@@ -53,6 +53,26 @@ def test_the_same_layouts_and_rules_as_without_noise(case, mode):
     quiet = reading_of(case, mode, 0.0, 0)
     for factor in (1.0, 4.0):
         assert reading_of(case, mode, factor, seed=int(factor)) == quiet, factor
+
+
+ATTENDING = [c for c in CASES if "attention" in c.name or "mha" in c.name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("odd", [0, 1, 2, 3])
+@pytest.mark.parametrize("case", ATTENDING, ids=lambda case: case.name)
+def test_one_pass_that_differs_from_the_others(case, odd, mode):
+    quiet = reading_of(case, mode, 0.0, 0)
+    assert reading_of(case, mode, 1.0, 5, only=lambda number: number == odd) == quiet
+
+
+def test_rows_that_mix_a_little_where_one_pass_differs():
+    torch.manual_seed(0)
+    model = Convolved("hundredth")
+    losses = model(torch.randn(8, 3, 6, 6)).square().sum(1)
+    noisy(losses, 1.0, only=lambda number: number == 1)
+    with pytest.raises(fm.CaptureError, match="do not each belong"):
+        fm.GradientProbe(model).backward(losses)
 
 
 class Normalised(nn.Module):

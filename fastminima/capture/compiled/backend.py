@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -150,7 +151,9 @@ def _with_inductor(mode: str | None, options: dict[str, Any] | None) -> _Compile
         key = "post_grad_custom_pre_pass"
         before = own.config.get(key, getattr(config, key))
         marking = Marking(Inputs.of(graph, inputs), before)
-        run: Any = own(graph, list(inputs), config_patches={key: marking})
+        mine = copy(own)
+        mine.config = own.config | {key: marking}
+        run: Any = mine(graph, list(inputs))
         return run
 
     return compiled

@@ -85,11 +85,13 @@ class Mark:
                 found.setdefault(f"_saved_{name[:-2]}", []).append(t)
             else:
                 found[f"_saved_{name}"] = t
-        mask = found.pop("_saved_mask", None)
+        hidden = found.pop("_saved_hidden", None)
+        if (mask := found.pop("_saved_mask", None)) is not None:
+            hidden = ~mask
         for name in ("_saved_indices", "_saved_lookup"):
-            if mask is not None and name in found:  # the rest is padding
+            if hidden is not None and name in found:
                 ids = found[name]
-                found[name] = ids.masked_fill(~mask.reshape(ids.shape), -1)
+                found[name] = ids.masked_fill(hidden.reshape(ids.shape), -1)
         return SimpleNamespace(name=lambda: self.name, **found)
 
 

@@ -105,10 +105,15 @@ def is_zero(node: fx.Node) -> bool:
     """Whether a node makes zeros."""
     if node.target in (_aten.zeros.default, _aten.new_zeros.default):
         return True
-    if node.target in (_aten.full.default, _aten.new_full.default):
-        value = args_of(node)[1 if node.target is _aten.full.default else 2]
-        return bool(value == 0)
+    if node.target in _FILLED:
+        return bool(args_of(node)[_FILLED[node.target]] == 0)
     return node.target in COPIES | _SPREADING and is_zero(first(node))
 
 
+# Where the number stands that all elements are.
+_FILLED: dict[Any, int] = {
+    _aten.full.default: 1,
+    _aten.new_full.default: 2,
+    _aten.scalar_tensor.default: 0,
+}
 _SPREADING = frozenset([_aten.expand.default, _aten.reshape.default])

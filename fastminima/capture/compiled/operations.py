@@ -183,7 +183,7 @@ def candidate_of(node: fx.Node, above: set[fx.Node]) -> Candidate:
         g, x, mean, rstd, *_ = args
         saved = [("input", x), ("result1", mean), ("result2", rstd)]
         return Candidate(node, "NativeGroupNormBackward0", g, saved)
-    return _table_of(node, args)
+    return _table_of(node, args, above)
 
 
 _GEOMETRY = (
@@ -192,7 +192,7 @@ _GEOMETRY = (
 )
 
 
-def _table_of(node: fx.Node, args: Sequence[Any]) -> Candidate:
+def _table_of(node: fx.Node, args: Sequence[Any], above: set[fx.Node]) -> Candidate:
     """Rows of a table that were looked up."""
     if node.target is _aten.embedding_dense_backward.default:
         g, ids, _, padding, is_scaled = args
@@ -221,7 +221,32 @@ def _table_of(node: fx.Node, args: Sequence[Any]) -> Candidate:
     adds_up = rest[0] if rest else node.kwargs.get("accumulate", False)
     if not adds_up or any(index is None for index in indices):
         raise NotTraced(f"{node.target} does not add up all rows of a table")
+    if len(indices) == 1 and (shown := _without_padding(g, above)) is not None:
+        hidden, g = shown
+        saved = [("indices", indices[0]), ("hidden", hidden)]
+        constants = {"padding_idx": -1, "scale_grad_by_freq": False}
+        return Candidate(node, "EmbeddingBackward0", g, saved, constants)
     return Candidate(node, "IndexBackward0", g, [("indices[]", i) for i in indices])
+
+
+def _without_padding(
+    g: fx.Node, above: set[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """Which rows are padding, and the gradient before these were set to zero.
+
+    An embedding is taken apart so: index_put(zeros, [ids], where(is_padding, 0, g)).
+    """
+    where = stripped(g)
+    if where.target is not _aten.where.self:
+        return None
+    hidden, zero, rows = where.args
+    parts = (hidden, zero, rows)
+    if not all(isinstance(part, fx.Node) for part in parts) or hidden in above:
+        return None
+    is_of_rows = hidden.meta["val"].shape[-1:] == (1,)  # type: ignore[union-attr]
+    if not is_of_rows or not is_zero(zero):  # type: ignore[arg-type]
+        return None
+    return hidden, rows  # type: ignore[return-value]
 
 
 def _plain(argument: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._memory import return_freed_memory
 from ..graph.replay import NODE as COMPILED
 from ..graph.tape import Tape
-from .decode import Measurement, Scheme
+from .decode import Measurement, Scheme, Votes, graph_noise
 from .evidence import Measurements
 from .fingerprints import Fingerprints, read_votes, votes_of
 from .gates import Gates
@@ -34,6 +34,7 @@ __all__ = [
 
 # Elements of all gradients watched, above which a pass leaves holes that matter.
 _LARGE = 1 << 22
+_Votes = dict[int, list[Votes | None]]
 Weighting = Callable[[Tensor], list]  # weights [batch] -> handles of its prehooks
 
 
@@ -57,7 +58,7 @@ class Passes:
         inner: what is seen in those graphs, and their gates.
         to_the_end: whether a pass goes on below the last watched node.
         joint: what other ranks do too: called with a number of passes to run, it
-            returns how many all of them run.
+            returns how many all of them run. All call it equally often.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class Passes:
         """Labels of every output of the watched nodes."""
         with _repeatable(self._tape, self._leaves):
             self._look()
-            while self._settle():
+            while self._joint(self._settle()):
                 self._forget()
                 self._look()
             self._run(range(1, self._scheme.passes))
             measured = self._decoded()
             coarse = [i for i in self._seen if self._hides(i, measured[i])]
-            if coarse:
+            if self._joint(bool(coarse)):
                 for i in coarse:
                     self._seen[i] = Fingerprints(self._scheme.batch)
                 self._forget()
@@ -105,14 +106,26 @@ class Passes:
         return measured
 
     def _decoded(self) -> Measurements:
-        """What was seen; after a second plain pass, where it takes one to tell."""
-        votes = votes_of(self._seen, self._scheme)
-        inner = (votes_of(region.seen, self._scheme) for region in self._inner)
-        every = [votes, *inner]
-        if any(e and e.is_open for found in every for es in found.values() for e in es):
+        """What was seen; after more passes, where it takes these to tell."""
+        every = self._votes()
+        if self._joint(any(e.is_open for e in _listed(every))):
             self._run([0])
-            votes = votes_of(self._seen, self._scheme)
-        return read_votes(self._seen, votes, self._scheme)
+            every = self._votes()
+            noise = [graph_noise(_listed([votes])) for votes in every]
+            doubtful = (
+                e.is_doubtful(of_graph)
+                for votes, of_graph in zip(every, noise, strict=True)
+                for e in _listed([votes])
+            )
+            if self._joint(any(doubtful)):
+                self._run(range(self._scheme.passes))
+                every = self._votes()
+        return read_votes(self._seen, every[0], self._scheme)
+
+    def _votes(self) -> list[_Votes]:
+        """What the rows of this graph say, and those of the graphs within."""
+        seen = [self._seen, *(region.seen for region in self._inner)]
+        return [votes_of(of_graph, self._scheme) for of_graph in seen]
 
     def _hides(self, i: int, outputs: list[Measurement | None]) -> bool:
         """Whether samples may be told apart within what was read as one row."""
@@ -144,8 +157,6 @@ class Passes:
     def _run(self, numbers: Iterable[int]) -> None:
         """The passes of those numbers, and blind ones while other ranks run more."""
         numbers = list(numbers)
-        if not numbers:
-            return
         blind = self._joint(len(numbers)) - len(numbers)
         for number in numbers:
             self._run_one(self._scheme.weights(number), self._seen)
@@ -168,6 +179,10 @@ class Passes:
                 handle.remove()
             if self._is_large:
                 return_freed_memory()
+
+
+def _listed(every: Iterable[_Votes]) -> Iterator[Votes]:
+    return (e for votes in every for es in votes.values() for e in es if e is not None)
 
 
 def measure_samples(tape: Tape, watched: Sequence[int], **options: Any) -> Measurements:
