@@ -22,7 +22,14 @@ from torch import Tensor
 from ...ops.recording import Recorded, recorded
 from ..graph.extension import learned
 
-__all__ = ["Called", "Launched", "can_be_launched", "is_same", "new_table"]
+__all__ = [
+    "Called",
+    "Launched",
+    "Repeated",
+    "can_be_launched",
+    "is_same",
+    "new_table",
+]
 
 MOST_KINDS = 8  # of tensors that one use is recorded for
 MOST_CHECKS = 16  # of a recording, while its outputs say nothing
@@ -57,52 +64,33 @@ def new_table(rows: int, batch: int, device: torch.device) -> Tensor:
     return table[:, :batch]
 
 
-class Called:
-    """The norms of one use, of the gradient and what was saved.
+class Repeated:
+    """What `run` computes on a device, until launches are known that give the same.
 
     Args:
-        run: gives norms for each of the names, then gradients.
-        names: parameters; None where nobody asks.
-        gradients: shapes of those that it makes, by parameter.
-        rows: of the table, by parameter.
-        node: of the use.
-        steps: of the program, as the extension has them.
-        launched: what is launched of all uses.
+        run: gives outputs, each a tensor or None.
+        wanted: of each output, whether it is asked for.
+        places: where the outputs that are go, as `launched` understands it: numbers
+            from 0 for rows of a table, below for tensors of their own.
+        of_outputs: bytes of the latter.
+        launched: is told the launches, and how much scratch they take.
     """
 
     def __init__(
         self,
         run: Callable[..., Sequence[Tensor | None]],
-        names: Sequence[str | None],
-        gradients: Mapping[str, Sequence[int]],
-        rows: Mapping[str, int],
-        node: int,
-        steps: Any,
-        launched: Launched,
+        wanted: Sequence[bool],
+        places: Sequence[int],
+        of_outputs: int,
+        launched: Callable[[Any, int], None],
     ) -> None:
-        self._run, self._names, self._gradients = run, names, gradients
-        # Rows of the table; the gradients are numbered downwards, from -1.
-        self._places = [rows[name] for name in names if name is not None]
-        self._places += [-1 - i for i in range(len(gradients))]
-        self._wanted = [name is not None for name in names] + [True] * len(gradients)
-        self._node, self._steps, self._launched = node, steps, launched
-        elements = sum(torch.Size(shape).numel() for shape in gradients.values())
-        self._bytes = elements * torch.float32.itemsize  # of the gradients
+        self._run, self._wanted, self._places = run, list(wanted), list(places)
+        self._bytes, self._launched = of_outputs, launched
         self._recorded: dict[tuple, Recorded | None] = {}
         self._checks: dict[tuple, int] = {}  # left, of what is recorded
 
-    def found(self, *tensors: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Norms and gradients by parameter, of the gradient and the saved tensors."""
-        outputs = self._outputs(tensors)
-        count = len(self._names)
-        norms = zip(self._names, outputs[:count], strict=True)
-        gradients = zip(self._gradients, outputs[count:], strict=True)
-        return (
-            {n: x for n, x in norms if n is not None and x is not None},
-            {n: x for n, x in gradients if x is not None},
-        )
-
-    def _outputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor | None]:
+        """What `run` gives for these."""
         if not can_be_launched(tensors[0].device):
             return self._run(*tensors)
         if not all(map(learned().is_readable, tensors)):
@@ -138,7 +126,7 @@ class Called:
     def _launch_from_now_on(
         self, found: Recorded, tensors: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> None:
-        """Hand the launches to the extension, if they give these outputs."""
+        """Hand the launches on, if they give these outputs."""
         tensors, device = list(tensors), tensors[0].device
         launches = learned().Launches(
             tensors, found.launches, self._places, found.bytes, found.kept
@@ -157,9 +145,58 @@ class Called:
             is_launched = False
         pairs = zip(got, expected, strict=True)
         if is_launched and all(is_same(a, b) for a, b in pairs):
-            self._launched.bytes = max(self._launched.bytes, found.bytes)
-            self._launched.nodes.add(self._node)
-            self._steps.launch(self._node, launches)
+            self._launched(launches, found.bytes)
+
+
+class Called:
+    """The norms of one use, of the gradient and what was saved.
+
+    Args:
+        run: gives norms for each of the names, then gradients.
+        names: parameters; None where nobody asks.
+        gradients: shapes of those that it makes, by parameter.
+        rows: of the table, by parameter.
+        node: of the use.
+        steps: of the program, as the extension has them.
+        launched: what is launched of all uses.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Sequence[Tensor | None]],
+        names: Sequence[str | None],
+        gradients: Mapping[str, Sequence[int]],
+        rows: Mapping[str, int],
+        node: int,
+        steps: Any,
+        launched: Launched,
+    ) -> None:
+        self._names, self._gradients = names, gradients
+        # Rows of the table; the gradients are numbered downwards, from -1.
+        places = [rows[name] for name in names if name is not None]
+        places += [-1 - i for i in range(len(gradients))]
+        wanted = [name is not None for name in names] + [True] * len(gradients)
+        self._node, self._steps, self._launched = node, steps, launched
+        elements = sum(torch.Size(shape).numel() for shape in gradients.values())
+        of_gradients = elements * torch.float32.itemsize
+        self._outputs = Repeated(run, wanted, places, of_gradients, self._launch)
+
+    def found(self, *tensors: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Norms and gradients by parameter, of the gradient and the saved tensors."""
+        outputs = self._outputs(*tensors)
+        count = len(self._names)
+        norms = zip(self._names, outputs[:count], strict=True)
+        gradients = zip(self._gradients, outputs[count:], strict=True)
+        return (
+            {n: x for n, x in norms if n is not None and x is not None},
+            {n: x for n, x in gradients if x is not None},
+        )
+
+    def _launch(self, launches: Any, scratch: int) -> None:
+        """Let the extension launch it from now on."""
+        self._launched.bytes = max(self._launched.bytes, scratch)
+        self._launched.nodes.add(self._node)
+        self._steps.launch(self._node, launches)
 
 
 def says_something(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from ..reading.plan import Path, Use
 from ..rules import contributions_of
 from .collector import Collector
 from .delivery import Delivery, turned
+from .marked_launches import Memory
 from .marked_norms import Way, way_of
 from .parts import Parts
 from .visit import visit
@@ -51,6 +52,7 @@ class MarkedUses:
         self._region, self._parts, self._collector = region, parts, collector
         self._is_anothers, self._on_error, self._makes = is_anothers, on_error, makes
         self._is_plain = collector.wants_norms_only
+        self._memory = Memory(sum(len(u.parameters) for u in region.uses.values()))
         self._taken: set[int] = set()
         self._has_run = False
 
@@ -107,7 +109,7 @@ class MarkedUses:
             if way is not None:
                 for parameter in use.parameters:
                     self._parts.count(parameter, use.name)
-                found = zip(way.names, way.run(g, *saved), strict=True)
+                found = zip(way.names, way.norms(self._memory, g, *saved), strict=True)
                 norms = {n: x for n, x in found if n is not None and x is not None}
                 self._collector.collected.sq_norms.update(norms)
                 return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..compiled.marks import Mark
 from ..contributions import Patches, sq_norms_of
 from ..reading.plan import Use
 from ..rows.layout import RegularLayout, RowLayout
+from .marked_launches import LaunchedNorms
 from .steps import products_of
 
 __all__ = ["Way", "way_of"]
@@ -25,11 +26,12 @@ class Way(NamedTuple):
     """How to compute the norms of one use.
 
     Attributes:
-        run: gives norms for each of the names.
+        norms: for each of the names, of where launches write and the tensors of the
+            use.
         names: of parameters; None where nobody asks.
     """
 
-    run: _Run
+    norms: LaunchedNorms
     names: tuple[str | None, ...]
 
 
@@ -48,25 +50,36 @@ def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
     names = {slot.number: slot.paths[0].parameter for slot in use.slots}
     if any(len(slot.paths) > 1 for slot in use.slots):
         return None
+    found = _run_of(mark, use, layout, names)
+    if found is None:
+        return None
+    run, wanted = found
+    return Way(LaunchedNorms(run, wanted, layout.batch), wanted)
+
+
+def _run_of(
+    mark: Mark, use: Use, layout: RegularLayout, names: Mapping[int, str]
+) -> tuple[_Run, tuple[str | None, ...]] | None:
+    """What gives the norms, and of which parameters."""
     if use.name == "AddmmBackward0" and 2 in names:
-        return Way(products_of(layout, 0 in names), (names[2], names.get(0)))
+        return products_of(layout, 0 in names), (names[2], names.get(0))
     if use.name == "AddBackward0" and _is_of_last(use, layout, mark):
-        return Way(
-            lambda g: [sq_norms_of(broadcast.sum_over_time(layout.rows(g, 1)))],
-            (names[0],),
-        )
-    if use.name == "EmbeddingBackward0" and "mask" not in mark.saved:
+
+        def of_sums(g: Tensor) -> list[Tensor]:
+            return [sq_norms_of(broadcast.sum_over_time(layout.rows(g, 1)))]
+
+        return of_sums, (names[0],)
+    is_table = use.name == "EmbeddingBackward0"
+    if is_table and not {"mask", "hidden"} & set(mark.saved):
         padding = mark.constants["padding_idx"]
-        return Way(
-            lambda g, ids: [
-                embedding.embedding_sq_norms(
-                    layout.rows(ids, 0), layout.rows(g, 1), padding
-                )
-            ],
-            (names[0],),
-        )
+
+        def of_rows(g: Tensor, ids: Tensor) -> list[Tensor]:
+            rows = layout.rows(ids, 0), layout.rows(g, 1)
+            return [embedding.embedding_sq_norms(*rows, padding)]
+
+        return of_rows, (names[0],)
     if use.name == "ConvolutionBackward0" and layout.is_one_row and 1 in names:
-        return Way(_convolution(mark, use, 2 in names), (names[1], names.get(2)))
+        return _convolution(mark, use, 2 in names), (names[1], names.get(2))
     return None
 
 

@@ -1,0 +1,111 @@
+"""Norms of compiled regions are launched by the extension, once launches are known."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import fastminima as fm
+from fastminima.capture.graph.extension import learned
+from fastminima.capture.session.marked_launches import LaunchedNorms
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if learned() is None:
+    pytest.skip("the extension launches nothing here", allow_module_level=True)
+
+from fake_driver import driving
+from launch_cases import Net, data, losses_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+BACKEND = "aot_eager_decomp_partition"
+
+
+@pytest.fixture
+def driver(on_the_cpu, compiling):
+    with driving() as found:
+        yield found
+
+
+def ways_of(probe):
+    """How the norms of each use are found, of all regions that were read."""
+    recipes = (
+        recipe
+        for structure in probe._reader._structures.values()
+        for recipe in structure._recipes.values()
+    )
+    regions = (region for r in recipes for region in r.regions.values())
+    return [way.norms for region in regions for way in region.ways.values() if way]
+
+
+def stats_of(model, fast, probe, step, dtype, device="cpu"):
+    model.zero_grad()
+    x = data(step).to(device, dtype)
+    return probe.backward(losses_of(fast, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_uses_are_launched_and_give_the_same_bits(driver, dtype):
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    fast = fm.compile(model, backend=BACKEND)
+    probe, oracle = (fm.GradientProbe(model, per_parameter=True) for _ in range(2))
+    for step in range(14):
+        stats_of(model, fast, probe, step, dtype)
+    ways = ways_of(probe)
+    assert ways and all(isinstance(way, LaunchedNorms) for way in ways)
+    driver.by_python.clear()
+    driver.launches.clear()
+    got = stats_of(model, fast, probe, 14, dtype)
+    assert all(way.is_launched for way in ways) and driver.launches
+    expected = stats_of(model, fast, oracle, 14, dtype)
+    for name, norms in expected.sq_norms_by_parameter.items():
+        assert torch.equal(got.sq_norms_by_parameter[name], norms), name
+
+
+def test_statistics_of_one_pass_outlive_the_next(driver):
+    torch.manual_seed(1)
+    model = Net()
+    fast = fm.compile(model, backend=BACKEND)
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for step in range(14):
+        stats_of(model, fast, probe, step, torch.float32)
+    got = stats_of(model, fast, probe, 14, torch.float32)
+    kept = {name: x.clone() for name, x in got.sq_norms_by_parameter.items()}
+    stats_of(model, fast, probe, 15, torch.float32)
+    for name, norms in kept.items():
+        assert torch.equal(got.sq_norms_by_parameter[name], norms), name
+
+
+def test_what_the_driver_refuses_goes_by_python(driver):
+    torch.manual_seed(2)
+    model = Net()
+    fast = fm.compile(model, backend=BACKEND)
+    probe, oracle = fm.GradientProbe(model), fm.GradientProbe(model)
+    driver.code = 1
+    for step in range(6):
+        got = stats_of(model, fast, probe, step, torch.float32)
+    assert not any(way.is_launched for way in ways_of(probe))
+    expected = stats_of(model, fast, oracle, 5, torch.float32)
+    assert torch.equal(got.sq_norms, expected.sq_norms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_is_given_the_same_kernels(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(3)
+    model = Net().to("cuda", dtype)
+    fast = fm.compile(model, backend=BACKEND)
+    probe, oracle = (fm.GradientProbe(model, per_parameter=True) for _ in range(2))
+    for step in range(14):
+        stats_of(model, fast, probe, step, dtype, "cuda")
+    launched = [way.is_launched for way in ways_of(probe)]
+    assert any(launched)
+    if dtype == torch.bfloat16:  # in float32 products of sequences are PyTorch's
+        assert all(launched)
+    got = stats_of(model, fast, probe, 14, dtype, "cuda")
+    expected = stats_of(model, fast, oracle, 14, dtype, "cuda")
+    for name, norms in expected.sq_norms_by_parameter.items():
+        assert torch.equal(got.sq_norms_by_parameter[name], norms), name
