@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastminima as fm
-from benchmarks.gpu.device import clock_of, let_go, peak_mib
+from benchmarks.gpu.device import clock_of, let_go, peak_mib, settle
 from benchmarks.gpu.launches import started
 from benchmarks.gpu.zoo import RECIPES, TOLERANCE, Recipe, build
 from benchmarks.harness import interleave, ratio
@@ -88,6 +88,7 @@ def _look_at(
             "worst_error": error,
             "right": error <= TOLERANCE[recipe.precision],
         }
+        settle(steps[way])
     row["ok"] = all(row[way]["right"] for way in ("observe", "fused"))
     left = max(2.0, 0.8 * (budget - (time.monotonic() - start)))
     times = interleave(

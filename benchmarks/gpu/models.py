@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import fastminima as fm
 from benchmarks import models as ours
-from benchmarks.gpu.device import let_go, wait
+from benchmarks.gpu.device import let_go, settle, wait
 from benchmarks.gpu.networks import ResNet50
 from benchmarks.gpu.zoo import TOLERANCE
 
@@ -127,7 +127,7 @@ def _step(network: nn.Module, run: Callable[[], object]) -> Callable[[], object]
 
 
 def _median(step: Callable[[], object], device: str) -> float:
-    step()
+    settle(step)
     found = []
     for _ in range(_ROUNDS):
         wait(device)

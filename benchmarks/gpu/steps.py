@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.device import clock_of, let_go, peak_mib
+from benchmarks.gpu.device import clock_of, let_go, peak_mib, settle
 from benchmarks.harness import interleave, ratio
 from benchmarks.providers import by_name
 from benchmarks.workloads import WORKLOADS, Workload, build
@@ -84,6 +84,7 @@ def _workload(name: str, factor: int, budget: float, device: str) -> dict:
         mine = replace(plain, model=enlarged(build(name), 1, device).model)
         calls[mode] = by_name(provider).measures["norms"](mine)
         worst[mode] = _worst_norm(calls[mode](), mine, device)
+        settle(calls[mode])
     row: dict[str, Any] = {
         "batch": plain.batch_size,
         "worst_error": worst,

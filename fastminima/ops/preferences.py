@@ -49,6 +49,7 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("layer_norm_gradients", _HALF): Preference("triton", 5.5),
     ("layer_norm_gradients", _FLOAT): Preference("triton", 3.6),
     ("linear_combinations", _FLOAT): Preference("cuda", 8),
+    ("multi_sq_norm", _HALF): Preference("cuda", 18, _MODELLED),
     ("multi_sq_norm", _FLOAT): Preference("cuda", 14),
     ("power_step", _FLOAT): Preference("cuda", 8.8),
     ("product_over_time", _HALF): Preference("triton", 4),
@@ -79,6 +80,15 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
 
 
 def is_preferred(op: str, backend: str, dtype: torch.dtype) -> bool:
-    """Whether the op of that name uses this implementation on a GPU."""
+    """Whether the op of that name uses this implementation on a GPU.
+
+    Raises:
+        LookupError: where nothing says so: what is not decided would go PyTorch's way.
+    """
     key = op, {torch.float16: _HALF, torch.float64: _FLOAT}.get(dtype, dtype)
-    return key in ON_GPU and ON_GPU[key].backend == backend
+    if key not in ON_GPU:
+        raise LookupError(
+            f"No preference for {op} in {dtype}. Time it (tools/kernels/cases.py), or "
+            "let `python -m tools.kernels.floors --preferences` say its bounds."
+        )
+    return ON_GPU[key].backend == backend

@@ -183,6 +183,13 @@ def test_what_was_measured_slower_is_not_preferred(op, dtype):
     assert not is_preferred(op, "triton", dtype)
 
 
+def test_what_is_not_decided_is_an_error():
+    """It went PyTorch's way, at 600 launches a step for gradients in bfloat16."""
+    assert is_preferred("multi_sq_norm", "cuda", torch.bfloat16)
+    with pytest.raises(LookupError, match="No preference for sq_norms_of_what"):
+        is_preferred("sq_norms_of_what", "triton", torch.float32)
+
+
 def test_no_way_is_used_that_the_record_shows_slower():
     """Of kernels and of PyTorch's ways alike, over all sizes that were timed."""
     ops, timed = all_ops(), json.loads(RECORD.read_text())["cases"]

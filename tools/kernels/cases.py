@@ -269,7 +269,7 @@ def cases(backend: str = "triton") -> Iterator[Case]:
     """
     for name, op in all_ops().items():
         for i, (size, make) in enumerate(ARGUMENTS.get(name, {}).items()):
-            halves = [] if size in (_FLAT, _LIST) else [torch.bfloat16]
+            halves = [] if size == _FLAT else [torch.bfloat16]
             wide = [] if i and halves else [torch.float32]
             for dtype in halves + wide:
                 case = Case(op, size, dtype, make)

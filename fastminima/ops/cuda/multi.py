@@ -1,6 +1,7 @@
 """Calls of the CUDA kernels over lists of tensors, each list in one launch per 96.
 
-A list that a launch cannot take, of several dtypes or devices, goes to the reference.
+A list of several dtypes is launched for each of them; one that lies on several devices
+goes to the reference.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._arguments import SUFFIX, HostIntegers, addresses
@@ -20,8 +22,13 @@ def sq_norm(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """See `fastminima.ops.multi.multi_sq_norm`."""
 
     def run(kernels: Any, xs: Sequence[Tensor]) -> Tensor:
-        if len({(x.device, x.dtype) for x in xs}) > 1:
+        if len({x.device for x in xs}) > 1:
             return reference(xs)
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for x in xs:
+            by_dtype.setdefault(x.dtype, []).append(x)
+        if len(by_dtype) > 1:
+            return torch.stack([run(kernels, some) for some in by_dtype.values()]).sum()
         xs = [x.contiguous() for x in xs]
         rows, sizes = addresses(xs), HostIntegers(x.numel() for x in xs)
         blocks = kernels.multi_partials(sizes.data_ptr(), len(xs))
