@@ -342,6 +342,29 @@ class RelativePositions(nn.Module):
         return (scores + bias).softmax(-1) @ heads
 
 
+class HiddenPositions(nn.Module):
+    """Distances of what comes before, as in T5's decoder; a shift that is masked."""
+
+    def __init__(self, *, fills):
+        super().__init__()
+        self.table = nn.Embedding(9, 2)
+        self.shift = nn.Parameter(torch.randn(6))
+        self.fills = fills
+
+    def forward(self, x):  # [batch, 5, 6]
+        place = torch.arange(x.shape[1], device=x.device)
+        bias = self.table(place[:, None] - place + 4).permute(2, 0, 1)[None]
+        later = (place > place[:, None])[None, None]
+        odd = torch.arange(6, device=x.device) % 2 == 1
+        if self.fills:
+            bias, shift = bias.masked_fill(later, 0.0), self.shift.masked_fill(odd, 0.0)
+        else:
+            bias = torch.where(later, torch.zeros_like(bias), bias)
+            shift = torch.where(odd, self.shift, 0.0)
+        heads = (x + shift).unflatten(2, (2, 3)).transpose(1, 2)
+        return ((heads @ heads.mT) * 0.1 + bias).softmax(-1) @ heads
+
+
 class Indexed(nn.Module):
     """Tables looked up by indexing, along one dim and two."""
 
@@ -602,6 +625,8 @@ CASES = [
     Case("relative positions", RelativePositions, rows(4, 5, 6)),
     Case("relative positions, as many samples", RelativePositions, rows(5, 5, 6)),
     Case("relative positions masked", lambda: RelativePositions(where=True), rows(4, 5, 6)),
+    Case("hidden positions", lambda: HiddenPositions(fills=False), rows(4, 5, 6)),
+    Case("hidden positions filled", lambda: HiddenPositions(fills=True), rows(4, 5, 6)),
     Case("indexed tables", Indexed, ids(7, 4, 5)),
     Case("mask token", MaskToken, rows(4, 5, 6)),
     Case("loop over samples", RowLoop, rows(4, 6)),

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from .marks import REFUSED, Into, Mark, joined_moves
+from .marks import REFUSED, WITH_FACTORS, Into, Mark, joined_moves
 from .nodes import NotTraced, any_sizes_of, shape_of, stripped
 from .operations import SUMS, Candidate, candidate_of, entering, result_of, summed_dims
 from .operators import LOOK, PRODUCT
@@ -214,12 +214,19 @@ def _add(
         if use.is_product:
             raise NotTraced("the gradient of a matrix is multiplied by a tensor")
         known = sum(name == _FACTOR for name, _ in use.saved)
-        moves = tuple(("times", m[1] + known) if m[0] == "times" else m for m in moves)
-        use.saved = [*use.saved, *((_FACTOR, factor) for factor in found.factors)]
+        moves = tuple(
+            (move[0], move[1] + known, *move[2:]) if move[0] in WITH_FACTORS else move
+            for move in moves
+        )
+        use.saved = [*use.saved, *_factors_of(found)]
     use.into.append(Into(first, edge, shape, joined_moves([*own, *moves])))
 
 
 _FACTOR = "factor[]"
+
+
+def _factors_of(found: Found) -> list[tuple[str, fx.Node]]:
+    return [(_FACTOR, factor) for factor in found.factors]
 
 
 _TABLES = ("EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
@@ -244,11 +251,12 @@ def _look_behind(
             use = candidate_of(behind.node, above)
             shape, own = entering(use, behind.node, None)
             moves = (*own, *behind.moves)
-            is_plain = all(move[0] in ("permute", "reshape") for move in moves)
+            is_plain = all(m[0] in ("permute", "reshape", "where") for m in moves)
             is_known = use.node in uses or use.node in found
             if use.node.target not in SUMS or is_known or not is_plain:
                 return
             use.into.append(Into(0, into.edge, shape, moves, into.shape[0]))
+            use.saved = _factors_of(behind)
             found[use.node] = use
     except NotTraced:
         return
@@ -256,7 +264,7 @@ def _look_behind(
         ("lookup" if name.startswith("ind") else name, t) for name, t in table.saved
     ]
     for use in found.values():
-        use.saved, use.behind = saved, table.node
+        use.saved, use.behind = [*saved, *use.saved], table.node
         use.constants |= table.constants
     uses |= found
 
@@ -269,8 +277,8 @@ def _join_biases(uses: dict[fx.Node, Candidate]) -> None:
         if use.name == "AddmmBackward0" and (g := _rows_of(use)) is not None
     }
     for node, use in list(uses.items()):
-        is_times = any(m[0] == "times" for into in use.into for m in into.moves)
-        if node.target not in SUMS or is_times:
+        moves = {move[0] for into in use.into for move in into.moves}
+        if node.target not in SUMS or moves & WITH_FACTORS:
             continue
         rows, dims = use.g, summed_dims(node)
         count = rows.meta["val"].dim()

@@ -15,14 +15,25 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["REFUSED", "Into", "Mark", "Move", "joined_moves", "mark_of", "refusal"]
+__all__ = [
+    "REFUSED",
+    "WITH_FACTORS",
+    "Into",
+    "Mark",
+    "Move",
+    "joined_moves",
+    "mark_of",
+    "refusal",
+]
 
 # In place of a mark, before the reason why a region has none.
 REFUSED = "not marked: "
 # ("reshape", shape), ("permute", dims), ("scale", factor), ("times", n): by the n-th of
-# the tensors saved as `factor`, ("take", dim, start, end, step), or
-# ("put", dim, start, end, step, size): into zeros of that size along a dim.
+# the tensors saved as `factor`, ("where", n, kept): zero but where that is `kept`,
+# ("take", dim, start, end, step), or ("put", dim, start, end, step, size): into zeros
+# of that size along a dim.
 Move = tuple[Any, ...]
+WITH_FACTORS = frozenset(["times", "where"])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .marks import Move
-from .nodes import NotTraced, args_of, first, node_of, sizes_of
+from .nodes import NotTraced, args_of, first, is_zero, node_of, sizes_of
 from .operations import INPUTS, RESULTS
 from .steps import STEPS
 
@@ -29,8 +29,8 @@ class Found(NamedTuple):
     """A use's own gradient, and its way to the parameter's.
 
     Attributes:
-        factors: tensors that it is multiplied by on the way, by the numbers that the
-            moves have.
+        factors: tensors that it is multiplied by on the way, or that say where it is
+            kept, by the numbers that the moves have.
     """
 
     node: fx.Node
@@ -60,6 +60,9 @@ def _trace(after: Found, above: Container[fx.Node]) -> Iterator[Found]:
     if node.target is _aten.mul.Tensor and isinstance(args_of(node)[1], fx.Node):
         yield from _trace(_multiplied(after, above), above)
         return
+    if node.target in _MASKS:
+        yield from _trace(_masked(after, above), above)
+        return
     step = STEPS.get(node.target)
     if step is None:
         raise NotTraced(f"a gradient comes from {node.target}")
@@ -80,6 +83,27 @@ def _multiplied(after: Found, above: Container[fx.Node]) -> Found:
         raise NotTraced("a gradient is multiplied with broadcasting")
     moves = (("times", len(after.factors)), *after.moves)
     return Found(term, moves, (*after.factors, factor))
+
+
+_MASKS = (_aten.where.self, _aten.masked_fill.Scalar)
+
+
+def _masked(after: Found, above: Container[fx.Node]) -> Found:
+    """What is zero in some places, which are the same for all samples."""
+    if after.node.target is _aten.where.self:
+        mask, chosen, other = map(node_of, after.node.args)
+        is_kept = is_zero(other)
+        term = chosen if is_kept else other
+        is_masked = is_kept or is_zero(chosen)
+    else:
+        x, marked, value = args_of(after.node)
+        term, mask, is_kept, is_masked = node_of(x), node_of(marked), False, value == 0
+    if not is_masked or mask in above:
+        raise NotTraced(f"a gradient comes from {after.node.target}")
+    if sizes_of(term) != sizes_of(after.node):
+        raise NotTraced("a gradient is masked with broadcasting")
+    moves = (("where", len(after.factors), is_kept), *after.moves)
+    return Found(term, moves, (*after.factors, mask))
 
 
 def _is_part_of_use(node: fx.Node) -> bool:

@@ -109,7 +109,7 @@ ELEMENTWISE = _nodes(
 )
 # An operand is spread along the dims where it has size one. Missing: relative positions
 # looked up with indices from outside are refused.
-BROADCASTING = _nodes("Add Sub Mul Div Where Expand Repeat")
+BROADCASTING = _nodes("Add Sub Mul Div Where MaskedFill Expand Repeat")
 # Products of two operands, element by element: which attribute keeps each.
 FACTORS: dict[str, tuple[str | None, ...]] = {
     "MulBackward0": ("self", "other"),

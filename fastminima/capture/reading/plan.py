@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from ..graph.nodes import BROADCASTING, EMBEDDING, FACTORS, PRODUCTS, REARRANGING
+from ..graph.nodes import (
+    BROADCASTING,
+    ELEMENTWISE,
+    EMBEDDING,
+    FACTORS,
+    PRODUCTS,
+    REARRANGING,
+)
 from ..graph.saved import saved_tensor
 from ..graph.tape import Tape
 from ..rows.evidence import Evidence
@@ -233,12 +240,15 @@ def reads_data(tape: Tape, i: int, own: Container[int]) -> bool:
     return False
 
 
+_SPREADING = REARRANGING | BROADCASTING | ELEMENTWISE
+
+
 def is_spread(tape: Tape, plan: Plan, layouts: Layouts, i: int) -> bool:
     """Whether node `i` looks up rows that meet all samples as one and the same thing.
 
     So do relative positions, whatever numbers they were looked up with: nothing but
-    rearrangements and sums come in between, and at each use the operand has size one
-    along the dim of the samples.
+    rearrangements and what computes element by element come in between, and at each use
+    the operand has size one along the dim of the samples.
     """
     if tape.names[i] != EMBEDDING:
         return False
@@ -252,7 +262,7 @@ def is_spread(tape: Tape, plan: Plan, layouts: Layouts, i: int) -> bool:
         and _is_one_along(slot.shape, layout.dim - len(tape.shapes(use.node)[0]))
     }
     above = list(tape.above(i, enters=lambda j: j in plan.preparing))
-    if any(tape.names[j] not in REARRANGING | BROADCASTING for j in above):
+    if any(tape.names[j] not in _SPREADING for j in above):
         return False
     return all(
         parent in plan.preparing or (parent, number) in spread

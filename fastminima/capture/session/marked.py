@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled.marks import Into, Mark, Move
+from ..compiled.marks import WITH_FACTORS, Into, Mark, Move
 from ..contributions import Contribution, Dense, Embedding, Placed, Pushed
 from ..errors import CaptureError
 from ..graph.undisturbed import undisturbed
@@ -188,17 +188,18 @@ class MarkedUses:
 def _delivery(into: Into, entered: tuple[int, ...], node: Any) -> Delivery | None:
     """How a contribution to a use becomes one to the parameter."""
     if into.looked_up is None:
-        if any(move[0] == "times" for move in into.moves):
+        if any(move[0] in WITH_FACTORS for move in into.moves):
             return _multiplied(into.moves, entered, node._saved_factor)
         return delivery_by(into.moves, entered)
     ids, rows = node._saved_lookup.flatten(), into.looked_up
     padding = getattr(node, "_saved_padding_idx", None)
     if padding is None:  # an index may count from the end
         ids, padding = ids.remainder(rows), -1
+    factors = getattr(node, "_saved_factor", ())
 
     def delivered(inner: Contribution) -> Contribution:
         """A table looked up once for all samples: the ids are the same in each."""
-        found = _of_each(into.moves, inner.per_sample(0, inner.batch))
+        found = _of_each(into.moves, inner.per_sample(0, inner.batch), factors)
         found = found.reshape(inner.batch, len(ids), -1)
         return Embedding(ids.expand(inner.batch, -1), found, padding, rows)
 
@@ -208,8 +209,9 @@ def _delivery(into: Into, entered: tuple[int, ...], node: Any) -> Delivery | Non
 def _multiplied(
     moves: Sequence[Move], entered: tuple[int, ...], factors: Sequence[Tensor]
 ) -> Delivery:
-    """For a gradient that is multiplied by tensors on its way."""
-    shape = tuple(_by(moves, factors[0].new_zeros(entered), factors).shape)
+    """For a gradient that is multiplied or masked by tensors on its way."""
+    zeros = torch.zeros(entered, dtype=torch.float32, device=factors[0].device)
+    shape = tuple(_by(moves, zeros, factors).shape)
     return lambda inner: Pushed(inner, shape, lambda t: _by(moves, t, factors))
 
 
@@ -247,18 +249,32 @@ def delivery_by(moves: tuple[Move, ...], entered: tuple[int, ...]) -> Delivery |
 
 
 def _by(moves: Sequence[Move], t: Tensor, factors: Sequence[Tensor] = ()) -> Tensor:
-    for move in moves:
-        t = t * factors[move[1]] if move[0] == "times" else _moved(t, move)
+    for kind, *numbers in moves:
+        if kind == "times":
+            t = t * factors[numbers[0]]
+        elif kind == "where":
+            t = _kept(t, factors[numbers[0]], is_kept=numbers[1])
+        else:
+            t = _moved(t, (kind, *numbers))
     return t
 
 
-def _of_each(moves: Sequence[Move], samples: Tensor) -> Tensor:
-    """Samples' gradients `[batch, ...]`, each reshaped and permuted."""
-    for kind, numbers in moves:
+def _kept(t: Tensor, mask: Tensor, *, is_kept: bool) -> Tensor:
+    """Zero but where a mask is `is_kept`."""
+    return t.masked_fill(~mask if is_kept else mask, 0)
+
+
+def _of_each(
+    moves: Sequence[Move], samples: Tensor, factors: Sequence[Tensor]
+) -> Tensor:
+    """Samples' gradients `[batch, ...]`, each reshaped, permuted and masked."""
+    for kind, *numbers in moves:
         if kind == "reshape":
-            samples = samples.reshape(len(samples), *numbers)
+            samples = samples.reshape(len(samples), *numbers[0])
+        elif kind == "where":
+            samples = _kept(samples, factors[numbers[0]], is_kept=numbers[1])
         else:
-            samples = samples.permute(0, *(dim + 1 for dim in numbers))
+            samples = samples.permute(0, *(dim + 1 for dim in numbers[0]))
     return samples
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops import broadcast, embedding
 from ...ops.conv_geometry import ConvGeometry
-from ..compiled.marks import Mark
+from ..compiled.marks import WITH_FACTORS, Mark
 from ..contributions import Patches, sq_norms_of
 from ..reading.plan import Use
 from ..rows.layout import RegularLayout, RowLayout
@@ -43,7 +43,7 @@ def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
     """
     moves = {move[0] for into in mark.into for move in into.moves}
     is_looked_up = any(into.looked_up is not None for into in mark.into)
-    if moves & {"scale", "take", "times"} or is_looked_up:
+    if moves & {"scale", "take", *WITH_FACTORS} or is_looked_up:
         return None
     if not isinstance(layout, RegularLayout) or layout.chosen is not None:
         return None
