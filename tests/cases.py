@@ -357,7 +357,8 @@ class HiddenPositions(nn.Module):
         later = (place > place[:, None])[None, None]
         odd = torch.arange(6, device=x.device) % 2 == 1
         if self.fills:
-            bias, shift = bias.masked_fill(later, 0.0), self.shift.masked_fill(odd, 0.0)
+            bias = (-0.5 * bias).masked_fill(later, 0.0)
+            shift = self.shift.masked_fill(odd, 0.0)
         else:
             bias = torch.where(later, torch.zeros_like(bias), bias)
             shift = torch.where(odd, self.shift, 0.0)

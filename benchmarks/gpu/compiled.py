@@ -59,7 +59,11 @@ def compiled(
         try:
             _look_at(recipe, mode, rows[name], budget, device, size)
         except FAILURES as failure:
-            rows[name] |= {"ok": False, "error": reason_of(failure), "why": str(failure)[:1500]}
+            rows[name] |= {
+                "ok": False,
+                "error": reason_of(failure),
+                "why": str(failure)[:1500],
+            }
         keep(result())
         torch._dynamo.reset()
         let_go(device)

@@ -7,7 +7,7 @@ import torch
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
-from fastminima.capture.session.marked_launches import LaunchedNorms
+from fastminima.capture.session.marked_launches import LaunchedUse
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -35,7 +35,7 @@ def ways_of(probe):
         for recipe in structure._recipes.values()
     )
     regions = (region for r in recipes for region in r.regions.values())
-    return [way.norms for region in regions for way in region.ways.values() if way]
+    return [way.take for region in regions for way in region.ways.values() if way]
 
 
 def stats_of(model, fast, probe, step, dtype, device="cpu"):
@@ -44,21 +44,32 @@ def stats_of(model, fast, probe, step, dtype, device="cpu"):
     return probe.backward(losses_of(fast, x))
 
 
+def grads_of(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("mode", ["observe", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_uses_are_launched_and_give_the_same_bits(driver, dtype):
+def test_uses_are_launched_and_give_the_same_bits(driver, dtype, mode):
     torch.manual_seed(0)
     model = Net().to(dtype)
     fast = fm.compile(model, backend=BACKEND)
-    probe, oracle = (fm.GradientProbe(model, per_parameter=True) for _ in range(2))
+    probe, oracle = (
+        fm.GradientProbe(model, per_parameter=True, mode=mode) for _ in range(2)
+    )
     for step in range(14):
         stats_of(model, fast, probe, step, dtype)
     ways = ways_of(probe)
-    assert ways and all(isinstance(way, LaunchedNorms) for way in ways)
+    assert ways and all(isinstance(way, LaunchedUse) for way in ways)
     driver.by_python.clear()
     driver.launches.clear()
     got = stats_of(model, fast, probe, 14, dtype)
+    grads = grads_of(model)
     assert all(way.is_launched for way in ways) and driver.launches
+    assert any(way.makes for way in ways) == (mode == "fused")
     expected = stats_of(model, fast, oracle, 14, dtype)
+    for grad, want in zip(grads, grads_of(model), strict=True):
+        assert torch.equal(grad, want)
     for name, norms in expected.sq_norms_by_parameter.items():
         assert torch.equal(got.sq_norms_by_parameter[name], norms), name
 

@@ -229,6 +229,8 @@ def _factors_of(found: Found) -> list[tuple[str, fx.Node]]:
     return [(_FACTOR, factor) for factor in found.factors]
 
 
+# What may lie between a look-up and the sums that its gradient comes from.
+_BEHIND = WITH_FACTORS | {"permute", "reshape", "scale"}
 _TABLES = ("EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0")
 
 
@@ -251,7 +253,7 @@ def _look_behind(
             use = candidate_of(behind.node, above)
             shape, own = entering(use, behind.node, None)
             moves = (*own, *behind.moves)
-            is_plain = all(m[0] in ("permute", "reshape", "where") for m in moves)
+            is_plain = all(move[0] in _BEHIND for move in moves)
             is_known = use.node in uses or use.node in found
             if use.node.target not in SUMS or is_known or not is_plain:
                 return

@@ -229,9 +229,7 @@ def _table_of(node: fx.Node, args: Sequence[Any], above: set[fx.Node]) -> Candid
     return Candidate(node, "IndexBackward0", g, [("indices[]", i) for i in indices])
 
 
-def _without_padding(
-    g: fx.Node, above: set[fx.Node]
-) -> tuple[fx.Node, fx.Node] | None:
+def _without_padding(g: fx.Node, above: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """Which rows are padding, and the gradient before these were set to zero.
 
     An embedding is taken apart so: index_put(zeros, [ids], where(is_padding, 0, g)).

@@ -104,15 +104,9 @@ class MarkedUses:
     ) -> Tensor | None:
         place = mark.place
         self._taken.add(place)
-        if self._is_plain and not self._makes:
-            way = self._way(mark, use, tuple(g.shape))
-            if way is not None:
-                for parameter in use.parameters:
-                    self._parts.count(parameter, use.name)
-                found = zip(way.names, way.norms(self._memory, g, *saved), strict=True)
-                norms = {n: x for n, x in found if n is not None and x is not None}
-                self._collector.collected.sq_norms.update(norms)
-                return None
+        way = self._way(mark, use, tuple(g.shape)) if self._is_plain else None
+        if way is not None:
+            return self._take_by(way, use, g, saved)
         known = self._region.at(mark, tuple(g.shape))
         if known is None:
             raise CaptureError(
@@ -143,15 +137,28 @@ class MarkedUses:
         visit(use, found, deliveries, self._parts, self._collector)
         return made
 
+    def _take_by(
+        self, way: Way, use: Use, g: Tensor, saved: Sequence[Tensor]
+    ) -> Tensor | None:
+        for parameter in use.parameters:
+            self._parts.count(parameter, use.name)
+        outputs = way.take(self._memory, g, *saved)
+        found = zip(way.names, outputs[: len(way.names)], strict=True)
+        norms = {n: x for n, x in found if n is not None and x is not None}
+        self._collector.collected.sq_norms.update(norms)
+        gradient = outputs[-1] if way.take.makes else None
+        return None if gradient is None else gradient.to(g.dtype).contiguous()
+
     def _way(self, mark: Mark, use: Use, shape: tuple[int, ...]) -> Way | None:
         """How the norms are computed; None where the rule is asked."""
-        key, ways = (mark.place, shape), self._region.ways
+        key, ways = (mark.place, shape, self._makes), self._region.ways
         if key not in ways:
             known = self._region.at(mark, shape)
             is_alone = all(map(self._parts.has_one_use, use.parameters))
             ways[key] = None
             if known is not None and is_alone:
-                ways[key] = way_of(mark, known[0], known[1][0])
+                of_shape, (layout, *_) = known
+                ways[key] = way_of(mark, of_shape, layout, makes=self._makes)
         return ways[key]
 
     def _made(
@@ -267,14 +274,14 @@ def _kept(t: Tensor, mask: Tensor, *, is_kept: bool) -> Tensor:
 def _of_each(
     moves: Sequence[Move], samples: Tensor, factors: Sequence[Tensor]
 ) -> Tensor:
-    """Samples' gradients `[batch, ...]`, each reshaped, permuted and masked."""
+    """Samples' gradients `[batch, ...]`, each moved as the sum of them would be."""
     for kind, *numbers in moves:
         if kind == "reshape":
             samples = samples.reshape(len(samples), *numbers[0])
-        elif kind == "where":
-            samples = _kept(samples, factors[numbers[0]], is_kept=numbers[1])
-        else:
+        elif kind == "permute":
             samples = samples.permute(0, *(dim + 1 for dim in numbers[0]))
+        else:  # of the same shape as before
+            samples = _by([(kind, *numbers)], samples, factors)
     return samples
 
 

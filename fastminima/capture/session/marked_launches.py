@@ -1,4 +1,4 @@
-"""The norms of uses of compiled regions, launched by the extension on a device.
+"""What uses of compiled regions are asked for, launched by the extension on a device.
 
 As `called.py` for the uses of graphs: computed by Python until launches are known that
 give the same bits. The operator in the compiled code is Python all the same; what is
@@ -7,6 +7,7 @@ saved is what Python takes for launching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..graph.extension import learned
 from .called import Repeated, new_table
 
-__all__ = ["LaunchedNorms", "Memory"]
+__all__ = ["LaunchedUse", "Memory"]
 
 
 class Memory:
@@ -50,13 +51,14 @@ class Memory:
         return scratch
 
 
-class LaunchedNorms:
-    """The norms of one use.
+class LaunchedUse:
+    """The norms of one use, and the gradient of its weight where that is made.
 
     Args:
-        run: gives norms for each of the names.
+        run: gives norms for each of the names, then the gradient.
         names: parameters; None where nobody asks.
         batch: number of samples.
+        gradient: its shape; None where none is made.
     """
 
     def __init__(
@@ -64,11 +66,17 @@ class LaunchedNorms:
         run: Callable[..., Sequence[Tensor | None]],
         names: Sequence[str | None],
         batch: int,
+        gradient: tuple[int, ...] | None = None,
     ) -> None:
         self._wanted = [name is not None for name in names]
         self._count, self._batch = sum(self._wanted), batch
-        places = range(self._count)
-        self._by_python = Repeated(run, self._wanted, places, 0, self._launch)
+        self._gradient = gradient
+        places, size = list(range(self._count)), 0
+        if gradient is not None:
+            self._wanted.append(True)
+            places.append(-1)
+            size = math.prod(gradient) * torch.float32.itemsize
+        self._by_python = Repeated(run, self._wanted, places, size, self._launch)
         self._launches: list[Any] = []
 
     @property
@@ -76,16 +84,24 @@ class LaunchedNorms:
         """Whether the extension launches it, for some tensors."""
         return bool(self._launches)
 
+    @property
+    def makes(self) -> bool:
+        """Whether a gradient comes behind the norms."""
+        return self._gradient is not None
+
     def __call__(self, memory: Memory, *tensors: Tensor) -> Sequence[Tensor | None]:
-        """The norms, of the gradient and the saved tensors."""
+        """The norms and the gradient, of the output gradient and the saved tensors."""
         if self._launches and all(map(learned().is_readable, tensors)):
             device, given = tensors[0].device, list(tensors)
             found = memory.rows(self._count, self._batch, device)
+            if self._gradient is not None:
+                shape = self._gradient
+                found.append(torch.empty(shape, dtype=torch.float32, device=device))
             for launches in self._launches:
                 scratch = memory.scratch(launches.bytes, device)
                 if launches.run(given, found, scratch):
-                    norms = iter(found)
-                    return [next(norms) if asked else None for asked in self._wanted]
+                    outputs = iter(found)
+                    return [next(outputs) if asked else None for asked in self._wanted]
         return self._by_python(*tensors)
 
     def _launch(self, launches: Any, scratch: int) -> None:

@@ -1,4 +1,7 @@
-"""Norms of the uses of a compiled region: which function gives them, decided once."""
+"""Norms of the uses of a compiled region: which function gives them, decided once.
+
+In fused mode the gradient of a dense weight comes from the same function.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from torch import Tensor
 from ...ops import broadcast, embedding
 from ...ops.conv_geometry import ConvGeometry
 from ..compiled.marks import WITH_FACTORS, Mark
-from ..contributions import Patches, sq_norms_of
+from ..contributions import Patches, Products, sq_norms_of
 from ..reading.plan import Use
 from ..rows.layout import RegularLayout, RowLayout
-from .marked_launches import LaunchedNorms
+from .marked_launches import LaunchedUse
 from .steps import products_of
 
 __all__ = ["Way", "way_of"]
@@ -26,20 +29,26 @@ class Way(NamedTuple):
     """How to compute the norms of one use.
 
     Attributes:
-        norms: for each of the names, of where launches write and the tensors of the
-            use.
+        take: gives norms for each of the names, and the gradient of the weight where
+            that is made, of where launches write and the tensors of the use.
         names: of parameters; None where nobody asks.
     """
 
-    norms: LaunchedNorms
+    take: LaunchedUse
     names: tuple[str | None, ...]
 
 
-def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
+def way_of(mark: Mark, use: Use, layout: RowLayout, *, makes: bool) -> Way | None:
     """The way for a use, all of whose parameters are used only here.
 
     None where the rule of such a use has to be asked, as where the gradient is more
     than rearranged on its way to the parameter, which would change its norm.
+
+    Args:
+        mark: of the use.
+        use: the use, in the sizes that come.
+        layout: of its output gradient.
+        makes: whether gradients of weights are made too, where they can be.
     """
     moves = {move[0] for into in mark.into for move in into.moves}
     is_looked_up = any(into.looked_up is not None for into in mark.into)
@@ -50,11 +59,13 @@ def way_of(mark: Mark, use: Use, layout: RowLayout) -> Way | None:
     names = {slot.number: slot.paths[0].parameter for slot in use.slots}
     if any(len(slot.paths) > 1 for slot in use.slots):
         return None
+    if makes and (fused := _fused(mark, use, layout, names)) is not None:
+        return fused
     found = _run_of(mark, use, layout, names)
     if found is None:
         return None
     run, wanted = found
-    return Way(LaunchedNorms(run, wanted, layout.batch), wanted)
+    return Way(LaunchedUse(run, wanted, layout.batch), wanted)
 
 
 def _run_of(
@@ -81,6 +92,34 @@ def _run_of(
     if use.name == "ConvolutionBackward0" and layout.is_one_row and 1 in names:
         return _convolution(mark, use, 2 in names), (names[1], names.get(2))
     return None
+
+
+def _fused(
+    mark: Mark, use: Use, layout: RegularLayout, names: Mapping[int, str]
+) -> Way | None:
+    """How a matrix, over several rows a sample, gets its gradient and its norms."""
+    if use.name != "AddmmBackward0" or 2 not in names or layout.is_one_row:
+        return None
+    out_first = mark.constants["is_left"]
+    (into,) = (i for i in mark.into if i.number == 2 and i.edge in _edges(use))
+    if len(into.moves) != out_first:
+        return None
+    wanted = names[2], names.get(0)
+    has_bias = wanted[1] is not None
+
+    def run(g: Tensor, a: Tensor) -> Sequence[Tensor | None]:
+        products = Products(layout.rows(a, 1), layout.rows(g, 1), with_bias=has_bias)
+        found = products.fused(out_first=out_first, with_second_moment=False)
+        bias = products.bias_norms if has_bias else None
+        return found.sq_norms, bias, found.total
+
+    (slot,) = (slot for slot in use.slots if slot.number == 2)
+    shape = slot.shape[::-1] if out_first else slot.shape
+    return Way(LaunchedUse(run, wanted, layout.batch, tuple(shape)), wanted)
+
+
+def _edges(use: Use) -> set[int]:
+    return {path.leaf for slot in use.slots for path in slot.paths}
 
 
 def _is_of_last(use: Use, layout: RegularLayout, mark: Mark) -> bool:
