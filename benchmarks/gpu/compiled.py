@@ -27,6 +27,7 @@ __all__ = ["compiled"]
 
 _NAMES = ("GPT-2 124M, bfloat16", "ViT-B/16, autocast")
 _MODES = (None, "reduce-overhead")  # of the compiler
+_SAID = 1500  # characters of an error
 _WAYS = ("plain", "not probed", "observe", "fused")
 
 
