@@ -19,7 +19,7 @@ from ..rows.decode import Scheme
 from ..rows.evidence import Evidence, Measurements
 from ..rows.fingerprints import measurements_of
 from ..rows.gates import Gates
-from ..rows.guards import Guard, find_guards, gather_nodes, places
+from ..rows.guards import Guard, find_guards, gather_nodes, may_move, places
 from ..rows.measure import measure_samples
 from ..rows.own_functions import OwnGuard
 from ..rows.samples import Batch, Samples
@@ -209,8 +209,10 @@ class Attempt:
             self._refuse_met(evidence, found, survey.reads & found.plan.preparing)
             if isinstance(samples, Batch):
                 self._refuse_mixing(evidence, found)
-            # Its saved tensors are gone, and only nodes that gather are asked for them.
-            holds = holds and found.is_settled and find_guards(evidence) == []
+            # Its saved tensors are gone, and no node is asked for them.
+            holds = holds and found.is_settled
+            holds = holds and not may_move(tape, found.plan.preparing)
+            holds = holds and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
         above = self.graph.tape
