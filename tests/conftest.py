@@ -85,6 +85,13 @@ def on_the_cpu(device):
 
 
 @pytest.fixture
+def not_apart(device):
+    """For what the wrappers of `apart` hide: flags, storages, a parameter's type."""
+    if device.type == "apart":
+        pytest.skip("the device `apart` does not imitate it")
+
+
+@pytest.fixture
 def placed(request, device):
     """Put what the test makes onto the device, under the defaults asked for."""
     default_device = request.config.getoption("--default-device")

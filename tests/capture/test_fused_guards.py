@@ -97,7 +97,7 @@ def test_a_gradient_with_another_sign(monkeypatch, by_python, host_reads):
     assert all(seen == generic for seen in by_python) or not host_reads
 
 
-def test_inputs_with_another_sign(monkeypatch):
+def test_inputs_with_another_sign(monkeypatch, not_apart):
     torch.manual_seed(0)
     model = nn.Linear(6, 40)
 
@@ -268,7 +268,7 @@ def test_other_options(options):
             torch.testing.assert_close(stats.mean_grad, grads)
 
 
-def test_inference_mode_makes_ordinary_gradients():
+def test_inference_mode_makes_ordinary_gradients(not_apart):
     model = layers()
     probe = fused(model)
     for k in range(STEPS):

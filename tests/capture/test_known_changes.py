@@ -121,7 +121,7 @@ def zeros_without_memory(g):
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_gradients_of_zeros_without_memory(layer):
+def test_gradients_of_zeros_without_memory(layer, not_apart):
     """As autograd makes them for what surely is zero."""
     model, ids = layers(), torch.randint(11, (5, 7))
     probe = fm.GradientProbe(model, per_parameter=True)
@@ -150,7 +150,7 @@ class Prompted(nn.Module):
         return self.layer(x) * self.prompt
 
 
-def test_a_leaf_that_becomes_a_parameter():
+def test_a_leaf_that_becomes_a_parameter(not_apart):
     torch.manual_seed(0)
     model, x = Prompted(), torch.randn(6, 3)
     probe = fm.GradientProbe(model, per_parameter=True)
@@ -240,7 +240,7 @@ def test_data_that_become_complex_are_refused():
 
 
 @pytest.mark.parametrize("steps_before", [0, 7])
-def test_memory_that_was_taken_away(steps_before):
+def test_memory_that_was_taken_away(steps_before, not_apart):
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 4), torch.randn(6, 3)
     probe = fm.GradientProbe(layer, per_parameter=True)
