@@ -19,10 +19,11 @@ from ..rows.decode import Scheme
 from ..rows.evidence import Evidence, Measurements
 from ..rows.fingerprints import measurements_of
 from ..rows.gates import Gates
-from ..rows.guards import Guard, find_guards, gather_nodes, may_move, places
+from ..rows.guards import Guard, find_guards, gather_nodes, places
 from ..rows.measure import measure_samples
 from ..rows.own_functions import OwnGuard
 from ..rows.samples import Batch, Samples
+from ..rows.unseen import may_move
 from . import mixing
 from .axis_shown import Shown, said_together, what_uses_say
 from .fit import Fit, fit, fit_one, guards_of, nodes_to_watch

@@ -10,7 +10,7 @@ A guard that does not hold makes the graph a new one, which is measured.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,6 @@ __all__ = [
     "Guard",
     "find_guards",
     "gather_nodes",
-    "may_move",
     "own_guards",
     "places",
     "placing_numbers",
@@ -204,41 +203,6 @@ def find_guards(
             return None
         guards.append(Guard(i, saved, None, saved_tensor(node, saved).clone()))
     return guards
-
-
-def may_move(tape: Tape, preparing: Container[int]) -> bool:
-    """Whether rows inside a region may go elsewhere in the next step without a sign.
-
-    What its nodes have saved is gone with its pass, and cannot be compared. What comes
-    into a region is a leaf of its graph, and data where it is no parameter. Nodes that
-    move rows by an index are known by their names alone.
-    """
-
-    def moves(edge: tuple[int, int] | None) -> bool:
-        is_known = edge is None or edge[0] in preparing or edge[0] in tape.parameter_at
-        return not is_known
-
-    for i, name in enumerate(tape.names):
-        edges = tape.children[i]
-        if i not in preparing and is_own(tape, i) and any(map(moves, edges)):
-            return True
-        if i not in preparing and any(map(moves, _moved_unseen(name, edges))):
-            return True
-    return False
-
-
-def _moved_unseen(
-    name: str, edges: Sequence[tuple[int, int] | None]
-) -> Sequence[tuple[int, int] | None]:
-    """The inputs whose rows a node moves by what the graph does not show."""
-    if name in (EMBEDDING, BAG):
-        return edges[:2]
-    if name == ASSIGNMENT:
-        return edges[1:]
-    factors = PRODUCTS[name].factors if name in PRODUCTS else None
-    if factors is None or edges[factors[0]] is not None:
-        return ()
-    return (edges[factors[1]],)
 
 
 def own_guards(tape: Tape, preparing: Container[int]) -> list[OwnGuard] | None:
