@@ -35,6 +35,8 @@ _KEPT = []  # what is registered ends with its library
 
 # Kernels that PyTorch has for GPUs only; where it uses them it depends on the device.
 _ON_GPUS_ONLY = {"aten::_thnn_fused_gru_cell", "aten::_thnn_fused_lstm_cell"}
+# What is given lengths of the CPU, and gives some back.
+_ON_BOTH = {"aten::_pack_padded_sequence", "aten::_pad_packed_sequence"}
 
 
 class Unsupported(NotImplementedError):
@@ -101,7 +103,7 @@ class Apart(torch.Tensor):
         target = kwargs.get("device")
         if target is not None:
             kwargs["device"] = _CPU
-        if func._schema.name in _ON_GPUS_ONLY:
+        if func._schema.name in _ON_GPUS_ONLY | _ON_BOTH:
             raise Unsupported(f"the device `apart` has no {func}")
         if func._schema.name not in _MIXING:
             _refuse_mixing(func, (args, kwargs))

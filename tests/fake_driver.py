@@ -98,6 +98,7 @@ class FakeDriver:
         kinds = {n: _kind(given[n], n in constants) for n in names}
         number = next(self._numbers)
         tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor)}
+        _refuse_devices(kernel.__name__, tensors.values())
         warps = options.get("num_warps", 4)
         self._functions[number] = _Function(
             run,
@@ -187,6 +188,17 @@ def _kind(value, is_constant):
     return "fp32"
 
 
+def _refuse_devices(name, tensors):
+    """What is launched reads addresses, and those of a device end the process."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"The imitated driver reads the host's memory, and {name} was given a "
+                f"tensor on {x.device}. Ask for the fixture `driver`, which is the "
+                "CPU's; what a GPU launches say the tests that are marked `gpu`."
+            )
+
+
 def _bytes_from(x):
     """From the first element of a tensor to the end of its memory."""
     storage = x.untyped_storage()
@@ -204,6 +216,7 @@ def driving(kernels=None):
 
     def op(self, first, *args, **kwargs):
         leader = first if isinstance(first, torch.Tensor) else first[0]
+        _refuse_devices(self.name, [leader])
         found = with_cuda.get(self.name, self)
         backends = found.backends("cuda", leader.dtype)
         # The build's own CUDA kernels would want a GPU.

@@ -64,7 +64,9 @@ class Model:
     def make(self, batch=BATCH, time=TIME, seed=0):
         """The model, all parameters off their initial values, and a batch."""
         torch.manual_seed(seed)
-        model = self.build()
+        # Where tensors are made by default: `torch.Tensor(3)`, as in wav2vec 2.0, is
+        # the CPU's whatever that is.
+        model = self.build().to(torch.empty(0).device)
         with torch.no_grad():
             for p in model.parameters():  # zeros, and layer scales of 1e-6
                 fan_in = p.numel() // len(p) if p.dim() > 1 else 1

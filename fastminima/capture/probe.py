@@ -310,7 +310,8 @@ class GradientProbe:
     def collect(self) -> GradientStatistics | None:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
 
-        None on the steps that `every` leaves out.
+        None on the steps that `every` leaves out. Of a loss that was multiplied by zero
+        there are none: an error on the CPU, NaN on a device, for which nothing waits.
 
         Raises:
             CaptureError: when nothing was attached, or no backward pass reached it.

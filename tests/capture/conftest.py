@@ -23,6 +23,28 @@ def compiling(device):
 
 
 @pytest.fixture
+def host_reads(device):
+    """Whether the tensors are the host's, whose kernels take what they can read.
+
+    Who takes a use is another question on a device: there kernels are called by Python
+    until the extension launches them, and none reads what the host's kernels read. The
+    numbers are the same everywhere, and tests ask for them everywhere.
+    """
+    return device.type == "cpu"
+
+
+@pytest.fixture
+def driver(on_the_cpu):
+    """Kernels are interpreted on the tensors of tests, which are the host's.
+
+    What a GPU does with the same launches say the tests that are marked so.
+    """
+    fake_driver = pytest.importorskip("fake_driver")  # imports Triton
+    with fake_driver.driving() as found:
+        yield found
+
+
+@pytest.fixture
 def fusions(monkeypatch):
     """The names that each backward pass fused."""
     seen = []

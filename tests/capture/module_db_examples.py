@@ -74,7 +74,8 @@ class Example:
             if axis is None:
                 return t
             dim, rows = axis
-            return t.narrow(dim, n * rows, rows)
+            # cuDNN takes no states [layers, 1, d] cut out of those of a batch.
+            return t.narrow(dim, n * rows, rows).contiguous()
 
         return mapped(of_sample, self.args), mapped(of_sample, self.kwargs)
 

@@ -47,45 +47,43 @@ def step(model, x, calls, **options):
     return calls
 
 
-SEQUENCE = nn.Linear(32, 8), torch.randn(4, 16, 32)
-IMAGES = nn.Conv2d(3, 4, 3), torch.randn(4, 3, 8, 8)
+def sequence():
+    return nn.Linear(32, 8), torch.randn(4, 16, 32)
+
+
+def images():
+    return nn.Conv2d(3, 4, 3), torch.randn(4, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
-    ("layer", "x", "kernel"),
-    [(*SEQUENCE, "sequence_sq_norms"), (*IMAGES, "conv_sq_norms")],
+    ("make", "kernel"),
+    [(sequence, "sequence_sq_norms"), (images, "conv_sq_norms")],
     ids=["linear", "convolution"],
 )
 @pytest.mark.parametrize("measure", ["norms", "second_moments"])
-def test_one_kernel_gives_both(layer, x, kernel, measure, calls):
-    found = step(layer, x, calls, measure=measure)
+def test_one_kernel_gives_both(make, kernel, measure, calls):
+    found = step(*make(), calls, measure=measure)
     assert found.count(kernel) == 1
     assert measure != "norms" or found == [kernel]
 
 
 @pytest.mark.parametrize(
-    ("layer", "x", "kernel"),
-    [(*SEQUENCE, "sequence_fused"), (*IMAGES, "conv_fused")],
+    ("make", "kernel"),
+    [(sequence, "sequence_fused"), (images, "conv_fused")],
     ids=["linear", "convolution"],
 )
-def test_one_kernel_gives_both_and_the_gradient(layer, x, kernel, calls):
-    assert step(layer, x, calls, mode="fused") == [kernel, "sum of samples"]
+def test_one_kernel_gives_both_and_the_gradient(make, kernel, calls):
+    assert step(*make(), calls, mode="fused") == [kernel, "sum of samples"]
 
 
 @pytest.mark.parametrize("mode", ["observe", "fused"])
 @pytest.mark.parametrize(
-    ("layer", "x", "kernel"),
-    [(*SEQUENCE, "sum_over_time"), (*IMAGES, "sum_over_space")],
+    ("make", "kernel"),
+    [(sequence, "sum_over_time"), (images, "sum_over_space")],
     ids=["linear", "convolution"],
 )
 def test_a_weight_that_is_normalised_on_its_way_needs_no_norms(
-    layer, x, kernel, mode, calls
+    make, kernel, mode, calls
 ):
-    model = weight_norm(type(layer)(*arguments(layer)))
-    assert step(model, x, calls, mode=mode) == [kernel]
-
-
-def arguments(layer):
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.in_channels, layer.out_channels, layer.kernel_size
+    layer, x = make()
+    assert step(weight_norm(layer), x, calls, mode=mode) == [kernel]

@@ -36,14 +36,21 @@ def plain_gradients(model, losses):
 
 
 def assert_same_gradients(model, plain, rtol=1e-6):
-    """To `rtol` of each parameter's gradient, or of a hundredth of the whole one."""
+    """To `rtol` of each parameter's gradient, or of a hundredth of the whole one.
+
+    A gradient that is less than the rounding of one number of the whole one, such as
+    that of a bias before a normalisation, is a sum of terms that cancel. Another order
+    of the sum gives another rest, which is as small.
+    """
     whole = sum(g.square().sum() for g in plain.values() if g is not None).sqrt()
     for name, p in model.named_parameters():
         want = plain[name]
         assert (p.grad is None) == (want is None), name
         if want is not None:
             error = (p.grad - want).norm() / want.norm().clamp_min(whole / 100)
-            assert error <= rtol, f"{name}: {error:.1e}"
+            nothing = torch.finfo(want.dtype).eps * whole
+            is_rest = max(want.norm(), p.grad.norm()) <= nothing
+            assert error <= rtol or is_rest, f"{name}: {error:.1e}"
             assert p.grad.stride() == want.stride(), name
 
 
@@ -150,13 +157,18 @@ WHOLE = {
 }
 
 
+# On GPUs the weights' products alone: a cell's kernel adds the biases.
+ON_GPUS = {"unrolled": {"cell.weight_ih", "cell.weight_hh"}}
+
+
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_is_fused_of_every_case(name, fusions):
+def test_what_is_fused_of_every_case(name, fusions, device):
     model, batch = BY_NAME[name].make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused_probe(model).backward(BY_NAME[name].losses(model, batch))
-    assert fusions == [WHOLE[name]]
+    expected = WHOLE | ON_GPUS if device.type == "cuda" else WHOLE
+    assert fusions == [expected[name]]
 
 
 class Words(nn.Module):

@@ -17,16 +17,9 @@ if importlib.util.find_spec("triton") is None:
 if learned() is None:
     pytest.skip("the extension walks no graphs here", allow_module_level=True)
 
-from fake_driver import driving
 from launch_cases import N, T, data, launched_nodes
 
 STEPS = 6  # until everything is launched
-
-
-@pytest.fixture
-def driver():
-    with driving() as found:
-        yield found
 
 
 class Fused(nn.Module):

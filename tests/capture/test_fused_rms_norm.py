@@ -36,7 +36,8 @@ def test_sample_gradients_are_those_of_the_composite(normalized, order):
     if order == "any":
         if len(normalized) > 1:
             pytest.skip("irregular rows are those of the last dim")
-        layout = IrregularLayout(torch.arange(5)[:, None].expand(5, 4), 5)
+        labels = torch.arange(5, device="cpu")  # as those of all layouts
+        layout = IrregularLayout(labels[:, None].expand(5, 4), 5)
     slot = Slot(1, (0, 0), normalized, ())
     found = contributions_of(NAME, node_of(x, normalized), [g], [layout], [slot])
     got = found[1].sq_norms()

@@ -38,7 +38,7 @@ def losses_of(model, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
-def test_statistics_and_gradients(activation, dtype, fusions):
+def test_statistics_and_gradients(activation, dtype, fusions, host_reads):
     torch.manual_seed(0)
     model, x = Rows(activation), torch.randn(BATCH, 130)
     want = flat(single_sample_gradients(model, lambda m, b: losses_of(m, b[0]), [x]))
@@ -49,7 +49,7 @@ def test_statistics_and_gradients(activation, dtype, fusions):
     for _ in range(3):
         model.zero_grad()
         stats = probe.backward(losses_of(model, x))
-    assert fusions == [NAMES if IS_OURS else set()] * 3
+    assert fusions == [NAMES if IS_OURS and host_reads else set()] * 3
     rtol = 1e-4 if dtype == torch.float32 else 1e-10
     names = dict(model.named_parameters())
     got = torch.cat([stats.second_moments[n].flatten() for n in names]).double()
@@ -73,7 +73,7 @@ def test_norms_alone_and_few_samples_share_nothing(fusions):
     assert fusions == [set(), set()]
 
 
-def test_a_batch_of_another_size_is_decided_anew(fusions):
+def test_a_batch_of_another_size_is_decided_anew(fusions, host_reads):
     model, x = Rows(torch.relu), torch.randn(2 * BATCH, 130)
     probe = fm.GradientProbe(model, mode="fused", measure="second_moments")
     for count in (BATCH, 40, 2 * BATCH, BATCH):
@@ -84,5 +84,5 @@ def test_a_batch_of_another_size_is_decided_anew(fusions):
         )
         for p, g in zip(model.parameters(), want, strict=True):
             torch.testing.assert_close(p.grad, g)
-    ours = NAMES if IS_OURS else set()
+    ours = NAMES if IS_OURS and host_reads else set()
     assert fusions == [ours, set(), ours, ours]

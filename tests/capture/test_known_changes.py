@@ -116,8 +116,12 @@ def test_gradients_that_lie_otherwise_in_memory(turn):
     steps(probe, model, losses, [ids])
 
 
+def zeros_without_memory(g):
+    return torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device)
+
+
 @pytest.mark.parametrize("layer", range(4))
-def test_gradients_of_zeros_without_memory(layer):
+def test_gradients_of_zeros_without_memory(layer, not_apart):
     """As autograd makes them for what surely is zero."""
     model, ids = layers(), torch.randint(11, (5, 7))
     probe = fm.GradientProbe(model, per_parameter=True)
@@ -127,7 +131,7 @@ def test_gradients_of_zeros_without_memory(layer):
         for i, each in enumerate(model):
             x = each(x)
             if i == layer and step > 4:
-                x.register_hook(lambda g: torch._efficientzerotensor(g.shape))
+                x.register_hook(zeros_without_memory)
         norms = probe.backward(x.square().sum((1, 2))).sq_norms_by_parameter
         for name, of_parameter in norms.items():
             is_below = step > 4 and int(name.split(".")[0]) <= layer
@@ -146,7 +150,7 @@ class Prompted(nn.Module):
         return self.layer(x) * self.prompt
 
 
-def test_a_leaf_that_becomes_a_parameter():
+def test_a_leaf_that_becomes_a_parameter(not_apart):
     torch.manual_seed(0)
     model, x = Prompted(), torch.randn(6, 3)
     probe = fm.GradientProbe(model, per_parameter=True)
@@ -196,14 +200,21 @@ def test_options_are_checked_in_every_step():
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
-def test_a_model_that_becomes_complex_is_refused():
+@pytest.mark.parametrize("mode", ["observe", "fused"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(3, 4), (6, 3)), (lambda: nn.Conv1d(3, 4, 2), (6, 3, 5))],
+    ids=["linear", "convolution"],
+)
+def test_a_model_that_becomes_complex_is_refused(make, shape, mode):
+    """Where a kernel of the host reads gradients, and where Python calls one."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
-    probe = fm.GradientProbe(layer)
+    layer, x = make(), torch.randn(shape)
+    probe = fm.GradientProbe(layer, mode=mode)
 
     def losses(x):
         layer.zero_grad()
-        return layer(x).abs().square().sum(1)
+        return layer(x).abs().square().flatten(1).sum(1)
 
     for _ in range(7):
         probe.backward(losses(x))
@@ -229,7 +240,7 @@ def test_data_that_become_complex_are_refused():
 
 
 @pytest.mark.parametrize("steps_before", [0, 7])
-def test_memory_that_was_taken_away(steps_before):
+def test_memory_that_was_taken_away(steps_before, not_apart):
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 4), torch.randn(6, 3)
     probe = fm.GradientProbe(layer, per_parameter=True)

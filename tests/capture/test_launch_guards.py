@@ -21,14 +21,7 @@ if importlib.util.find_spec("triton") is None:
 if learned() is None:
     pytest.skip("the extension walks no graphs here", allow_module_level=True)
 
-from fake_driver import driving
 from launch_cases import N, Net, T, data, launched_nodes, losses_of
-
-
-@pytest.fixture
-def driver():
-    with driving() as found:
-        yield found
 
 
 def test_a_view_with_another_sign_is_not_launched(driver):

@@ -38,12 +38,6 @@ def called_files():
         sys.setprofile(None)
 
 
-@pytest.fixture
-def driver():
-    with driving() as found:
-        yield found
-
-
 def test_all_uses_are_launched_and_give_the_same_bits(driver):
     torch.manual_seed(0)
     model = Net()
@@ -138,7 +132,7 @@ def test_a_step_of_a_use_calls_little_python(driver):
     assert (many - few) / 8 <= 6
 
 
-def test_launchers_of_the_extension_are_called_again(emulated):
+def test_launchers_of_the_extension_are_called_again(emulated, on_the_cpu):
     """A table's norms, by kernels in CUDA C++, with their scratch."""
     torch.manual_seed(8)
     with driving(emulated):
@@ -195,10 +189,13 @@ class RootMeanSquare(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer", [RootMeanSquare(8), nn.GroupNorm(2, 8), nn.GroupNorm(1, 8)], ids=str
+    "make",
+    [lambda: RootMeanSquare(8), lambda: nn.GroupNorm(2, 8), lambda: nn.GroupNorm(1, 8)],
+    ids=["root mean square", "groups", "one group"],
 )
-def test_normalisations_are_launched(driver, layer):
+def test_normalisations_are_launched(driver, make):
     torch.manual_seed(11)
+    layer = make()
     probe, oracle = fm.GradientProbe(layer), fm.GradientProbe(layer)
 
     def stats(probe, step):

@@ -65,7 +65,8 @@ def test_the_count(capsys, device):
     names = {outcome.label.split()[0] for outcome in found}
     with capsys.disabled():
         print(f"\n{summary(found)}")
-    assert len(names) >= 36, names
+    # PyTorch 2.11 has fewer, 2.13 some more.
+    assert len(names) >= (33 if torch.__version__.startswith("2.11.") else 36), names
     assert len(found) > 1000
     assert len(refused) < len(found) / 3
 
@@ -186,7 +187,7 @@ def table() -> str:
     ]
     everything = []
     for name in NAMES:
-        found = outcomes(name)
+        found = outcomes(name, CPU)  # as the tests ask: computed once
         if not found:
             continue
         everything += found

@@ -23,11 +23,14 @@ NAMED = {
 }
 # Those are named for both versions, one of which need not exist.
 VERSIONS = ("ALONG", "BY_DIM", "ELEMENTWISE", "VIEWS")
+# What the oldest PyTorch that is served does not differentiate.
+IS_OLDEST = torch.__version__.startswith("2.11.")
+NEWER = {"AminmaxBackward0"} if IS_OLDEST else frozenset()
 
 
 @pytest.mark.parametrize("table", NAMED)
 def test_every_name_is_one_of_pytorch(table):
-    missing = NAMED[table] - SAVED.keys()
+    missing = NAMED[table] - SAVED.keys() - NEWER
     if table in VERSIONS:
         missing = {n for n in missing if n[:-1] + "10"[int(n[-1])] not in SAVED}
     assert not missing, missing
@@ -41,7 +44,7 @@ def test_what_is_read_of_them_is_saved():
     read += [(n, "normalized_shape") for n in nodes.NORMALISING_LAST]
     read += [(n, "dim") for n in nodes.JOINING]
     assert len(read) > 60
-    wrong = [(n, w) for n, w in read if w not in SAVED[n]]
+    wrong = [(n, w) for n, w in read if n not in NEWER and w not in SAVED[n]]
     assert not wrong, wrong
 
 

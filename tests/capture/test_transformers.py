@@ -276,7 +276,7 @@ def test_the_loss_that_the_model_returns(name):
     assert worst(got, norms(want)) <= BOUND
 
 
-def test_table_is_up_to_date():
+def test_table_is_up_to_date(on_the_cpu):
     text = DOCUMENT.read_text()
     written_for = re.search(r"transformers (\d+\.\d+)", text)
     if written_for is None or not hf.__version__.startswith(written_for[1] + "."):

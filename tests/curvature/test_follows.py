@@ -107,7 +107,9 @@ MODEL_CHANGES = {
     ),
     "buffer by .data": lambda net: data_write(net.mask),
     "weight by .data": lambda net: data_write(net.last.weight),
-    "head replaced": lambda net: setattr(net, "last", nn.Linear(5, 3).double()),
+    "head replaced": lambda net: setattr(
+        net, "last", nn.Linear(5, 3).to(net.last.weight)
+    ),
     "weight replaced": lambda net: setattr(
         net.last, "weight", nn.Parameter(2 * net.last.weight.detach())
     ),

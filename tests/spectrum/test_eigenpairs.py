@@ -100,14 +100,23 @@ def test_multiplicity(multiplicity, device):
 
 
 def test_value_that_the_start_does_not_see_is_found(device):
-    """The larger eigenvector is orthogonal to the gradient that the run starts from."""
+    """The larger eigenvector is orthogonal to the gradient that the run starts from.
+
+    One pair alone gets no second look: 191 of 300 seeds found it, and of 100 seeds less
+    than 45 would be four standard deviations from that.
+    """
     eigenvalues = [5.0, 4.0, *bulk(300, 0.2)]
     matrix = torch.diag(torch.tensor(eigenvalues, device=device).double())
     gradient = torch.zeros(302, device=device).double()
     gradient[1] = 1.0
-    for k in (1, 2):
-        pairs = fm.top_eigenpairs(Counted(matrix, gradient), k, rtol=1e-3)
-        assert pairs.values[0].item() == pytest.approx(5.0, rel=1e-3)
+
+    def is_found(k, seed):
+        counted = Counted(matrix, gradient)
+        pairs = fm.top_eigenpairs(counted, k, rtol=1e-3, seed=seed)
+        return pairs.values[0].item() == pytest.approx(5.0, rel=1e-3)
+
+    assert all(is_found(2, seed) for seed in range(20))
+    assert sum(is_found(1, seed) for seed in range(100)) >= 45
 
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4, 1e-8])

@@ -23,6 +23,7 @@ from ..rows.guards import Guard, find_guards, gather_nodes, places
 from ..rows.measure import measure_samples
 from ..rows.own_functions import OwnGuard
 from ..rows.samples import Batch, Samples
+from ..rows.unseen import may_move
 from . import mixing
 from .axis_shown import Shown, said_together, what_uses_say
 from .fit import Fit, fit, fit_one, guards_of, nodes_to_watch
@@ -209,8 +210,10 @@ class Attempt:
             self._refuse_met(evidence, found, survey.reads & found.plan.preparing)
             if isinstance(samples, Batch):
                 self._refuse_mixing(evidence, found)
-            # Its saved tensors are gone, and only nodes that gather are asked for them.
-            holds = holds and found.is_settled and find_guards(evidence) == []
+            # Its saved tensors are gone, and no node is asked for them.
+            holds = holds and found.is_settled
+            holds = holds and not may_move(tape, found.plan.preparing)
+            holds = holds and find_guards(evidence) == []
             placed = places(tape, found.plan.preparing)
         plan = found.plan
         above = self.graph.tape

@@ -154,7 +154,6 @@ class Reader:
         known = self._structures.get(key)
         if known is None:
             refuse_compiled(tape, regions)
-            refuse_complex(tape)
             refuse_nested(tape)
             refuse_collectives(tape)
             while len(self._structures) >= _MOST_STRUCTURES:  # loops of any length
@@ -225,6 +224,7 @@ class Reader:
         Where samples meet behind a closed gate, what is measured holds for this step
         only. An axis of a scalar loss that turns out to be another one is passed by.
         """
+        refuse_complex(graph.tape)  # a known structure may become so: it has no dtypes
         rejected: set[int] = set()
         may_open = True
         while True:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import checkpoint
 
 from ..compiled.operators import receive
@@ -73,6 +74,7 @@ class Survey:
         self.reads: set[int] = set()  # preparations that read data
         self.tape: Tape | None = None
         self.sight: Sight | None = None  # of a compiled region's own uses
+        self._edges: list[GradientEdge] = []  # they keep the nodes of the tape
         self._handles: list[Any] = []
         self._detached: list[Tensor] = []  # inputs, gone with the graph
 
@@ -81,6 +83,7 @@ class Survey:
     ) -> list[Tensor]:
         """Watch the region's graph in its next pass; let no gradient accumulate."""
         tape = self.tape = tape_of(inputs, outputs, self._names, self.inputs)
+        self._edges = _edges_of(outputs)
         if region_nodes(tape):
             raise CaptureError(
                 "A region under checkpoint(use_reentrant=True), or a compiled one, "
@@ -124,6 +127,16 @@ class Survey:
         self.free_inputs()
         while self._handles:
             self._handles.pop().remove()
+
+
+def _edges_of(outputs: Sequence[Any]) -> list[GradientEdge]:
+    """What owns a graph, and not the memory of its tensors.
+
+    What Python sees of an `autograd.Function` does not in PyTorch 2.11: it says
+    nothing of itself when the graph has gone.
+    """
+    tensors = [t for t in outputs if isinstance(t, torch.Tensor)]
+    return [get_gradient_edge(t) for t in tensors if t.requires_grad]
 
 
 class _Recomputed:

@@ -19,7 +19,7 @@ from .collector import Collector
 from .delivery import Deliveries
 from .parts import Parts
 from .program import Program
-from .visit import Announce, contributions_at, visit
+from .visit import Announce, check_real, contributions_at, visit
 
 __all__ = ["Taking"]
 
@@ -88,6 +88,7 @@ class Taking:
     def call(self, node: int, g: Tensor, *saved: Tensor) -> None:
         """Take a step of Python's, with the tensors that it reads."""
         assert self._program is not None
+        check_real(self._program.use_at[node], (g, *saved))
         with undisturbed():
             norms, gradients = self._program.calls[node].found(g, *saved)
             for name, gradient in gradients.items():
@@ -99,6 +100,7 @@ class Taking:
         assert self._program is not None
         use = self._program.use_at[node]
         (parameter,) = use.parameters
+        check_real(use, (g, *saved))
         with undisturbed():
             found = self._program.parts[node](g, *saved)
             whole = self._parts.add(parameter, found, use.name)

@@ -18,7 +18,7 @@ from .collector import Collector
 from .delivery import Deliveries
 from .parts import Parts
 
-__all__ = ["Announce", "contributions_at", "visit"]
+__all__ = ["Announce", "check_real", "contributions_at", "visit"]
 
 # Called with a message the first time a node has no rule.
 Announce = Callable[[str, Sequence[str]], None]
@@ -50,18 +50,26 @@ def visit(
             collector.take(path.parameter, whole)
 
 
+def check_real(use: Use, tensors: Sequence[Tensor | None]) -> None:
+    """Raise CaptureError for complex numbers where a use reads its tensors.
+
+    No dtype is part of what is remembered of a graph, and a kernel would cast them.
+    """
+    for x in tensors:
+        if x is not None and x.is_complex():
+            raise CaptureError(
+                f"Numbers of {x.dtype} reached {use.name} (parameters "
+                f"{use.parameters}), where they were real when its rows were measured; "
+                "complex ones are not supported. Write that part with real ones."
+            )
+
+
 def _check_rows(
     use: Use, grads: Sequence[Tensor | None], layouts: Sequence[RowLayout | None]
 ) -> None:
     """Raise CaptureError for a gradient whose rows were not measured."""
+    check_real(use, grads)
     for grad, layout in zip_longest(grads, layouts):
-        if grad is not None and grad.is_complex():
-            raise CaptureError(
-                f"A gradient of {grad.dtype} reached {use.name} (parameters "
-                f"{use.parameters}), where numbers were real when its rows were "
-                "measured; complex ones are not supported. Write that part with real "
-                "ones."
-            )
         if grad is not None and layout is None:
             raise CaptureError(
                 f"A gradient of shape {tuple(grad.shape)} reached {use.name} "
