@@ -108,6 +108,36 @@ bool run_launches(const Launches& launches, const py::list& inputs, const py::li
          current_stream(memory.device, device.stream) && launches.run(x.data(), to.data(), device);
 }
 
+// What one step finds of the gradient and what was saved, into rows [parameters, batch], and the
+// gradients that it makes; false where these are not what it was made for.
+bool compute_step(const Program& program, size_t number, const py::list& tensors,
+                  const py::object& rows, const py::list& gradients, int threads) {
+  const Step& step = *program.steps()->at(number);
+  dlpack::Tensor x[Step::kMost], to, made;
+  if (tensors.size() != step.saved() + 1 || gradients.size() != step.gradients().size() ||
+      !read(rows.ptr(), to))
+    return false;
+  for (size_t i = 0; i < tensors.size(); i++)
+    if (!read(py::handle(tensors[i]).ptr(), x[i])) return false;
+  const int bits = program.dtype() == "f64" ? 64 : 32;
+  if (to.ndim != 2 || !is_float_on_cpu(to, bits)) return false;
+  std::vector<char> memory;
+  Workspace workspace;
+  for (size_t i = 0; i < gradients.size(); i++) {
+    if (!read(py::handle(gradients[i]).ptr(), made) || !is_float_on_cpu(made, bits) ||
+        !is_contiguous(made))
+      return false;
+    workspace.gradients[i] = made.data;
+  }
+  workspace.table = to.data;
+  workspace.batch = to.shape[1];
+  workspace.stride = to.strides[0];
+  workspace.threads = threads;
+  workspace.memory = &memory;
+  py::gil_scoped_release meanwhile;
+  return step.compute(x, workspace);
+}
+
 // |g|^2 over the gradients of some parameters, all together, into a tensor of one number; false
 // where one of them is not a dense tensor in the host's memory, of one dtype with that.
 template <typename scalar_t>
@@ -282,6 +312,11 @@ void bind_host(py::module_& m) {
              p.add(std::make_unique<Called>(node, saved, minds_sign), required, made);
            })
       .def("launch", &Program::launch)
+      .def("compute", &compute_step)
+      .def("add_sum",
+           [](Program& p, int64_t node, int64_t to, Axis axis) {
+             p.add(sum(node, {to, -1}, layout_of(axis), p.dtype(), p.isa()), py::dict());
+           })
       .def("add_table",
            [](Program& p, int64_t node, Text saved, int64_t to, Axis axis, int64_t padding,
               py::dict required) {

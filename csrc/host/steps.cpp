@@ -119,6 +119,26 @@ class Scale : public OverTime<scalar_t> {
 };
 
 template <typename scalar_t>
+class Sum : public OverTime<scalar_t> {
+ public:
+  Sum(int64_t node, Places places, Layout layout, const std::string& isa)
+      : OverTime<scalar_t>(node, {}, places, layout, isa) {}
+
+ public:
+  bool compute(const dlpack::Tensor* x, const Workspace& workspace) const override {
+    const dlpack::Tensor& g = x[0];
+    Rows of_g;
+    if (!this->see_both(g, g, 1, of_g, of_g, workspace)) return false;
+    int64_t width = width_of(g, 1);
+    scalar_t* gradients = workspace.template scratch<scalar_t>(workspace.batch * width);
+    this->kernels_.sum_over_time(this->data(g), of_g.batch_stride, of_g.time_stride,
+                                 workspace.batch, of_g.time, width, gradients, workspace.threads);
+    this->keep_norms(gradients, width, this->places_.weight, workspace);
+    return true;
+  }
+};
+
+template <typename scalar_t>
 class Table : public OverTime<scalar_t> {
  public:
   Table(int64_t node, const std::string& saved, Places places, Layout layout, int64_t padding,
@@ -250,6 +270,11 @@ std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& s
 std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places places, Layout layout,
                             const std::string& dtype, const std::string& isa) {
   return made<Scale>(dtype, node, saved, places, layout, isa);
+}
+
+std::unique_ptr<Step> sum(int64_t node, Places places, Layout layout, const std::string& dtype,
+                          const std::string& isa) {
+  return made<Sum>(dtype, node, places, layout, isa);
 }
 
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,

@@ -134,6 +134,9 @@ std::unique_ptr<Step> layer_norm(int64_t node, const std::vector<std::string>& s
 // A scale of the last dim.
 std::unique_ptr<Step> scale(int64_t node, const std::string& saved, Places places, Layout layout,
                             const std::string& dtype, const std::string& isa);
+// A term that is added to all rows, along the last dim.
+std::unique_ptr<Step> sum(int64_t node, Places places, Layout layout, const std::string& dtype,
+                          const std::string& isa);
 // A table whose rows are looked up.
 std::unique_ptr<Step> table(int64_t node, const std::string& saved, Places places, Layout layout,
                             int64_t padding, const std::string& dtype, const std::string& isa);

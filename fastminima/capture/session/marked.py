@@ -106,7 +106,7 @@ class MarkedUses:
         self._taken.add(place)
         way = self._way(mark, use, tuple(g.shape)) if self._is_plain else None
         if way is not None:
-            return self._take_by(way, use, g, saved)
+            return self._take_by(way, use.name, g, saved)
         known = self._region.at(mark, tuple(g.shape))
         if known is None:
             raise CaptureError(
@@ -138,14 +138,14 @@ class MarkedUses:
         return made
 
     def _take_by(
-        self, way: Way, use: Use, g: Tensor, saved: Sequence[Tensor]
+        self, way: Way, name: str, g: Tensor, saved: Sequence[Tensor]
     ) -> Tensor | None:
-        for parameter in use.parameters:
-            self._parts.count(parameter, use.name)
         outputs = way.take(self._memory, g, *saved)
-        found = zip(way.names, outputs[: len(way.names)], strict=True)
-        norms = {n: x for n, x in found if n is not None and x is not None}
-        self._collector.collected.sq_norms.update(norms)
+        into = self._collector.collected.sq_norms
+        for parameter, norms in zip(way.names, outputs, strict=False):
+            if parameter is not None and norms is not None:
+                self._parts.count(parameter, name)
+                into[parameter] = norms
         gradient = outputs[-1] if way.take.makes else None
         return None if gradient is None else gradient.to(g.dtype).contiguous()
 

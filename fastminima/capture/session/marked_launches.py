@@ -1,8 +1,9 @@
-"""What uses of compiled regions are asked for, launched by the extension on a device.
+"""What uses of compiled regions are asked for, computed by the extension.
 
-As `called.py` for the uses of graphs: computed by Python until launches are known that
-give the same bits. The operator in the compiled code is Python all the same; what is
-saved is what Python takes for launching.
+On a CPU by a step of its own, as programs have them for the uses of graphs. On a device
+as `called.py` has it: by Python until launches are known that give the same bits. The
+operator in the compiled code is Python all the same; what is saved is what it takes
+from there to the kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from ..graph.extension import learned
+from . import called
 from .called import Repeated, new_table
 
 __all__ = ["LaunchedUse", "Memory"]
@@ -36,9 +39,9 @@ class Memory:
         """Memory for the norms of some parameters, each `[batch]` and aligned."""
         left = self._left
         if len(left) < count or len(left[-1]) != batch or left[-1].device != device:
-            with torch.inference_mode(False):
-                table = new_table(max(count, self._rows), batch, device)
-            self._left = left = [*table]
+            self._left = left = [
+                *_lasting(new_table, max(count, self._rows), batch, device)
+            ]
         return [left.pop() for _ in range(count)]
 
     def scratch(self, size: int, device: torch.device) -> Tensor:
@@ -51,6 +54,18 @@ class Memory:
         return scratch
 
 
+def _new_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _lasting(new: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A tensor that is used when the pass is over, in whatever mode that ran."""
+    if not torch.is_inference_mode_enabled():
+        return new(*arguments)
+    with torch.inference_mode(False):
+        return new(*arguments)
+
+
 class LaunchedUse:
     """The norms of one use, and the gradient of its weight where that is made.
 
@@ -59,6 +74,8 @@ class LaunchedUse:
         names: parameters; None where nobody asks.
         batch: number of samples.
         gradient: its shape; None where none is made.
+        step: of a dtype, a program whose one step gives the norms of a CPU's tensors,
+            each in a row of its own, and the gradient; None where there is none.
     """
 
     def __init__(
@@ -67,7 +84,9 @@ class LaunchedUse:
         names: Sequence[str | None],
         batch: int,
         gradient: tuple[int, ...] | None = None,
+        step: Callable[[torch.dtype], Any] = lambda dtype: None,
     ) -> None:
+        self._step, self._steps = step, dict[torch.dtype, Any]()
         self._wanted = [name is not None for name in names]
         self._count, self._batch = sum(self._wanted), batch
         self._gradient = gradient
@@ -91,8 +110,13 @@ class LaunchedUse:
 
     def __call__(self, memory: Memory, *tensors: Tensor) -> Sequence[Tensor | None]:
         """The norms and the gradient, of the output gradient and the saved tensors."""
+        if self.makes and any(t.is_neg() for t in tensors):
+            return self._by_python(*tensors)  # a negation that is not done in memory
+        device = tensors[0].device
+        if device.type == "cpu" and not called.can_be_launched(device):
+            return self._on_the_host(tensors)
         if self._launches and all(map(learned().is_readable, tensors)):
-            device, given = tensors[0].device, list(tensors)
+            given = list(tensors)
             found = memory.rows(self._count, self._batch, device)
             if self._gradient is not None:
                 shape = self._gradient
@@ -102,6 +126,20 @@ class LaunchedUse:
                 if launches.run(given, found, scratch):
                     outputs = iter(found)
                     return [next(outputs) if asked else None for asked in self._wanted]
+        return self._by_python(*tensors)
+
+    def _on_the_host(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        dtype = tensors[0].dtype
+        if dtype not in self._steps:
+            self._steps[dtype] = self._step(dtype)
+        step = self._steps[dtype]
+        if step is not None:
+            rows = _lasting(_new_rows, (self._count, self._batch), dtype)
+            made = [] if self._gradient is None else [_new_rows(self._gradient, dtype)]
+            given = 0, list(tensors), rows, made
+            if step.compute(*given, _native.threads()):
+                found = iter([*rows.unbind(), *made])
+                return [next(found) if asked else None for asked in self._wanted]
         return self._by_python(*tensors)
 
     def _launch(self, launches: Any, scratch: int) -> None:

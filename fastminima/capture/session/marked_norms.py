@@ -6,18 +6,25 @@ In fused mode the gradient of a dense weight comes from the same function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ... import _native
 from ...ops import broadcast, embedding
+from ...ops._arguments import NATIVE, SUFFIX
 from ...ops.conv_geometry import ConvGeometry
+from ...ops.cost.dense import is_fused_faster
+from ...ops.native.dense import part_of_rows
 from ..compiled.marks import WITH_FACTORS, Mark
 from ..contributions import Patches, Products, sq_norms_of
+from ..graph.extension import learned
 from ..reading.plan import Use
 from ..rows.layout import RegularLayout, RowLayout
 from .marked_launches import LaunchedUse
-from .steps import products_of
+from .steps import add_matrix, products_of
 
 __all__ = ["Way", "way_of"]
 
@@ -65,7 +72,32 @@ def way_of(mark: Mark, use: Use, layout: RowLayout, *, makes: bool) -> Way | Non
     if found is None:
         return None
     run, wanted = found
-    return Way(LaunchedUse(run, wanted, layout.batch), wanted)
+    step = partial(_step, mark, use, layout, wanted)
+    return Way(LaunchedUse(run, wanted, layout.batch, step=step), wanted)
+
+
+def _step(
+    mark: Mark,
+    use: Use,
+    layout: RegularLayout,
+    wanted: Sequence[str | None],
+    dtype: torch.dtype,
+) -> Any:
+    """A program of one step for such a use on the host; None where there is none."""
+    host = learned()
+    if host is None or dtype not in NATIVE:
+        return None
+    steps = host.Program(SUFFIX[dtype], _native.best_isa)
+    if use.name == "AddmmBackward0":
+        (weight,) = (slot for slot in use.slots if slot.number == 2)
+        bias = 1 if len(wanted) > 1 and wanted[1] is not None else -1
+        if not add_matrix(steps, weight.shape, (0, bias), layout, dtype):
+            return None
+    elif use.name == "AddBackward0":
+        steps.add_sum(0, 0, _axis(layout))
+    elif use.name == "EmbeddingBackward0":
+        steps.add_table(0, "", 0, _axis(layout), mark.constants["padding_idx"], {})
+    return steps if len(steps) else None
 
 
 def _run_of(
@@ -114,8 +146,29 @@ def _fused(
         return found.sq_norms, bias, found.total
 
     (slot,) = (slot for slot in use.slots if slot.number == 2)
-    shape = slot.shape[::-1] if out_first else slot.shape
-    return Way(LaunchedUse(run, wanted, layout.batch, tuple(shape)), wanted)
+    shape = tuple(slot.shape[::-1] if out_first else slot.shape)
+    place = 1 if has_bias else -1
+
+    def step(dtype: torch.dtype) -> Any:
+        host, (rows, columns) = learned(), shape
+        time = layout.outer * layout.inner
+        if host is None or dtype not in NATIVE or layout.dim != 0:
+            return None
+        if not is_fused_faster(time, columns, rows):
+            return None
+        part = part_of_rows(rows, columns, dtype.itemsize)
+        steps = host.Program(SUFFIX[dtype], _native.best_isa)
+        steps.add_fused_sequences(
+            *(0, "", (0, place), _axis(layout), out_first, part),
+            *([(0, shape, None, None)], {}),
+        )
+        return steps
+
+    return Way(LaunchedUse(run, wanted, layout.batch, shape, step), wanted)
+
+
+def _axis(layout: RegularLayout) -> tuple[int, int, int, int]:
+    return layout.dim, layout.outer, layout.batch, layout.inner
 
 
 def _edges(use: Use) -> set[int]:

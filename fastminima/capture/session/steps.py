@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...ops import broadcast, dense, embedding, norm
@@ -29,7 +30,7 @@ from ..graph.tape import signed
 from ..rows.layout import RegularLayout
 from .making import Making
 
-__all__ = ["add_step", "convolution_of", "products_of"]
+__all__ = ["add_matrix", "add_step", "convolution_of", "products_of"]
 
 
 def add_step(making: Making) -> bool:
@@ -57,18 +58,44 @@ def _dense(making: Making) -> bool:
     places = making.row(weight), making.row(bias)
     saved = f"_saved_{product.operands[product.factors[0]]}"
     factors = {"_saved_alpha": 1, "_saved_beta": 1} if making.use.name == ADDMM else {}
-    common = (making.use.node, saved, places)
-    time, (d_in, d_out) = layout.outer * layout.inner, weight.shape
-    if not making.is_for_kernels or cost.is_torch_faster(time, d_in, d_out):
-        products = products_of(layout, bias is not None)
-        return making.call([saved], (weight, bias), products, factors)
+    common = (making.use.node, saved, factors)
+    if making.is_for_kernels:
+        assert making.dtype is not None
+        if add_matrix(making.steps, weight.shape, places, layout, making.dtype, common):
+            return True
+    products = products_of(layout, bias is not None)
+    return making.call([saved], (weight, bias), products, factors)
+
+
+def add_matrix(
+    steps: Any,
+    shape: Sequence[int],
+    places: tuple[int, int],
+    layout: RegularLayout,
+    dtype: torch.dtype,
+    of_node: tuple[int, str, dict[str, int]] = (0, "", {}),
+) -> bool:
+    """Add a step for a matrix `[d_in, d_out]`; not where PyTorch's ways are faster.
+
+    Args:
+        steps: the program.
+        shape: of the matrix.
+        places: rows of the weight and of the bias; -1 where nobody asks.
+        layout: of the output gradient.
+        dtype: of the tensors.
+        of_node: its number, what it has saved, and what else must hold of it.
+    """
+    node, saved, required = of_node
+    time, (d_in, d_out) = layout.outer * layout.inner, shape
+    if cost.is_torch_faster(time, d_in, d_out):
+        return False
     if layout.is_one_row:
-        making.steps.add_single_rows(*common, factors)
+        steps.add_single_rows(node, saved, places, required)
         return True
-    assert making.dtype is not None
     is_gram = cost.choose(time, d_in, d_out) == "gram"
-    guard = cost.guard(d_in, d_out, making.dtype) if is_gram else -1.0
-    making.steps.add_sequences(*common, making.axis, guard, factors)
+    guard = cost.guard(d_in, d_out, dtype) if is_gram else -1.0
+    axis = layout.dim, layout.outer, layout.batch, layout.inner
+    steps.add_sequences(node, saved, places, axis, guard, required)
     return True
 
 
