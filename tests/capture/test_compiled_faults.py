@@ -214,3 +214,50 @@ def test_positions_that_several_layers_share(device):
             torch.manual_seed(seed)
             found.append(read(fast(x).sin().flatten(1).sum(1), model))
         torch.testing.assert_close(*found)
+
+
+class LookedUp(nn.Module):
+    """Rows of a table some of which are hidden, in ways that say so differently."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 6))
+        self.layer = nn.Linear(6, 6)
+        self.how = how
+
+    def forward(self, x, ids):
+        return self.layer((x + self.how(self.table, x, ids)).tanh())
+
+
+def every_other(x):
+    return torch.arange(x.shape[1], device=x.device)[:, None] % 2 == 1
+
+
+HIDDEN = {
+    "a row from the end": lambda t, x, i: torch.where(x[..., :1] > 0, 0.0, t[i - 9]),
+    "a mask of all samples": lambda t, x, i: t[i - 9].masked_fill(every_other(x), 0.0),
+    "rows of all samples": lambda t, x, i: torch.where(
+        every_other(x), 0.0, t[i[0] - 9]
+    ),
+    "columns": lambda t, x, i: torch.where(every_other(x.mT)[:, 0], 0.0, t[i]),
+    "padding": lambda t, x, i: F.embedding(i, t, 2).masked_fill(x[:, :1, :1] > 0, 0.0),
+    "positions": lambda t, x, i: F.embedding(i[0], t, 2).masked_fill(every_other(x), 0),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize("how", HIDDEN.values(), ids=HIDDEN)
+def test_rows_of_a_table_that_are_hidden(how, backend, device):
+    torch.manual_seed(0)
+    model = LookedUp(how).to(device)
+    x, ids = torch.randn(4, 5, 6), torch.randint(9, (4, 5))
+    x, ids = x.to(device), ids.to(device)
+    want = fm.GradientProbe(model, per_parameter=True).backward(
+        model(x, ids).square().sum((1, 2))
+    )
+    fast = fm.compile(model, backend=backend)
+    probe = fm.GradientProbe(model, per_parameter=True)
+    for _ in range(2):
+        got = probe.backward(fast(x, ids).square().sum((1, 2)))
+        for name, norms in want.sq_norms_by_parameter.items():
+            torch.testing.assert_close(got.sq_norms_by_parameter[name], norms)

@@ -101,8 +101,9 @@ class Mark:
             hidden = ~mask
         for name in ("_saved_indices", "_saved_lookup"):
             if hidden is not None and name in found:
-                ids = found[name]
-                found[name] = ids.masked_fill(hidden.reshape(ids.shape), -1)
+                into = self.into[0]  # an index may count from the end
+                ids = found[name].remainder(into.looked_up or into.shape[0])
+                found[name] = ids.masked_fill(hidden.squeeze(-1), -1)
         return SimpleNamespace(name=lambda: self.name, **found)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .marks import Into, Move
-from .nodes import NotTraced, any_sizes_of, is_zero, stripped
+from .nodes import NotTraced, any_sizes_of, is_zero, node_of, stripped
 
 __all__ = [
     "INPUTS",
@@ -221,7 +221,8 @@ def _table_of(node: fx.Node, args: Sequence[Any], above: set[fx.Node]) -> Candid
     adds_up = rest[0] if rest else node.kwargs.get("accumulate", False)
     if not adds_up or any(index is None for index in indices):
         raise NotTraced(f"{node.target} does not add up all rows of a table")
-    if len(indices) == 1 and (shown := _without_padding(g, above)) is not None:
+    is_of_rows = len(indices) == 1 and base.meta["val"].dim() == 2
+    if is_of_rows and (shown := _without_padding(g, above)) is not None:
         hidden, g = shown
         saved = [("indices", indices[0]), ("hidden", hidden)]
         constants = {"padding_idx": -1, "scale_grad_by_freq": False}
@@ -237,14 +238,11 @@ def _without_padding(g: fx.Node, above: set[fx.Node]) -> tuple[fx.Node, fx.Node]
     where = stripped(g)
     if where.target is not _aten.where.self:
         return None
-    hidden, zero, rows = where.args
-    parts = (hidden, zero, rows)
-    if not all(isinstance(part, fx.Node) for part in parts) or hidden in above:
+    hidden, zero, rows = map(node_of, where.args)
+    is_of_rows = hidden.meta["val"].shape[-1:] == (1,)
+    if hidden in above or not is_of_rows or not is_zero(zero):
         return None
-    is_of_rows = hidden.meta["val"].shape[-1:] == (1,)  # type: ignore[union-attr]
-    if not is_of_rows or not is_zero(zero):  # type: ignore[arg-type]
-        return None
-    return hidden, rows  # type: ignore[return-value]
+    return hidden, rows
 
 
 def _plain(argument: Any) -> Any:
