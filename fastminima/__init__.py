@@ -2,7 +2,13 @@
 
 from . import callbacks, monitor, optim, theory
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
-from .curvature import GaussNewton, GradientCovariance, Hessian
+from .curvature import (
+    CriticalSharpness,
+    GaussNewton,
+    GradientCovariance,
+    Hessian,
+    critical_sharpness,
+)
 from .quantities import ThreeFactors, noise_scale, three_factors
 from .spectrum import (
     Density,
@@ -21,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Audit",
     "CaptureError",
+    "CriticalSharpness",
     "Density",
     "Eigenpairs",
     "Estimate",
@@ -34,6 +41,7 @@ __all__ = [
     "ThreeFactors",
     "callbacks",
     "compile",
+    "critical_sharpness",
     "frobenius_norm",
     "monitor",
     "noise_scale",

@@ -3,10 +3,12 @@
 from ._operator import CurvatureOperator
 from ._trust import Noise, Suspicion, SymmetryWatch
 from .covariance import GradientCovariance
+from .critical import CriticalSharpness, critical_sharpness
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 
 __all__ = [
+    "CriticalSharpness",
     "CurvatureOperator",
     "GaussNewton",
     "GradientCovariance",
@@ -14,4 +16,5 @@ __all__ = [
     "Noise",
     "Suspicion",
     "SymmetryWatch",
+    "critical_sharpness",
 ]

@@ -1,9 +1,11 @@
 """Statistics under `fully_shard`."""
 
 import copy
+import functools
 
 import cases
 import torch
+import torch.distributed as dist
 from scenarios import (
     build_normalised,
     check_batch_norm,
@@ -233,3 +235,30 @@ def fsdp_probe_made_between_the_passes():
     losses = losses_of(model, share(data()))
     probe = fm.GradientProbe(model, process_group="world")
     assert_oracle(probe.backward(losses), build(), data())
+
+
+def mean_over_ranks(model, x):
+    """The loss on all ranks together."""
+    mean = losses_of(model, x).mean().detach()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+@check
+def fsdp_critical_sharpness():
+    """As of one process, from pieces that stay pieces."""
+    want = fm.critical_sharpness(build(), lambda m, x: losses_of(m, x).mean(), data())
+    for reshard in (True, False):
+        model, x = shard(build(), reshard), share(data())
+        before = [full(p) for p in model.parameters()]
+        without = functools.partial(fm.critical_sharpness, model, mean_over_ranks, x)
+        raised(without, ValueError, "p.grad")
+        losses_of(model, x).mean().backward()
+        direction = [p.grad for p in model.parameters()]
+        mean_over_ranks(model, x)  # gathered, and left so in the second case
+        got = fm.critical_sharpness(model, mean_over_ranks, x, direction)
+        assert got.converged and got.evaluations <= 8
+        assert got.lower <= want.upper and want.lower <= got.upper, (got, want)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        for p, kept in zip(model.parameters(), before, strict=True):
+            assert torch.equal(full(p), kept)
