@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from .._optional import require
 
 __all__ = ["Density", "Eigenpairs", "Estimate"]
 
+_SHOWN = 4  # values that a printed result lists
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Eigenpairs:
     """Eigenvalues, each with its residual: an eigenvalue lies within it of the value.
 
@@ -23,7 +26,13 @@ class Eigenpairs:
         residuals: |H v - value v| of each.
         products: How many Hessian-vector products they took, with the one by which a
             fresh operator compares itself.
-        converged: Whether every residual is within the tolerance asked for.
+        converged: Whether every residual is within the tolerance asked for, and nothing
+            beyond the values was missed, with the probability asked for.
+        upper: No eigenvalue is larger (for "smallest" smaller, for "magnitude" larger
+            in size), but with the probability asked for; infinite where nothing is
+            known. It holds, whether converged or not.
+        noise: How far products are from those of one symmetric matrix, relative to |H|:
+            |<H u, v> - <u, H v>|, 6e-8 in float32, 7e-4 in bfloat16. NaN if unknown.
     """
 
     values: Float[Tensor, " k"]
@@ -31,6 +40,24 @@ class Eigenpairs:
     residuals: Float[Tensor, " k"]
     products: int
     converged: bool
+    upper: float = math.inf
+    noise: float = math.nan
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{value:.6g} +- {residual:.1g}"
+            for value, residual in zip(
+                self.values[:_SHOWN].tolist(), self.residuals.tolist(), strict=False
+            )
+        ]
+        more = len(self.values) - len(shown)
+        listed = ", ".join(shown) + (f", {more} more" if more else "")
+        bound = f"none beyond {self.upper:.6g}" if math.isfinite(self.upper) else "unbounded"
+        return (
+            f"Eigenpairs({listed} of {self.vectors.shape[1]}; {bound}; "
+            f"{self.products} products, "
+            f"{'converged' if self.converged else 'not converged'})"
+        )
 
 
 @dataclass(frozen=True)
