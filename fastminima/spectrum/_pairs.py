@@ -104,7 +104,7 @@ class BestPairs:
             half = (first - rank) / 2
             coupling = math.hypot(*self.residuals)
             rank = (first + rank) / 2 + math.hypot(half, coupling)
-        return -rank if self._goal.which == "smallest" else rank
+        return 0.0 - rank if self._goal.which == "smallest" else rank
 
     def measure(self, multiply: Callable[[Tensor], Tensor]) -> None:
         """Make the products with the vectors, and everything from them."""
