@@ -33,7 +33,7 @@ class Goal(NamedTuple):
     k: int
     which: str
     rtol: float
-    miss: float = 0.05
+    miss: float = 0.002
 
     def rank(self, values: np.ndarray | list[float]) -> np.ndarray:
         """Larger for what is wanted more."""

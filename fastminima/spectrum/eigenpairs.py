@@ -33,7 +33,7 @@ def top_eigenpairs(
     start: Float[Tensor, "vectors params"] | Float[Tensor, " params"] | None = None,
     seed: int = 0,
     *,
-    miss: float = 0.05,
+    miss: float = 0.002,
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 

@@ -74,7 +74,7 @@ class SharpnessProbe:
         max_products: int = 200,
         count: Callable[[Any], int] | None = None,
         seed: int = 0,
-        miss: float = 0.05,
+        miss: float = 0.002,
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
