@@ -23,7 +23,7 @@ __all__ = [
 
 # The length of the random part beside a unit gradient. What a bound can say grows with
 # it, and no more products are needed than with less: docs/curvature.md has the numbers.
-_COLD = 10.0
+_COLD = 30.0
 # Beside vectors that are given it is there only so that the space leaves theirs; what
 # they do not show is searched from a random vector of its own.
 _WARM = 0.1

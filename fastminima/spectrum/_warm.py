@@ -15,8 +15,9 @@ from ._problem import Problem
 
 __all__ = ["followed_pairs"]
 
-_RANDOM_PART = 0.3  # beside the unit challenger, so that it can become another
+_RANDOM_PART = 0.1  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
+_DOUBT = 2  # more of them, where the challenger may be the larger one
 
 
 def followed_pairs(
@@ -26,7 +27,8 @@ def followed_pairs(
 
     The space is that of the known vectors, of the challenger with a random part, and of
     residuals: of the worst wanted pair as long as it is beyond its tolerance, else of
-    the runner-up. The runner-up's product is the next challenger, so that it is further
+    the runner-up, once, and twice more if its residual allows it to be a wanted one.
+    The runner-up's product is the next challenger, so that it is further
     multiplied from one matrix to the next without a product of its own.
 
     All residuals are those of products. What was missed is not bounded: a few products
@@ -43,7 +45,8 @@ def followed_pairs(
         errors = ritz.images - ritz.vectors * ritz.column
         residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
         worst = _worst(goal, ritz.values, residuals, space.scale)
-        is_enough = worst is None and space.size >= goal.k + _MORE
+        needed = goal.k + _MORE + (_DOUBT if _may_overtake(goal, ritz, residuals) else 0)
+        is_enough = worst is None and space.size >= needed
         lead = len(residuals) - 1 if worst is None else worst
         if is_enough or problem.left <= 0 or not space.add(errors[lead]):
             break
@@ -64,6 +67,14 @@ def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     if not 0 < length < float("inf"):
         return random
     return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / length)
+
+
+def _may_overtake(goal: Goal, ritz: _Ritz, residuals: list[float]) -> bool:
+    """Whether an eigenvalue within the runner-up's residual can be a wanted one."""
+    if len(residuals) <= goal.k:
+        return False
+    last, runner_up = goal.rank(ritz.values)[-2:]
+    return bool(runner_up + residuals[-1] > last)
 
 
 def _worst(
