@@ -15,7 +15,7 @@ from ._problem import Problem
 
 __all__ = ["followed_pairs"]
 
-_RANDOM_PART = 0.1  # beside the unit challenger, so that it can become another
+_RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
 _DOUBT = 2  # more of them, where the challenger may be the larger one
 
@@ -54,7 +54,9 @@ def followed_pairs(
     best.vectors = list(ritz.vectors[: goal.k].unbind())
     best.is_sure = best.is_measured = True
     if len(ritz.values) > goal.k:
-        best.challenger = ritz.images[-1] - space.least * ritz.vectors[-1]
+        # Half of the way to the other end: then that is not the dominant one.
+        shift = min(space.least, 0.0) / 2
+        best.challenger = ritz.images[-1] - shift * ritz.vectors[-1]
     return best
 
 
