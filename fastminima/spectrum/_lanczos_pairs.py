@@ -66,7 +66,9 @@ def search_rest(
             break
         miss /= 2
         start = random_start(problem)
-        run = LanczosRun(problem.multiply, start, deflate=best.vectors)
+        run = LanczosRun(
+            problem.multiply, start, deflate=best.vectors, scale=best.scale
+        )
         search = _Search(problem, goal, best, run)
         search.search(miss)
     if search is not None and with_challenger:
@@ -157,7 +159,8 @@ class _Search:
             )
         best = self._best
         best.scale = max(best.scale, float(np.abs(ritz.values).max()))
-        best.noise = max(best.noise, self._run.noise)
+        if best.scale:
+            best.noise = max(best.noise, self._run.gap / best.scale)
         self._problem.refuse_noise(best.noise)
         return ritz
 
@@ -183,7 +186,7 @@ class _Search:
         if self._run.is_whole and self._run.is_exhausted:
             return float(self._goal.rank(ritz.values).max())
         seen = overlap(self._run.deviation, miss)
-        scale = float(np.abs(ritz.values).max())
+        scale = self._best.scale
         ranks = []
         for sign, edge, end in (
             (1, ritz.values[-1], "smallest"),
@@ -193,7 +196,7 @@ class _Search:
                 recurrence = self._run.recurrence
                 further = outermost(recurrence, float(edge), sign, seen, scale)
                 ranks.append(sign * float(edge) + further)
-        return max(ranks) + self._run.noise * scale
+        return max(ranks) + self._run.gap
 
     def _is_near(self, rank: float, last: float) -> bool:
         """Whether nothing beyond the last value can be far beyond it."""

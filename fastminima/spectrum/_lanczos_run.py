@@ -46,8 +46,8 @@ class LanczosRun:
     Attributes:
         deviation: Standard deviation of what the unit start has along a fixed vector.
         recurrence: How the basis follows from the start.
-        noise: The largest |<A v_j, v_(j-1)> - <v_j, A v_(j-1)>| met, relative to |A|.
-            By rounding some eps; what makes it more is not one symmetric matrix.
+        gap: The largest |<A v_j, v_(j-1)> - <v_j, A v_(j-1)>| met. By rounding some eps
+            of |A|; what makes it more is not one symmetric matrix.
 
     Source: Paige (1980), "Accuracy and effectiveness of the Lanczos algorithm"; Wu and
     Simon (2000), "Thick-restart Lanczos method", for `restart`.
@@ -59,12 +59,14 @@ class LanczosRun:
         start: Start,
         *,
         deflate: Sequence[Float[Tensor, " params"]] = (),
+        scale: float = 0.0,
         is_orthogonal: bool = False,
     ) -> None:
         self._multiply = multiply
         self._deflate = list(deflate)
         self._is_orthogonal = is_orthogonal
         first = start.vector
+        self._scale = scale  # of A, what is known of it; rounding is measured by it
         self._eps = torch.finfo(first.dtype).eps
         self.products = 0
         self.size = 0
@@ -76,7 +78,7 @@ class LanczosRun:
         self._leaks = np.zeros((len(self._deflate), 0))
         self._last_norm = 0.0
         self._is_chain = True  # whether v_(j-1) is the vector before v_j
-        self._gap = 0.0
+        self.gap = 0.0
         self.recurrence = Recurrence()
         for _ in range(2):
             project_out(first, self._deflate)
@@ -114,7 +116,7 @@ class LanczosRun:
             self._take(column.cpu().numpy(), float(norm))
             self._leaks = np.column_stack([self._leaks, leak.cpu().numpy()])
             if gap is not None:
-                self._gap = max(self._gap, abs(float(gap)))
+                self.gap = max(self.gap, abs(float(gap)))
         self._steps.clear()
         del self.basis[self.size + 1 :]
 
@@ -127,7 +129,7 @@ class LanczosRun:
         if len(values) == j + 1:
             matrix[j, :] = matrix[:, j] = values
             if self._is_chain and j:
-                self._gap = max(self._gap, abs(values[j - 1] - self._last_norm))
+                self.gap = max(self.gap, abs(values[j - 1] - self._last_norm))
         else:
             matrix[j, j] = values[0]
             if j:
@@ -135,16 +137,10 @@ class LanczosRun:
         self._matrix = matrix
         self._is_chain = True
         self._last_norm = norm
-        floor = 10 * self._eps * np.abs(matrix).max()
+        floor = 10 * self._eps * max(np.abs(matrix).max(), self._scale)
         # What is below the floor is rounding: no vector that could be divided by it.
         self.recurrence.extend(matrix[:, j].copy(), max(norm, floor))
         self.is_exhausted = self.is_whole or norm <= floor or not np.isfinite(norm)
-
-    @property
-    def noise(self) -> float:
-        """See the class."""
-        scale = float(np.abs(self._matrix).max()) if self.size else 0.0
-        return self._gap / scale if scale else 0.0
 
     @property
     def is_whole(self) -> bool:

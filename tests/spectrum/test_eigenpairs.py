@@ -141,9 +141,12 @@ def test_warm_start_costs_little(device):
     matrix = rotated(eigenvalues, device=device)
     cold = fm.top_eigenpairs(matrix, 1)
     moved = matrix + 0.02 * rotated(bulk(403, 1.0, seed=5), seed=6, device=device)
-    warm = fm.top_eigenpairs(moved, 1, start=cold.vectors)
+    warm = fm.top_eigenpairs(moved, 1, start=cold.vectors, miss=1.0)
     assert warm.converged
     assert warm.products <= 4 < cold.products
+    certain = fm.top_eigenpairs(moved, 1, start=cold.vectors)
+    assert certain.converged
+    assert certain.products <= cold.products + 1
 
 
 def test_start_may_hold_several_vectors_or_one(device):
@@ -151,7 +154,9 @@ def test_start_may_hold_several_vectors_or_one(device):
     cold = fm.top_eigenpairs(matrix, 3)
     warm = fm.top_eigenpairs(matrix, 3, start=cold.vectors)
     check(matrix, SPECTRA["outliers"], warm, "largest", 3, 1e-2)
-    assert fm.top_eigenpairs(matrix, start=cold.vectors[0]).products <= 3
+    one = fm.top_eigenpairs(matrix, start=cold.vectors[0], miss=1.0)
+    check(matrix, SPECTRA["outliers"], one, "largest", 1, 1e-2)
+    assert one.products <= 3
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
