@@ -139,6 +139,10 @@ def _density(
     gap = np.abs(each.mean(axis=0) - _drawn(half, grid, width).mean(axis=0))
     if whole.nodes.shape[1] == 1:
         gap = np.full(points, np.nan)
+    # The two cross here and there, where neither is right: so the largest nearby, as
+    # far as the nodes of the shorter run are apart.
+    apart = (high - low) / half.nodes.shape[1] / (grid[1] - grid[0])
+    gap = _largest_nearby(gap, int(apart))
     unit = problem.unit
 
     def wrap(array: np.ndarray) -> Tensor:
@@ -154,6 +158,17 @@ def _density(
         products=problem.products,
         truncation=wrap(gap / unit),
     )
+
+
+def _largest_nearby(values: np.ndarray, reach: int) -> np.ndarray:
+    """The largest of the values at most so many places away."""
+    largest = np.pad(values, reach, mode="edge")
+    seen, window = 1, 2 * reach + 1
+    while seen < window:
+        step = min(seen, window - seen)
+        largest = np.maximum(largest[:-step], largest[step:])
+        seen += step
+    return largest
 
 
 def _drawn(quadrature: _Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
