@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._nodes import Survey
-from ._scale import norm, ordinary
+from ._scale import dot, length, norm, ordinary
 
 __all__ = ["Noise", "Suspicion", "SymmetryWatch", "difference"]
 
@@ -169,8 +169,8 @@ def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]
     (u, of_u), (v, of_v) = ordinary(u), ordinary(v)
     (image_u, of_image_u), (image_v, of_image_v) = ordinary(image_u), ordinary(image_v)
     pairs = ((u, image_v), (image_u, v), (u, v))
-    dots = [torch.linalg.vecdot(a, b).double() for a, b in pairs]
-    norms = [torch.linalg.vector_norm(x).double() for x in (u, v, image_u, image_v)]
+    dots = [dot(a, b) for a, b in pairs]
+    norms = [length(x) for x in (u, v, image_u, image_v)]
     scales = (of_u * of_image_v, of_image_u * of_v, of_u * of_v)
     scales += (of_u, of_v, of_image_u, of_image_v)
     read = torch.stack([*dots, *norms]).tolist()

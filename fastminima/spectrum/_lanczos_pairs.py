@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
+from ..curvature._scale import length
 from ._bound import outermost
 from ._lanczos_run import LanczosRun, Ritz
 from ._pairs import BestPairs, Goal
@@ -15,6 +15,7 @@ __all__ = ["lanczos_pairs", "search_rest"]
 
 _BASIS_BYTES = 1 << 30  # of a basis before it is restarted
 _STRICTNESS = 0.7  # combining pairs of several runs mixes their errors
+_NEARLY = 30.0  # tolerances from which on a bound is looked at
 _STRICTNESS_HALF = 0.5  # leaves room for what products are rounded by
 
 
@@ -88,6 +89,7 @@ class _Search:
         vector_bytes = problem.size * run.basis[0].element_size()
         self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * goal.k + 16)
         self._ritz: Ritz | None = None
+        self._excess = float("inf")  # of the bound over the value, a product before
 
     def find(self, miss: float, *, is_alone: bool) -> None:
         """Take in what is wanted; with `is_alone` once nothing beyond can be missing."""
@@ -95,12 +97,12 @@ class _Search:
             ritz = self._advance()
             wanted = self._goal.order(ritz.values)[: self._missing]
             is_done = self._is_over or self._all_within(ritz, wanted)
-            if is_done and is_alone and miss < 1:
+            if is_alone and miss < 1 and (is_done or self._is_nearly(ritz, wanted[0])):
                 rank = self._beyond(ritz, miss)
-                is_near = self._is_near(rank, float(ritz.values[wanted[-1]]))
+                is_near, is_worth = self._progress(rank, float(ritz.values[wanted[0]]))
                 self._best.bound(rank, is_of_rest=False)
                 self._best.is_sure = is_near or self._run.is_exhausted
-                is_done = self._is_over or is_near
+                is_done &= self._is_over or (is_near and not is_worth)
             if is_done:
                 self._take(ritz, wanted, is_alone=is_alone)
                 return
@@ -198,6 +200,18 @@ class _Search:
                 ranks.append(sign * float(edge) + further)
         return max(ranks) + self._run.gap
 
+    def _progress(self, rank: float, value: float) -> tuple[bool, bool]:
+        """Whether the bound is near the value, and whether to go on all the same.
+
+        That is so while each product halves what is between them: then nearly all of it
+        is to be had for two or three products more.
+        """
+        excess = rank - float(self._goal.rank([value])[0])
+        is_halved = excess <= self._excess / 2
+        is_little = excess <= self._goal.tolerance(value, self._best.scale)
+        self._excess = excess
+        return self._is_near(rank, value), is_halved and not is_little
+
     def _is_near(self, rank: float, last: float) -> bool:
         """Whether nothing beyond the last value can be far beyond it."""
         slack = self._goal.slack(last, self._best.scale)
@@ -209,22 +223,25 @@ class _Search:
         half = _STRICTNESS_HALF if self._problem.is_half else 1.0
         return bool(ritz.residuals[index] <= half * self._strictness * allowed)
 
+    def _is_nearly(self, ritz: Ritz, index: np.integer) -> bool:
+        """Whether a residual is within some times its tolerance."""
+        allowed = self._goal.tolerance(float(ritz.values[index]), self._best.scale)
+        return bool(ritz.residuals[index] <= _NEARLY * allowed)
+
     def _all_within(self, ritz: Ritz, indices: np.ndarray) -> bool:
         return len(indices) >= self._missing and all(
             self._is_within(ritz, i) for i in indices
         )
 
-    def _take(
-        self, ritz: Ritz, indices: np.ndarray, *, is_alone: bool = False
-    ) -> None:
+    def _take(self, ritz: Ritz, indices: np.ndarray, *, is_alone: bool = False) -> None:
         if len(indices) == 0:
             return
         vectors = self._run.vectors(ritz.coordinates[:, indices])
         if is_alone:
             (vector,), (index,) = vectors, indices
-            norm = torch.linalg.vector_norm(vector)
-            residual = float(ritz.residuals[index] / norm)
-            self._best.add_only(float(ritz.values[index]), vector / norm, residual)
+            size = float(length(vector))
+            residual = float(ritz.residuals[index]) / size
+            self._best.add_only(float(ritz.values[index]), vector / size, residual)
         else:
             images = self._run.images(ritz, indices)
             self._best.add(list(vectors.unbind()), list(images.unbind()))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._scale import dot, length
 from ..ops.vector import lanczos_step, linear_combinations, project_out
 from ._bound import Recurrence
 from ._start import Start
@@ -82,9 +83,9 @@ class LanczosRun:
         self.recurrence = Recurrence()
         for _ in range(2):
             project_out(first, self._deflate)
-        length = torch.linalg.vector_norm(first)
-        self.deviation = start.deviation / float(length)
-        self.basis = [first.div_(length)]
+        size = float(length(first))
+        self.deviation = start.deviation / size
+        self.basis = [first.div_(size)]
 
     def step(self) -> None:
         """Extend the space by one product."""
@@ -97,13 +98,13 @@ class LanczosRun:
             column = project_out(w, self.basis)
             column += project_out(w, self.basis)
             project_out(w, self._deflate)
-            norm = torch.linalg.vector_norm(w, dtype=torch.float64)
+            norm = length(w)
         else:
             previous = self.basis[-2] if len(self.basis) > 1 else None
             result = lanczos_step(w, v, previous, self._norm)
             column, norm = result[:1], result[1]
             if previous is not None:
-                gap = torch.linalg.vecdot(w, previous)
+                gap = dot(w, previous)
         self._norm = norm
         self._steps.append((leak, column, norm, gap))
         self.basis.append(w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype)))
@@ -167,7 +168,7 @@ class LanczosRun:
         for _ in range(2):
             project_out(following, self._deflate)
             project_out(following, self.basis[: self.size])
-        following /= torch.linalg.vector_norm(following)
+        following /= length(following).to(following)
 
     def vectors(self, coordinates: np.ndarray) -> Float[Tensor, "k params"]:
         """The vectors with these coordinates (a column each) in the basis."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import linear_combinations
 
 __all__ = ["BestPairs", "Goal"]
@@ -135,7 +136,7 @@ class BestPairs:
         self.values = values[order].tolist()
         column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
         errors = moved - rows * column.to(rows)[:, None]
-        self.residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
+        self.residuals = torch.stack([length(error) for error in errors]).tolist()
         self.vectors, self._images = list(rows.unbind()), list(moved.unbind())
 
     def are_within(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import linear_combinations, power_step, project_out
 from ._lanczos_pairs import search_rest
 from ._pairs import BestPairs, Goal
@@ -37,7 +38,7 @@ def _one_pair(problem: Problem, goal: Goal, best: BestPairs, start: Tensor) -> b
     v = start.clone()
     for _ in range(2):
         project_out(v, best.vectors)
-    v /= torch.linalg.vector_norm(v)
+    v /= length(v).to(v)
     shift, stalled = 0.0, _Stalled()
     strictness = 0.7 if goal.k > 1 else 1.0  # combining pairs mixes their errors
     while True:
@@ -64,7 +65,7 @@ def _one_pair(problem: Problem, goal: Goal, best: BestPairs, start: Tensor) -> b
             shift = best.scale if goal.which == "smallest" else -best.scale
             following = problem.normal() if is_settled else following
         project_out(following, best.vectors)
-        v = following / torch.linalg.vector_norm(following)
+        v = following / length(following).to(following)
     image = linear_combinations(
         w, best.vectors, torch.cat([leak.new_ones(1), leak])[:, None]
     )

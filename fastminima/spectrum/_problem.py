@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from ..curvature import CurvatureOperator, Noise, Suspicion, SymmetryWatch
-from ..curvature._scale import exponent, norm
+from ..curvature._scale import exponent, length, norm
 
 __all__ = ["Problem"]
 
@@ -158,12 +158,12 @@ class Problem:
         if not isinstance(gradient, Tensor):
             return None
         gradient = gradient.detach().reshape(-1)
-        length = norm(gradient)
-        if len(gradient) != self.size or not 0 < length < float("inf"):
+        size = norm(gradient)
+        if len(gradient) != self.size or not 0 < size < float("inf"):
             return None
         # In two steps: the reciprocal of what is denormal is not finite.
         power = exponent(gradient)
-        return (gradient * 2.0**-power / (length * 2.0**-power)).to(self.dtype)
+        return (gradient * 2.0**-power / (size * 2.0**-power)).to(self.dtype)
 
     def gaussian(self) -> Float[Tensor, " params"]:
         """Independent standard normal numbers."""
@@ -180,7 +180,7 @@ class Problem:
     def normal(self) -> Float[Tensor, " params"]:
         """A random direction, of norm one."""
         v = self.gaussian()
-        return v.div_(torch.linalg.vector_norm(v))
+        return v.div_(length(v).to(v))
 
     def signs(self) -> Float[Tensor, " params"]:
         """A vector of random signs (Rademacher)."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..curvature._scale import ordinary
+from ..curvature._scale import length, ordinary
 from ._problem import Problem
 
 __all__ = [
@@ -66,9 +66,7 @@ def warm_start(problem: Problem, start: Tensor) -> Start:
     return _with_random(problem, rows.sum(dim=0), _WARM)
 
 
-def unit_rows(
-    problem: Problem, start: Tensor
-) -> Float[Tensor, "vectors params"]:
+def unit_rows(problem: Problem, start: Tensor) -> Float[Tensor, "vectors params"]:
     """The vectors that were given as a start, each of length one.
 
     Raises:
@@ -80,13 +78,13 @@ def unit_rows(
             f"start must be vectors [j, {problem.size}], got {tuple(start.shape)}."
         )
     rows, _ = ordinary(rows)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norms = torch.stack([length(row) for row in rows])
     if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
         raise ValueError(
             "start must hold finite vectors other than zero, got norms "
-            f"{norms.flatten().tolist()}."
+            f"{norms.tolist()}."
         )
-    return (rows / norms).to(problem.device, problem.dtype)
+    return (rows / norms.to(rows)[:, None]).to(problem.device, problem.dtype)
 
 
 def overlap(deviation: float, miss: float) -> float:
@@ -101,6 +99,6 @@ def overlap(deviation: float, miss: float) -> float:
     return NormalDist().inv_cdf((1 + miss) / 2) * deviation if miss < 1 else 0.0
 
 
-def _with_random(problem: Problem, directions: Tensor, length: float) -> Start:
-    deviation = length / problem.size**0.5
+def _with_random(problem: Problem, directions: Tensor, size: float) -> Start:
+    deviation = size / problem.size**0.5
     return Start(directions.add_(problem.gaussian(), alpha=deviation), deviation)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._scale import dot, length
 from ..ops.vector import linear_combinations, project_out
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
@@ -43,9 +44,11 @@ def followed_pairs(
         best.noise = max(best.noise, space.noise)
         problem.refuse_noise(best.noise)
         errors = ritz.images - ritz.vectors * ritz.column
-        residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
+        residuals = torch.stack([length(error) for error in errors]).tolist()
         worst = _worst(goal, ritz.values, residuals, space.scale)
-        needed = goal.k + _MORE + (_DOUBT if _may_overtake(goal, ritz, residuals) else 0)
+        needed = (
+            goal.k + _MORE + (_DOUBT if _may_overtake(goal, ritz, residuals) else 0)
+        )
         is_enough = worst is None and space.size >= needed
         lead = len(residuals) - 1 if worst is None else worst
         if is_enough or problem.left <= 0 or not space.add(errors[lead]):
@@ -65,10 +68,10 @@ def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     random = problem.normal()
     if challenger is None:
         return random
-    length = float(torch.linalg.vector_norm(challenger))
-    if not 0 < length < float("inf"):
+    size = float(length(challenger))
+    if not 0 < size < float("inf"):
         return random
-    return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / length)
+    return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / size)
 
 
 def _may_overtake(goal: Goal, ritz: _Ritz, residuals: list[float]) -> bool:
@@ -128,14 +131,14 @@ class _Space:
 
     def add(self, vector: Tensor) -> bool:
         """Make a product with what of a vector is new; False if nothing is."""
-        before = float(torch.linalg.vector_norm(vector))
+        before = float(length(vector))
         vector = vector.clone()
         for _ in range(2):
             project_out(vector, self._vectors)
-        length = float(torch.linalg.vector_norm(vector))
-        if not length > 100 * torch.finfo(vector.dtype).eps * before:
+        left = float(length(vector))
+        if not left > 100 * torch.finfo(vector.dtype).eps * before:
             return False
-        self._vectors.append(vector.div_(length))
+        self._vectors.append(vector.div_(left))
         self._images.append(self._problem.multiply(vector))
         self._extend()
         return True
@@ -155,9 +158,9 @@ class _Space:
     def _extend(self) -> None:
         """One more row and column; what they differ by is noise."""
         vector, image = self._vectors[-1], self._images[-1]
-        dots = [torch.linalg.vecdot(v, image) for v in self._vectors]
-        dots += [torch.linalg.vecdot(vector, i) for i in self._images]
-        numbers = torch.stack(dots).double().cpu().numpy()
+        dots = [dot(v, image) for v in self._vectors]
+        dots += [dot(vector, i) for i in self._images]
+        numbers = torch.stack(dots).cpu().numpy()
         if not np.isfinite(numbers).all():
             raise ValueError(
                 f"Product {self._problem.products} with the matrix is not finite. "

@@ -53,7 +53,11 @@ class Eigenpairs:
         ]
         more = len(self.values) - len(shown)
         listed = ", ".join(shown) + (f", {more} more" if more else "")
-        bound = f"none beyond {self.upper:.6g}" if math.isfinite(self.upper) else "unbounded"
+        bound = (
+            f"none beyond {self.upper:.6g}"
+            if math.isfinite(self.upper)
+            else "unbounded"
+        )
         return (
             f"Eigenpairs({listed} of {self.vectors.shape[1]}; {bound}; "
             f"{self.products} products, "

@@ -111,7 +111,9 @@ class SharpnessProbe:
     def _problem(self, operator: Hessian) -> Problem:
         goal, limit = self._goal, self._max_products
         size = operator.shape[0]
-        check_arguments(size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss)
+        check_arguments(
+            size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
+        )
         return Problem(operator, self._seed + self._calls, limit, spare=goal.k)
 
     def _solve(self, problem: Problem) -> BestPairs:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import project_out
 from ._problem import Problem
 from ._student import student_quantile
@@ -172,10 +173,10 @@ def _krylov(
         value, w = _form(problem, v, is_squared)
         total += value
         basis.append(v)
-        length = float(torch.linalg.vector_norm(w))
+        before = float(length(w))
         rest = _project(w, basis)
         if (
-            rest <= 100 * torch.finfo(w.dtype).eps * length
+            rest <= 100 * torch.finfo(w.dtype).eps * before
         ):  # the space is invariant: go on from another
             w = problem.normal()
             rest = _project(w, basis)
@@ -187,7 +188,7 @@ def _project(w: Tensor, basis: list[Tensor]) -> float:
     """Remove from w its part in the space of the basis; the norm of what is left."""
     project_out(w, basis)
     project_out(w, basis)
-    return float(torch.linalg.vector_norm(w))
+    return float(length(w))
 
 
 def _unit_vectors(problem: Problem):

@@ -133,7 +133,9 @@ def quadratic(*eigenvalues):
 
 SITUATIONS = {
     "linear": lambda: (
-        nn.Linear(4, 1), square, (torch.randn(30, 4), torch.randn(30, 1))
+        nn.Linear(4, 1),
+        square,
+        (torch.randn(30, 4), torch.randn(30, 1)),
     ),
     "linear, collinear": lambda: (
         nn.Linear(4, 1),
@@ -141,11 +143,15 @@ SITUATIONS = {
         (torch.randn(30, 1).expand(30, 4).clone(), torch.randn(30, 1)),
     ),
     "logistic": lambda: (
-        nn.Linear(4, 1), logistic, (torch.randn(30, 4), torch.randint(2, (30,)).float())
+        nn.Linear(4, 1),
+        logistic,
+        (torch.randn(30, 4), torch.randint(2, (30,)).float()),
     ),
     "softmax": lambda: (nn.Linear(3, 3), entropy, rows()),
     "softmax, separable": lambda: (
-        nn.Linear(3, 3, bias=False), entropy, (30 * torch.eye(3), torch.arange(3))
+        nn.Linear(3, 3, bias=False),
+        entropy,
+        (30 * torch.eye(3), torch.arange(3)),
     ),
     "tanh": lambda: (mlp(nn.Tanh()), entropy, rows()),
     "gelu": lambda: (mlp(nn.GELU()), entropy, rows()),
@@ -153,7 +159,9 @@ SITUATIONS = {
     "dead relu": lambda: (mlp(nn.ReLU()), entropy, (torch.zeros(5, 3), rows()[1][:5])),
     "leaky relu": lambda: (mlp(nn.LeakyReLU()), entropy, rows()),
     "squares of a network": lambda: (
-        mlp(nn.Tanh()), square, (rows()[0], torch.randn(20, 3))
+        mlp(nn.Tanh()),
+        square,
+        (rows()[0], torch.randn(20, 3)),
     ),
     "saddle at the origin": lambda: (zeroed(mlp(nn.Tanh())), entropy, rows()),
     "one sample": lambda: (mlp(nn.Tanh()), entropy, rows(count=1)),
@@ -169,16 +177,22 @@ SITUATIONS = {
     ),
     "cnn": lambda: (cnn(), entropy, images()),
     "cnn, constant images": lambda: (
-        cnn(), entropy, (torch.zeros(12, 2, 6, 6), torch.randint(3, (12,)))
+        cnn(),
+        entropy,
+        (torch.zeros(12, 2, 6, 6), torch.randint(3, (12,))),
     ),
     "attention": lambda: (Attention(False, 1), entropy, tokens()),
     "attention, masked": lambda: (Attention(True, 1), entropy, tokens()),
     "attention, grouped": lambda: (Attention(True, 2), entropy, tokens()),
     "rnn": lambda: (
-        Recurrent(nn.RNN), entropy, (torch.randn(6, 4, 3), torch.randint(3, (6,)))
+        Recurrent(nn.RNN),
+        entropy,
+        (torch.randn(6, 4, 3), torch.randint(3, (6,))),
     ),
     "gru": lambda: (
-        Recurrent(nn.GRU), entropy, (torch.randn(6, 4, 3), torch.randint(3, (6,)))
+        Recurrent(nn.GRU),
+        entropy,
+        (torch.randn(6, 4, 3), torch.randint(3, (6,))),
     ),
     "triple": quadratic(2.0, 2.0, 2.0, *[0.1] * 20),
     "double at both ends": quadratic(2.0, 2.0, -3.0, -3.0, *[0.0] * 12),
@@ -219,7 +233,9 @@ def dense(model, loss, batch):
     rows = []
     for g in torch.cat([g.reshape(-1) for g in grads]):
         if g.requires_grad:
-            parts = torch.autograd.grad(g, parameters, retain_graph=True, allow_unused=True)
+            parts = torch.autograd.grad(
+                g, parameters, retain_graph=True, allow_unused=True
+            )
         else:
             parts = [None] * len(parameters)
         rows.append(

@@ -125,9 +125,7 @@ def test_every_scale(scale, size, dtype, device):
     wide = scaled.double().clone()
     want = lanczos_step.reference(wide, v.double(), u.double(), beta)
     want_out = torch.empty(size, dtype=torch.float64)
-    power = power_step.reference(
-        scaled.double(), v.double(), -1.5 * scale, want_out
-    )
+    power = power_step.reference(scaled.double(), v.double(), -1.5 * scale, want_out)
     left = scaled.double().clone()
     dots = project_out.reference(left, [v.double()])
     with torch.device(device):
@@ -138,7 +136,9 @@ def test_every_scale(scale, size, dtype, device):
             torch.testing.assert_close(got.double(), wide, **close)
             out = scaled.clone()
             run = power_step.on(backend, CPU, dtype)
-            torch.testing.assert_close(run(scaled, v, -1.5 * scale, out), power, **close)
+            torch.testing.assert_close(
+                run(scaled, v, -1.5 * scale, out), power, **close
+            )
             torch.testing.assert_close(
                 out.double(), want_out, rtol=close["rtol"], atol=close["atol"] / scale
             )

@@ -132,7 +132,9 @@ def test_bound_is_sharp():
 
 def test_bound_falls_with_every_product():
     values = torch.as_tensor(SPECTRA["bulk"], dtype=torch.float64)
-    run = LanczosRun(lambda v: values * v, Start(torch.from_numpy(gaussians(200)[0][0]), 1.0))
+    run = LanczosRun(
+        lambda v: values * v, Start(torch.from_numpy(gaussians(200)[0][0]), 1.0)
+    )
     uppers = []
     for _ in range(40):
         run.step()
@@ -225,7 +227,10 @@ def test_the_same_seed_does_not_start_from_the_same_vector():
     start = cold.vectors + 1e-9
     problems = [Problem(matrix, 0) for _ in range(3)]
     cold_start(problems[0])
-    warm = [warm_start(p, s) for p, s in zip(problems[1:], (cold.vectors, start), strict=True)]
+    warm = [
+        warm_start(p, s)
+        for p, s in zip(problems[1:], (cold.vectors, start), strict=True)
+    ]
     assert not torch.allclose(warm[0].vector, warm[1].vector, rtol=1e-3)
     drawn = [problem.gaussian() for problem in problems]
     assert not torch.allclose(drawn[0], drawn[1])

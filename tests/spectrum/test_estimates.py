@@ -93,7 +93,9 @@ def test_intervals_cover_what_they_say(products, confidence):
         narrow += abs(got.value - truth) <= 1.96 * got.standard_error
         assert got.degrees == products - products // 3 - 1
     # 3 %; a share of 500 has a standard deviation of 1 to 2 %.
-    assert inside / 500 == pytest.approx(confidence, abs=0.03 if confidence > 0.9 else 0.06)
+    assert inside / 500 == pytest.approx(
+        confidence, abs=0.03 if confidence > 0.9 else 0.06
+    )
     if products == 6:
         assert narrow < 0.92 * 500
 

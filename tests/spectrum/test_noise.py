@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastminima as fm
+from fastminima.curvature._scale import dot, length, norm
 from fastminima.spectrum import ConvergenceWarning, NoiseWarning
 
 from .matrices import bulk, rotated
@@ -104,7 +105,9 @@ def test_noise_is_warned_of_and_then_refused(is_fixed):
     matrix = rotated([9.0, 7.0, 5.0, *bulk(200, 0.3)])
     sizes = (5e-3, 3.0) if is_fixed else (1e-2, 3.0)
     with pytest.warns(NoiseWarning, match="differ by .*of its norm"):
-        pairs = fm.top_eigenpairs(Rounded(matrix, sizes[0], is_fixed=is_fixed), rtol=0.2)
+        pairs = fm.top_eigenpairs(
+            Rounded(matrix, sizes[0], is_fixed=is_fixed), rtol=0.2
+        )
     assert 1e-4 < pairs.noise < 2e-2
     with pytest.raises(ValueError, match="not symmetric"):
         fm.top_eigenpairs(Rounded(matrix, sizes[1], is_fixed=is_fixed), rtol=0.2)
@@ -138,6 +141,31 @@ def test_residual_that_the_recurrence_cannot_know():
             assert error <= 1.2 * pairs.residuals.item() + 2e-6
 
 
+@pytest.mark.parametrize("size", [5, 4096, 4097, 3_000_017])
+def test_lengths_of_long_vectors(size):
+    """PyTorch's own norm of 3 million elements is off by 1e-4 on a CPU."""
+    x, y = torch.randn(2, size)
+    want = x.double().square().sum().sqrt()
+    torch.testing.assert_close(length(x), want, rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(
+        norm(1e-30 * x) / 1e-30, want.item(), rtol=1e-6, atol=0.0
+    )
+    product = (x.double() * y.double()).sum()
+    torch.testing.assert_close(dot(x, y), product, rtol=1e-9, atol=1e-9)
+    basis = fm.top_eigenpairs(Identity(size), max_products=5, miss=1.0).vectors
+    assert basis[0].double().norm().item() == pytest.approx(1, abs=1e-6)
+
+
+class Identity:
+    dtype = torch.float32
+
+    def __init__(self, size):
+        self.shape = size, size
+
+    def __matmul__(self, v):
+        return v
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e19, 1e30])
 def test_every_scale(scale):
     values = [9.0, 7.0, -6.0, 5.0, *bulk(120, 0.2)]
@@ -156,7 +184,9 @@ def test_every_scale(scale):
             assert got.upper / scale == pytest.approx(want.upper, rel=1e-3)
     trace, norm = fm.trace(matrix, 40), fm.frobenius_norm(matrix, 40)
     assert trace.value / scale == pytest.approx(fm.trace(plain, 40).value, rel=1e-4)
-    assert norm.value / scale == pytest.approx(fm.frobenius_norm(plain, 40).value, rel=1e-4)
+    assert norm.value / scale == pytest.approx(
+        fm.frobenius_norm(plain, 40).value, rel=1e-4
+    )
     density, wanted = (fm.spectral_density(m, steps=12) for m in (matrix, plain))
     got, want = (
         (d.nodes.square() * d.weights).sum(1).sqrt() for d in (density, wanted)
