@@ -31,7 +31,7 @@ def exponent(x: Tensor) -> int:
 
 
 def ordinary(x: Tensor) -> tuple[Tensor, float]:
-    """x divided by a power of two, if it needs one, and that power."""
+    """X divided by a power of two, if it needs one, and that power."""
     power = exponent(x)
     return (x, 1.0) if power == 0 else (x * 2.0**-power, 2.0**power)
 

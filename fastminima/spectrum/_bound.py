@@ -6,7 +6,7 @@ import numpy as np
 
 __all__ = ["Recurrence", "outermost"]
 
-# The basis may be as little orthogonal as 1e-5; the sum of squares is below 1 plus that.
+# The basis may be as little orthogonal as 1e-5: the squares sum to 1 and that at most.
 _BESSEL = 1.001
 _FIRST, _LAST = 1e-14, 1e8  # distances that are looked at, in units of the scale
 _POINTS, _ROUNDS = 48, 4
@@ -15,10 +15,10 @@ _POINTS, _ROUNDS = 48, 4
 class Recurrence:
     """How the vectors of a basis follow from its first one.
 
-    A v_j = sum_i c_ij v_i + b_j v_(j+1). So an eigenvector of the eigenvalue t has along
-    v_j the p_j(t)-fold of what it has along v_0, p_j the orthogonal polynomials of the
-    run, by their own recurrence. It has no more than its length along all of them:
-    <v_0, x>^2 <= 1 / sum_j p_j(t)^2, the Christoffel function at t.
+    A v_j = sum_i c_ij v_i + b_j v_(j+1). So an eigenvector x of the eigenvalue t has
+    along v_j the p_j(t)-fold of what it has along v_0, p_j the orthogonal polynomials
+    of the run, by their own recurrence. Along all of them it has no more than its
+    length: <v_0, x>^2 <= 1 / sum_j p_j(t)^2, the Christoffel function at t.
 
     Source: van Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J. Matrix Anal.
     Appl. 22(3), who use the last p_j alone; Szego (1939), section 3.1, for the sum.
@@ -36,7 +36,7 @@ class Recurrence:
         self._parts.append((coordinates, None))
 
     def sum_of_squares(self, values: np.ndarray) -> np.ndarray:
-        """sum_j p_j(t)^2 over the vectors of the basis, for each t; inf if too large."""
+        """The sum of p_j(t)^2 over the basis, for each t; inf if too large."""
         rows = np.ones((1, len(values)))
         with np.errstate(all="ignore"):
             for numbers, norm in self._parts:

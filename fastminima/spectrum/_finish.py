@@ -63,9 +63,9 @@ def _needs_products(problem: Problem, goal: Goal, best: BestPairs) -> bool:
 def _noise_text(problem: Problem, best: BestPairs) -> str:
     return (
         f"<u, A v> and <A u, v> of {problem.name} differ by {best.noise:.1e} of its "
-        f"norm; rounding explains {problem.allowed_noise:.0e}. What is below that share "
-        "of the norm means nothing, residuals too. Look at what the products are made "
-        "of: lower precisions, random numbers, backward passes of your own."
+        f"norm; rounding explains {problem.allowed_noise:.0e}. What is below that "
+        "share of the norm means nothing, residuals too. Look at what makes products "
+        "so: lower precisions, random numbers, backward passes of your own."
     )
 
 
@@ -81,10 +81,10 @@ def _text(problem: Problem, goal: Goal, best: BestPairs) -> str:
         f"residual is {worst:.2g} of its value, rtol={goal.rtol:g}{missing}"
     )
     if best.is_measured and not best.are_within() and not lacking and best.is_sure:
+        precision = "half precision" if problem.is_half else problem.dtype
         return (
-            f"{stopped}. That is what rounding leaves of the products "
-            f"({'half precision' if problem.is_half else problem.dtype}): raise rtol to "
-            f"{2 * worst:.1g}, or make the products more precise."
+            f"{stopped}. That is what rounding leaves of the products ({precision}): "
+            f"raise rtol to {2 * worst:.1g}, or make the products more precise."
         )
     if best.are_within():
         stopped += (

@@ -92,7 +92,7 @@ class _Search:
         self._excess = float("inf")  # of the bound over the value, a product before
 
     def find(self, miss: float, *, is_alone: bool) -> None:
-        """Take in what is wanted; with `is_alone` once nothing beyond can be missing."""
+        """Take in what is wanted; with `is_alone` once nothing beyond can be missed."""
         while True:
             ritz = self._advance()
             wanted = self._goal.order(ritz.values)[: self._missing]
@@ -173,7 +173,7 @@ class _Search:
             self._run.restart(ritz, order[: min(half, self._run.size - 1)])
 
     def _newcomers(self, ritz: Ritz) -> np.ndarray:
-        """Ritz pairs that are missing, or beyond the last one found by its tolerance."""
+        """Ritz pairs that are missing, or beyond the last value and its tolerance."""
         order = self._goal.order(ritz.values)
         if self._missing:
             return order[: self._missing]

@@ -17,7 +17,7 @@ __all__ = ["BestPairs", "Goal"]
 
 
 # Beside a value that is known to rtol, what nothing larger exceeds: ten times rtol, but
-# no more than 10 % unless rtol is. That takes no or few more products than the residual.
+# no more than 10 % unless rtol is. docs/curvature.md has the products that it takes.
 _SLACK, _MOST = 10.0, 0.1
 
 

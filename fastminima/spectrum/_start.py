@@ -90,9 +90,9 @@ def unit_rows(problem: Problem, start: Tensor) -> Float[Tensor, "vectors params"
 def overlap(deviation: float, miss: float) -> float:
     """What a unit start has along a fixed unit vector, but with probability `miss`.
 
-    <start, x> is a fixed number d plus a normal one with this `deviation`. By Anderson's
-    inequality that is small with the highest probability if d = 0: so what is fixed,
-    such as the gradient, can only help, whatever it is.
+    <start, x> is a fixed number d plus a normal one with this `deviation`. By
+    Anderson's inequality that is small with the highest probability if d = 0: so what
+    is fixed, such as the gradient, can only help, whatever it is.
 
     Source: Anderson (1955), Proc. Amer. Math. Soc. 6(2).
     """

@@ -83,13 +83,13 @@ class _Quadrature(NamedTuple):
         """Those of the first steps of some runs."""
         eps = torch.finfo(problem.dtype).eps
         nodes, weights = zip(
-            *(_nodes(*run[:, :steps], eps) for run in runs), strict=True
+            *(_nodes(run[:, :steps], eps) for run in runs), strict=True
         )
         return cls(np.stack(nodes), np.stack(weights))
 
 
 def _recurrence(problem: Problem, steps: int) -> np.ndarray:
-    """alpha and beta [2, steps] of one probe."""
+    """The alphas and betas [2, steps] of one probe."""
     v = problem.signs().div_(math.sqrt(problem.size))
     previous, norm = None, torch.zeros((), dtype=torch.float64, device=problem.device)
     results = []
@@ -107,11 +107,9 @@ def _recurrence(problem: Problem, steps: int) -> np.ndarray:
     return numbers
 
 
-def _nodes(
-    alpha: np.ndarray, beta: np.ndarray, eps: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _nodes(run: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights [steps] of one probe; weight 0 pads an exhausted space."""
-    steps = len(alpha)
+    (alpha, beta), steps = run, run.shape[1]
     floor = 10 * eps * max(np.abs(alpha).max(), beta.max())
     size = next((i + 1 for i, b in enumerate(beta) if b <= floor), steps)
     inner = beta[: size - 1]

@@ -1,5 +1,6 @@
 """What no eigenvalue is beyond, and how often that is wrong, over many seeds."""
 
+import itertools
 import math
 import warnings
 
@@ -125,7 +126,7 @@ def test_bound_holds_beside_a_gradient_that_misleads(length):
 
 
 def test_bound_is_sharp():
-    """It fails about as often as it says where one eigenvalue is all there is to see."""
+    """It fails about as often as it says, where there is one eigenvalue to see."""
     uppers = bounds_of([1.0, *[0.0] * 199], 1, *gaussians(200))
     assert 25 - 4 * 4.9 < (uppers < 1).sum() <= ALLOWED
 
@@ -143,7 +144,7 @@ def test_bound_falls_with_every_product():
         seen = overlap(run.deviation, 0.05)
         top = float(ritz.values[-1])
         uppers.append(top + outermost(run.recurrence, top, 1, seen, scale))
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(uppers, uppers[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(uppers))
     assert uppers[-1] == pytest.approx(values.max().item(), rel=1e-3)
 
 
