@@ -1,7 +1,7 @@
 // Steps of iterative eigensolvers on one flat vector, fused so that memory is passed over twice.
 //
-// Sums are made block by block: floats within a block, doubles between blocks, added in the order
-// of the blocks. So they do not depend on the number of threads.
+// Sums are made block by block, in doubles, and added in the order of the blocks. So they do not
+// depend on the number of threads, nor on the scale of the vectors.
 #include "cpu/vector.h"
 
 #include "simd.h"
@@ -11,6 +11,7 @@ namespace FM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;  // 16 KiB of floats: what is read twice stays in the L1 cache
+constexpr int64_t kPiece = 512;   // what is written and then summed, while it is near
 constexpr int64_t kMinParallel = 1 << 15;
 
 FM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -21,47 +22,39 @@ FM_INLINE double add_up(const double* partials, int64_t blocks) {
   return s;
 }
 
-// w = w - beta u, returns <w, v>; without u, w stays.
+// A vector of as many lanes as one of doubles has.
 template <typename scalar_t>
-FM_INLINE double subtract_and_dot(scalar_t* w, const scalar_t* v, const scalar_t* u, scalar_t beta,
-                                  int64_t n) {
-  constexpr int W = Simd<scalar_t>::width;
-  using vec = typename Simd<scalar_t>::vec;
-  vec s0{}, s1{}, b = splat<scalar_t>(beta);
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    vec w0 = load(w + i), w1 = load(w + i + W);
-    if (u) {
-      w0 -= b * load(u + i), w1 -= b * load(u + i + W);
-      store(w + i, w0), store(w + i + W, w1);
-    }
-    s0 += w0 * load(v + i), s1 += w1 * load(v + i + W);
-  }
-  double s = sum<scalar_t>(s0 + s1);
-  for (; i < n; i++) {
-    if (u) w[i] -= beta * u[i];
-    s += double(w[i]) * v[i];
-  }
-  return s;
+struct Narrow;
+template <>
+struct Narrow<float> {
+  typedef float vec __attribute__((vector_size(FM_BYTES / 2), aligned(4), may_alias));
+};
+template <>
+struct Narrow<double> {
+  using vec = vec_f64;
+};
+
+template <typename scalar_t>
+FM_INLINE vec_f64 load_wide(const scalar_t* p) {
+  using vec = typename Narrow<scalar_t>::vec;
+  return __builtin_convertvector(*reinterpret_cast<const vec*>(p), vec_f64);
 }
 
-// w = w - alpha v, returns |w|^2.
+// <x, y>, products and sums in double: squares of floats leave the range of floats at 1e-19 and
+// 1e19.
 template <typename scalar_t>
-FM_INLINE double subtract_and_square(scalar_t* w, const scalar_t* v, scalar_t alpha, int64_t n) {
-  constexpr int W = Simd<scalar_t>::width;
-  using vec = typename Simd<scalar_t>::vec;
-  vec s0{}, s1{}, a = splat<scalar_t>(alpha);
+FM_INLINE double dot(const scalar_t* x, const scalar_t* y, int64_t n) {
+  constexpr int W = Simd<double>::width;
+  vec_f64 s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    vec w0 = load(w + i) - a * load(v + i), w1 = load(w + i + W) - a * load(v + i + W);
-    store(w + i, w0), store(w + i + W, w1);
-    s0 += w0 * w0, s1 += w1 * w1;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    s0 += load_wide(x + i) * load_wide(y + i);
+    s1 += load_wide(x + i + W) * load_wide(y + i + W);
+    s2 += load_wide(x + i + 2 * W) * load_wide(y + i + 2 * W);
+    s3 += load_wide(x + i + 3 * W) * load_wide(y + i + 3 * W);
   }
-  double s = sum<scalar_t>(s0 + s1);
-  for (; i < n; i++) {
-    w[i] -= alpha * v[i];
-    s += double(w[i]) * w[i];
-  }
+  double s = sum<double>((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) s += double(x[i]) * double(y[i]);
   return s;
 }
 
@@ -75,24 +68,44 @@ FM_INLINE void add_scaled(scalar_t* w, const scalar_t* v, scalar_t a, int64_t n)
   for (; i < n; i++) w[i] += a * v[i];
 }
 
+// w = w - beta u, returns <w, v>; without u, w stays.
+template <typename scalar_t>
+FM_INLINE double subtract_and_dot(scalar_t* w, const scalar_t* v, const scalar_t* u, scalar_t beta,
+                                  int64_t n) {
+  if (!u) return dot(w, v, n);
+  double s = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = min(kPiece, n - i);
+    add_scaled(w + i, u + i, scalar_t(-beta), m);
+    s += dot(w + i, v + i, m);
+  }
+  return s;
+}
+
+// w = w - alpha v, returns |w|^2.
+template <typename scalar_t>
+FM_INLINE double subtract_and_square(scalar_t* w, const scalar_t* v, scalar_t alpha, int64_t n) {
+  double s = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = min(kPiece, n - i);
+    add_scaled(w + i, v + i, scalar_t(-alpha), m);
+    s += dot(w + i, w + i, m);
+  }
+  return s;
+}
+
 // |w - a v|^2, and next = scale (w - b v) unless next is null.
 template <typename scalar_t>
 FM_INLINE double distance(const scalar_t* w, const scalar_t* v, scalar_t a, scalar_t b,
                           scalar_t scale, scalar_t* next, int64_t n) {
-  constexpr int W = Simd<scalar_t>::width;
-  using vec = typename Simd<scalar_t>::vec;
-  vec s0{}, va = splat<scalar_t>(a), vb = splat<scalar_t>(b), vs = splat<scalar_t>(scale);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    vec w0 = load(w + i), v0 = load(v + i), r = w0 - va * v0;
-    s0 += r * r;
-    if (next) store(next + i, vs * (w0 - vb * v0));
-  }
-  double s = sum<scalar_t>(s0);
-  for (; i < n; i++) {
-    scalar_t r = w[i] - a * v[i];
-    s += double(r) * r;
-    if (next) next[i] = scale * (w[i] - b * v[i]);
+  scalar_t r[kPiece];
+  double s = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = min(kPiece, n - i);
+    for (int64_t e = 0; e < m; e++) r[e] = w[i + e] - a * v[i + e];
+    s += dot(r, r, m);
+    if (next)
+      for (int64_t e = 0; e < m; e++) next[i + e] = scale * (w[i + e] - b * v[i + e]);
   }
   return s;
 }

@@ -87,16 +87,13 @@ struct Tile {
       for (int j = 0; j < V; j++) v[k][j] *= a;
   }
 
-  // The thread's part of the inner product: packs are added up in double.
+  // The thread's part of the inner product, in double: squares of floats may leave their range.
   FM_DEVICE double dot(const Tile& other) const {
     double sum = 0;
 #pragma unroll
-    for (int k = 0; k < kUnroll; k++) {
-      wide_t<T> part = 0;
+    for (int k = 0; k < kUnroll; k++)
 #pragma unroll
-      for (int j = 0; j < V; j++) part += v[k][j] * other.v[k][j];
-      sum += part;
-    }
+      for (int j = 0; j < V; j++) sum += double(v[k][j]) * double(other.v[k][j]);
     return sum;
   }
 };

@@ -161,10 +161,8 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int r = 0; r < kRowTile; r++)
       if (first + r < count) {
-        T dot = 0;
 #pragma unroll
-        for (int j = 0; j < V; j++) dot += x.v[j] * row[r].v[j];
-        sum[r] += dot;
+        for (int j = 0; j < V; j++) sum[r] += double(x.v[j]) * double(row[r].v[j]);
       }
   }
 #pragma unroll

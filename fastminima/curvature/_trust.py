@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._nodes import Survey
+from ._scale import dot, length, norm, ordinary
 
 __all__ = ["Noise", "Suspicion", "SymmetryWatch", "difference"]
 
@@ -76,10 +77,8 @@ class Noise:
 
 def difference(first: Tensor, second: Tensor) -> float:
     """|first - second| over the larger norm; 0 for zeros, inf for one that is NaN."""
-    norms = torch.linalg.vector_norm(torch.stack([first, second]), dim=1)
-    apart = torch.linalg.vector_norm(first - second)
-    largest = float(norms.max())
-    share = float(apart) / largest if largest else 0.0
+    largest = max(norm(first), norm(second))
+    share = norm(first - second) / largest if largest else 0.0
     return share if share == share else float("inf")
 
 
@@ -166,11 +165,13 @@ class SymmetryWatch:
 
 
 def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:
-    """<u, A v>, <A u, v>, <u, v>, |u|, |v|, |A u|, |A v|, by one look at the host."""
+    """<u, A v>, <A u, v>, <u, v>, |u|, |v|, |A u|, |A v|, whatever their scales."""
+    (u, of_u), (v, of_v) = ordinary(u), ordinary(v)
+    (image_u, of_image_u), (image_v, of_image_v) = ordinary(image_u), ordinary(image_v)
     pairs = ((u, image_v), (image_u, v), (u, v))
-    dots = [torch.linalg.vecdot(a, b).double() for a, b in pairs]
-    norms = [
-        torch.linalg.vector_norm(x, dtype=torch.float64)
-        for x in (u, v, image_u, image_v)
-    ]
-    return torch.stack([*dots, *norms]).tolist()
+    dots = [dot(a, b) for a, b in pairs]
+    norms = [length(x) for x in (u, v, image_u, image_v)]
+    scales = (of_u * of_image_v, of_image_u * of_v, of_u * of_v)
+    scales += (of_u, of_v, of_image_u, of_image_v)
+    read = torch.stack([*dots, *norms]).tolist()
+    return [number * scale for number, scale in zip(read, scales, strict=True)]

@@ -1,7 +1,7 @@
 """What a symmetric matrix known by its products tells: eigenvalues, trace, density."""
 
 from .density import spectral_density
-from .eigenpairs import ConvergenceWarning, top_eigenpairs
+from .eigenpairs import ConvergenceWarning, NoiseWarning, top_eigenpairs
 from .results import Density, Eigenpairs, Estimate
 from .sharpness import SharpnessProbe
 from .trace import frobenius_norm, trace
@@ -11,6 +11,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "NoiseWarning",
     "SharpnessProbe",
     "frobenius_norm",
     "spectral_density",

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._scale import dot, length
 from ..ops.vector import lanczos_step, linear_combinations, project_out
+from ._bound import Recurrence
+from ._start import Start
 
 __all__ = ["LanczosRun", "Ritz"]
 
@@ -36,10 +39,16 @@ class LanczosRun:
     their residual; so each step is projected against the whole basis only once some
     residual has fallen below eps^(1/4) |A| (the loss is then eps^(3/4), 6e-6 in
     float32), or from the start with `is_orthogonal`. A residual is that of the
-    recurrence, A V = V T + b v e^T (+ X C), which holds to rounding with or without
-    orthogonality.
+    recurrence, A V = V T + b v e^T (+ X C), which holds to the rounding of products,
+    with or without orthogonality.
 
     Scalars stay on the device until `ritz()` looks at them.
+
+    Attributes:
+        deviation: Standard deviation of what the unit start has along a fixed vector.
+        recurrence: How the basis follows from the start.
+        gap: The largest |<A v_j, v_(j-1)> - <v_j, A v_(j-1)>| met. By rounding some eps
+            of |A|; what makes it more is not one symmetric matrix.
 
     Source: Paige (1980), "Accuracy and effectiveness of the Lanczos algorithm"; Wu and
     Simon (2000), "Thick-restart Lanczos method", for `restart`.
@@ -48,26 +57,35 @@ class LanczosRun:
     def __init__(
         self,
         multiply: Multiply,
-        start: Float[Tensor, " params"],
+        start: Start,
         *,
         deflate: Sequence[Float[Tensor, " params"]] = (),
+        scale: float = 0.0,
         is_orthogonal: bool = False,
     ) -> None:
         self._multiply = multiply
         self._deflate = list(deflate)
         self._is_orthogonal = is_orthogonal
-        self._eps = torch.finfo(start.dtype).eps
+        first = start.vector
+        self._scale = scale  # of A, what is known of it; rounding is measured by it
+        self._eps = torch.finfo(first.dtype).eps
         self.products = 0
         self.size = 0
         self.is_exhausted = False
-        self._norm = torch.zeros((), dtype=torch.float64, device=start.device)
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []  # not looked at yet
+        self._norm = torch.zeros((), dtype=torch.float64, device=first.device)
+        # Not looked at yet: leak, column, norm, and <A v_j, v_(j-1)> less what it is.
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._matrix = np.zeros((0, 0))
         self._leaks = np.zeros((len(self._deflate), 0))
         self._last_norm = 0.0
+        self._is_chain = True  # whether v_(j-1) is the vector before v_j
+        self.gap = 0.0
+        self.recurrence = Recurrence()
         for _ in range(2):
-            project_out(start, self._deflate)
-        self.basis = [start.div_(torch.linalg.vector_norm(start))]
+            project_out(first, self._deflate)
+        size = float(length(first))
+        self.deviation = start.deviation / size
+        self.basis = [first.div_(size)]
 
     def step(self) -> None:
         """Extend the space by one product."""
@@ -75,47 +93,60 @@ class LanczosRun:
         w = self._multiply(v)
         self.products += 1
         leak = project_out(w, self._deflate)
+        gap = None
         if self._is_orthogonal:
             column = project_out(w, self.basis)
             column += project_out(w, self.basis)
             project_out(w, self._deflate)
-            norm = torch.linalg.vector_norm(w, dtype=torch.float64)
+            norm = length(w)
         else:
             previous = self.basis[-2] if len(self.basis) > 1 else None
             result = lanczos_step(w, v, previous, self._norm)
             column, norm = result[:1], result[1]
+            if previous is not None:
+                gap = dot(w, previous)
         self._norm = norm
-        self._steps.append((leak, column, norm))
+        self._steps.append((leak, column, norm, gap))
         self.basis.append(w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype)))
 
     def _look(self) -> None:
         """Bring the steps made since the last look to the host."""
-        for leak, column, norm in self._steps:
+        for leak, column, norm, gap in self._steps:
             if self.is_exhausted:
                 break
-            j = self.size
-            self.size += 1
-            matrix = np.zeros((j + 1, j + 1))
-            matrix[:j, :j] = self._matrix
-            values = column.cpu().numpy()
-            if len(values) == j + 1:
-                matrix[j, :] = matrix[:, j] = values
-            else:
-                matrix[j, j] = values[0]
-                if j:
-                    matrix[j, j - 1] = matrix[j - 1, j] = self._last_norm
-            self._matrix = matrix
+            self._take(column.cpu().numpy(), float(norm))
             self._leaks = np.column_stack([self._leaks, leak.cpu().numpy()])
-            self._last_norm = float(norm)
-            floor = 10 * self._eps * np.abs(matrix).max()
-            spanned = self.size + len(self._deflate)
-            self.is_exhausted = (
-                spanned >= len(self.basis[0])
-                or self._last_norm <= floor
-                or not np.isfinite(self._last_norm)
-            )
+            if gap is not None:
+                self.gap = max(self.gap, abs(float(gap)))
         self._steps.clear()
         del self.basis[self.size + 1 :]
+
+    def _take(self, values: np.ndarray, norm: float) -> None:
+        """One more column of the matrix, whole or only its last element."""
+        j = self.size
+        self.size += 1
+        matrix = np.zeros((j + 1, j + 1))
+        matrix[:j, :j] = self._matrix
+        if len(values) == j + 1:
+            matrix[j, :] = matrix[:, j] = values
+            if self._is_chain and j:
+                self.gap = max(self.gap, abs(values[j - 1] - self._last_norm))
+        else:
+            matrix[j, j] = values[0]
+            if j:
+                matrix[j, j - 1] = matrix[j - 1, j] = self._last_norm
+        self._matrix = matrix
+        self._is_chain = True
+        self._last_norm = norm
+        floor = 10 * self._eps * max(np.abs(matrix).max(), self._scale)
+        # What is below the floor is rounding: no vector that could be divided by it.
+        self.recurrence.extend(matrix[:, j].copy(), max(norm, floor))
+        self.is_exhausted = self.is_whole or norm <= floor or not np.isfinite(norm)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the space and what was projected out are all there is."""
+        return self.size + len(self._deflate) >= len(self.basis[0])
 
     def ritz(self) -> Ritz:
         """The Ritz pairs of the space so far."""
@@ -132,12 +163,12 @@ class LanczosRun:
         """From here on, and for the vector that is next, project against the basis."""
         if self._is_orthogonal or self.is_exhausted:
             return
-        self._is_orthogonal = True
+        self._is_orthogonal, self._is_chain = True, False
         following = self.basis[self.size]
         for _ in range(2):
             project_out(following, self._deflate)
             project_out(following, self.basis[: self.size])
-        following /= torch.linalg.vector_norm(following)
+        following /= length(following).to(following)
 
     def vectors(self, coordinates: np.ndarray) -> Float[Tensor, "k params"]:
         """The vectors with these coordinates (a column each) in the basis."""
@@ -164,5 +195,7 @@ class LanczosRun:
         self.basis = [*kept.unbind(), self.basis[self.size]]
         self._matrix = np.diag(ritz.values[keep])
         self._leaks = self._leaks @ ritz.coordinates[:, keep]
+        self.recurrence.restart(ritz.coordinates[:, keep])
         self.size = len(keep)
         self._is_orthogonal = True
+        self._is_chain = False

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import linear_combinations
 
 __all__ = ["BestPairs", "Goal"]
 
 
+# Beside a value that is known to rtol, what nothing larger exceeds: ten times rtol, but
+# no more than 10 % unless rtol is. docs/curvature.md has the products that it takes.
+_SLACK, _MOST = 10.0, 0.1
+
+
 class Goal(NamedTuple):
-    """k eigenvalues at one end of the spectrum, to a tolerance."""
+    """k eigenvalues at one end of the spectrum, to a tolerance.
+
+    Attributes:
+        k: How many.
+        which: "largest", "smallest" or "magnitude".
+        rtol: Tolerance of residuals.
+        miss: The probability with which something beyond them may be missed.
+    """
 
     k: int
     which: str
     rtol: float
+    miss: float = 0.002
 
     def rank(self, values: np.ndarray | list[float]) -> np.ndarray:
         """Larger for what is wanted more."""
@@ -35,9 +51,25 @@ class Goal(NamedTuple):
         """The residual that a value may have; `scale` estimates the norm."""
         return self.rtol * max(abs(value), 1e-3 * scale)
 
+    def slack(self, value: float, scale: float) -> float:
+        """By how much what may be missed may lie beyond a value."""
+        share = max(self.rtol, min(_SLACK * self.rtol, _MOST))
+        return share / self.rtol * self.tolerance(value, scale)
+
 
 class BestPairs:
-    """The k best eigenpairs found so far, the most wanted first."""
+    """The k best eigenpairs found so far, the most wanted first.
+
+    Attributes:
+        values: The eigenvalues.
+        vectors: Orthonormal vectors.
+        residuals: |A v - value v| of each.
+        scale: An estimate of |A|, from below.
+        noise: What products are not symmetric by, relative to |A|.
+        is_sure: Whether nothing beyond them is missing, but with the probability given.
+        is_measured: Whether residuals are those of products with the vectors.
+        challenger: The product with the best vector that is not wanted, if known.
+    """
 
     def __init__(self, goal: Goal) -> None:
         self._goal = goal
@@ -45,8 +77,41 @@ class BestPairs:
         self.vectors: list[Tensor] = []
         self.residuals: list[float] = []
         self._images: list[Tensor] = []
-        self.scale = 0.0
-        self.is_converged = False
+        self.scale, self.noise = 0.0, 0.0
+        self.is_sure, self.is_measured = False, False
+        self.challenger: Tensor | None = None
+        self._bound, self._is_bound_of_rest = float("inf"), False
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether each is within its tolerance, and nothing is missing."""
+        return self.is_sure and self.are_within()
+
+    def bound(self, rank: float, *, is_of_rest: bool) -> None:
+        """Nothing is beyond this; or nothing in the complement of what was found."""
+        self._bound, self._is_bound_of_rest = rank, is_of_rest
+
+    @property
+    def upper(self) -> float:
+        """What no eigenvalue is beyond; inf, or -inf for the smallest, if unknown.
+
+        A restricted to what was found and to the rest are two blocks; what couples them
+        is no longer than the residuals. So A is no larger than the 2 x 2 matrix of
+        their norms.
+        """
+        rank = self._bound
+        if self._is_bound_of_rest and rank < float("inf"):
+            first = float(self._goal.rank(self.values)[0])
+            half = (first - rank) / 2
+            coupling = math.hypot(*self.residuals)
+            rank = (first + rank) / 2 + math.hypot(half, coupling)
+        return 0.0 - rank if self._goal.which == "smallest" else rank
+
+    def measure(self, multiply: Callable[[Tensor], Tensor]) -> None:
+        """Make the products with the vectors, and everything from them."""
+        vectors, self.vectors, self._images = self.vectors, [], []
+        self.add(vectors, [multiply(vector) for vector in vectors])
+        self.is_measured = True
 
     def add_only(self, value: float, vector: Tensor, residual: float) -> None:
         """Take in the one pair that is wanted, with its residual."""
@@ -71,7 +136,7 @@ class BestPairs:
         self.values = values[order].tolist()
         column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
         errors = moved - rows * column.to(rows)[:, None]
-        self.residuals = torch.linalg.vector_norm(errors, dim=1).tolist()
+        self.residuals = torch.stack([length(error) for error in errors]).tolist()
         self.vectors, self._images = list(rows.unbind()), list(moved.unbind())
 
     def are_within(self) -> bool:

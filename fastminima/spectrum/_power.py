@@ -5,35 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import linear_combinations, power_step, project_out
+from ._lanczos_pairs import search_rest
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
+from ._start import Start
 
 __all__ = ["power_pairs"]
 
 _PATIENCE = 20  # steps in which the residual must have fallen, or the matrix is shifted
 
 
-def power_pairs(
-    problem: Problem, goal: Goal, start: Tensor, max_products: int
-) -> BestPairs:
-    """The wanted eigenpairs, each with the earlier ones projected out."""
+def power_pairs(problem: Problem, goal: Goal, start: Start) -> BestPairs:
+    """The wanted eigenpairs, each with the earlier ones projected out.
+
+    The power method says nothing of what it may have missed; that is searched by runs
+    of Lanczos in the complement.
+    """
     best = BestPairs(goal)
-    is_within = True
-    while len(best.values) < goal.k and problem.asked < max_products:
-        is_within &= _one_pair(problem, goal, best, start, max_products)
-        start = problem.normal()
-    best.is_converged = is_within and best.are_within()
+    is_within, vector = True, start.vector
+    while is_within and len(best.values) < goal.k and problem.left > 0:
+        is_within = _one_pair(problem, goal, best, vector)
+        vector = problem.normal()
+    if is_within and goal.miss < 1:
+        search_rest(problem, goal, best)
+    best.is_sure |= goal.miss >= 1
     return best
 
 
-def _one_pair(
-    problem: Problem, goal: Goal, best: BestPairs, start: Tensor, max_products: int
-) -> bool:
+def _one_pair(problem: Problem, goal: Goal, best: BestPairs, start: Tensor) -> bool:
     v = start.clone()
     for _ in range(2):
         project_out(v, best.vectors)
-    v /= torch.linalg.vector_norm(v)
+    v /= length(v).to(v)
     shift, stalled = 0.0, _Stalled()
     strictness = 0.7 if goal.k > 1 else 1.0  # combining pairs mixes their errors
     while True:
@@ -51,7 +56,7 @@ def _one_pair(
         is_wrong = _is_wrong_end(value - shift, goal.which) and value != 0.0
         if is_within and not is_wrong:
             break
-        if problem.asked >= max_products:
+        if problem.left <= 0:
             is_within = False
             break
         is_settled = is_wrong and residual <= 0.1 * abs(value)
@@ -60,7 +65,7 @@ def _one_pair(
             shift = best.scale if goal.which == "smallest" else -best.scale
             following = problem.normal() if is_settled else following
         project_out(following, best.vectors)
-        v = following / torch.linalg.vector_norm(following)
+        v = following / length(following).to(following)
     image = linear_combinations(
         w, best.vectors, torch.cat([leak.new_ones(1), leak])[:, None]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zlib
 from typing import Any
 
 import torch
@@ -10,22 +12,36 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from ..curvature import CurvatureOperator, Noise, Suspicion, SymmetryWatch
+from ..curvature._scale import exponent, length, norm
 
 __all__ = ["Problem"]
+
+# By which products of a matrix of which nothing is known may be asymmetric before it is
+# said: 1e3 times what float32 makes.
+_UNKNOWN = 1e-4
+_REFUSED = 1e-2  # the least that is refused: bfloat16 makes 7e-4, at most 7e-3
 
 
 class Problem:
     """A symmetric matrix known by `.shape` and `@`, whose products are counted.
 
+    Products come divided by a power of two, the same for all, if the first that is not
+    zero is so small or so large that squares of its entries are not what they should
+    be; what a solver finds is to be multiplied by it.
+
     Attributes:
         asked: Products that a solver asked for: what budgets are about.
+        limit: How many it may ask for.
+        unit: That power of two.
 
     Raises:
         ValueError: The matrix is not square or empty, a product is not finite, or the
             first products are not those of a symmetric matrix.
     """
 
-    def __init__(self, matrix: Any, seed: int) -> None:
+    def __init__(
+        self, matrix: Any, seed: int, limit: int = sys.maxsize, spare: int = 0
+    ) -> None:
         shape = tuple(matrix.shape)
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
             raise ValueError(
@@ -38,7 +54,9 @@ class Problem:
         self._matrix_dtype = dtype
         self.dtype = accumulation_dtype(dtype)
         self.device = torch.device(getattr(matrix, "device", "cpu"))
-        self.asked = 0
+        self.asked, self.limit, self._spare = 0, limit, spare
+        self.unit = 1.0
+        self._power: int | None = None
         # An operator looks at itself, and knows better what rounding may do.
         self._operator = matrix if isinstance(matrix, CurvatureOperator) else None
         self._watch = SymmetryWatch()
@@ -56,8 +74,53 @@ class Problem:
         if self._operator is None:
             self._refuse(self._watch.look(v, product, self._noise))
             # It may be the user's own tensor, or v itself, and steps write into it.
-            return product.clone()
-        return product
+            product = product.clone()
+        return self._divided(product)
+
+    def _divided(self, product: Tensor) -> Tensor:
+        if self._power is None and bool(product.any()):
+            self._power = exponent(product)
+            self.unit = 2.0**self._power
+        return product.mul_(2.0**-self._power) if self._power else product
+
+    @property
+    def left(self) -> int:
+        """Products left for finding; halves need `spare` of them for residuals."""
+        return self.limit - self.asked - (self._spare if self.is_half else 0)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether products are rounded to a half precision somewhere."""
+        noise = self._rounding()
+        return noise is not None and noise.dtype not in (torch.float32, torch.float64)
+
+    @property
+    def allowed_noise(self) -> float:
+        """By how much honest products may be asymmetric, relative to their norm."""
+        noise = self._rounding()
+        return _UNKNOWN if noise is None else noise.symmetry
+
+    def refuse_noise(self, noise: float) -> None:
+        """ValueError if products are no more those of one symmetric matrix.
+
+        An operator has looked at that itself; what it has let pass is rounding.
+        """
+        if self._operator is None and noise > max(_REFUSED, self.allowed_noise):
+            raise ValueError(
+                f"The matrix of type {self.name} is not symmetric, or not the same in "
+                f"every product: <u, A v> and <A u, v> differ by {noise:.1e} of its "
+                f"norm after {self.products} products; rounding explains "
+                f"{self.allowed_noise:.0e}. Its eigenvalues are not what these methods "
+                "find. Look at how it makes its products."
+            )
+
+    @property
+    def name(self) -> str:
+        """What the matrix is called in messages."""
+        return type(self._matrix).__name__
+
+    def _rounding(self) -> Noise | None:
+        return self._noise if self._operator is None else self._operator.noise
 
     @property
     def products(self) -> int:
@@ -83,7 +146,7 @@ class Problem:
         if suspicion is None:
             return
         raise ValueError(
-            f"The matrix of type {type(self._matrix).__name__} is not symmetric: "
+            f"The matrix of type {self.name} is not symmetric: "
             f"{suspicion.text}. Its eigenvalues are not what these methods find. Pass "
             "a symmetric matrix, such as (A + A.T) / 2; of an operator of your own, "
             "look at how it makes its products."
@@ -94,17 +157,30 @@ class Problem:
         gradient = getattr(self._matrix, "gradient", None)
         if not isinstance(gradient, Tensor):
             return None
-        norm = torch.linalg.vector_norm(gradient)
-        if not (torch.isfinite(norm) and norm > 0):
+        gradient = gradient.detach().reshape(-1)
+        size = norm(gradient)
+        if len(gradient) != self.size or not 0 < size < float("inf"):
             return None
-        return (gradient / norm).to(self.dtype)
+        # In two steps: the reciprocal of what is denormal is not finite.
+        power = exponent(gradient)
+        return (gradient * 2.0**-power / (size * 2.0**-power)).to(self.dtype)
+
+    def gaussian(self) -> Float[Tensor, " params"]:
+        """Independent standard normal numbers."""
+        return torch.randn(
+            self.size, generator=self._generator, dtype=self.dtype, device=self.device
+        )
+
+    def mix(self, vectors: Float[Tensor, "vectors params"]) -> None:
+        """Let the random numbers that follow depend on these vectors too."""
+        words = vectors.sum(dim=1).cpu().numpy().tobytes()
+        seed = self._generator.initial_seed() ^ zlib.crc32(words)
+        self._generator.manual_seed(seed)
 
     def normal(self) -> Float[Tensor, " params"]:
         """A random direction, of norm one."""
-        v = torch.randn(
-            self.size, generator=self._generator, dtype=self.dtype, device=self.device
-        )
-        return v.div_(torch.linalg.vector_norm(v))
+        v = self.gaussian()
+        return v.div_(length(v).to(v))
 
     def signs(self) -> Float[Tensor, " params"]:
         """A vector of random signs (Rademacher)."""

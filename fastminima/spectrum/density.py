@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,14 +64,32 @@ def spectral_density(
         raise ValueError(f"width must be positive, got {width}.")
     problem = Problem(H, seed)
     steps = min(steps, problem.size)
-    nodes, weights = zip(
-        *(_quadrature(problem, steps) for _ in range(probes)), strict=True
+    runs = [_recurrence(problem, steps) for _ in range(probes)]
+    whole, half = (
+        _Quadrature.of(runs, problem, count) for count in (steps, (steps + 1) // 2)
     )
-    return _density(np.stack(nodes), np.stack(weights), width, problem.products)
+    unit_width = None if width is None else width / problem.unit
+    return _density(whole, half, unit_width, problem)
 
 
-def _quadrature(problem: Problem, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights [steps] of one probe; weight 0 pads an exhausted space."""
+class _Quadrature(NamedTuple):
+    """Nodes and weights [probes, steps]."""
+
+    nodes: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, runs: list[np.ndarray], problem: Problem, steps: int) -> _Quadrature:
+        """Those of the first steps of some runs."""
+        eps = torch.finfo(problem.dtype).eps
+        nodes, weights = zip(
+            *(_nodes(run[:, :steps], eps) for run in runs), strict=True
+        )
+        return cls(np.stack(nodes), np.stack(weights))
+
+
+def _recurrence(problem: Problem, steps: int) -> np.ndarray:
+    """The alphas and betas [2, steps] of one probe."""
     v = problem.signs().div_(math.sqrt(problem.size))
     previous, norm = None, torch.zeros((), dtype=torch.float64, device=problem.device)
     results = []
@@ -80,13 +98,19 @@ def _quadrature(problem: Problem, steps: int) -> tuple[np.ndarray, np.ndarray]:
         results.append(lanczos_step(w, v, previous, norm))
         norm = results[-1][1]
         previous, v = v, w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype))
-    alpha, beta = torch.stack(results).cpu().numpy().T
-    if not np.isfinite(alpha).all():
+    numbers = torch.stack(results).cpu().numpy().T
+    if not np.isfinite(numbers[0]).all():
         raise ValueError(
             f"One of {problem.products} products with the matrix is not finite. Check "
             "the parameters and the batch."
         )
-    floor = 10 * torch.finfo(problem.dtype).eps * max(np.abs(alpha).max(), beta.max())
+    return numbers
+
+
+def _nodes(run: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights [steps] of one probe; weight 0 pads an exhausted space."""
+    (alpha, beta), steps = run, run.shape[1]
+    floor = 10 * eps * max(np.abs(alpha).max(), beta.max())
     size = next((i + 1 for i, b in enumerate(beta) if b <= floor), steps)
     inner = beta[: size - 1]
     values, coordinates = np.linalg.eigh(
@@ -98,9 +122,9 @@ def _quadrature(problem: Problem, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _density(
-    nodes: np.ndarray, weights: np.ndarray, width: float | None, products: int
+    whole: _Quadrature, half: _Quadrature, width: float | None, problem: Problem
 ) -> Density:
-    low, high = float(nodes.min()), float(nodes.max())
+    low, high = float(whole.nodes.min()), float(whole.nodes.max())
     if width is None:
         size = max(abs(low), abs(high))
         width = 0.01 * max(high - low, 0.1 * size) or 0.01
@@ -108,21 +132,47 @@ def _density(
     points = max(_GRID, math.ceil(5 * (high - low) / width) + 10 * _MARGIN)
     margin = _MARGIN * width
     grid = np.linspace(low - margin, high + margin, points)
-    each = np.zeros((len(nodes), points))
-    for probe, (centres, shares) in enumerate(zip(nodes, weights, strict=True)):
-        z = (grid[:, None] - centres) / width
-        each[probe] = np.exp(-0.5 * z**2) @ shares / (width * math.sqrt(2 * math.pi))
+    each = _drawn(whole, grid, width)
     spread = each.std(axis=0, ddof=1) if len(each) > 1 else np.full(points, np.nan)
+    gap = np.abs(each.mean(axis=0) - _drawn(half, grid, width).mean(axis=0))
+    if whole.nodes.shape[1] == 1:
+        gap = np.full(points, np.nan)
+    # The two cross here and there, where neither is right: so the largest nearby, as
+    # far as the nodes of the shorter run are apart.
+    apart = (high - low) / half.nodes.shape[1] / (grid[1] - grid[0])
+    gap = _largest_nearby(gap, int(apart))
+    unit = problem.unit
 
     def wrap(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
 
     return Density(
-        grid=wrap(grid),
-        density=wrap(each.mean(axis=0)),
-        standard_error=wrap(spread / math.sqrt(len(each))),
-        nodes=wrap(nodes),
-        weights=wrap(weights),
-        width=width,
-        products=products,
+        grid=wrap(grid * unit),
+        density=wrap(each.mean(axis=0) / unit),
+        standard_error=wrap(spread / math.sqrt(len(each)) / unit),
+        nodes=wrap(whole.nodes * unit),
+        weights=wrap(whole.weights),
+        width=width * unit,
+        products=problem.products,
+        truncation=wrap(gap / unit),
     )
+
+
+def _largest_nearby(values: np.ndarray, reach: int) -> np.ndarray:
+    """The largest of the values at most so many places away."""
+    largest = np.pad(values, reach, mode="edge")
+    seen, window = 1, 2 * reach + 1
+    while seen < window:
+        step = min(seen, window - seen)
+        largest = np.maximum(largest[:-step], largest[step:])
+        seen += step
+    return largest
+
+
+def _drawn(quadrature: _Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
+    """Each probe's nodes as Gaussians on the grid [probes, grid]."""
+    each = np.zeros((len(quadrature.nodes), len(grid)))
+    for probe, (centres, shares) in enumerate(zip(*quadrature, strict=True)):
+        z = (grid[:, None] - centres) / width
+        each[probe] = np.exp(-0.5 * z**2) @ shares / (width * math.sqrt(2 * math.pi))
+    return each

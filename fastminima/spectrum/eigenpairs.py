@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._finish import ConvergenceWarning, NoiseWarning, finished
 from ._lanczos_pairs import lanczos_pairs
-from ._pairs import BestPairs, Goal
+from ._pairs import Goal
 from ._power import power_pairs
 from ._problem import Problem
+from ._start import cold_start, warm_start
 from .results import Eigenpairs
 
-__all__ = ["ConvergenceWarning", "top_eigenpairs"]
-
-# The random part beside unit directions that are given. It must be there, or the Krylov
-# space never leaves theirs; it hardly matters how large it is, see docs/curvature.md.
-_RANDOM_PART = 0.1
-
-
-class ConvergenceWarning(RuntimeWarning):
-    """A solver ran out of products before it reached the tolerance."""
+__all__ = [
+    "ConvergenceWarning",
+    "NoiseWarning",
+    "check_arguments",
+    "top_eigenpairs",
+]
 
 
 def top_eigenpairs(
@@ -35,15 +32,19 @@ def top_eigenpairs(
     max_products: int = 200,
     start: Float[Tensor, "vectors params"] | Float[Tensor, " params"] | None = None,
     seed: int = 0,
+    *,
+    miss: float = 0.002,
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
     Every value comes with its residual |H v - value v|: some eigenvalue lies within it.
-    That no *other* eigenvalue belongs in the list is tested, not proven: every run
-    starts with a random part, and for k > 1 `lanczos` searches the complement of what
-    it found from a fresh random vector until the probability that an eigenvalue beyond
-    the last one is missing is below 5 %. That also finds every copy of a multiple
-    eigenvalue, of which one Krylov space sees only one.
+    That no *other* eigenvalue belongs in the list cannot be proven by products; it
+    holds with a probability. Every eigenvector has some length along a random vector,
+    but with probability `miss`; that much of it would have shown, had its eigenvalue
+    been beyond `upper`. A run goes on until `upper` is near the value. Several pairs,
+    those of a warm start, and those of the power method are searched for in the
+    complement of what was found, from fresh random vectors. That also finds every copy
+    of a multiple eigenvalue, of which one Krylov space sees only one.
 
     Args:
         H: Anything symmetric with `.shape` and `@`. A `.gradient` (the operators have
@@ -56,14 +57,21 @@ def top_eigenpairs(
         max_products: Where to give up; a product by which a fresh operator compares
             itself comes on top.
         start: Approximate eigenvectors [j, P] to start from, such as the last ones.
+            They are found sooner; what else there is is searched as ever.
         seed: Of the random vectors; global generators are not touched.
+        miss: The probability with which an eigenvalue may be missed that lies beyond
+            the last one by more than 10 * rtol (at most 10 %, or rtol) of it, and with
+            which `upper` may be wrong. With 1 nothing is searched for: the pairs are
+            eigenpairs, but not always those at the end, and copies are not found.
 
     Raises:
         ValueError: An argument out of its range, a product that is not finite, or a
             matrix that is not symmetric.
 
     Warns:
-        ConvergenceWarning: Out of products; what there is is returned.
+        ConvergenceWarning: Out of products, or rounding leaves larger residuals than
+            asked for; what there is is returned.
+        NoiseWarning: Products are less symmetric than their precision explains.
 
     Example:
         >>> import torch
@@ -71,29 +79,30 @@ def top_eigenpairs(
         >>> [round(value, 3) for value in pairs.values.tolist()], pairs.converged
         ([5.0, 5.0], True)
 
-    Source: Lanczos (1950); Kuczynski and Wozniakowski (1992), SIAM J. Matrix Anal.
-    Appl. 13(4), theorem 4.2, for the probability.
+    Source: Lanczos (1950); van Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J.
+    Matrix Anal. Appl. 22(3), for the probability.
     """
-    problem = Problem(H, seed)
-    _check(problem.size, k, which, method, rtol, max_products)
-    goal = Goal(k, which, rtol)
-    first = _start(problem, start)
-    solve = {"lanczos": lanczos_pairs, "power": power_pairs}[method]
-    best = solve(problem, goal, first, max_products)
-    if not best.is_converged:
-        _warn(best, goal, problem.products)
-    return Eigenpairs(
-        values=torch.tensor(best.values, dtype=problem.dtype, device="cpu"),
-        vectors=torch.stack(best.vectors),
-        residuals=torch.tensor(best.residuals, dtype=problem.dtype, device="cpu"),
-        products=problem.products,
-        converged=best.is_converged,
-    )
+    problem = Problem(H, seed, max_products, spare=k)
+    check_arguments(problem.size, k, which, method, rtol, max_products, miss)
+    goal = Goal(k, which, rtol, miss)
+    first = cold_start(problem) if start is None else warm_start(problem, start)
+    if method == "power":
+        best = power_pairs(problem, goal, first)
+    else:
+        best = lanczos_pairs(problem, goal, first, is_cold=start is None)
+    return finished(problem, goal, best)
 
 
-def _check(
-    size: int, k: int, which: str, method: str, rtol: float, max_products: int
+def check_arguments(
+    size: int,
+    k: int,
+    which: str,
+    method: str,
+    rtol: float,
+    max_products: int,
+    miss: float,
 ) -> None:
+    """ValueError for what is out of its range."""
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and the matrix's size {size}, got {k}.")
     if which not in ("largest", "smallest", "magnitude"):
@@ -109,39 +118,5 @@ def _check(
             f"{k} eigenpairs need at least {k} products, got "
             f"max_products={max_products}."
         )
-
-
-def _start(problem: Problem, start: Tensor | None) -> Tensor:
-    """The first vector: what is given, or the gradient, with a random part."""
-    random = problem.normal()
-    if start is None:
-        gradient = problem.gradient()
-        return random if gradient is None else gradient.add_(random, alpha=_RANDOM_PART)
-    rows = start.detach().to(problem.device, problem.dtype).reshape(-1, start.shape[-1])
-    if start.dim() not in (1, 2) or rows.shape[1] != problem.size or len(rows) == 0:
-        raise ValueError(
-            f"start must be vectors [j, {problem.size}], got {tuple(start.shape)}."
-        )
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if not bool(torch.isfinite(norms).all() and (norms > 0).all()):
-        raise ValueError(
-            "start must hold finite vectors other than zero, got norms "
-            f"{norms.tolist()}."
-        )
-    return (rows / norms).sum(dim=0).add_(random, alpha=_RANDOM_PART)
-
-
-def _warn(best: BestPairs, goal: Goal, products: int) -> None:
-    worst = max(
-        residual / max(abs(value), 1e-300)
-        for value, residual in zip(best.values, best.residuals, strict=True)
-    )
-    lacking = goal.k - len(best.values)
-    missing = f"; {lacking} missing" if lacking else ""
-    warnings.warn(
-        f"top_eigenpairs stopped after {products} products: the largest residual is "
-        f"{worst:.2g} of its value, rtol={goal.rtol:g}{missing}. Raise "
-        "max_products, or rtol.",
-        ConvergenceWarning,
-        stacklevel=3,
-    )
+    if not 0 < miss <= 1:
+        raise ValueError(f"miss is a probability, above 0 and at most 1, got {miss}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._optional import require
+from ._student import student_quantile
 
 __all__ = ["Density", "Eigenpairs", "Estimate"]
 
+_SHOWN = 4  # values that a printed result lists
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Eigenpairs:
     """Eigenvalues, each with its residual: an eigenvalue lies within it of the value.
 
@@ -23,7 +27,13 @@ class Eigenpairs:
         residuals: |H v - value v| of each.
         products: How many Hessian-vector products they took, with the one by which a
             fresh operator compares itself.
-        converged: Whether every residual is within the tolerance asked for.
+        converged: Whether every residual is within the tolerance asked for, and nothing
+            beyond the values was missed, with the probability asked for.
+        upper: No eigenvalue is larger (for "smallest" smaller, for "magnitude" larger
+            in size), but with the probability asked for; infinite where nothing is
+            known. It holds, whether converged or not.
+        noise: How far products are from those of one symmetric matrix, relative to |H|:
+            |<H u, v> - <u, H v>|, 6e-8 in float32, 7e-4 in bfloat16. NaN if unknown.
     """
 
     values: Float[Tensor, " k"]
@@ -31,9 +41,31 @@ class Eigenpairs:
     residuals: Float[Tensor, " k"]
     products: int
     converged: bool
+    upper: float = math.inf
+    noise: float = math.nan
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{value:.6g} +- {residual:.1g}"
+            for value, residual in zip(
+                self.values[:_SHOWN].tolist(), self.residuals.tolist(), strict=False
+            )
+        ]
+        more = len(self.values) - len(shown)
+        listed = ", ".join(shown) + (f", {more} more" if more else "")
+        bound = (
+            f"none beyond {self.upper:.6g}"
+            if math.isfinite(self.upper)
+            else "unbounded"
+        )
+        return (
+            f"Eigenpairs({listed} of {self.vectors.shape[1]}; {bound}; "
+            f"{self.products} products, "
+            f"{'converged' if self.converged else 'not converged'})"
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A number estimated by sampling.
 
@@ -41,17 +73,46 @@ class Estimate:
         value: The estimate.
         standard_error: Its standard deviation over the random vectors; 0 if exact.
         products: How many Hessian-vector products it took.
+        degrees: Degrees of freedom of the standard error: random vectors less one.
     """
 
     value: float
     standard_error: float
     products: int
+    degrees: float = math.inf
 
     def __float__(self) -> float:
         return self.value
 
+    def __repr__(self) -> str:
+        if self.standard_error == 0:
+            return f"Estimate({self.value:.6g} exactly; {self.products} products)"
+        low, high = self.interval()
+        return (
+            f"Estimate({self.value:.6g} +- {self.standard_error:.2g}, with 95 % in "
+            f"[{low:.6g}, {high:.6g}]; {self.products} products)"
+        )
 
-@dataclass(frozen=True)
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the true number lies with this probability: Student's t interval.
+
+        The few samples of which the standard error is made do not know it well: of
+        four, 1.96 of them cover 85 %.
+
+        Raises:
+            ValueError: A confidence that is not between 0 and 1.
+
+        Source: Student (1908), Biometrika 6(1).
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+        if self.standard_error == 0:
+            return self.value, self.value
+        half = student_quantile(self.degrees, confidence) * self.standard_error
+        return self.value - half, self.value + half
+
+
+@dataclass(frozen=True, repr=False)
 class Density:
     """The density of the eigenvalues, estimated by stochastic Lanczos quadrature.
 
@@ -65,6 +126,8 @@ class Density:
             1.
         width: Standard deviation of the Gaussian that stands for each node.
         products: How many Hessian-vector products it took.
+        truncation: How far the density of half as many steps is from this one, at each
+            point of the grid: what more steps may still change. NaN with one step.
     """
 
     grid: Float[Tensor, " grid"]
@@ -74,9 +137,38 @@ class Density:
     weights: Float[Tensor, "probes steps"]
     width: float
     products: int
+    truncation: Float[Tensor, " grid"] | None = None
+
+    def __repr__(self) -> str:
+        probes, steps = self.nodes.shape
+        return (
+            f"Density({probes} probes of {steps} steps, from {self.nodes.min():.4g} to "
+            f"{self.nodes.max():.4g}, width {self.width:.2g}; {self.products} products)"
+        )
+
+    def band(
+        self, confidence: float = 0.95
+    ) -> tuple[Float[Tensor, " grid"], Float[Tensor, " grid"]]:
+        """Between what the density lies at each point: spread of probes and truncation.
+
+        Student's t interval of the probes, widened by `truncation`; never below zero.
+
+        Raises:
+            ValueError: One probe has no spread.
+        """
+        probes, steps = self.nodes.shape
+        if probes < 2 or self.truncation is None:
+            raise ValueError(
+                f"A band needs at least 2 probes, got {probes}. Pass probes=2 or more."
+            )
+        half = student_quantile(probes - 1, confidence) * self.standard_error
+        half = half + (self.truncation if steps > 1 else 0.0)
+        return (self.density - half).clamp_min(0), self.density + half
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the density on a logarithmic scale into `ax` (matplotlib); returns it.
+
+        With its band, if there are several probes.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -87,6 +179,9 @@ class Density:
             ax = pyplot.subplots()[1]
         grid, density = self.grid.numpy(), self.density.numpy()
         ax.semilogy(grid, density)
+        if len(self.nodes) > 1:
+            low, high = (edge.numpy() for edge in self.band())
+            ax.fill_between(grid, low, high, alpha=0.3)
         ax.set_ylim(max(density.max() * 1e-8, 1e-300), density.max() * 3)
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")

@@ -8,23 +8,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..curvature import Hessian, Noise
-from .eigenpairs import top_eigenpairs
+from ._finish import finished
+from ._lanczos_pairs import lanczos_pairs
+from ._pairs import BestPairs, Goal
+from ._problem import Problem
+from ._start import cold_start
+from ._warm import followed_pairs
+from .eigenpairs import check_arguments
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
 
-# Cold runs go to this share of the tolerance: the next ones then start within it.
-_SPARE = 0.5
 _CHECK_EVERY = 50  # calls between looks at whether the loss has one Hessian
 
 
 class SharpnessProbe:
     """The largest eigenvalues of the Hessian, step after step of a training run.
 
-    The first call runs cold, from the gradient and a random part; later ones start from
-    the vectors of the last, with a fresh random part, and take a few products. An
-    eigenvector that overtakes far from the known ones could go unnoticed for some
-    calls; therefore every `cold_every`-th call is cold again.
+    The first call runs cold and is certified as `top_eigenpairs` is: `upper` says what
+    no eigenvalue is beyond. Later ones follow the vectors of the last call, and the
+    runner-up with them, which is multiplied further from call to call and has a fresh
+    random part: k + 2 products where little has moved. So an eigenvalue that overtakes
+    is noticed. That none is larger is not certain in these calls, which have an
+    infinite `upper`, and in which `converged` speaks of residuals alone; every
+    `cold_every`-th call is cold again.
 
     That the loss has one symmetric Hessian is looked at as `Hessian` does, in the first
     call, in every 50th, and when the kind of data or a module's mode is another; the
@@ -39,6 +46,8 @@ class SharpnessProbe:
         max_products: Where a call gives up, with a warning.
         count: Number of samples of a batch, as for `Hessian`.
         seed: Of the random parts; global generators are not touched.
+        miss: The probability with which cold calls may miss a larger eigenvalue, as in
+            `top_eigenpairs`.
 
     Raises:
         ValueError: As `Hessian` and `top_eigenpairs`, at the call.
@@ -65,14 +74,16 @@ class SharpnessProbe:
         max_products: int = 200,
         count: Callable[[Any], int] | None = None,
         seed: int = 0,
+        miss: float = 0.002,
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
         self._model, self._loss, self._count = model, loss, count
-        self._k, self._rtol, self._max_products = k, rtol, max_products
+        self._goal, self._max_products = Goal(k, "largest", rtol, miss), max_products
         self._cold_every, self._seed = cold_every, seed
         self._calls = 0
-        self._vectors: Tensor | None = None
+        self._known: list[Tensor] = []
+        self._challenger: Tensor | None = None
         self._noise: Noise | None = None
         self._checked: tuple[Any, ...] | None = None
         self._data: Any = None
@@ -84,19 +95,10 @@ class SharpnessProbe:
         is_known = kind == self._checked and (kind[1] or batch is self._data)
         if is_known and self._calls % _CHECK_EVERY:
             operator.trust(self._noise)
-        start = self._vectors
-        is_cold = self._calls % self._cold_every == 0
-        if is_cold or start is None or start.shape[1] != operator.shape[0]:
-            start = None
-        pairs = top_eigenpairs(
-            operator,
-            self._k,
-            rtol=self._rtol * (_SPARE if start is None else 1.0),
-            max_products=self._max_products,
-            start=start,
-            seed=self._seed + self._calls,
-        )
-        self._vectors = pairs.vectors
+        problem = self._problem(operator)
+        best = self._solve(problem)
+        pairs = finished(problem, self._goal, best)
+        self._known, self._challenger = best.vectors, best.challenger
         self._noise, self._checked = operator.noise, kind
         self._data = None if kind[1] else batch
         self._calls += 1
@@ -104,7 +106,24 @@ class SharpnessProbe:
 
     def reset(self) -> None:
         """Forget the vectors: the next call runs cold, and is checked."""
-        self._vectors, self._checked = None, None
+        self._known, self._challenger, self._checked = [], None, None
+
+    def _problem(self, operator: Hessian) -> Problem:
+        goal, limit = self._goal, self._max_products
+        size = operator.shape[0]
+        check_arguments(
+            size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
+        )
+        return Problem(operator, self._seed + self._calls, limit, spare=goal.k)
+
+    def _solve(self, problem: Problem) -> BestPairs:
+        known, is_cold = self._known, self._calls % self._cold_every == 0
+        if is_cold or len(known) < self._goal.k or len(known[0]) != problem.size:
+            start = cold_start(problem)
+            return lanczos_pairs(
+                problem, self._goal, start, is_cold=True, with_challenger=True
+            )
+        return followed_pairs(problem, self._goal, known, self._challenger)
 
     def _kind(self, batch: Any) -> tuple[Any, ...]:
         """What is checked anew when it is another: not the values of batches."""

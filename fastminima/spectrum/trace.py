@@ -8,17 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature._scale import length
 from ..ops.vector import project_out
 from ._problem import Problem
+from ._student import student_quantile
 from .results import Estimate
 
 __all__ = ["frobenius_norm", "trace"]
 
 _BASIS_BYTES = 1 << 30
+_FIRST = 16  # products of the subspace where samples are drawn until they suffice
+_FEWEST = 10  # random vectors before a small spread is believed
 _SHARE_EXACT = 3  # one product in so many goes into the subspace treated exactly
 
 
-def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
+def trace(
+    H: Any, products: int = 100, seed: int = 0, *, rtol: float | None = None
+) -> Estimate:
     """The sum of the eigenvalues.
 
     A third of the products span a Krylov space, in which the trace is exact; there lie
@@ -32,23 +38,27 @@ def trace(H: Any, products: int = 100, seed: int = 0) -> Estimate:
         products: How many matrix-vector products to spend, at least 3; those by which
             an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
+        rtol: Stop sooner, once the interval that holds the value with 95 % reaches no
+            further than this share of it, and there are ten random vectors.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
-            symmetric.
+        ValueError: Fewer than 3 products (unless P is smaller), an rtol that is not
+            positive, or a matrix that is not symmetric.
 
     Example:
         >>> import torch
         >>> trace(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
-        Estimate(value=7.0, standard_error=0.0, products=3)
+        Estimate(7 exactly; 3 products)
 
     Source: Hutchinson (1990); Meyer, Musco, Musco, Woodruff (2021), "Hutch++", for the
     split; Chen and Hallman (2023), arXiv:2205.01736, for the Krylov space.
     """
-    return _estimate(Problem(H, seed), products, is_squared=False)
+    return _estimate(Problem(H, seed), products, rtol, is_squared=False)
 
 
-def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
+def frobenius_norm(
+    H: Any, products: int = 100, seed: int = 0, *, rtol: float | None = None
+) -> Estimate:
     """The square root of the sum of the squared eigenvalues.
 
     Made as `trace` makes the trace of H^2, which takes one product a vector: |H r|^2.
@@ -60,42 +70,73 @@ def frobenius_norm(H: Any, products: int = 100, seed: int = 0) -> Estimate:
         products: How many matrix-vector products to spend, at least 3; those by which
             an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
+        rtol: Stop sooner, once the interval that holds the value with 95 % reaches no
+            further than this share of it, and there are ten random vectors.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller), or a matrix that is not
-            symmetric.
+        ValueError: Fewer than 3 products (unless P is smaller), an rtol that is not
+            positive, or a matrix that is not symmetric.
 
     Example:
         >>> import torch
         >>> frobenius_norm(torch.diag(torch.tensor([3.0, 4.0])))
-        Estimate(value=5.0, standard_error=0.0, products=2)
+        Estimate(5 exactly; 2 products)
     """
-    square = _estimate(Problem(H, seed), products, is_squared=True)
+    # A relative error of the square is twice that of its root.
+    twice = None if rtol is None else 2 * rtol
+    square = _estimate(Problem(H, seed), products, twice, is_squared=True)
     value = math.sqrt(square.value)
     error = square.standard_error / (2 * value) if value else 0.0
-    return Estimate(value, error, square.products)
+    return Estimate(value, error, square.products, square.degrees)
 
 
-def _estimate(problem: Problem, products: int, is_squared: bool) -> Estimate:
-    if products >= problem.size:
+def _estimate(
+    problem: Problem, products: int, rtol: float | None, is_squared: bool
+) -> Estimate:
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}.")
+    if products >= problem.size and (rtol is None or problem.size < _FEWEST):
         value = _exact(problem, is_squared)
-        return Estimate(value, 0.0, problem.products)
+        return _scaled(problem, is_squared, value, 0.0, math.inf)
     if products < 3:
         raise ValueError(
             "An estimate with a standard error needs at least 3 products, got "
             f"{products}."
         )
     room = _BASIS_BYTES // (problem.size * problem.dtype.itemsize)
+    if rtol is not None:  # how many products there will be is not known yet
+        products, room = min(products, problem.size), min(room, _FIRST)
     basis, exact = _krylov(problem, min(products // _SHARE_EXACT, room), is_squared)
-    samples = []
+    samples: list[float] = []
     dimensions = problem.size - len(basis)
     while problem.asked < products:
         u = problem.normal()
         u /= _project(u, basis)
         samples.append(dimensions * _form(problem, u, is_squared)[0])
+        if rtol is not None and _is_close(exact, samples, rtol):
+            break
+    mean, error = _mean(samples)
+    return _scaled(problem, is_squared, exact + mean, error, len(samples) - 1)
+
+
+def _mean(samples: list[float]) -> tuple[float, float]:
     drawn = torch.tensor(samples, dtype=torch.float64, device="cpu")
-    error = float(drawn.std() / len(samples) ** 0.5)
-    return Estimate(exact + float(drawn.mean()), error, problem.products)
+    return float(drawn.mean()), float(drawn.std() / len(samples) ** 0.5)
+
+
+def _is_close(exact: float, samples: list[float], rtol: float) -> bool:
+    if len(samples) < _FEWEST:
+        return False
+    mean, error = _mean(samples)
+    half = student_quantile(len(samples) - 1, 0.95) * error
+    return half <= rtol * abs(exact + mean)
+
+
+def _scaled(
+    problem: Problem, is_squared: bool, value: float, error: float, degrees: float
+) -> Estimate:
+    unit = problem.unit**2 if is_squared else problem.unit
+    return Estimate(unit * value, unit * error, problem.products, degrees)
 
 
 def _exact(problem: Problem, is_squared: bool) -> float:
@@ -132,10 +173,10 @@ def _krylov(
         value, w = _form(problem, v, is_squared)
         total += value
         basis.append(v)
-        length = float(torch.linalg.vector_norm(w))
+        before = float(length(w))
         rest = _project(w, basis)
         if (
-            rest <= 100 * torch.finfo(w.dtype).eps * length
+            rest <= 100 * torch.finfo(w.dtype).eps * before
         ):  # the space is invariant: go on from another
             w = problem.normal()
             rest = _project(w, basis)
@@ -147,7 +188,7 @@ def _project(w: Tensor, basis: list[Tensor]) -> float:
     """Remove from w its part in the space of the basis; the norm of what is left."""
     project_out(w, basis)
     project_out(w, basis)
-    return float(torch.linalg.vector_norm(w))
+    return float(length(w))
 
 
 def _unit_vectors(problem: Problem):

@@ -68,6 +68,31 @@ def test_power_step(device, size, dtype, shift):
     same(out, want_out, **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e19, 1e30])
+def test_vector_steps_of_every_scale(device, scale):
+    size = 4099
+    w, v, u = (unit(size, torch.float32, 0) for _ in range(3))
+    w, beta = w * scale, torch.tensor(0.7 * scale, dtype=torch.float64)
+    wide, out = w.double().clone(), torch.empty(size, dtype=torch.float64)
+    want = vector.lanczos_step.reference(wide, v.double(), u.double(), beta)
+    power = vector.power_step.reference(w.double(), v.double(), 0.3 * scale, out)
+    dots = vector.project_out.reference(w.double().clone(), [v.double()])
+    w, v, u, beta = map(device.put, (w, v, u, beta))
+
+    def case():
+        moved, following = w.clone(), torch.empty_like(w)
+        step = vector_cuda.lanczos_step(device.kernels, moved, v, u, beta)
+        result = vector_cuda.power_step(device.kernels, w, v, 0.3 * scale, following)
+        rest = vector_cuda.project_out(device.kernels, w.clone(), [v])
+        return step, moved, result, following, rest
+
+    step, moved, result, following, rest = device.every(case)
+    close = {"rtol": 2e-5, "atol": 2e-5 * scale}
+    for got, exact in ((step, want), (moved, wide), (result, power), (rest, dots)):
+        same(got, exact, **close)
+    same(following, out, rtol=2e-5, atol=2e-5)
+
+
 def test_power_step_of_zero_is_zero(device):
     w, v = device.put(torch.zeros(50)), device.put(unit(50, torch.float32, 0))
     out = torch.full_like(w, 3)

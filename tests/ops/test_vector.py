@@ -99,6 +99,55 @@ def test_linear_combinations(size, dtype, outputs, count):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+# Squares of these are beyond float32. Elements are as much smaller than a norm as the
+# root of the size, and float32 has 1e-38 at least.
+SCALES = [1e-36, 1e-30, 1e-22, 1e19, 1e30, 1e36]
+
+
+def relative(scale, size, dtype):
+    """Closeness of what has this scale; less where elements are denormal."""
+    denormal = 1.4e-45 * size**0.5 / scale if dtype == torch.float32 else 0.0
+    rtol = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    return {"rtol": rtol, "atol": scale * (rtol + 2 * denormal)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [33, 5000])
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale(scale, size, dtype, device):
+    """Steps on vectors of any scale, whatever device tensors are made on."""
+    w = unit(size, torch.float64)
+    v, u = unit(size, dtype), unit(size, dtype)
+    beta = torch.tensor(0.7 * scale, dtype=torch.float64)
+    scaled = (w * scale).to(dtype)
+    close = relative(scale, size, dtype)
+    wide = scaled.double().clone()
+    want = lanczos_step.reference(wide, v.double(), u.double(), beta)
+    want_out = torch.empty(size, dtype=torch.float64)
+    power = power_step.reference(scaled.double(), v.double(), -1.5 * scale, want_out)
+    left = scaled.double().clone()
+    dots = project_out.reference(left, [v.double()])
+    with torch.device(device):
+        for backend in lanczos_step.backends(CPU, dtype):
+            got = scaled.clone()
+            result = lanczos_step.on(backend, CPU, dtype)(got, v, u, beta)
+            torch.testing.assert_close(result, want, **close)
+            torch.testing.assert_close(got.double(), wide, **close)
+            out = scaled.clone()
+            run = power_step.on(backend, CPU, dtype)
+            torch.testing.assert_close(
+                run(scaled, v, -1.5 * scale, out), power, **close
+            )
+            torch.testing.assert_close(
+                out.double(), want_out, rtol=close["rtol"], atol=close["atol"] / scale
+            )
+            got = scaled.clone()
+            result = project_out.on(backend, CPU, dtype)(got, [v])
+            torch.testing.assert_close(result, dots, **close)
+            torch.testing.assert_close(got.double(), left, **close)
+
+
 @pytest.mark.skipif(not _native.available_isas(), reason="no native extension")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_do_not_depend_on_the_number_of_threads(dtype):

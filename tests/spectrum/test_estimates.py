@@ -2,10 +2,12 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
 import fastminima as fm
+from fastminima.spectrum._student import student_quantile
 
 from .matrices import Counted, bulk, rotated
 
@@ -76,6 +78,97 @@ def test_estimates_of_an_operator(device):
     norm = fm.frobenius_norm(H, products=15)
     assert abs(norm.value - dense.norm()) < 4 * norm.standard_error
     assert fm.trace(H).value == pytest.approx(dense.trace().item())
+
+
+@pytest.mark.parametrize("products", [6, 12])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_intervals_cover_what_they_say(products, confidence):
+    """With four samples, too, of which 1.96 standard errors would cover 85 %."""
+    matrix = torch.diag(torch.tensor(bulk(200, 1.0), dtype=torch.float64))
+    truth, inside, narrow = matrix.trace().item(), 0, 0
+    for seed in range(500):
+        got = fm.trace(matrix, products, seed=seed)
+        low, high = got.interval(confidence)
+        inside += low <= truth <= high
+        narrow += abs(got.value - truth) <= 1.96 * got.standard_error
+        assert got.degrees == products - products // 3 - 1
+    # 3 %; a share of 500 has a standard deviation of 1 to 2 %.
+    assert inside / 500 == pytest.approx(
+        confidence, abs=0.03 if confidence > 0.9 else 0.06
+    )
+    if products == 6:
+        assert narrow < 0.92 * 500
+
+
+def test_interval_of_an_exact_number_is_that_number(device):
+    exact = fm.trace(torch.eye(5, device=device))
+    assert exact.interval() == (5.0, 5.0)
+    one = fm.Estimate(1.0, 2.0, 3)
+    assert one.interval() == pytest.approx((1 - 3.919928, 1 + 3.919928))
+    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
+        one.interval(95)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (9, 2.26216), (100, 1.98397)],
+)
+def test_quantiles_of_student(degrees, quantile):
+    """Against the tables."""
+    assert student_quantile(degrees, 0.95) == pytest.approx(quantile, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimate", TRUTH)
+def test_tolerance_stops_an_estimate(estimate, device):
+    matrix = rotated([4.0, 3.0, *(1 + 0.1 * torch.rand(398)).tolist()], device=device)
+    got = estimate(matrix, 300, rtol=0.01)
+    low, high = got.interval()
+    assert high - low <= 2 * 0.01 * got.value * 1.01
+    assert got.products < 100
+    truth = matrix.trace() if estimate is fm.trace else matrix.norm()
+    assert abs(got.value - truth) < 4 * got.standard_error
+    assert estimate(matrix, 30, rtol=1e-9).products == 30
+    with pytest.raises(ValueError, match="rtol must be positive, got 0"):
+        estimate(matrix, 30, rtol=0)
+
+
+def test_band_holds_what_more_steps_show(device):
+    """Few steps are off by more than the spread of probes says."""
+    matrix = rotated([*bulk(300, 0.3), *bulk(100, 2.0)], device=device)
+    few = fm.spectral_density(matrix, steps=8, probes=8, width=0.15)
+    many = fm.spectral_density(matrix, steps=60, probes=8, width=0.15)
+    grid = few.grid.numpy()
+    later = numpy.interp(grid, many.grid.numpy(), many.density.numpy())
+    low, high = (edge.numpy() for edge in few.band())
+    inside = (low <= later) & (later <= high)
+    error = (few.density.numpy() - later).__abs__()
+    narrow = error <= 1.96 * few.standard_error.numpy()
+    seen = later > 0.01 * later.max()
+    assert inside[seen].mean() > 0.9
+    assert narrow[seen].mean() < 0.8
+    assert (few.truncation >= 0).all()
+    assert many.truncation.max() < few.truncation.max()
+    with pytest.raises(ValueError, match="at least 2 probes, got 1"):
+        fm.spectral_density(matrix, steps=4, probes=1).band()
+
+
+def test_printed_results_say_what_and_at_what_cost(device):
+    matrix = torch.diag(torch.tensor([3.0, 2.0, *[0.0] * 60], device=device))
+    pairs = repr(fm.top_eigenpairs(matrix, 2))
+    assert pairs.startswith("Eigenpairs(3 +- ")
+    assert "products, converged)" in pairs
+    assert "none beyond 3" in pairs
+    assert "3 more of 5" not in pairs
+    many = repr(fm.top_eigenpairs(torch.eye(6, device=device), 6))
+    assert "2 more of 6" in many
+    assert len(many) < 200
+    assert repr(fm.trace(matrix)) == "Estimate(5 exactly; 62 products)"
+    sampled = repr(fm.trace(torch.diag(torch.tensor(bulk(100, 1.0))), 30))
+    assert "with 95 % in [" in sampled
+    assert sampled.endswith("30 products)")
+    density = repr(fm.spectral_density(matrix, steps=5, probes=2))
+    assert density.startswith("Density(2 probes of 5 steps, from")
+    assert density.endswith("10 products)")
 
 
 def test_too_few_products(device):
