@@ -76,7 +76,8 @@ def critical_sharpness(
 
     A quadratic through what is known gives the next step, so that it takes 4 to 6
     evaluations from a `start` nearby. The parameters are written in place and put back
-    bit by bit, also after an exception; buffers and random generators too. Each
+    bit by bit, also after an exception; buffers and random generators too. So it may be
+    called between a forward and a backward pass. Each
     evaluation draws the same random numbers. On several ranks the loss must be the same
     number on all, such as the mean over them, for all to take the same way. Parameters
     under `fully_shard` stay sharded; pass their `.grad` as the direction there.
@@ -194,16 +195,17 @@ class _Walk:
     def growth(self, eta: float) -> float:
         """How much larger the loss is after a step; infinite where it is no number."""
         with torch.no_grad():
+            # Through .data: what was there comes back, so graphs of before stay valid.
             for p, here, part in zip(
                 self._parameters, self._here, self._parts, strict=True
             ):
-                p.copy_(here.to(part.dtype).sub(part, alpha=eta))
+                p.data.copy_(here.to(part.dtype).sub(part, alpha=eta))
             _reshard(self._asked[0])
             try:
                 found = self._loss() - self.value
             finally:
                 for p, here in zip(self._parameters, self._here, strict=True):
-                    p.copy_(here)
+                    p.data.copy_(here)
                 _reshard(self._asked[0])
         return math.inf if math.isnan(found) else found
 
@@ -395,7 +397,6 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[Callable[[], 
     try:
         yield state.restore
     finally:
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
+        for buffer, kept in buffers:
+            buffer.data.copy_(kept)
         state.restore()

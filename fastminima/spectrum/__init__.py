@@ -1,5 +1,6 @@
 """What a symmetric matrix known by its products tells: eigenvalues, trace, density."""
 
+from .along import batch_sharpness, directional_sharpness
 from .density import spectral_density
 from .eigenpairs import ConvergenceWarning, NoiseWarning, top_eigenpairs
 from .results import Density, Eigenpairs, Estimate
@@ -13,6 +14,8 @@ __all__ = [
     "Estimate",
     "NoiseWarning",
     "SharpnessProbe",
+    "batch_sharpness",
+    "directional_sharpness",
     "frobenius_norm",
     "spectral_density",
     "top_eigenpairs",

@@ -102,6 +102,16 @@ def test_few_evaluations_along_a_run(classifier):
     assert sorted(evaluations)[15] <= 5 and max(evaluations) <= 8
 
 
+def test_between_a_forward_and_a_backward_pass(classifier):
+    model, batch = classifier
+    loss = cross_entropy(model, batch)
+    want = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert fm.critical_sharpness(model, cross_entropy, batch).converged
+    loss.backward()
+    for p, g in zip(model.parameters(), want, strict=True):
+        assert torch.equal(p.grad, g)
+
+
 class Noisy(nn.Module):
     """Dropout and a normalisation that counts."""
 
