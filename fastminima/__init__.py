@@ -8,6 +8,7 @@ from .curvature import (
     GradientCovariance,
     Hessian,
     critical_sharpness,
+    preconditioner,
 )
 from .quantities import ThreeFactors, noise_scale, three_factors
 from .spectrum import (
@@ -50,6 +51,7 @@ __all__ = [
     "monitor",
     "noise_scale",
     "optim",
+    "preconditioner",
     "spectral_density",
     "theory",
     "three_factors",

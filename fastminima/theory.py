@@ -18,6 +18,7 @@ __all__ = [
     "bowl_occupancy",
     "critical_learning_rate",
     "crossover_temperature",
+    "edge_of_stability",
     "stability_ratio",
     "stationary_variances",
 ]
@@ -175,6 +176,38 @@ def critical_learning_rate(
         below = stability_ratio(eigenvalues, middle, batch_size, dataset_size) < 1
         low, high = (middle, high) if below else (low, middle)
     return low
+
+
+def edge_of_stability(
+    learning_rate: float, momentum: float = 0.0, dampening: float = 0.0
+) -> float:
+    """The largest curvature at which full-batch gradient descent does not diverge.
+
+    (2 + 2 momentum) / ((1 - dampening) learning_rate), for steps as `torch.optim.SGD`
+    takes them: 2 / learning_rate without momentum. Adam averages its gradients, so it
+    is that of momentum and dampening beta1: 38 / learning_rate for 0.9, a bound on the
+    preconditioned Hessian (`preconditioner`).
+
+    Raises:
+        ValueError: for a learning rate that is not positive, or a momentum or dampening
+            outside [0, 1).
+
+    Example:
+        >>> from fastminima.theory import edge_of_stability
+        >>> edge_of_stability(0.1)
+        20.0
+        >>> round(edge_of_stability(1.0, momentum=0.9, dampening=0.9), 6)  # Adam
+        38.0
+
+    Source: Cohen et al. (2021), arXiv:2103.00065, appendix B; Cohen et al. (2022),
+    arXiv:2207.14484, for Adam.
+    """
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    for name, value in (("momentum", momentum), ("dampening", dampening)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
+    return (2 + 2 * momentum) / ((1 - dampening) * learning_rate)
 
 
 def stationary_variances(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._guard import moved
 from ._recorder import Recorder
 from ._trust import Noise, Suspicion, difference
+from .derived import Algebra
 
 __all__ = ["CurvatureOperator"]
 
@@ -19,7 +20,7 @@ _MANY = 8  # columns, beside which products with two more cost little
 _LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
-class CurvatureOperator(Recorder):
+class CurvatureOperator(Recorder, Algebra):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
     The graph of a single batch is recorded once and kept until the operator goes or
@@ -51,6 +52,11 @@ class CurvatureOperator(Recorder):
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in the order of the flat vector."""
         return self._layout.names
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers each of them has."""
+        return self._layout.sizes
 
     @property
     def extra_products(self) -> int:

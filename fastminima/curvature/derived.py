@@ -1,0 +1,342 @@
+"""Matrices made of curvature operators: parts, sums, multiples, preconditioned ones.
+
+    H.block("layers.0")             rows and columns of some parameters
+    H + 0.1 * G                     sums and multiples
+    H.preconditioned(diagonal)      D^-1/2 H D^-1/2, of what Adam divides by
+
+Each is symmetric like its operators and known by its products, which are theirs.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .._flat import FlatLayout
+
+__all__ = [
+    "Algebra",
+    "Block",
+    "Combination",
+    "DerivedOperator",
+    "Preconditioned",
+    "preconditioner",
+]
+
+
+class Algebra:
+    """What operators are combined by: parts, sums, multiples."""
+
+    names: Any
+    sizes: Any
+
+    def block(self, *names: str) -> Block:
+        """The rows and columns of some parameters, by name or by their module's.
+
+        Raises:
+            ValueError: for a name that no trainable parameter has.
+        """
+        return Block(self, names)
+
+    def blocks(self) -> dict[str, Block]:
+        """A block for each module that has trainable parameters itself, by name.
+
+        Their eigenvalues are layer by layer; what couples layers is in none of them.
+        """
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.names)
+        own = {
+            owner: [n for n in self.names if n.rpartition(".")[0] == owner]
+            for owner in owners
+        }
+        return {owner: Block(self, names) for owner, names in own.items()}
+
+    def preconditioned(self, diagonal: Float[Tensor, " params"]) -> Preconditioned:
+        """D^-1/2 A D^-1/2 for a diagonal of positive numbers, as `preconditioner` has.
+
+        Raises:
+            ValueError: for another size, or numbers that are not positive and finite.
+        """
+        return Preconditioned(self, diagonal)
+
+    def __mul__(self, factor: float) -> Combination:
+        return Combination([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Combination:
+        return Combination([(-1.0, self)])
+
+    def __add__(self, other: Any) -> Combination:
+        return Combination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Any) -> Combination:
+        return Combination([(1.0, self), (-1.0, other)])
+
+
+class DerivedOperator(Algebra, abc.ABC):
+    """A symmetric matrix whose products are made of those of others.
+
+    Attributes:
+        operators: the operators below it, which count products and look at themselves.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = list(parts)
+        found: dict[int, Any] = {}
+        for part in self._parts:
+            below = part.operators if isinstance(part, DerivedOperator) else [part]
+            found.update((id(x), x) for x in below)
+        self.operators: list[Any] = list(found.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P), P the length of its vectors."""
+        return self._parts[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What vectors must have."""
+        return self._parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors must be."""
+        return self._parts[0].device
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the parameters, in the order of its vectors."""
+        return self._parts[0].names
+
+    @property
+    def sizes(self) -> tuple[int, ...]:  # type: ignore[override]
+        """How many numbers each of them has."""
+        return self._parts[0].sizes
+
+    def __matmul__(
+        self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
+    ) -> Float[Tensor, " params"] | Float[Tensor, "params probes"]:
+        """The product with a vector [P], or with each column of a matrix [P, k]."""
+        size = self.shape[0]
+        if not isinstance(other, Tensor) or other.shape[:1] != (size,):
+            shape = getattr(other, "shape", type(other).__name__)
+            raise ValueError(
+                f"{self} cannot multiply {shape}. Pass a vector [{size}] or a matrix "
+                f"[{size}, k]."
+            )
+        return self._multiply(other)
+
+    @abc.abstractmethod
+    def _multiply(self, other: Tensor) -> Tensor:
+        """The product with a vector or a matrix."""
+
+    @property
+    @abc.abstractmethod
+    def gradient(self) -> Float[Tensor, " params"]:
+        """Where solvers start from."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"
+
+
+class Combination(DerivedOperator):
+    """A sum of operators over the same parameters, each times a number.
+
+    Raises:
+        ValueError: for operators over others, or a number that is not finite.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Any]]) -> None:
+        super().__init__([part for _, part in terms])
+        self._factors = [factor for factor, _ in terms]
+        if not all(map(math.isfinite, self._factors)):
+            raise ValueError(f"Factors must be finite, got {self._factors}.")
+        first = _kind(self._parts[0])
+        for part in self._parts[1:]:
+            if _kind(part) != first:
+                raise ValueError(
+                    f"A sum needs operators over the same parameters: {first[0]} are "
+                    f"not {_kind(part)[0]}, or dtypes or devices differ."
+                )
+
+    def _multiply(self, other: Tensor) -> Tensor:
+        pairs = zip(self._factors, self._parts, strict=True)
+        factor, part = next(pairs)
+        total = (part @ other) * factor
+        for factor, part in pairs:
+            total = total.add_(part @ other, alpha=factor)
+        return total
+
+    @property
+    def gradient(self) -> Float[Tensor, " params"]:
+        """Of the first."""
+        return self._parts[0].gradient
+
+
+def _kind(part: Any) -> tuple[Any, ...]:
+    return part.shape, part.names, part.dtype, part.device
+
+
+class Block(DerivedOperator):
+    """The rows and columns of some parameters, such as those of a layer.
+
+    A product costs one of the whole operator.
+
+    Args:
+        whole: The operator.
+        chosen: Names of parameters, or of modules, all of whose parameters are meant.
+
+    Raises:
+        ValueError: for a name that no parameter has.
+    """
+
+    def __init__(self, whole: Any, chosen: Sequence[str]) -> None:
+        super().__init__([whole])
+        ends = list(itertools.accumulate(whole.sizes))
+        self._names: list[str] = []
+        self._slices: list[slice] = []
+        met = set()
+        for name, end, size in zip(whole.names, ends, whole.sizes, strict=True):
+            found = {c for c in chosen if name == c or name.startswith(f"{c}.")}
+            if found:
+                met |= found
+                self._names.append(name)
+                self._slices.append(slice(end - size, end))
+        if missing := [c for c in chosen if c not in met]:
+            raise ValueError(
+                f"No trainable parameter is named {missing}, or in a module of that "
+                f"name. There are {list(whole.names[:8])}"
+                f"{' and more' if len(whole.names) > 8 else ''}."
+            )
+        self._size = sum(s.stop - s.start for s in self._slices)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P), P the number of scalars of these parameters."""
+        return self._size, self._size
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of these parameters."""
+        return tuple(self._names)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:  # type: ignore[override]
+        """How many numbers each of them has."""
+        return tuple(place.stop - place.start for place in self._slices)
+
+    def _multiply(self, other: Tensor) -> Tensor:
+        (whole,) = self._parts
+        padded = other.new_zeros(whole.shape[0], *other.shape[1:])
+        start = 0
+        for place in self._slices:
+            size = place.stop - place.start
+            padded[place] = other[start : start + size]
+            start += size
+        return self._cut(whole @ padded)
+
+    def _cut(self, vector: Tensor) -> Tensor:
+        return torch.cat([vector[place] for place in self._slices])
+
+    @property
+    def gradient(self) -> Float[Tensor, " params"]:
+        """The part of the whole one."""
+        return self._cut(self._parts[0].gradient)
+
+
+class Preconditioned(DerivedOperator):
+    """D^-1/2 A D^-1/2 for a diagonal D: its eigenvalues are those of D^-1 A.
+
+    An eigenvector u of it belongs to D^-1/2 u, an eigenvector of D^-1 A.
+
+    Args:
+        whole: A.
+        diagonal: D, of positive numbers.
+
+    Raises:
+        ValueError: for a diagonal of another size, or with a number that is not
+            positive and finite.
+    """
+
+    def __init__(self, whole: Any, diagonal: Float[Tensor, " params"]) -> None:
+        super().__init__([whole])
+        if diagonal.shape != (whole.shape[0],):
+            raise ValueError(
+                f"The diagonal must be a vector [{whole.shape[0]}], got "
+                f"{tuple(diagonal.shape)}."
+            )
+        d = diagonal.detach().to(whole.device, torch.float64)
+        if not bool((torch.isfinite(d) & (d > 0)).all()):
+            least, most = float(d.min()), float(d.max())
+            raise ValueError(
+                f"The diagonal must be positive and finite, got {least:.3g} to "
+                f"{most:.3g}. (Adam divides by zero where a parameter never got a "
+                "gradient and eps is 0.)"
+            )
+        self._root = d.rsqrt().to(whole.dtype)
+
+    def _multiply(self, other: Tensor) -> Tensor:
+        root = self._root if other.dim() == 1 else self._root[:, None]
+        return (self._parts[0] @ (other * root)).mul_(root)
+
+    @property
+    def gradient(self) -> Float[Tensor, " params"]:
+        """The gradient in the same coordinates, D^-1/2 g."""
+        return self._parts[0].gradient * self._root
+
+
+def preconditioner(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Float[Tensor, " params"]:
+    """What an adaptive optimizer divides its steps by, for each parameter.
+
+    For Adam and AdamW after t steps (1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps), v
+    the running mean of squared gradients, or their largest under `amsgrad`: gradient
+    descent with momentum beta1 and this preconditioner takes the same steps as long as
+    it does not change. For RMSprop sqrt(v) + eps, for Adagrad sqrt(sum) + eps.
+
+    Raises:
+        ValueError: for another optimizer, and for parameters that it has not stepped.
+
+    Source: Cohen et al. (2022), "Adaptive gradient methods at the edge of stability",
+    arXiv:2207.14484; where the edge is says `theory.edge_of_stability`.
+    """
+    layout = FlatLayout(model)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parts = []
+    for name, p in zip(layout.names, layout.parameters, strict=True):
+        state: Mapping[str, Any] = optimizer.state.get(p, {})
+        if id(p) not in groups or not state:
+            raise ValueError(
+                f"The optimizer has no state for {name!r}. Take a step with it first, "
+                "or freeze parameters that it does not train."
+            )
+        parts.append(_divisor(optimizer, groups[id(p)], state))
+    return layout.join(parts)
+
+
+def _divisor(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Tensor:
+    eps = group.get("eps", 0.0)
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        first, second = group["betas"]
+        steps = float(state["step"])
+        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        root = (squares.double() / (1 - second**steps)).sqrt()
+        return (1 - first**steps) * (root + eps)
+    if isinstance(optimizer, torch.optim.RMSprop) and not group["centered"]:
+        return state["square_avg"].double().sqrt() + eps
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return state["sum"].double().sqrt() + eps
+    raise ValueError(
+        f"What {type(optimizer).__name__} divides by is not known here. Pass the "
+        "diagonal as a vector: H.preconditioned(diagonal)."
+    )
