@@ -161,8 +161,7 @@ class _Search:
             )
         best = self._best
         best.scale = max(best.scale, float(np.abs(ritz.values).max()))
-        if best.scale:
-            best.noise = max(best.noise, self._run.gap / best.scale)
+        best.add_noise(self._run.gap, self._run.products)
         self._problem.refuse_noise(best.noise)
         return ritz
 

@@ -139,8 +139,8 @@ class LanczosRun:
         self._is_chain = True
         self._last_norm = norm
         floor = 10 * self._eps * max(np.abs(matrix).max(), self._scale)
-        # What is below the floor is rounding: no vector that could be divided by it.
-        self.recurrence.extend(matrix[:, j].copy(), max(norm, floor))
+        # Also where the norm is rounding alone: it is no smaller than what hides in it.
+        self.recurrence.extend(matrix[:, j].copy(), norm)
         self.is_exhausted = self.is_whole or norm <= floor or not np.isfinite(norm)
 
     @property

@@ -65,7 +65,8 @@ class BestPairs:
         vectors: Orthonormal vectors.
         residuals: |A v - value v| of each.
         scale: An estimate of |A|, from below.
-        noise: What products are not symmetric by, relative to |A|.
+        noise: What products are not symmetric by, relative to |A|; NaN if no two were
+            compared.
         is_sure: Whether nothing beyond them is missing, but with the probability given.
         is_measured: Whether residuals are those of products with the vectors.
         challenger: The product with the best vector that is not wanted, if known.
@@ -77,7 +78,7 @@ class BestPairs:
         self.vectors: list[Tensor] = []
         self.residuals: list[float] = []
         self._images: list[Tensor] = []
-        self.scale, self.noise = 0.0, 0.0
+        self.scale, self.noise = 0.0, float("nan")
         self.is_sure, self.is_measured = False, False
         self.challenger: Tensor | None = None
         self._bound, self._is_bound_of_rest = float("inf"), False
@@ -86,6 +87,11 @@ class BestPairs:
     def is_converged(self) -> bool:
         """Whether each is within its tolerance, and nothing is missing."""
         return self.is_sure and self.are_within()
+
+    def add_noise(self, gap: float, compared: int) -> None:
+        """Two of so many products differ from those of a symmetric matrix by `gap`."""
+        if compared > 1 and self.scale:
+            self.noise = float(np.fmax(self.noise, gap / self.scale))
 
     def bound(self, rank: float, *, is_of_rest: bool) -> None:
         """Nothing is beyond this; or nothing in the complement of what was found."""

@@ -41,7 +41,7 @@ def followed_pairs(
     while True:
         ritz = space.ritz(goal.k + 1)
         best.scale = space.scale
-        best.noise = max(best.noise, space.noise)
+        best.add_noise(space.gap, space.size)
         problem.refuse_noise(best.noise)
         errors = ritz.images - ritz.vectors * ritz.column
         residuals = torch.stack([length(error) for error in errors]).tolist()
@@ -55,7 +55,9 @@ def followed_pairs(
             break
     best.values, best.residuals = ritz.values[: goal.k], residuals[: goal.k]
     best.vectors = list(ritz.vectors[: goal.k].unbind())
-    best.is_sure = best.is_measured = True
+    best.is_sure = True
+    # Sums of products are products, but for what a half precision rounds.
+    best.is_measured = not problem.is_half
     if len(ritz.values) > goal.k:
         # Half of the way to the other end: then that is not the dominant one.
         shift = min(space.least, 0.0) / 2
@@ -109,25 +111,26 @@ class _Ritz(NamedTuple):
 
 
 class _Space:
-    """Orthonormal vectors with their products."""
+    """Orthonormal vectors with their products.
+
+    Attributes:
+        scale: An estimate of |A|, from below.
+        least: The smallest Ritz value.
+        gap: The largest |<A u, v> - <u, A v>| met.
+    """
 
     def __init__(self, problem: Problem, goal: Goal) -> None:
         self._problem, self._goal = problem, goal
         self._vectors: list[Tensor] = []
         self._images: list[Tensor] = []
         self._matrix = np.zeros((0, 0))
-        self._gap = 0.0
+        self.gap = 0.0
         self.scale, self.least = 0.0, 0.0
 
     @property
     def size(self) -> int:
         """How many vectors there are."""
         return len(self._vectors)
-
-    @property
-    def noise(self) -> float:
-        """What products are not symmetric by, relative to |A|."""
-        return self._gap / self.scale if self.scale else 0.0
 
     def add(self, vector: Tensor) -> bool:
         """Make a product with what of a vector is new; False if nothing is."""
@@ -167,6 +170,6 @@ class _Space:
                 "Check the parameters and the batch."
             )
         column, row = np.split(numbers, 2)
-        self._gap = max(self._gap, float(np.abs(row - column).max()))
+        self.gap = max(self.gap, float(np.abs(row - column).max()))
         self._matrix = np.pad(self._matrix, (0, 1))
         self._matrix[:, -1] = self._matrix[-1, :] = (row + column) / 2

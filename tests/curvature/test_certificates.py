@@ -280,7 +280,7 @@ def test_eigenvalues_are_as_stated(name, dtype):
             slack = 0.1 * np.maximum(np.abs(found), 1e-3 * scale) + loose
             assert (ranks[:k] <= found + slack).all()
             assert (found <= ranks[:k] + residuals + loose).all()
-            assert 0 <= pairs.noise < 3e-5
+            assert math.isnan(pairs.noise) or pairs.noise < 3e-5
 
 
 @pytest.mark.parametrize("name", SITUATIONS)

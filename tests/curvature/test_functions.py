@@ -135,7 +135,8 @@ def test_function_in_the_loss_of_gauss_newton(device):
 def test_honest_functions_are_not_refused(name, dtype, device):
     model, batch = two_layers(device, Call(function(*HONEST[name])), dtype)
     for operator in operators(model, batch).values():
-        fm.top_eigenpairs(operator, max_products=6, rtol=10.0)
+        # One product or two: "random" is not the same in each, and is refused later on.
+        fm.top_eigenpairs(operator, max_products=6, rtol=10.0, miss=1.0)
     if name == "square" and dtype == torch.float64:
         plain, _ = two_layers(device, Call(square))
         want = fm.trace(fm.Hessian(plain, loss, batch)).value

@@ -271,3 +271,18 @@ def test_restarted_runs_are_bounded(monkeypatch):
         )
         assert pairs.converged
         assert 1 - 1e-9 <= pairs.upper <= 1.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spaces_that_are_exhausted(dtype):
+    """The identity, a projector, zero: little is left to rounding."""
+    for values in ([1.0] * 20_000, [2.0, *[0.0] * 20_000], [0.0] * 20_000):
+        matrix = Diagonal(values)
+        matrix.values, matrix.dtype = matrix.values.to(dtype), dtype
+        for which in ("largest", "smallest", "magnitude"):
+            pairs = fm.top_eigenpairs(matrix, which=which)
+            true = min(values) if which == "smallest" else max(values)
+            assert pairs.converged
+            assert pairs.products <= 3
+            assert pairs.values.item() == pytest.approx(true, abs=1e-6)
+            assert pairs.upper == pytest.approx(true, abs=0.02)

@@ -1,5 +1,6 @@
 """Products that are rounded, or not those of one symmetric matrix."""
 
+import math
 import warnings
 
 import pytest
@@ -78,6 +79,26 @@ def test_residuals_of_halves_are_those_of_products(name, rtol, k):
             assert residual <= rtol * value
     assert 1e-6 < pairs.noise < 2e-2
     assert not (pairs.converged and rtol <= 1e-5)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_probe_measures_halves_too(name):
+    dtype, closure = HALVES[name]
+    model, batch = network(dtype)
+    sharpness = fm.SharpnessProbe(model, closure, k=2, rtol=3e-2)
+    for _ in range(3):
+        pairs = sharpness(batch)
+        H = fm.Hessian(model, closure, batch)
+        for value, v, residual in zip(
+            pairs.values, pairs.vectors, pairs.residuals, strict=True
+        ):
+            assert (H @ v - value * v).norm() <= 1.5 * residual
+
+
+def test_one_product_says_nothing_of_noise():
+    pairs = fm.top_eigenpairs(torch.full((1, 1), 2.0))
+    assert pairs.products == 1
+    assert math.isnan(pairs.noise)
 
 
 @pytest.mark.parametrize("name", HALVES)
