@@ -11,7 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ..curvature import CurvatureOperator, Noise, Suspicion, SymmetryWatch
+from ..curvature import (
+    CurvatureOperator,
+    DerivedOperator,
+    Noise,
+    Suspicion,
+    SymmetryWatch,
+)
 from ..curvature._scale import exponent, length, norm
 
 __all__ = ["Problem"]
@@ -59,10 +65,12 @@ class Problem:
         self._power: int | None = None
         # An operator looks at itself, and knows better what rounding may do.
         self._operator = matrix if isinstance(matrix, CurvatureOperator) else None
+        below = matrix.operators if isinstance(matrix, DerivedOperator) else [matrix]
+        self._below = [x for x in below if isinstance(x, CurvatureOperator)]
         self._watch = SymmetryWatch()
         self._noise = Noise(dtype) if isinstance(matrix, Tensor) else None
-        if self._operator is not None:
-            self._operator.begin()
+        for operator in self._below:
+            operator.begin()
         self._extra = self._extra_products()
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -72,7 +80,7 @@ class Problem:
         product = self._matrix @ v.to(self._matrix_dtype)
         product = product.detach().to(self.dtype).contiguous()
         if self._operator is None:
-            self._refuse(self._watch.look(v, product, self._noise))
+            self._refuse(self._watch.look(v, product, self._rounding()))
             # It may be the user's own tensor, or v itself, and steps write into it.
             product = product.clone()
         return self._divided(product)
@@ -120,7 +128,8 @@ class Problem:
         return type(self._matrix).__name__
 
     def _rounding(self) -> Noise | None:
-        return self._noise if self._operator is None else self._operator.noise
+        known = [x.noise for x in self._below if x.noise is not None]
+        return max(known, key=lambda noise: noise.symmetry, default=self._noise)
 
     @property
     def products(self) -> int:
@@ -128,7 +137,7 @@ class Problem:
         return self.asked + self._extra_products() - self._extra
 
     def _extra_products(self) -> int:
-        return 0 if self._operator is None else self._operator.extra_products
+        return sum(operator.extra_products for operator in self._below)
 
     def look_at_rows(self, images: Float[Tensor, "params params"]) -> None:
         """ValueError unless products with all unit vectors are symmetric together."""
@@ -140,7 +149,8 @@ class Problem:
             (2, self.size), generator=generator, dtype=torch.float64, device="cpu"
         )
         u, v = mixtures.to(images)
-        self._refuse(self._watch.between((u, u @ images), (v, v @ images), self._noise))
+        noise = self._rounding()
+        self._refuse(self._watch.between((u, u @ images), (v, v @ images), noise))
 
     def _refuse(self, suspicion: Suspicion | None) -> None:
         if suspicion is None:

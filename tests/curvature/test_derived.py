@@ -197,3 +197,31 @@ def test_edge_of_stability(momentum, is_averaged):
             if abs(float(w.detach())) > 1e6:
                 break
         assert (abs(float(w.detach())) < 1e-3) == is_stable
+
+
+def test_products_are_counted_below(problem, hessian):
+    """With those by which the operators compare themselves."""
+    model, batch = problem
+    other = fm.Hessian(model, loss, batch)
+    alone = fm.top_eigenpairs(hessian)
+    both = fm.top_eigenpairs(fm.Hessian(model, loss, batch) + other)
+    assert alone.products and both.products > alone.products
+    assert both.noise < 1e-12 and both.converged
+
+
+def test_what_rounds_below_rounds_above(device):
+    """A preconditioned matrix in bfloat16 is as little symmetric as the one below."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).to(device)
+    batch = torch.randn(40, 6).to(device), torch.randn(40, 1).to(device)
+
+    def rounded(model, batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            found = model(batch[0])
+        return (found.float() - batch[1]).square().mean()
+
+    H = fm.Hessian(model, rounded, batch)
+    diagonal = torch.linspace(0.5, 2, H.shape[0]).to(device)
+    found = fm.top_eigenpairs(H.preconditioned(diagonal), rtol=0.1)
+    exact = fm.top_eigenpairs(fm.Hessian(model, loss, batch).preconditioned(diagonal))
+    assert float(found.values[0]) == pytest.approx(float(exact.values[0]), rel=0.1)
