@@ -136,7 +136,9 @@ def top(
     hessian = fm.Hessian(model, measures.squared_error, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # converged is read
-        pairs = fm.top_eigenpairs(hessian, rtol=1e-2, start=memory.get("vector"))
+        start = memory.get("vector")  # then the residual is all that is asked for
+        miss = 0.002 if start is None else 1.0
+        pairs = fm.top_eigenpairs(hessian, rtol=1e-2, start=start, miss=miss)
     memory["vector"] = pairs.vectors[0]
     return (float(pairs.values[0]) if pairs.converged else None), pairs.vectors[0]
 
