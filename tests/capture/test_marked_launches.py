@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastminima as fm
 from fastminima.capture.graph.extension import learned
@@ -120,3 +121,81 @@ def test_a_gpu_is_given_the_same_kernels(dtype):
     expected = stats_of(model, fast, oracle, 14, dtype, "cuda")
     for name, norms in expected.sq_norms_by_parameter.items():
         assert torch.equal(got.sq_norms_by_parameter[name], norms), name
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are not views, within some calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.is_within = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.is_within and not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["observe", "fused"])
+def test_what_is_launched_looks_at_nothing(driver, mode, monkeypatch):
+    """So a CUDA graph can be recorded around the whole step: only memory is asked for.
+
+    The first use of a pass allocates rows for all of them, and scratch grows to what
+    the largest needs.
+    """
+    torch.manual_seed(4)
+    model = Net()
+    fast = fm.compile(model, backend=BACKEND)
+    probe = fm.GradientProbe(model, mode=mode)
+    for step in range(14):
+        stats_of(model, fast, probe, step, torch.float32)
+    seen, usual = Operations(), LaunchedUse.__call__
+    uses = []
+
+    def within(self, memory, *tensors):
+        assert self.is_launched
+        uses.append(self)
+        with seen:
+            seen.is_within = True
+            try:
+                return usual(self, memory, *tensors)
+            finally:
+                seen.is_within = False
+
+    monkeypatch.setattr(LaunchedUse, "__call__", within)
+    driver.is_idle = True  # what it computes would be seen
+    stats_of(model, fast, probe, 14, torch.float32)
+    assert len(uses) > 3
+    assert set(seen.names) == {"aten::empty.memory_format"}
+    gradients = sum(use.makes for use in uses)
+    assert len(seen.names) <= 1 + gradients + len(uses)
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_is_captured_in_a_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(5)
+    model = Net().to("cuda", torch.bfloat16)
+    fast = fm.compile(model, backend=BACKEND)
+    probe = fm.GradientProbe(model)
+    x = data(0).to("cuda", torch.bfloat16)
+
+    def step():
+        model.zero_grad()
+        return probe.backward(losses_of(fast, x)).sq_norms
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(14):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        x.copy_(data(seed))
+        graph.replay()
+        replayed = captured.clone()
+        assert torch.equal(replayed, step())
