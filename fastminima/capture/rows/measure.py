@@ -58,7 +58,8 @@ class Passes:
         inner: what is seen in those graphs, and their gates.
         to_the_end: whether a pass goes on below the last watched node.
         joint: what other ranks do too: called with a number of passes to run, it
-            returns how many all of them run. All call it equally often.
+            returns how many all of them run. Never with none: who measures nothing
+            accompanies until all say so.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class Passes:
         """Labels of every output of the watched nodes."""
         with _repeatable(self._tape, self._leaves):
             self._look()
-            while self._joint(self._settle()):
+            while self._settle():
                 self._forget()
                 self._look()
             self._run(range(1, self._scheme.passes))
             measured = self._decoded()
             coarse = [i for i in self._seen if self._hides(i, measured[i])]
-            if self._joint(bool(coarse)):
+            if coarse:
                 for i in coarse:
                     self._seen[i] = Fingerprints(self._scheme.batch)
                 self._forget()
@@ -108,7 +109,7 @@ class Passes:
     def _decoded(self) -> Measurements:
         """What was seen; after more passes, where it takes these to tell."""
         every = self._votes()
-        if self._joint(any(e.is_open for e in _listed(every))):
+        if any(e.is_open for e in _listed(every)):
             self._run([0])
             every = self._votes()
             noise = [graph_noise(_listed([votes])) for votes in every]
@@ -117,7 +118,7 @@ class Passes:
                 for votes, of_graph in zip(every, noise, strict=True)
                 for e in _listed([votes])
             )
-            if self._joint(any(doubtful)):
+            if any(doubtful):
                 self._run(range(self._scheme.passes))
                 every = self._votes()
         return read_votes(self._seen, every[0], self._scheme)
@@ -157,6 +158,8 @@ class Passes:
     def _run(self, numbers: Iterable[int]) -> None:
         """The passes of those numbers, and blind ones while other ranks run more."""
         numbers = list(numbers)
+        if not numbers:  # that would say that there is nothing more to come
+            return
         blind = self._joint(len(numbers)) - len(numbers)
         for number in numbers:
             self._run_one(self._scheme.weights(number), self._seen)
