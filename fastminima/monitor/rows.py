@@ -47,12 +47,19 @@ def factors_row(factors: ThreeFactors) -> Row:
 
 
 def sharpness_row(pairs: Eigenpairs) -> Row:
-    """The "sharpness/" group: eigenvalues from the first one on, with residuals."""
+    """The "sharpness/" group: eigenvalues from the first one on, with residuals.
+
+    With what bounds them, and how far products are from those of one matrix, where that
+    is known.
+    """
     row: Row = {}
     found = zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)
     for number, (value, residual) in enumerate(found, start=1):
         row[f"sharpness/eigenvalue_{number}"] = value
         row[f"sharpness/residual_{number}"] = residual
+    for name, value in (("upper", pairs.upper), ("noise", pairs.noise)):
+        if math.isfinite(value):
+            row[f"sharpness/{name}"] = value
     row["sharpness/products"] = pairs.products
     row["sharpness/converged"] = pairs.converged
     return row

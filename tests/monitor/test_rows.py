@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastminima as fm
+from fastminima.monitor.rows import sharpness_row
 from fastminima.monitor.smoothing import SmoothedNoiseScale
 
 
@@ -175,3 +176,12 @@ def test_sharpness_alone():
     row = fm.monitor.Monitor().log(0, None, sharpness=pairs)
     assert row["sharpness/eigenvalue_1"] == 1.0
     assert row["sharpness/converged"] is False
+
+
+def test_what_bounds_eigenvalues_where_that_is_known():
+    values, vectors = torch.tensor([3.0]), torch.ones(1, 2)
+    row = sharpness_row(fm.Eigenpairs(values, vectors, values / 30, 7, True))
+    assert not {"sharpness/upper", "sharpness/noise"} & row.keys()
+    known = fm.Eigenpairs(values, vectors, values / 30, 7, True, 3.2, 1e-7)
+    row = sharpness_row(known)
+    assert (row["sharpness/upper"], row["sharpness/noise"]) == (3.2, 1e-7)
