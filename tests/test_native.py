@@ -181,7 +181,8 @@ def test_cuda_is_in_the_table_where_it_was_built(monkeypatch, built):
     monkeypatch.setattr(_native, "cuda_kernels", lambda: kernels)
     op = Op("native_test", lambda x: x)
     try:
-        op.add_cuda(lambda module, x: (module, x), dtypes=(torch.float32,))
+        run_with = {"dtypes": (torch.float32,), "preferred": False}
+        op.add_cuda(lambda module, x: (module, x), **run_with)
         names = op.backends("cuda", torch.float32)
         assert names == (("reference", "cuda") if built else ("reference",))
         if built:
