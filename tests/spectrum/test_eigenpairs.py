@@ -101,8 +101,8 @@ def test_multiplicity(multiplicity, device):
 def test_value_that_the_start_does_not_see_is_found(device):
     """The larger eigenvector is orthogonal to the gradient that the run starts from.
 
-    One pair alone gets no second look: 191 of 300 seeds found it, and of 100 seeds less
-    than 45 would be four standard deviations from that.
+    One in 500 may be missed by what is stated: of 100 seeds more than two are in fewer
+    than one of 900 runs; of 300 none was.
     """
     eigenvalues = [5.0, 4.0, *bulk(300, 0.2)]
     matrix = torch.diag(torch.tensor(eigenvalues, device=device).double())
@@ -115,7 +115,7 @@ def test_value_that_the_start_does_not_see_is_found(device):
         return pairs.values[0].item() == pytest.approx(5.0, rel=1e-3)
 
     assert all(is_found(2, seed) for seed in range(20))
-    assert sum(is_found(1, seed) for seed in range(100)) >= 45
+    assert sum(is_found(1, seed) for seed in range(100)) >= 98
 
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-4, 1e-8])
