@@ -3,7 +3,16 @@
 import torch
 from torch import nn
 
-__all__ = ["N", "Net", "T", "data", "launched_nodes", "losses_of"]
+__all__ = [
+    "N",
+    "Net",
+    "T",
+    "assert_captured",
+    "data",
+    "launched_nodes",
+    "losses_of",
+    "warm_up",
+]
 
 N, T = 6, 5
 
@@ -37,3 +46,25 @@ def launched_nodes(probe):
     (recipe,) = structure._recipes.values()
     (program,) = recipe.programs.values()
     return program.launched.nodes, set(program.use_at)
+
+
+def warm_up(step, times):
+    """Steps on a stream of their own, as before a CUDA graph is recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def assert_captured(step, x):
+    """A recorded step that is replayed on other data gives what the step gives."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        x.copy_(data(seed))
+        graph.replay()
+        replayed = captured.clone()
+        assert torch.equal(replayed, step())

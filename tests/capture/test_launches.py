@@ -19,7 +19,16 @@ if learned() is None:
     pytest.skip("the extension walks no graphs here", allow_module_level=True)
 
 from fake_driver import driving
-from launch_cases import N, Net, T, data, launched_nodes, losses_of
+from launch_cases import (
+    N,
+    Net,
+    T,
+    assert_captured,
+    data,
+    launched_nodes,
+    losses_of,
+    warm_up,
+)
 
 
 @contextlib.contextmanager
@@ -253,18 +262,6 @@ def test_launches_can_be_captured_in_a_graph():
         model.zero_grad()
         return probe.backward(losses_of(model, x)).sq_norms
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(6):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(step, 6)
     assert launched_nodes(probe)[0]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        x.copy_(data(seed))
-        graph.replay()
-        replayed = captured.clone()
-        assert torch.equal(replayed, step())
+    assert_captured(step, x)

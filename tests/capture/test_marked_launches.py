@@ -16,7 +16,7 @@ if learned() is None:
     pytest.skip("the extension launches nothing here", allow_module_level=True)
 
 from fake_driver import driving
-from launch_cases import Net, data, losses_of
+from launch_cases import Net, assert_captured, data, losses_of, warm_up
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BACKEND = "aot_eager_decomp_partition"
@@ -185,17 +185,5 @@ def test_a_compiled_step_is_captured_in_a_graph():
         model.zero_grad()
         return probe.backward(losses_of(fast, x)).sq_norms
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(14):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        x.copy_(data(seed))
-        graph.replay()
-        replayed = captured.clone()
-        assert torch.equal(replayed, step())
+    warm_up(step, 14)
+    assert_captured(step, x)
