@@ -97,7 +97,7 @@ def differentiate(
     That function is itself one that function modes intercept, and are switched off in:
     a checkpointed region would be computed again without `Rewrites`.
     """
-    return torch.autograd.Variable._execution_engine.run_backward(
+    return torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(weights),
         True,  # keep the graph

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._guard import moved
+from ._matrix import FlatMatrix
 from ._recorder import Recorder
 from ._trust import Noise, Suspicion, difference
-from .derived import Algebra
 
 __all__ = ["CurvatureOperator"]
 
@@ -20,7 +20,7 @@ _MANY = 8  # columns, beside which products with two more cost little
 _LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
-class CurvatureOperator(Recorder, Algebra):
+class CurvatureOperator(Recorder, FlatMatrix):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
     The graph of a single batch is recorded once and kept until the operator goes or
@@ -34,39 +34,9 @@ class CurvatureOperator(Recorder, Algebra):
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(P, P), P the number of trainable scalars."""
-        return (self._layout.size, self._layout.size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What vectors must have; float32 for half-precision models."""
-        return self._layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors must be."""
-        return self._layout.device
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the parameters, in the order of the flat vector."""
-        return self._layout.names
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many numbers each of them has."""
-        return self._layout.sizes
-
-    @property
     def extra_products(self) -> int:
         """Products made so far to compare evaluations, beside those asked for."""
         return self._checks.products
-
-    def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
-        """A flat vector as tensors shaped like the parameters, by name."""
-        self._check(vector)
-        return self._layout.named(vector)
 
     def __matmul__(
         self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
@@ -206,21 +176,3 @@ class CurvatureOperator(Recorder, Algebra):
         new = self._multiply([column])[0]
         self._checks.products += 2
         self._checks.same_after(kept.uses, old, new)
-
-    def _check(self, other: Tensor) -> None:
-        size, name = self.shape[0], type(self).__name__
-        if not isinstance(other, Tensor):
-            raise ValueError(
-                f"{name} multiplies tensors, got {type(other).__name__}. Pass "
-                "torch.as_tensor(v)."
-            )
-        if other.dim() not in (1, 2) or other.shape[0] != size:
-            raise ValueError(
-                f"{name} of shape {self.shape} cannot multiply a tensor of shape "
-                f"{tuple(other.shape)}. Pass a vector [{size}] or a matrix [{size}, k]."
-            )
-        if other.dtype != self.dtype or other.device != self.device:
-            raise ValueError(
-                f"{name} multiplies {self.dtype} on {self.device}, got {other.dtype} "
-                f"on {other.device}. Pass v.to({str(self.device)!r}, {self.dtype})."
-            )

@@ -26,19 +26,25 @@ class NoiseWarning(RuntimeWarning):
     """Products are less symmetric than rounding explains."""
 
 
-def finished(problem: Problem, goal: Goal, best: BestPairs) -> Eigenpairs:
-    """The result, its residuals measured where they need be; warns if it must."""
+def finished(
+    problem: Problem, goal: Goal, best: BestPairs, *, is_quiet: bool = False
+) -> Eigenpairs:
+    """The result, its residuals measured where they need be; warns if it must.
+
+    With `is_quiet` it is no surprise that not all is converged.
+    """
     if _needs_products(problem, goal, best):
         best.measure(problem.multiply)
     if best.noise > problem.allowed_noise:
         warnings.warn(_noise_text(problem, best), NoiseWarning, stacklevel=3)
-    if not best.is_converged:
+    if not best.is_converged and not is_quiet:
         warnings.warn(_text(problem, goal, best), ConvergenceWarning, stacklevel=3)
     unit = problem.unit
     return Eigenpairs(
         values=_wrapped([unit * value for value in best.values], problem),
         vectors=torch.stack(best.vectors),
         residuals=_wrapped([unit * residual for residual in best.residuals], problem),
+        errors=_wrapped([unit * error for error in best.errors], problem),
         products=problem.products,
         converged=best.is_converged,
         upper=unit * best.upper,

@@ -29,12 +29,19 @@ class Goal(NamedTuple):
         which: "largest", "smallest" or "magnitude".
         rtol: Tolerance of residuals.
         miss: The probability with which something beyond them may be missed.
+        criterion: What is held to `rtol`: a "residual", or the error of a "value".
     """
 
     k: int
     which: str
     rtol: float
     miss: float = 0.002
+    criterion: str = "residual"
+
+    @property
+    def is_of_values(self) -> bool:
+        """Whether errors of values count, and not residuals."""
+        return self.criterion == "value"
 
     def rank(self, values: np.ndarray | list[float]) -> np.ndarray:
         """Larger for what is wanted more."""
@@ -48,11 +55,13 @@ class Goal(NamedTuple):
         return np.argsort(-self.rank(values), kind="stable")
 
     def tolerance(self, value: float, scale: float) -> float:
-        """The residual that a value may have; `scale` estimates the norm."""
+        """The residual or error that a value may have; `scale` estimates the norm."""
         return self.rtol * max(abs(value), 1e-3 * scale)
 
     def slack(self, value: float, scale: float) -> float:
         """By how much what may be missed may lie beyond a value."""
+        if self.is_of_values:
+            return self.tolerance(value, scale)
         share = max(self.rtol, min(_SLACK * self.rtol, _MOST))
         return share / self.rtol * self.tolerance(value, scale)
 
@@ -64,12 +73,15 @@ class BestPairs:
         values: The eigenvalues.
         vectors: Orthonormal vectors.
         residuals: |A v - value v| of each.
+        errors: How far each value may be from the eigenvalue in its place.
         scale: An estimate of |A|, from below.
         noise: What products are not symmetric by, relative to |A|; NaN if no two were
             compared.
         is_sure: Whether nothing beyond them is missing, but with the probability given.
         is_measured: Whether residuals are those of products with the vectors.
         challenger: The product with the best vector that is not wanted, if known.
+        runner_up: Its value and residual.
+        has_rested: Whether the challenger was not multiplied this time.
     """
 
     def __init__(self, goal: Goal) -> None:
@@ -77,10 +89,13 @@ class BestPairs:
         self.values: list[float] = []
         self.vectors: list[Tensor] = []
         self.residuals: list[float] = []
+        self._gaps: list[float] | None = None
         self._images: list[Tensor] = []
         self.scale, self.noise = 0.0, float("nan")
         self.is_sure, self.is_measured = False, False
         self.challenger: Tensor | None = None
+        self.runner_up: tuple[float, float] | None = None
+        self.has_rested = False
         self._bound, self._is_bound_of_rest = float("inf"), False
 
     @property
@@ -112,6 +127,27 @@ class BestPairs:
             coupling = math.hypot(*self.residuals)
             rank = (first + rank) / 2 + math.hypot(half, coupling)
         return 0.0 - rank if self._goal.which == "smallest" else rank
+
+    @property
+    def errors(self) -> list[float]:
+        """How far each value may be from the eigenvalue in its place.
+
+        Some eigenvalue is within the residual. What is the largest of all is no further
+        beyond the value than `upper`; what has nothing else within a gap, no further
+        than residual^2 / gap.
+        """
+        found = list(self.residuals)
+        if self._gaps is not None:
+            pairs = zip(self.residuals, self._gaps, strict=True)
+            found = [min(r, r * r / gap) if gap > 0 else r for r, gap in pairs]
+        if found and self._goal.which != "magnitude" and self._bound < float("inf"):
+            beyond = self._goal.rank([self.upper])[0] - self._goal.rank(self.values)[0]
+            found[0] = min(found[0], max(float(beyond), 0.0))
+        return found
+
+    def separate(self, gaps: list[float]) -> None:
+        """Between each value and the rest of the spectrum there are these gaps."""
+        self._gaps = gaps
 
     def measure(self, multiply: Callable[[Tensor], Tensor]) -> None:
         """Make the products with the vectors, and everything from them."""
@@ -147,9 +183,10 @@ class BestPairs:
 
     def are_within(self) -> bool:
         """Whether there are k, each to its tolerance."""
+        met = self.errors if self._goal.is_of_values else self.residuals
         return len(self.values) == self._goal.k and all(
-            residual <= self._goal.tolerance(value, self.scale)
-            for value, residual in zip(self.values, self.residuals, strict=True)
+            error <= self._goal.tolerance(value, self.scale)
+            for value, error in zip(self.values, met, strict=True)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,16 +15,59 @@ from ..ops.vector import linear_combinations, project_out
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
 
-__all__ = ["followed_pairs"]
+__all__ = ["Course", "followed_pairs"]
 
 _RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
 _DOUBT = 2  # more of them, where the challenger may be the larger one
+_RESTS = 2  # matrices in a row for which the challenger may not be multiplied
+_FORGOTTEN = 0.7  # of what values were seen to move, a matrix
 
 
-def followed_pairs(
-    problem: Problem, goal: Goal, known: list[Tensor], challenger: Tensor | None
-) -> BestPairs:
+@dataclass
+class Course:
+    """What is followed from one matrix to the next.
+
+    Attributes:
+        vectors: Of the wanted pairs; empty before the first.
+        challenger: The product with the best vector that is not wanted, if known.
+        runner_up: Its value and residual, as they were when it was last multiplied.
+        values: Of the wanted pairs, at the last matrix.
+        drift: The most that values and the runner-up's moved, a matrix.
+        rested: Matrices since the challenger was multiplied.
+    """
+
+    vectors: list[Tensor] = field(default_factory=list)
+    challenger: Tensor | None = None
+    runner_up: tuple[float, float] | None = None
+    values: list[float] = field(default_factory=list)
+    drift: float = 0.0
+    rested: int = 0
+
+    def after(self, best: BestPairs, unit: float) -> Course:
+        """The course once these pairs are known."""
+        values = [unit * value for value in best.values]
+        moves = [abs(a - b) for a, b in zip(values, self.values, strict=False)]
+        drift = max([*moves, _FORGOTTEN * self.drift]) if self.values else float("inf")
+        if best.has_rested:
+            runner_up, rested = self.runner_up, self.rested + 1
+        else:
+            runner_up, rested = None, 0
+            if best.runner_up is not None:
+                runner_up = unit * best.runner_up[0], unit * best.runner_up[1]
+        return Course(
+            best.vectors, best.challenger, runner_up, values, drift, rested
+        )
+
+    def reach(self, goal: Goal) -> float:
+        """How far the runner-up may have come, as a rank."""
+        if self.runner_up is None:
+            return float("inf")
+        value, residual = self.runner_up
+        return float(goal.rank([value])[0]) + residual + (self.rested + 1) * self.drift
+
+
+def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     """The pairs near known ones, of a space that also holds the challenger.
 
     The space is that of the known vectors, of the challenger with a random part, and of
@@ -32,37 +76,62 @@ def followed_pairs(
     The runner-up's product is the next challenger, so that it is further
     multiplied from one matrix to the next without a product of its own.
 
+    If errors of values count, the wanted vectors are multiplied alone where they are
+    within their tolerance by residual^2 / gap, the gap being that to what the
+    runner-up may have come to since it was met, as fast as values were seen to move;
+    twice in a row at the most.
+
     All residuals are those of products. What was missed is not bounded: a few products
     with fresh random numbers cannot say.
     """
     space, best = _Space(problem, goal), BestPairs(goal)
-    for vector in [*known, _mixed(problem, challenger)]:
+    for vector in course.vectors:
         space.add(vector)
+    if goal.is_of_values and course.rested < _RESTS:
+        _take(problem, goal, space, best)
+        reach = course.reach(goal) / problem.unit
+        best.separate([float(rank) - reach for rank in goal.rank(best.values)])
+        if best.are_within():
+            best.challenger, best.has_rested = course.challenger, True
+            return best
+    space.add(_mixed(problem, course.challenger))
     while True:
-        ritz = space.ritz(goal.k + 1)
-        best.scale = space.scale
-        best.add_noise(space.gap, space.size)
-        problem.refuse_noise(best.noise)
-        errors = ritz.images - ritz.vectors * ritz.column
-        residuals = torch.stack([length(error) for error in errors]).tolist()
-        worst = _worst(goal, ritz.values, residuals, space.scale)
-        needed = (
-            goal.k + _MORE + (_DOUBT if _may_overtake(goal, ritz, residuals) else 0)
-        )
+        ritz, residuals = _take(problem, goal, space, best)
+        worst = _worst(goal, best)
+        doubt = _DOUBT if _may_overtake(goal, ritz, residuals) else 0
+        needed = goal.k + (1 if goal.is_of_values else _MORE) + doubt
         is_enough = worst is None and space.size >= needed
         lead = len(residuals) - 1 if worst is None else worst
+        errors = ritz.images - ritz.vectors * ritz.column
         if is_enough or problem.left <= 0 or not space.add(errors[lead]):
             break
+    if len(ritz.values) > goal.k:
+        # Half of the way to the other end: then that is not the dominant one.
+        shift = min(space.least, 0.0) / 2
+        best.challenger = ritz.images[-1] - shift * ritz.vectors[-1]
+        best.runner_up = ritz.values[-1], residuals[-1]
+    return best
+
+
+def _take(
+    problem: Problem, goal: Goal, space: _Space, best: BestPairs
+) -> tuple[_Ritz, list[float]]:
+    """The Ritz pairs of a space, with one more, and residuals; the best are kept."""
+    ritz = space.ritz(goal.k + 1)
+    best.scale = space.scale
+    best.add_noise(space.gap, space.size)
+    problem.refuse_noise(best.noise)
+    errors = ritz.images - ritz.vectors * ritz.column
+    residuals = torch.stack([length(error) for error in errors]).tolist()
     best.values, best.residuals = ritz.values[: goal.k], residuals[: goal.k]
     best.vectors = list(ritz.vectors[: goal.k].unbind())
     best.is_sure = True
     # Sums of products are products, but for what a half precision rounds.
     best.is_measured = not problem.is_half
-    if len(ritz.values) > goal.k:
-        # Half of the way to the other end: then that is not the dominant one.
-        shift = min(space.least, 0.0) / 2
-        best.challenger = ritz.images[-1] - shift * ritz.vectors[-1]
-    return best
+    if len(residuals) > goal.k:
+        reach = float(goal.rank(ritz.values)[-1]) + residuals[-1]
+        best.separate([float(rank) - reach for rank in goal.rank(best.values)])
+    return ritz, residuals
 
 
 def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
@@ -84,13 +153,12 @@ def _may_overtake(goal: Goal, ritz: _Ritz, residuals: list[float]) -> bool:
     return bool(runner_up + residuals[-1] > last)
 
 
-def _worst(
-    goal: Goal, values: list[float], residuals: list[float], scale: float
-) -> int | None:
+def _worst(goal: Goal, best: BestPairs) -> int | None:
     """Which wanted pair is furthest beyond its tolerance; None if all are within."""
+    met = best.errors if goal.is_of_values else best.residuals
     shares = [
-        residual / max(goal.tolerance(value, scale), 1e-300)
-        for value, residual in zip(values[: goal.k], residuals, strict=False)
+        error / max(goal.tolerance(value, best.scale), 1e-300)
+        for value, error in zip(best.values, met, strict=True)
     ]
     worst = int(np.argmax(shares))
     return worst if shares[worst] > 1 else None

@@ -19,6 +19,7 @@ __all__ = [
     "ConvergenceWarning",
     "NoiseWarning",
     "check_arguments",
+    "check_criterion",
     "top_eigenpairs",
 ]
 
@@ -34,6 +35,7 @@ def top_eigenpairs(
     seed: int = 0,
     *,
     miss: float = 0.002,
+    criterion: str = "residual",
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
@@ -63,6 +65,10 @@ def top_eigenpairs(
             the last one by more than 10 * rtol (at most 10 %, or rtol) of it, and with
             which `upper` may be wrong. With 1 nothing is searched for: the pairs are
             eigenpairs, but not always those at the end, and copies are not found.
+        criterion: What `rtol` is about. "residual", as above; or the "value": what may
+            be missed lies beyond no value by more than rtol of it either, and of the
+            one pair of a cold run nothing more is asked, so that value and `upper` are
+            that near.
 
     Raises:
         ValueError: An argument out of its range, a product that is not finite, or a
@@ -84,7 +90,8 @@ def top_eigenpairs(
     """
     problem = Problem(H, seed, max_products, spare=k)
     check_arguments(problem.size, k, which, method, rtol, max_products, miss)
-    goal = Goal(k, which, rtol, miss)
+    check_criterion(criterion)
+    goal = Goal(k, which, rtol, miss, criterion)
     first = cold_start(problem) if start is None else warm_start(problem, start)
     if method == "power":
         best = power_pairs(problem, goal, first)
@@ -120,3 +127,9 @@ def check_arguments(
         )
     if not 0 < miss <= 1:
         raise ValueError(f"miss is a probability, above 0 and at most 1, got {miss}.")
+
+
+def check_criterion(criterion: str) -> None:
+    """ValueError unless it is one that there is."""
+    if criterion not in ("residual", "value"):
+        raise ValueError(f"criterion must be 'residual' or 'value', got {criterion!r}.")

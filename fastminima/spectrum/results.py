@@ -34,6 +34,9 @@ class Eigenpairs:
             known. It holds, whether converged or not.
         noise: How far products are from those of one symmetric matrix, relative to |H|:
             |<H u, v> - <u, H v>|, 6e-8 in float32, 7e-4 in bfloat16. NaN if unknown.
+        errors: How far each value may be from the eigenvalue in its place: the
+            residual; of the largest no more than `upper` is beyond it; in warm calls of
+            `SharpnessProbe` no more than residual^2 over the distance to the runner-up.
     """
 
     values: Float[Tensor, " k"]
@@ -43,6 +46,7 @@ class Eigenpairs:
     converged: bool
     upper: float = math.inf
     noise: float = math.nan
+    errors: Float[Tensor, " k"] | None = None
 
     def __repr__(self) -> str:
         shown = [
