@@ -52,7 +52,7 @@ class FlatMatrix(Algebra):
         """Products made so far to compare evaluations, beside those asked for."""
         return 0
 
-    def begin(self) -> None:  # noqa: B027
+    def begin(self) -> None:
         """A solver starts."""
 
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:

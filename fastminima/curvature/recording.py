@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from ._guard import second_derivatives
 from ._rewrites import Rewrites
 

@@ -80,6 +80,7 @@ class BestPairs:
         is_sure: Whether nothing beyond them is missing, but with the probability given.
         is_measured: Whether residuals are those of products with the vectors.
         challenger: The product with the best vector that is not wanted, if known.
+        following: Products with the vectors, if known.
         runner_up: Its value and residual.
         has_rested: Whether the challenger was not multiplied this time.
     """
@@ -94,6 +95,7 @@ class BestPairs:
         self.scale, self.noise = 0.0, float("nan")
         self.is_sure, self.is_measured = False, False
         self.challenger: Tensor | None = None
+        self.following: list[Tensor] = []
         self.runner_up: tuple[float, float] | None = None
         self.has_rested = False
         self._bound, self._is_bound_of_rest = float("inf"), False
@@ -114,36 +116,39 @@ class BestPairs:
 
     @property
     def upper(self) -> float:
-        """What no eigenvalue is beyond; inf, or -inf for the smallest, if unknown.
-
-        A restricted to what was found and to the rest are two blocks; what couples them
-        is no longer than the residuals. So A is no larger than the 2 x 2 matrix of
-        their norms.
-        """
+        """What no eigenvalue is beyond; inf, or -inf for the smallest, if unknown."""
         rank = self._bound
-        if self._is_bound_of_rest and rank < float("inf"):
-            first = float(self._goal.rank(self.values)[0])
-            half = (first - rank) / 2
-            coupling = math.hypot(*self.residuals)
-            rank = (first + rank) / 2 + math.hypot(half, coupling)
+        if self.values and rank < float("inf"):
+            rank = self._beyond(float(self._goal.rank(self.values)[0]))
         return 0.0 - rank if self._goal.which == "smallest" else rank
 
     @property
     def errors(self) -> list[float]:
         """How far each value may be from the eigenvalue in its place.
 
-        Some eigenvalue is within the residual. What is the largest of all is no further
-        beyond the value than `upper`; what has nothing else within a gap, no further
-        than residual^2 / gap.
+        Up to what bounds that one; where nothing does, some eigenvalue is within the
+        residual r, and it is no further than r^2 / gap, if nothing is within that gap.
         """
-        found = list(self.residuals)
-        if self._gaps is not None:
-            pairs = zip(self.residuals, self._gaps, strict=True)
-            found = [min(r, r * r / gap) if gap > 0 else r for r, gap in pairs]
-        if found and self._goal.which != "magnitude" and self._bound < float("inf"):
-            beyond = self._goal.rank([self.upper])[0] - self._goal.rank(self.values)[0]
-            found[0] = min(found[0], max(float(beyond), 0.0))
-        return found
+        ranks = self._goal.rank(self.values)
+        if self._goal.which != "magnitude" and self._bound < float("inf"):
+            return [self._beyond(float(rank)) - float(rank) for rank in ranks]
+        if self._gaps is None:
+            return list(self.residuals)
+        pairs = zip(self.residuals, self._gaps, strict=True)
+        return [min(r, r * r / gap) if gap > 0 else r for r, gap in pairs]
+
+    def _beyond(self, rank: float) -> float:
+        """What the eigenvalue that a value of this rank stands for is not beyond.
+
+        A restricted to what was found and to the rest are two blocks; what couples them
+        is no longer than the residuals. So A, without what ranks higher, is no larger
+        than the 2 x 2 matrix of their norms.
+        """
+        if not self._is_bound_of_rest:
+            return self._bound
+        coupling = math.hypot(*self.residuals)
+        middle, half = (rank + self._bound) / 2, (rank - self._bound) / 2
+        return middle + math.hypot(half, coupling)
 
     def separate(self, gaps: list[float]) -> None:
         """Between each value and the rest of the spectrum there are these gaps."""

@@ -29,7 +29,7 @@ class Course:
     """What is followed from one matrix to the next.
 
     Attributes:
-        vectors: Of the wanted pairs; empty before the first.
+        vectors: Near those of the wanted pairs, of any length; empty before the first.
         challenger: The product with the best vector that is not wanted, if known.
         runner_up: Its value and residual, as they were when it was last multiplied.
         values: Of the wanted pairs, at the last matrix.
@@ -55,9 +55,8 @@ class Course:
             runner_up, rested = None, 0
             if best.runner_up is not None:
                 runner_up = unit * best.runner_up[0], unit * best.runner_up[1]
-        return Course(
-            best.vectors, best.challenger, runner_up, values, drift, rested
-        )
+        following = best.following or best.vectors
+        return Course(following, best.challenger, runner_up, values, drift, rested)
 
     def reach(self, goal: Goal) -> float:
         """How far the runner-up may have come, as a rank."""
@@ -73,8 +72,9 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     The space is that of the known vectors, of the challenger with a random part, and of
     residuals: of the worst wanted pair as long as it is beyond its tolerance, else of
     the runner-up, once, and twice more if its residual allows it to be a wanted one.
-    The runner-up's product is the next challenger, so that it is further
-    multiplied from one matrix to the next without a product of its own.
+    What is followed next are the products with the vectors and with the runner-up, so
+    that they are further multiplied from one matrix to the next without products of
+    their own.
 
     If errors of values count, the wanted vectors are multiplied alone where they are
     within their tolerance by residual^2 / gap, the gap being that to what the
@@ -93,6 +93,7 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
         best.separate([float(rank) - reach for rank in goal.rank(best.values)])
         if best.are_within():
             best.challenger, best.has_rested = course.challenger, True
+            best.following = _ahead(space, space.ritz(goal.k))
             return best
     space.add(_mixed(problem, course.challenger))
     while True:
@@ -105,12 +106,21 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
         errors = ritz.images - ritz.vectors * ritz.column
         if is_enough or problem.left <= 0 or not space.add(errors[lead]):
             break
+    following = _ahead(space, ritz)
+    best.following = following[: goal.k]
     if len(ritz.values) > goal.k:
-        # Half of the way to the other end: then that is not the dominant one.
-        shift = min(space.least, 0.0) / 2
-        best.challenger = ritz.images[-1] - shift * ritz.vectors[-1]
+        best.challenger = following[-1]
         best.runner_up = ritz.values[-1], residuals[-1]
     return best
+
+
+def _ahead(space: _Space, ritz: _Ritz) -> list[Tensor]:
+    """The vectors multiplied once more, by the products that there are.
+
+    Shifted half of the way to the other end: then that is not the dominant one.
+    """
+    shift = min(space.least, 0.0) / 2
+    return list((ritz.images - shift * ritz.vectors).unbind())
 
 
 def _take(

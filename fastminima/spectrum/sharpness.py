@@ -185,10 +185,12 @@ class SharpnessProbe:
         known = self._course.vectors
         is_cold = self._calls % self._cold_every == 0
         is_cold |= len(known) < goal.k or len(known[0]) != size
+        limit = self._max_products
         is_limited = self._budget is not None and not is_cold
-        limit = self._budget if is_limited else self._max_products
+        if self._budget is not None and is_limited:
+            limit = min(self._budget, limit)
         check_arguments(
-            size, goal.k, goal.which, "lanczos", goal.rtol, limit or 0, goal.miss
+            size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
         )
         problem = Problem(operator, self._seed + self._calls, limit, spare=goal.k)
         best = self._best(problem, is_cold=is_cold)
