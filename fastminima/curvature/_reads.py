@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._shards import local
+
 __all__ = ["Reads"]
 
 _PLAIN = (
@@ -163,6 +165,7 @@ class Reads:
 
     def _tensor(self, tensor: Tensor) -> None:
         self.marks += (id(tensor), tensor.requires_grad, tensor.shape, tensor.dtype)
+        tensor = local(tensor)
         self.versions.append(0 if tensor.is_inference() else tensor._version)
         if tensor.layout == torch.strided and not tensor.is_nested:
             self.versions.append(0 if tensor.is_meta else tensor.data_ptr())

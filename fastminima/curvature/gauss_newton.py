@@ -54,8 +54,10 @@ class GaussNewton(MeanOperator):
         loss: Callable[[Any, Any], Tensor],
         data: Any,
         count: Callable[[Any], int] | None = None,
+        *,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(model, (outputs, loss), data, count)
+        super().__init__(model, (outputs, loss), data, count, process_group)
         self._outputs = outputs
         self._loss = loss
 

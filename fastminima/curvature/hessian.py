@@ -60,8 +60,10 @@ class Hessian(MeanOperator):
         loss: Callable[[Any, Any], Tensor],
         data: Any,
         count: Callable[[Any], int] | None = None,
+        *,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(model, (loss,), data, count)
+        super().__init__(model, (loss,), data, count, process_group)
         self._loss = loss
 
     @property
