@@ -260,15 +260,24 @@ def _replicas(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, parallel)]
 
 
-def without_reducers(model: nn.Module) -> None:
-    """Let `DistributedDataParallel` call what it wraps, and nothing else.
+@contextlib.contextmanager
+def without_reducers(model: nn.Module) -> Iterator[None]:
+    """Within, `DistributedDataParallel` calls what it wraps, and does nothing else.
 
     Its forward pass prepares a backward pass that does not come, and broadcasts
-    buffers, for which it would wait where ranks record unequally often. Whoever calls
-    this puts the attributes of modules back.
+    buffers, for which it would wait where ranks record unequally often.
     """
-    for replica in _replicas(model):
-        replica.forward = _Plain(replica)
+    replicas = _replicas(model)
+    before = [r.__dict__.get("forward") for r in replicas]
+    try:
+        for replica in replicas:
+            replica.forward = _Plain(replica)
+        yield
+    finally:
+        for replica, forward in zip(replicas, before, strict=True):
+            del replica.forward
+            if forward is not None:
+                replica.forward = forward
 
 
 class _Plain:

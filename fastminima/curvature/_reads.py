@@ -24,6 +24,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.Size, torch.memory_format, type(Ellipsis)),
 )
 _INTERNAL = frozenset(nn.Module().__dict__)
+_REPLICA = nn.parallel.DistributedDataParallel
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 8
 _ENTRIES = 20_000  # of one container, and of what is reached through closures
@@ -80,7 +81,8 @@ class Reads:
                     if tensor is not None:
                         self._tensor(tensor)
             for name, value in module.__dict__.items():
-                if name not in _INTERNAL:
+                # What a wrapper for training keeps does not change what it wraps.
+                if name not in _INTERNAL and kind is not _REPLICA:
                     self.marks.append(name)
                     self.value(value, depth - 1)
             for base in kind.__mro__:

@@ -95,7 +95,7 @@ class Recorder(abc.ABC):
             self._follow_parameters()
             named = list(self._model.named_parameters())
             stack.enter_context(unchanged(self._model, self._generators()))
-            without_reducers(self._model)
+            stack.enter_context(without_reducers(self._model))
             if self._checks.noise is None:
                 stack.enter_context(parameters_kept(named, self._closure))
             self._rewrites = stack.enter_context(differentiable(self._layout.device))

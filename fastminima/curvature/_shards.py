@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._same import same
 
-__all__ = ["Shards", "is_sharded", "local", "shards_of"]
+__all__ = ["Shards", "is_sharded", "local", "sharded_group", "shards_of"]
 
 _FSDP = "torch.distributed.fsdp"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -55,16 +55,7 @@ class Shards:
             ValueError: for several meshes, or one of several dimensions, that are not
                 the world.
         """
-        dist: Any = sys.modules["torch.distributed"]
-        if all(mesh.size() == dist.get_world_size() for mesh in self.meshes):
-            return dist.group.WORLD
-        if len(self.meshes) == 1 and self.meshes[0].ndim == 1:
-            return self.meshes[0].get_group()
-        shapes = [tuple(mesh.shape) for mesh in self.meshes]
-        raise ValueError(
-            f"The model is sharded over meshes of shapes {shapes}. Pass process_group=, "
-            "the group of all ranks that hold a part of it."
-        )
+        return _group_of(self.meshes)
 
     def have_changed(self) -> bool:
         """Whether this rank's shards are not those that were gathered last."""
@@ -158,6 +149,30 @@ def shards_of(model: nn.Module) -> Shards | None:
                 )
     is_spread = any(map(is_sharded, model.parameters()))
     return Shards(model) if is_spread or _sharded_modules(model) else None
+
+
+def sharded_group(model: nn.Module) -> Any:
+    """The process group of the ranks that hold the parameters; None if not sharded.
+
+    Raises:
+        ValueError: as `Shards.group`.
+    """
+    spread: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    meshes = {p.device_mesh: p.device_mesh for p in spread}
+    return _group_of(list(meshes.values())) if meshes else None
+
+
+def _group_of(meshes: list[Any]) -> Any:
+    dist: Any = sys.modules["torch.distributed"]
+    if all(mesh.size() == dist.get_world_size() for mesh in meshes):
+        return dist.group.WORLD
+    if len(meshes) == 1 and meshes[0].ndim == 1:
+        return meshes[0].get_group()
+    shapes = [tuple(mesh.shape) for mesh in meshes]
+    raise ValueError(
+        f"The model is sharded over meshes of shapes {shapes}. Pass process_group=, "
+        "the group of all ranks that hold a part of it."
+    )
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

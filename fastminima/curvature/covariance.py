@@ -28,6 +28,7 @@ class GradientCovariance(CurvatureOperator):
         model: The model; its parameters that require grad are the variables.
         loss: `loss(model, batch)`, the vector [batch] of the samples' losses.
         data: One batch or a re-iterable of batches, as for `Hessian`.
+        process_group: The ranks that have the data between them, as for `Hessian`.
 
     Raises:
         ValueError: As `Hessian`; losses that are not a vector; fewer than two samples.

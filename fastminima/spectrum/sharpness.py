@@ -48,6 +48,7 @@ class SharpnessProbe:
         seed: Of the random parts; global generators are not touched.
         miss: The probability with which cold calls may miss a larger eigenvalue, as in
             `top_eigenpairs`.
+        process_group: The ranks whose batches are meant, as for `Hessian`.
 
     Raises:
         ValueError: As `Hessian` and `top_eigenpairs`, at the call.
@@ -75,12 +76,14 @@ class SharpnessProbe:
         count: Callable[[Any], int] | None = None,
         seed: int = 0,
         miss: float = 0.002,
+        process_group: Any = None,
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
         self._model, self._loss, self._count = model, loss, count
         self._goal, self._max_products = Goal(k, "largest", rtol, miss), max_products
         self._cold_every, self._seed = cold_every, seed
+        self._process_group = process_group
         self._calls = 0
         self._known: list[Tensor] = []
         self._challenger: Tensor | None = None
@@ -90,7 +93,13 @@ class SharpnessProbe:
 
     def __call__(self, batch: Any) -> Eigenpairs:
         """The eigenpairs on a batch (or several) at the present point."""
-        operator = Hessian(self._model, self._loss, batch, self._count)
+        operator = Hessian(
+            self._model,
+            self._loss,
+            batch,
+            self._count,
+            process_group=self._process_group,
+        )
         kind = self._kind(batch)
         is_known = kind == self._checked and (kind[1] or batch is self._data)
         if is_known and self._calls % _CHECK_EVERY:
