@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..curvature import Hessian, Noise
@@ -14,7 +15,7 @@ from ._pairs import BestPairs, Goal
 from ._problem import Problem
 from ._start import cold_start
 from ._warm import followed_pairs
-from .eigenpairs import check_arguments
+from .eigenpairs import check_arguments, check_basis
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
@@ -49,6 +50,7 @@ class SharpnessProbe:
         miss: The probability with which cold calls may miss a larger eigenvalue, as in
             `top_eigenpairs`.
         process_group: The ranks whose batches are meant, as for `Hessian`.
+        basis_dtype: What the basis of cold calls is kept in, as in `top_eigenpairs`.
 
     Raises:
         ValueError: As `Hessian` and `top_eigenpairs`, at the call.
@@ -77,11 +79,14 @@ class SharpnessProbe:
         seed: int = 0,
         miss: float = 0.002,
         process_group: Any = None,
+        basis_dtype: torch.dtype | None = None,
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
         self._model, self._loss, self._count = model, loss, count
-        self._goal, self._max_products = Goal(k, "largest", rtol, miss), max_products
+        check_basis(basis_dtype, rtol)
+        self._goal = Goal(k, "largest", rtol, miss, basis_dtype)
+        self._max_products = max_products
         self._cold_every, self._seed = cold_every, seed
         self._process_group = process_group
         self._calls = 0
@@ -128,6 +133,7 @@ class SharpnessProbe:
     def _solve(self, problem: Problem) -> BestPairs:
         known, is_cold = self._known, self._calls % self._cold_every == 0
         if is_cold or len(known) < self._goal.k or len(known[0]) != problem.size:
+            problem.is_rounded = self._goal.basis_dtype is not None
             start = cold_start(problem)
             return lanczos_pairs(
                 problem, self._goal, start, is_cold=True, with_challenger=True
