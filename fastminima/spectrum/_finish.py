@@ -30,7 +30,7 @@ def finished(problem: Problem, goal: Goal, best: BestPairs) -> Eigenpairs:
     """The result, its residuals measured where they need be; warns if it must."""
     if _needs_products(problem, goal, best):
         best.measure(problem.multiply)
-    elif goal.basis_dtype is not None and not best.is_measured:
+    elif problem.is_rounded and goal.basis_dtype and not best.is_measured:
         best.loosen(torch.finfo(goal.basis_dtype).eps * best.scale)
     if best.noise > problem.allowed_noise:
         warnings.warn(_noise_text(problem, best), NoiseWarning, stacklevel=3)
