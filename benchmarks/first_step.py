@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastminima as fm
 from benchmarks.internals import digits_of
-from benchmarks.memory import MIB, ROOT, _peak, _reset_peak, _return_freed_memory
+from benchmarks.memory import MIB, ROOT, _reset_peak, _return_freed_memory, peak
 from benchmarks.workloads import WORKLOADS, build
 
 __all__ = ["NAMES", "first_step"]
@@ -110,12 +110,12 @@ def _child(name: str, step: str, threads: str) -> None:
         losses()
     _return_freed_memory()
     _reset_peak()
-    before = _peak()
+    before = peak()
     if step == "plain":
         losses().mean().backward()
     else:
         fm.GradientProbe(model).backward(losses())
-    print(json.dumps((_peak() - before) / MIB))
+    print(json.dumps((peak() - before) / MIB))
 
 
 if __name__ == "__main__":

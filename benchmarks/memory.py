@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["peak_growth"]
+__all__ = ["peak", "peak_growth", "resident"]
 
 STEPS = 4
 ENOUGH = 5.0  # seconds of steps: slow ones have their peak in the first already
@@ -76,14 +76,14 @@ def _child(workload_name, measure, provider_name, options, threads):
 
 def _growth_of(step) -> dict[str, float]:
     _return_freed_memory()
-    before = _resident()
+    before = resident()
     peaks: list[int] = []
     end = time.monotonic() + ENOUGH
     while len(peaks) < 2 or (len(peaks) < STEPS and time.monotonic() < end):
-        between = _resident()
+        between = resident()
         _reset_peak()
         step()
-        peaks.append(_peak())
+        peaks.append(peak())
     growths = {
         "first": peaks[0] - before,
         "growth": max(peaks) - before,
@@ -109,10 +109,11 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes that this process has in memory."""
     if sys.platform == "linux":
         return _status("VmRSS:")
-    return _peak()
+    return peak()
 
 
 def _reset_peak() -> None:
@@ -121,7 +122,8 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The most that it had, since the mark was reset."""
     if sys.platform == "linux":
         return _status("VmHWM:")
     unit = 1 if sys.platform == "darwin" else 1024

@@ -13,6 +13,7 @@ from .._flat import FlatLayout
 from ._graph import Parts
 from ._nodes import Survey, foreign_leaves, refuse_nodes, survey
 from ._random import drew_elsewhere
+from ._ranks import Said
 from ._trust import Noise, Suspicion, SymmetryWatch, difference
 
 __all__ = ["Checks"]
@@ -35,6 +36,7 @@ class Checks:
         self._survey: Survey | None = None
         self._noted: list[tuple[int, Tensor]] = []
         self._known: tuple[Pass, list[int]] | None = None
+        self._joint: Pass | None = None  # of all ranks
 
     def names(self) -> dict[int, str]:
         """The parameters' names by identity."""
@@ -102,7 +104,7 @@ class Checks:
 
     def start_pass(self) -> None:
         """A pass over the data begins."""
-        self._noted = []
+        self._noted, self._joint = [], None
 
     def needs_weights(self) -> bool:
         """Whether the first batch has not been asked how it weighs its rows."""
@@ -116,11 +118,26 @@ class Checks:
 
     def finished_pass(self) -> Pass:
         """Mean loss and number of samples of the pass; (0, 0) if it recorded none."""
+        if self._joint is not None:
+            return self._joint
         if not self._noted:
             return 0.0, 0
         values = torch.stack([value.double() * w for w, value in self._noted])
         samples = sum(w for w, _ in self._noted)
         return float(values.sum()) / samples, samples
+
+    def surveyed(self) -> tuple[torch.dtype | None, bool]:
+        """The narrowest dtype met and whether there are probabilities, if looked at."""
+        found = self._survey if self.noise is None else None
+        return (None, False) if found is None else (found.dtype, found.saturates)
+
+    def join(self, joint: Said) -> None:
+        """The pass was one of all ranks, of which this is known."""
+        self._joint = joint.loss, round(joint.weight)
+        if self._survey is not None and joint.dtype is not None:
+            eps = torch.finfo(joint.dtype).eps
+            found = Survey(eps, joint.dtype, joint.saturates, ())
+            self._survey = self._survey | found
 
     def compare(self, first: Tensor, second: Tensor, before: Pass) -> float | None:
         """By how much two evaluations differ, if by more than rounding explains.
@@ -196,10 +213,17 @@ class Checks:
         """The pass that later ones must repeat, as long as the model is the same."""
         self._known = self.finished_pass(), versions
 
-    def has_moved(self, versions: list[int]) -> bool:
-        """Whether the pass that has ended says something else than the one before."""
+    def is_other(self, versions: list[int]) -> bool:
+        """Whether parameters or buffers have been written since the last pass."""
+        return self._known is not None and self._known[1] != versions
+
+    def has_moved(self, versions: list[int], *, is_other: bool) -> bool:
+        """Whether the pass that has ended says something else than the one before.
+
+        Not if that was of another model (`is_other`).
+        """
         now = self.finished_pass()
-        if self._known is None or self._known[1] != versions or not now[1]:
+        if self._known is None or is_other or not now[1]:
             self._known = now, versions
             return False
         (loss, samples), _ = self._known

@@ -18,10 +18,12 @@ class MeanOperator(CurvatureOperator):
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
         split = [self._layout.split(column) for column in columns]
-        return self._mean(lambda graph: [graph.product(parts) for parts in split])
+        return self._mean(
+            lambda graph: [graph.product(parts) for parts in split], columns
+        )
 
     def _gradient(self) -> Tensor:
-        return self._mean(lambda graph: [graph.gradient()])[0]
+        return self._mean(lambda graph: [graph.gradient()], [])[0]
 
     def _weigh(self, batch: Any, weight: int) -> None:
         if self._batches.is_counted or weight < 2 or not self._checks.needs_weights():
@@ -49,7 +51,19 @@ class MeanOperator(CurvatureOperator):
         with self._explained(roots):
             return self._layout.join(self._make(roots).gradient())
 
-    def _mean(self, visit: Callable[[Any], list[Any]]) -> list[Tensor]:
+    def _mean(
+        self, visit: Callable[[Any], list[Any]], columns: list[Tensor]
+    ) -> list[Tensor]:
+        """The mean over the data, those of all ranks, of what is seen in each batch."""
+        with self._together(max(len(columns), 1)):
+            means = self._retried(lambda: self._own_mean(visit))
+            said = None if self._ranks is None else self._said(columns)
+        if self._ranks is not None and said is not None:
+            means, joint = self._ranks.mean(means, said)
+            self._hear(joint)
+        return means
+
+    def _own_mean(self, visit: Callable[[Any], list[Any]]) -> list[Tensor]:
         with self._recorded() as recordings:
             graph, total = next(recordings)
             sums = [self._layout.join(parts) for parts in self._visited(visit, graph)]

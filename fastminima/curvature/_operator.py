@@ -9,18 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._guard import moved
+from ._joint import JointRecorder
 from ._matrix import FlatMatrix
-from ._recorder import Recorder
 from ._trust import Noise, Suspicion, difference
 
 __all__ = ["CurvatureOperator"]
 
 _MOVES = 4  # of the parameters, before an operator is said not to be symmetric
 _MANY = 8  # columns, beside which products with two more cost little
-_LOOK_EVERY = 32  # products of a kept graph between looks at the loss
 
 
-class CurvatureOperator(Recorder, FlatMatrix):
+class CurvatureOperator(JointRecorder, FlatMatrix):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
     The graph of a single batch is recorded once and kept until the operator goes or
@@ -60,9 +59,7 @@ class CurvatureOperator(Recorder, FlatMatrix):
         That finds what no comparison can, such as a file that the closure reads.
         """
         self._checks.symmetry.reset()
-        if self._is_kept() and self._kept is not None and not self._says_the_same():
-            self._kept = None
-            self._checks.forget()
+        self._start()
 
     def look_at_mixtures(self) -> None:
         """ValueError unless products with two random vectors show symmetry.
@@ -75,7 +72,7 @@ class CurvatureOperator(Recorder, FlatMatrix):
         )
         columns = list(drawn.to(self.device, self.dtype))
         self._checks.products += 2
-        products = self._multiplied(columns)
+        products = self._multiply(columns)
         watch = self._checks.symmetry
         first, second = zip(columns, products, strict=True)
         self._judge(watch.between(first, second, self._checks.noise))
@@ -98,9 +95,11 @@ class CurvatureOperator(Recorder, FlatMatrix):
         """The flat mean gradient."""
 
     def _products(self, columns: list[Tensor]) -> list[Tensor]:
-        self._look_at_loss(columns[0])
-        products = self._multiplied(columns)
-        if not self._batches.is_single and self._checks.has_moved(self._versions()):
+        self._ask_for_product()
+        products = self._multiply(columns)
+        if self._is_outdated:
+            products = self._made_anew(columns, products)
+        if not self._batches.is_single and self._has_moved():
             self._checks.forget()
         if self._checks.noise is None:
             self._make_twice(columns, products)
@@ -113,16 +112,6 @@ class CurvatureOperator(Recorder, FlatMatrix):
     def _judge(self, suspicion: Suspicion | None) -> None:
         if suspicion is not None and self._is_confirmed(suspicion):
             self._checks.refuse(suspicion)
-
-    def _multiplied(self, columns: list[Tensor]) -> list[Tensor]:
-        try:
-            return self._multiply(columns)
-        except RuntimeError as error:
-            # Something that the snapshot does not know was overwritten in place.
-            if self._kept is None or "inplace operation" not in str(error):
-                raise
-            self._kept = None
-            return self._multiply(columns)
 
     def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
         """Evaluate and multiply once more; ValueError unless it is the same product."""
@@ -163,16 +152,16 @@ class CurvatureOperator(Recorder, FlatMatrix):
                 return False
         return True
 
-    def _look_at_loss(self, column: Tensor) -> None:
-        """Now and then, whether the loss still is what the kept graph says."""
-        kept = self._kept
-        if kept is None:
-            return
-        kept.uses += 1
-        if kept.uses % _LOOK_EVERY or not self._is_kept() or self._says_the_same():
-            return
-        old = self._multiply([column])[0]
+    def _made_anew(self, columns: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        """Products in the place of some by graphs that the loss belies, if they may."""
+        uses = self._kept.uses if self._kept is not None else 1
         self._kept = None
-        new = self._multiply([column])[0]
-        self._checks.products += 2
-        self._checks.same_after(kept.uses, old, new)
+        new = self._multiply(columns)
+        self._checks.products += len(columns)
+        self._checks.same_after(uses, old[0], new[0])
+        return new
+
+    def _has_moved(self) -> bool:
+        versions = self._versions()
+        is_other = self._is_other_on_a_rank or self._checks.is_other(versions)
+        return self._checks.has_moved(versions, is_other=is_other)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._shards import local
+
 __all__ = ["Reads"]
 
 _PLAIN = (
@@ -22,6 +24,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.Size, torch.memory_format, type(Ellipsis)),
 )
 _INTERNAL = frozenset(nn.Module().__dict__)
+_REPLICA = nn.parallel.DistributedDataParallel
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH = 8
 _ENTRIES = 20_000  # of one container, and of what is reached through closures
@@ -78,7 +81,8 @@ class Reads:
                     if tensor is not None:
                         self._tensor(tensor)
             for name, value in module.__dict__.items():
-                if name not in _INTERNAL:
+                # What a wrapper for training keeps does not change what it wraps.
+                if name not in _INTERNAL and kind is not _REPLICA:
                     self.marks.append(name)
                     self.value(value, depth - 1)
             for base in kind.__mro__:
@@ -163,6 +167,7 @@ class Reads:
 
     def _tensor(self, tensor: Tensor) -> None:
         self.marks += (id(tensor), tensor.requires_grad, tensor.shape, tensor.dtype)
+        tensor = local(tensor)
         self.versions.append(0 if tensor.is_inference() else tensor._version)
         if tensor.layout == torch.strided and not tensor.is_nested:
             self.versions.append(0 if tensor.is_meta else tensor.data_ptr())

@@ -18,7 +18,9 @@ from ._graph import Graph
 from ._guard import differentiable, parameters_kept, unchanged
 from ._nodes import explained, survey
 from ._random import RandomState
+from ._ranks import Ranks, ranks_of, without_reducers
 from ._rewrites import Rewrites
+from ._shards import Shards, local, shards_of
 from ._state import Snapshot
 
 __all__ = ["Recorder"]
@@ -47,10 +49,14 @@ class Recorder(abc.ABC):
         closures: Sequence[Callable[..., Any]],
         data: Any,
         count: Callable[[Any], int] | None,
+        process_group: Any = None,
     ) -> None:
         self._model = model
         self._closures = tuple(closures)
-        self._layout = FlatLayout(model)
+        self._shards: Shards | None = shards_of(model)
+        self._ranks: Ranks | None = ranks_of(model, process_group, self._shards)
+        with self._whole():
+            self._layout = FlatLayout(model)
         self._batches = Batches(data, count)
         self._random = self._generators()
         self._checks = Checks(type(self).__name__, model)
@@ -69,7 +75,6 @@ class Recorder(abc.ABC):
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[Iterator[tuple[Any, int]]]:
         """Within, each batch's recorded graph with its number of samples."""
-        self._follow_parameters()
         self._is_kept()
         with self._context():
             try:
@@ -85,19 +90,29 @@ class Recorder(abc.ABC):
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         """Where closures run: nothing remains changed, everything is recorded."""
-        named = list(self._model.named_parameters())
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._whole())
+            self._follow_parameters()
+            named = list(self._model.named_parameters())
             stack.enter_context(unchanged(self._model, self._generators()))
+            stack.enter_context(without_reducers(self._model))
             if self._checks.noise is None:
                 stack.enter_context(parameters_kept(named, self._closure))
             self._rewrites = stack.enter_context(differentiable(self._layout.device))
             yield
 
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Where the model has whole parameters, if ranks hold shards of them."""
+        return (
+            contextlib.nullcontext() if self._shards is None else self._shards.whole()
+        )
+
     def _recordings(self) -> Iterator[tuple[Any, int]]:
         self._checks.start_pass()
         if self._kept is not None:
-            self._checks.note(self._kept.weight, self._kept.graph.value)
-            yield self._kept.graph, self._kept.weight
+            graph, weight = self._kept.graph, self._kept.weight
+            self._note(graph, weight)
+            yield graph, weight
             return
         self._random.restore()
         for batch, weight in self._batches:
@@ -116,9 +131,12 @@ class Recorder(abc.ABC):
         with self._explained(roots):
             graph = self._make(roots)
         self._checks.look_at_reach(graph.reached, roots, self._layout, self._closure)
-        # A vector of losses says itself how many samples it has.
-        self._checks.note(weight * roots[-1].numel(), graph.value)
+        self._note(graph, weight)
         return graph
+
+    def _note(self, graph: Graph, weight: int) -> None:
+        # A vector of losses says itself how many samples it has.
+        self._checks.note(weight * graph.roots[-1].numel(), graph.value)
 
     def _look_at_functions(self, batch: Any) -> None:
         state = self._generators()
@@ -173,7 +191,7 @@ class Recorder(abc.ABC):
 
     def _versions(self) -> list[int]:
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        return [0 if t.is_inference() else t._version for t in tensors]
+        return [0 if t.is_inference() else local(t)._version for t in tensors]
 
     def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
         """What a closure returns; ValueError if it makes gradients by itself."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._graph import Graph, Parts, check_graph, combine, differentiate
 from ._operator import CurvatureOperator
+from ._scale import dot
 
 __all__ = ["GradientCovariance"]
 
@@ -27,6 +28,7 @@ class GradientCovariance(CurvatureOperator):
         model: The model; its parameters that require grad are the variables.
         loss: `loss(model, batch)`, the vector [batch] of the samples' losses.
         data: One batch or a re-iterable of batches, as for `Hessian`.
+        process_group: The ranks that have the data between them, as for `Hessian`.
 
     Raises:
         ValueError: As `Hessian`; losses that are not a vector; fewer than two samples.
@@ -42,11 +44,17 @@ class GradientCovariance(CurvatureOperator):
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Any
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        data: Any,
+        *,
+        process_group: Any = None,
     ) -> None:
         # The losses tell how many samples there are.
-        super().__init__(model, (loss,), data, count=_one)
+        super().__init__(model, (loss,), data, _one, process_group)
         self._loss = loss
+        self._mean_gradient: Tensor | None = None  # of all ranks, when last seen
 
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
         losses = self._ask(self._loss, self._model, batch)
@@ -73,38 +81,90 @@ class GradientCovariance(CurvatureOperator):
         return _LossesGraph(roots, self._layout.parameters)
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
-        split = [self._layout.split(column) for column in columns]
-        sums = [torch.zeros_like(column) for column in columns]
-        gradient = torch.zeros_like(columns[0])
-        shifts: list[Tensor] = []
-        excess = [0.0] * len(columns)
-        samples = 0
-        with self._recorded() as recordings:
-            for graph, _ in recordings:
-                with self._explained(graph.roots):
-                    slopes = [graph.directional(parts) for parts in split]
-                # Subtracting the first batch's mean at once avoids cancellation between
-                # sum_n <g_n, v> g_n and N times the mean gradient's part of it.
-                shifts = shifts or [slope.mean() for slope in slopes]
-                for i, slope in enumerate(slopes):
-                    centred = slope - shifts[i]
-                    sums[i] += self._layout.join(graph.weighted(centred))
-                    excess[i] = excess[i] + centred.sum()
-                if not self._batches.is_single:
-                    gradient += self._layout.join(graph.weighted(None))
-                samples += graph.samples
-                del graph
+        if self._ranks is None:
+            sums, gradient, excess, samples = self._retried(
+                lambda: self._sums(columns, [], is_centred=self._batches.is_single)
+            )
+        else:
+            sums, gradient, excess, samples = self._joint_sums(columns)
         if samples < 2:
             raise ValueError(
                 f"A covariance needs at least 2 samples, got {samples}. Pass a larger "
                 "batch, or several."
             )
-        if not self._batches.is_single:
+        if gradient is not None:
             for s, e in zip(sums, excess, strict=True):
-                s -= gradient * (e / samples)
+                s.sub_(gradient * (e / samples))
         return [s.div_(samples - 1) for s in sums]
 
+    def _sums(
+        self, columns: list[Tensor], shifts: list[Tensor], *, is_centred: bool
+    ) -> tuple[list[Tensor], Tensor | None, list[Tensor], int]:
+        """sum_n (<g_n, v> - shift) g_n for each v, sum_n g_n, and the sums of factors.
+
+        The shift is the mean over the first batch if none is given; where that is all
+        there is, the sums `is_centred` and nothing is left to correct.
+        """
+        split = [self._layout.split(column) for column in columns]
+        sums = [torch.zeros_like(column) for column in columns]
+        excess = [column.new_zeros(()) for column in columns]
+        gradient = None if is_centred else torch.zeros_like(columns[0])
+        samples = 0
+        with self._recorded() as recordings:
+            for graph, _ in recordings:
+                with self._explained(graph.roots):
+                    slopes = [graph.directional(parts) for parts in split]
+                # Subtracting something near the mean at once avoids cancellation
+                # between sum_n <g_n, v> g_n and N times the mean gradient's part of it.
+                shifts = shifts or [slope.mean() for slope in slopes]
+                for i, slope in enumerate(slopes):
+                    centred = slope - shifts[i]
+                    sums[i] += self._layout.join(graph.weighted(centred))
+                    excess[i] = excess[i] + centred.sum()
+                if gradient is not None:
+                    gradient += self._layout.join(graph.weighted(None))
+                samples += graph.samples
+                del graph
+        return sums, gradient, excess, samples
+
+    def _joint_sums(
+        self, columns: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor, list[Tensor], int]:
+        """The same of all ranks, with a shift that all have: by the mean gradient."""
+        assert self._ranks is not None
+        if self._mean_gradient is None:
+            self._gradient()
+        mean = self._mean_gradient
+        assert mean is not None
+        count = len(columns)
+        with self._together(count + 1, count):
+            shifts = [dot(mean, column).to(column) for column in columns]
+            sums, gradient, excess, _ = self._retried(
+                lambda: self._sums(columns, shifts, is_centred=False)
+            )
+            assert gradient is not None
+            said = self._said(columns)
+        vectors, extra, joint = self._ranks.total(
+            [*sums, gradient], said, torch.stack(excess)
+        )
+        self._hear(joint)
+        samples = round(joint.weight)
+        self._mean_gradient = vectors[-1] / samples
+        return vectors[:-1], vectors[-1], list(extra), samples
+
     def _gradient(self) -> Tensor:
+        with self._together(1):
+            total, samples = self._retried(self._own_gradient)
+            said = None if self._ranks is None else self._said([])
+        if self._ranks is not None and said is not None:
+            (total,), _, joint = self._ranks.total([total], said)
+            self._hear(joint)
+            samples = round(joint.weight)
+        mean = total.div_(samples)
+        self._mean_gradient = mean if self._ranks is not None else None
+        return mean
+
+    def _own_gradient(self) -> tuple[Tensor, int]:
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         samples = 0
         with self._recorded() as recordings:
@@ -112,7 +172,7 @@ class GradientCovariance(CurvatureOperator):
                 total += self._layout.join(graph.weighted(None))
                 samples += graph.samples
                 del graph
-        return total.div_(samples)
+        return total, samples
 
 
 def _one(batch: Any) -> int:

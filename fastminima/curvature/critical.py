@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._joint_loss import JointLoss
 from ._random import RandomState
 
 __all__ = ["CriticalSharpness", "critical_sharpness"]
@@ -67,6 +68,8 @@ def critical_sharpness(
     start: float | CriticalSharpness | None = None,
     rtol: float = 0.05,
     max_evaluations: int = 40,
+    count: Callable[[Any], int] | None = None,
+    process_group: Any = None,
 ) -> CriticalSharpness:
     """The critical sharpness along a direction, with a bracket.
 
@@ -78,8 +81,8 @@ def critical_sharpness(
     evaluations from a `start` nearby. The parameters are written in place and put back
     bit by bit, also after an exception; buffers and random generators too. So it may be
     called between a forward and a backward pass. Each
-    evaluation draws the same random numbers. On several ranks the loss must be the same
-    number on all, such as the mean over them, for all to take the same way. Parameters
+    evaluation draws the same random numbers. Of several ranks the loss is the mean over
+    the samples of all (`process_group`), so all take the same way. Parameters
     under `fully_shard` stay sharded; pass their `.grad` as the direction there.
 
     Args:
@@ -92,6 +95,9 @@ def critical_sharpness(
         start: A learning rate to try first, or what the last call gave.
         rtol: Width of the bracket, relative to its lower end.
         max_evaluations: Where to give up.
+        count: Number of samples of the batch, as of `Hessian`; asked of several ranks
+            alone.
+        process_group: The ranks whose batches are meant, as of `Hessian`.
 
     Raises:
         ValueError: A loss that is not a finite scalar at the present point; a direction
@@ -121,14 +127,15 @@ def critical_sharpness(
     layout = FlatLayout(model)
     with _unchanged(model, layout.device) as again:
         slope = None
+        joint = JointLoss(model, loss, batch, count, process_group, again)
         if direction is None:
             _refuse_sharded(layout)
-            parts = _gradient(model, loss, batch, layout, again)
+            parts = joint.gradient(layout)
             slope = -_sq_norm(parts)
         else:
             parts = _parts(layout, direction)
         _check_direction(parts)
-        walk = _Walk(model, loss, batch, layout, parts, again)
+        walk = _Walk(model, joint, layout, parts)
         found = _Search(walk, slope, _first(start, parts, slope), rtol, max_evaluations)
         return found.run()
 
@@ -177,17 +184,15 @@ class _Walk:
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Any, Any], Tensor],
-        batch: Any,
+        loss: JointLoss,
         layout: FlatLayout,
         parts: Sequence[Tensor],
-        again: Callable[[], None],
     ) -> None:
-        self._asked = model, loss, batch
+        self._model, self._joint = model, loss
         self._parameters, self._parts = layout.parameters, parts
-        self._again = again
         self._here = [p.detach().clone() for p in layout.parameters]
         self.evaluations, self.unit = 0, 0.0
+        loss.compare(parts)
         self.value = self._loss()
         if not math.isfinite(self.value):
             raise ValueError(f"The loss is {self.value} at the present point.")
@@ -200,23 +205,19 @@ class _Walk:
                 self._parameters, self._here, self._parts, strict=True
             ):
                 p.data.copy_(here.to(part.dtype).sub(part, alpha=eta))
-            _reshard(self._asked[0])
+            _reshard(self._model)
             try:
                 found = self._loss() - self.value
             finally:
                 for p, here in zip(self._parameters, self._here, strict=True):
                     p.data.copy_(here)
-                _reshard(self._asked[0])
+                _reshard(self._model)
         return math.inf if math.isnan(found) else found
 
     def _loss(self) -> float:
-        model, loss, batch = self._asked
-        self._again()
-        with torch.no_grad():
-            found = loss(model, batch)
+        value = self._joint.value()
         self.evaluations += 1
-        value = _number(found)
-        self.unit = torch.finfo(found.dtype).eps
+        self.unit = self._joint.eps
         return value
 
 
@@ -230,13 +231,6 @@ def _reshard(model: nn.Module) -> None:
         sharded: Any = module
         if isinstance(module, fsdp.FSDPModule):
             sharded.reshard()
-
-
-def _number(loss: Any) -> float:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss(model, batch) must be a scalar, got {shape}.")
-    return float(loss.detach().double())
 
 
 class _Search:
@@ -332,26 +326,6 @@ class _Search:
         """Whether the ends of the bracket differ by more than rounding of the loss."""
         difference = self._at_high - self._at_low
         return difference > _ROUNDING * self._walk.unit * abs(self._walk.value)
-
-
-def _gradient(
-    model: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
-    batch: Any,
-    layout: FlatLayout,
-    again: Callable[[], None],
-) -> list[Tensor]:
-    again()
-    with torch.enable_grad():
-        found = loss(model, batch)
-        _number(found)
-        if not found.requires_grad:
-            raise ValueError("The loss does not depend on the parameters.")
-        grads = torch.autograd.grad(found, layout.parameters, allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g.detach()
-        for p, g in zip(layout.parameters, grads, strict=True)
-    ]
 
 
 def _parts(

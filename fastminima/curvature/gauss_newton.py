@@ -28,6 +28,9 @@ class GaussNewton(MeanOperator):
         loss: `loss(predictions, batch)`, a scalar: the mean over the batch.
         data: One batch or a re-iterable of batches, as for `Hessian`.
         count: Number of samples of a batch; the leading size of its tensors if None.
+        process_group: The ranks that have the data between them: "world" or a group.
+            If None, those that train the model together under `DistributedDataParallel`
+            or `fully_shard`, else this one alone. All must ask for the same products.
 
     Raises:
         ValueError: As `Hessian`, and for predictions that are not one tensor with a
@@ -54,8 +57,10 @@ class GaussNewton(MeanOperator):
         loss: Callable[[Any, Any], Tensor],
         data: Any,
         count: Callable[[Any], int] | None = None,
+        *,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(model, (outputs, loss), data, count)
+        super().__init__(model, (outputs, loss), data, count, process_group)
         self._outputs = outputs
         self._loss = loss
 

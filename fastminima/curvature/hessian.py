@@ -33,6 +33,9 @@ class Hessian(MeanOperator):
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
         count: Number of samples of a batch; the leading size of its tensors if None.
+        process_group: The ranks that have the data between them: "world" or a group.
+            If None, those that train the model together under `DistributedDataParallel`
+            or `fully_shard`, else this one alone. All must ask for the same products.
 
     Raises:
         ValueError: No trainable parameter; empty or one-shot data; a loss that is not a
@@ -60,8 +63,10 @@ class Hessian(MeanOperator):
         loss: Callable[[Any, Any], Tensor],
         data: Any,
         count: Callable[[Any], int] | None = None,
+        *,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(model, (loss,), data, count)
+        super().__init__(model, (loss,), data, count, process_group)
         self._loss = loss
 
     @property

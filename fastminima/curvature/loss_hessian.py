@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,8 @@ from ._graph import Graph, Parts, check_mean, combine, differentiate
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
+from ._ranks import Said, fingerprint, ranks_of
+from ._shards import is_sharded
 from ._trust import Noise
 from .recording import twice_differentiable
 
@@ -50,6 +53,8 @@ class LossHessian(FlatMatrix):
         functions_known: Whether functions in Python have been looked at in another
             graph of the same loss; else those are refused of which one graph cannot
             tell whether their backward can be differentiated.
+        process_group: The ranks whose mean loss is meant, as for `Hessian`; each counts
+            alike.
 
     Raises:
         ValueError: No trainable parameter; a loss that is not finite, or without a
@@ -74,12 +79,24 @@ class LossHessian(FlatMatrix):
         *,
         scale: float = 1.0,
         functions_known: bool = False,
+        process_group: Any = None,
     ) -> None:
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}.")
+        if any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                "The model's parameters are sharded (fully_shard): a step's graph holds "
+                "them only as long as the step does. Pass the batch in place of the "
+                "loss."
+            )
         self._model, self._scale = model, scale
         self._layout = FlatLayout(model)
         self._names = {id(p): name for name, p in model.named_parameters()}
+        self._ranks = ranks_of(model, process_group, None)
+        with self._together():
+            self._record(losses, functions_known)
+
+    def _record(self, losses: Tensor, functions_known: bool) -> None:
         loss = losses.mean() if isinstance(losses, Tensor) else losses
         self._roots = (check_mean(loss, "loss"),)
         self._noise = self._looked_at(functions_known)
@@ -107,15 +124,15 @@ class LossHessian(FlatMatrix):
             )
         if other.dim() == 1:
             return self._product(other.detach())
-        if not other.shape[1]:
-            return torch.zeros_like(other)
         columns = [column.contiguous() for column in other.detach().T]
+        if not columns:
+            return torch.zeros_like(other)
         return torch.stack([self._product(column) for column in columns], dim=1)
 
     @property
     def gradient(self) -> Float[Tensor, " params"]:
         """The gradient of the mean loss."""
-        return self._layout.join(self._graph.gradient()) / self._scale
+        return self._joined(self._graph.gradient, ())
 
     @property
     def noise(self) -> Noise | None:
@@ -140,8 +157,31 @@ class LossHessian(FlatMatrix):
 
     def _product(self, column: Tensor) -> Tensor:
         parts = self._layout.split(column)
-        with self._bare():
-            return self._layout.join(self._graph.product(parts)).div_(self._scale)
+        return self._joined(lambda: self._graph.product(parts), (column,))
+
+    def _joined(self, make: Callable[[], Parts], columns: Sequence[Tensor]) -> Tensor:
+        """The flat vector of what is made, of all ranks where there are several.
+
+        Each counts alike, as DistributedDataParallel has it.
+        """
+        with self._together(), self._bare():
+            vector = self._layout.join(make()).div_(self._scale)
+        if self._ranks is None:
+            return vector
+        loss = float(self._roots[0].detach())
+        said = Said(weight=1, loss=loss, columns=fingerprint(columns))
+        return self._ranks.mean([vector], said)[0][0]
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around this rank's part of a vector: what it raises all ranks raise."""
+        if self._ranks is None:
+            yield
+            return
+        layout = self._layout
+        like = torch.zeros((), dtype=layout.dtype, device=layout.device)
+        with self._ranks.together(like, layout.size):
+            yield
 
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:

@@ -35,6 +35,8 @@ def finished(
     """
     if _needs_products(problem, goal, best):
         best.measure(problem.multiply)
+    elif problem.is_rounded and goal.basis_dtype and not best.is_measured:
+        best.loosen(torch.finfo(goal.basis_dtype).eps * best.scale)
     if best.noise > problem.allowed_noise:
         warnings.warn(_noise_text(problem, best), NoiseWarning, stacklevel=3)
     if not best.is_converged and not is_quiet:
@@ -59,7 +61,7 @@ def _wrapped(numbers: list[float], problem: Problem) -> torch.Tensor:
 def _needs_products(problem: Problem, goal: Goal, best: BestPairs) -> bool:
     if best.is_measured or problem.asked + len(best.vectors) > problem.limit:
         return False
-    if problem.is_half:
+    if problem.is_half or problem.is_rounded:
         return True
     eps = torch.finfo(problem.dtype).eps
     least = min(goal.tolerance(value, best.scale) for value in best.values)

@@ -16,7 +16,7 @@ __all__ = ["lanczos_pairs", "search_rest"]
 _BASIS_BYTES = 1 << 30  # of a basis before it is restarted
 _STRICTNESS = 0.7  # combining pairs of several runs mixes their errors
 _NEARLY = 30.0  # tolerances from which on a bound is looked at
-_STRICTNESS_HALF = 0.5  # leaves room for what products are rounded by
+_STRICTNESS_HALF = 0.5  # leaves room for what products, or vectors, are rounded by
 
 
 def lanczos_pairs(
@@ -33,7 +33,7 @@ def lanczos_pairs(
     complement of what was found is searched from random vectors.
     """
     best = BestPairs(goal)
-    run = LanczosRun(problem.multiply, start)
+    run = LanczosRun(problem.multiply, start, basis_dtype=goal.basis_dtype)
     finding = _Search(problem, goal, best, run)
     is_alone = is_cold and goal.k == 1
     finding.find(goal.miss, is_alone=is_alone)
@@ -68,7 +68,11 @@ def search_rest(
         miss /= 2
         start = random_start(problem)
         run = LanczosRun(
-            problem.multiply, start, deflate=best.vectors, scale=best.scale
+            problem.multiply,
+            start,
+            deflate=best.vectors,
+            scale=best.scale,
+            basis_dtype=goal.basis_dtype,
         )
         search = _Search(problem, goal, best, run)
         search.search(miss)
@@ -86,7 +90,8 @@ class _Search:
         self._run = run
         self._strictness = _STRICTNESS if best.vectors else 1.0
         self._missing = goal.k - len(best.values)
-        vector_bytes = problem.size * run.basis[0].element_size()
+        kept_in = goal.basis_dtype or problem.dtype
+        vector_bytes = problem.size * kept_in.itemsize
         self._capacity = max(_BASIS_BYTES // vector_bytes, 2 * goal.k + 16)
         self._ritz: Ritz | None = None
         self._excess = float("inf")  # of the bound over the value, a product before
@@ -203,7 +208,7 @@ class _Search:
                 recurrence = self._run.recurrence
                 further = outermost(recurrence, float(edge), sign, seen, scale)
                 ranks.append(sign * float(edge) + further)
-        return max(ranks) + self._run.gap
+        return max(ranks) + self._run.gap + self._run.rounding
 
     def _progress(self, rank: float, value: float) -> tuple[bool, bool]:
         """Whether the bound is near the value, and whether to go on all the same.
@@ -225,7 +230,8 @@ class _Search:
     def _is_within(self, ritz: Ritz, index: np.integer) -> bool:
         value = float(ritz.values[index])
         allowed = self._goal.tolerance(value, self._best.scale)
-        half = _STRICTNESS_HALF if self._problem.is_half else 1.0
+        is_rounded = self._problem.is_half or self._problem.is_rounded
+        half = _STRICTNESS_HALF if is_rounded else 1.0
         return bool(ritz.residuals[index] <= half * self._strictness * allowed)
 
     def _is_nearly(self, ritz: Ritz, index: np.integer) -> bool:

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..curvature._scale import dot, length
-from ..ops.vector import lanczos_step, linear_combinations, project_out
+from ..ops.vector import lanczos_step, project_out
+from ._basis import Basis
 from ._bound import Recurrence
 from ._start import Start
 
@@ -50,6 +51,8 @@ class LanczosRun:
         gap: The largest |<A v_j, v_(j-1)> - <v_j, A v_(j-1)>| met. By rounding some eps
             of |A|; what makes it more is not one symmetric matrix.
 
+        rounding: By what Ritz values may be off since a rounded basis was restarted.
+
     Source: Paige (1980), "Accuracy and effectiveness of the Lanczos algorithm"; Wu and
     Simon (2000), "Thick-restart Lanczos method", for `restart`.
     """
@@ -62,6 +65,7 @@ class LanczosRun:
         deflate: Sequence[Float[Tensor, " params"]] = (),
         scale: float = 0.0,
         is_orthogonal: bool = False,
+        basis_dtype: torch.dtype | None = None,
     ) -> None:
         self._multiply = multiply
         self._deflate = list(deflate)
@@ -79,13 +83,13 @@ class LanczosRun:
         self._leaks = np.zeros((len(self._deflate), 0))
         self._last_norm = 0.0
         self._is_chain = True  # whether v_(j-1) is the vector before v_j
-        self.gap = 0.0
+        self.gap = self.rounding = 0.0
         self.recurrence = Recurrence()
         for _ in range(2):
             project_out(first, self._deflate)
         size = float(length(first))
         self.deviation = start.deviation / size
-        self.basis = [first.div_(size)]
+        self.basis = Basis(first.div_(size), basis_dtype)
 
     def step(self) -> None:
         """Extend the space by one product."""
@@ -95,8 +99,8 @@ class LanczosRun:
         leak = project_out(w, self._deflate)
         gap = None
         if self._is_orthogonal:
-            column = project_out(w, self.basis)
-            column += project_out(w, self.basis)
+            column = self.basis.project_out(w)
+            column += self.basis.project_out(w)
             project_out(w, self._deflate)
             norm = length(w)
         else:
@@ -119,7 +123,7 @@ class LanczosRun:
             if gap is not None:
                 self.gap = max(self.gap, abs(float(gap)))
         self._steps.clear()
-        del self.basis[self.size + 1 :]
+        self.basis.cut(self.size + 1)
 
     def _take(self, values: np.ndarray, norm: float) -> None:
         """One more column of the matrix, whole or only its last element."""
@@ -167,18 +171,16 @@ class LanczosRun:
         following = self.basis[self.size]
         for _ in range(2):
             project_out(following, self._deflate)
-            project_out(following, self.basis[: self.size])
+            self.basis.project_out(following, self.size)
         following /= length(following).to(following)
 
     def vectors(self, coordinates: np.ndarray) -> Float[Tensor, "k params"]:
         """The vectors with these coordinates (a column each) in the basis."""
-        first, *rest = self.basis[: self.size]
-        return linear_combinations(first, rest, torch.from_numpy(coordinates.copy()))
+        return self.basis.combined(coordinates)
 
     def images(self, ritz: Ritz, indices: np.ndarray) -> Float[Tensor, "k params"]:
         """A times the vectors of some Ritz pairs, by the recurrence."""
         coordinates = ritz.coordinates[:, indices]
-        parts = [*self.basis[: self.size + 1], *self._deflate]
         outside = 0.0 if self.is_exhausted else self._last_norm
         weights = np.vstack(
             [
@@ -187,12 +189,14 @@ class LanczosRun:
                 self._leaks @ coordinates,
             ]
         )
-        return linear_combinations(parts[0], parts[1:], torch.from_numpy(weights))
+        return self.basis.combined(weights, self._deflate)
 
     def restart(self, ritz: Ritz, keep: np.ndarray) -> None:
         """Shrink the space to some Ritz vectors, and go on from where it was."""
-        kept = self.vectors(ritz.coordinates[:, keep])
-        self.basis = [*kept.unbind(), self.basis[self.size]]
+        self.basis.replace(ritz.coordinates[:, keep])
+        if self.basis.dtype is not None:
+            scale = max(float(np.abs(ritz.values).max()), self._scale)
+            self.rounding = torch.finfo(self.basis.dtype).eps * scale
         self._matrix = np.diag(ritz.values[keep])
         self._leaks = self._leaks @ ritz.coordinates[:, keep]
         self.recurrence.restart(ritz.coordinates[:, keep])

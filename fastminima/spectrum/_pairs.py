@@ -19,6 +19,7 @@ __all__ = ["BestPairs", "Goal"]
 # Beside a value that is known to rtol, what nothing larger exceeds: ten times rtol, but
 # no more than 10 % unless rtol is. docs/curvature.md has the products that it takes.
 _SLACK, _MOST = 10.0, 0.1
+_PIECE = 1 << 22  # elements that are copied to double at a time
 
 
 class Goal(NamedTuple):
@@ -30,6 +31,7 @@ class Goal(NamedTuple):
         rtol: Tolerance of residuals.
         miss: The probability with which something beyond them may be missed.
         criterion: What is held to `rtol`: a "residual", or the error of a "value".
+        basis_dtype: What vectors of a basis are kept in; None for as they are.
     """
 
     k: int
@@ -37,6 +39,7 @@ class Goal(NamedTuple):
     rtol: float
     miss: float = 0.002
     criterion: str = "residual"
+    basis_dtype: torch.dtype | None = None
 
     @property
     def is_of_values(self) -> bool:
@@ -186,6 +189,10 @@ class BestPairs:
         self.residuals = torch.stack([length(error) for error in errors]).tolist()
         self.vectors, self._images = list(rows.unbind()), list(moved.unbind())
 
+    def loosen(self, error: float) -> None:
+        """Residuals may be larger by this."""
+        self.residuals = [residual + error for residual in self.residuals]
+
     def are_within(self) -> bool:
         """Whether there are k, each to its tolerance."""
         met = self.errors if self._goal.is_of_values else self.residuals
@@ -196,11 +203,13 @@ class BestPairs:
 
 
 def _products(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
-    rows = [
-        torch.stack([torch.linalg.vecdot(x.double(), y.double()) for y in right])
-        for x in left
-    ]
+    rows = [torch.stack([_double_dot(x, y) for y in right]) for x in left]
     return torch.stack(rows).cpu().numpy()
+
+
+def _double_dot(x: Tensor, y: Tensor) -> Tensor:
+    pieces = zip(x.split(_PIECE), y.split(_PIECE), strict=True)
+    return torch.stack([torch.dot(a.double(), b.double()) for a, b in pieces]).sum()
 
 
 def _rayleigh_ritz(

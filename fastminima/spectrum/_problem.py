@@ -40,6 +40,7 @@ class Problem:
         asked: Products that a solver asked for: what budgets are about.
         limit: How many it may ask for.
         unit: That power of two.
+        is_rounded: Whether a solver keeps its vectors rounded.
 
     Raises:
         ValueError: The matrix is not square or empty, a product is not finite, or the
@@ -47,7 +48,13 @@ class Problem:
     """
 
     def __init__(
-        self, matrix: Any, seed: int, limit: int = sys.maxsize, spare: int = 0
+        self,
+        matrix: Any,
+        seed: int,
+        limit: int = sys.maxsize,
+        spare: int = 0,
+        *,
+        is_rounded: bool = False,
     ) -> None:
         shape = tuple(matrix.shape)
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
@@ -62,7 +69,7 @@ class Problem:
         self.dtype = accumulation_dtype(dtype)
         self.device = torch.device(getattr(matrix, "device", "cpu"))
         self.asked, self.limit, self._spare = 0, limit, spare
-        self.unit = 1.0
+        self.unit, self.is_rounded = 1.0, is_rounded
         self._power: int | None = None
         # An operator looks at itself, and knows better what rounding may do.
         self._operator = matrix if isinstance(matrix, CurvatureOperator) else None
@@ -94,8 +101,9 @@ class Problem:
 
     @property
     def left(self) -> int:
-        """Products left for finding; halves need `spare` of them for residuals."""
-        return self.limit - self.asked - (self._spare if self.is_half else 0)
+        """Products left for finding; what is rounded needs `spare` for residuals."""
+        is_spared = self.is_half or self.is_rounded
+        return self.limit - self.asked - (self._spare if is_spared else 0)
 
     @property
     def is_half(self) -> bool:

@@ -69,6 +69,8 @@ def batch_sharpness(
     loss: Callable[[Any, Any], Tensor],
     batches: Iterable[Any],
     count: Callable[[Any], int] | None = None,
+    *,
+    process_group: Any = None,
 ) -> Estimate:
     """The mean of g^T H g / |g|^2 over batches, each of its own gradient and Hessian.
 
@@ -82,6 +84,8 @@ def batch_sharpness(
         loss: `loss(model, batch)`, a scalar: the mean over the batch.
         batches: Two or more batches of the size that training takes.
         count: Number of samples of a batch, as for `Hessian`.
+        process_group: The ranks whose batches are meant, as for `Hessian`: all must
+            have as many, each a share of the whole one.
 
     Returns:
         The mean, in the units of an eigenvalue, and its standard error.
@@ -104,7 +108,7 @@ def batch_sharpness(
     products = 0
     noise: Noise | None = None
     for batch in batches:
-        operator = Hessian(model, loss, batch, count)
+        operator = Hessian(model, loss, batch, count, process_group=process_group)
         if noise is not None:  # the loss was seen to have one Hessian
             operator.trust(noise)
         gradient = operator.gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +20,7 @@ __all__ = [
     "ConvergenceWarning",
     "NoiseWarning",
     "check_arguments",
+    "check_basis",
     "check_criterion",
     "top_eigenpairs",
 ]
@@ -36,6 +38,7 @@ def top_eigenpairs(
     *,
     miss: float = 0.002,
     criterion: str = "residual",
+    basis_dtype: torch.dtype | None = None,
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
@@ -69,6 +72,9 @@ def top_eigenpairs(
             be missed lies beyond no value by more than rtol of it either, and of the
             one pair of a cold run nothing more is asked, so that value and `upper` are
             that near.
+        basis_dtype: `torch.bfloat16` keeps all but two vectors of a basis in that: half
+            of its memory, which counts from some ten million parameters. Residuals are
+            those of products then, one more a pair, and some 0.2 % of |H| at least.
 
     Raises:
         ValueError: An argument out of its range, a product that is not finite, or a
@@ -88,10 +94,12 @@ def top_eigenpairs(
     Source: Lanczos (1950); van Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J.
     Matrix Anal. Appl. 22(3), for the probability.
     """
-    problem = Problem(H, seed, max_products, spare=k)
+    is_rounded = basis_dtype is not None and method == "lanczos"
+    problem = Problem(H, seed, max_products, spare=k, is_rounded=is_rounded)
     check_arguments(problem.size, k, which, method, rtol, max_products, miss)
     check_criterion(criterion)
-    goal = Goal(k, which, rtol, miss, criterion)
+    check_basis(basis_dtype, rtol)
+    goal = Goal(k, which, rtol, miss, criterion, basis_dtype)
     first = cold_start(problem) if start is None else warm_start(problem, start)
     if method == "power":
         best = power_pairs(problem, goal, first)
@@ -133,3 +141,17 @@ def check_criterion(criterion: str) -> None:
     """ValueError unless it is one that there is."""
     if criterion not in ("residual", "value"):
         raise ValueError(f"criterion must be 'residual' or 'value', got {criterion!r}.")
+
+
+def check_basis(dtype: torch.dtype | None, rtol: float) -> None:
+    """ValueError for what a basis cannot be kept in, or is too coarse for `rtol`."""
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"basis_dtype must be torch.bfloat16, torch.float32 or None, got {dtype}. "
+            "(The entries of long unit vectors are too small for float16.)"
+        )
+    if dtype is not None and rtol < (least := torch.finfo(dtype).eps / 2):
+        raise ValueError(
+            f"A basis in {dtype} leaves residuals above rtol={rtol:g}. Raise rtol to "
+            f"{least:.1g} at least, or leave out basis_dtype."
+        )

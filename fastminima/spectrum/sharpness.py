@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..curvature import Hessian, LossHessian, Noise
@@ -14,7 +15,7 @@ from ._pairs import BestPairs, Goal
 from ._problem import Problem
 from ._start import cold_start
 from ._warm import Course, followed_pairs
-from .eigenpairs import check_arguments, check_criterion
+from .eigenpairs import check_arguments, check_basis, check_criterion
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
@@ -62,6 +63,8 @@ class SharpnessProbe:
             is multiplied in every third call at the least.
         budget: Products that a warm call may make, at least k + 1. What it does not
             bring within `rtol` the next calls do; `converged` says so, no warning.
+        process_group: The ranks whose batches are meant, as for `Hessian`.
+        basis_dtype: What the basis of cold calls is kept in, as in `top_eigenpairs`.
 
     Raises:
         ValueError: As `Hessian`, `LossHessian` and `top_eigenpairs`, at the call.
@@ -98,6 +101,8 @@ class SharpnessProbe:
         miss: float = 0.002,
         criterion: str = "residual",
         budget: int | None = None,
+        process_group: Any = None,
+        basis_dtype: torch.dtype | None = None,
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
@@ -108,9 +113,11 @@ class SharpnessProbe:
             )
         check_criterion(criterion)
         self._model, self._loss, self._count = model, loss, count
-        self._goal = Goal(k, "largest", rtol, miss, criterion)
+        check_basis(basis_dtype, rtol)
+        self._goal = Goal(k, "largest", rtol, miss, criterion, basis_dtype)
         self._max_products, self._budget = max_products, budget
         self._cold_every, self._seed = cold_every, seed
+        self._process_group = process_group
         self._calls = 0
         self._course = Course()
         self._noise: Noise | None = None
@@ -137,7 +144,13 @@ class SharpnessProbe:
                 "The probe was made without a loss to evaluate on a batch. Pass it to "
                 "SharpnessProbe(model, loss), or losses to this call: loss=losses."
             )
-        operator = Hessian(self._model, self._loss, batch, self._count)
+        operator = Hessian(
+            self._model,
+            self._loss,
+            batch,
+            self._count,
+            process_group=self._process_group,
+        )
         kind = self._kind(batch)
         is_known = kind == self._checked and (kind[1] or batch is self._data)
         if is_known and self._calls % _CHECK_EVERY:
@@ -178,7 +191,13 @@ class SharpnessProbe:
 
     def _of(self, losses: Tensor, scale: float) -> LossHessian:
         is_known = self._checked is not None
-        return LossHessian(self._model, losses, scale=scale, functions_known=is_known)
+        return LossHessian(
+            self._model,
+            losses,
+            scale=scale,
+            functions_known=is_known,
+            process_group=self._process_group,
+        )
 
     def _pairs(self, operator: Hessian | LossHessian) -> Eigenpairs:
         goal, size = self._goal, operator.shape[0]
@@ -202,6 +221,7 @@ class SharpnessProbe:
     def _best(self, problem: Problem, *, is_cold: bool) -> BestPairs:
         if not is_cold:
             return followed_pairs(problem, self._goal, self._course)
+        problem.is_rounded = self._goal.basis_dtype is not None
         start = cold_start(problem)
         return lanczos_pairs(
             problem, self._goal, start, is_cold=True, with_challenger=True
