@@ -117,8 +117,10 @@ class Recorder(abc.ABC):
         self._random.restore()
         for batch, weight in self._batches:
             if self._batches.is_single:
-                self._fresh = self._record(batch, weight), weight
-                yield self._fresh
+                graph = self._record(batch, weight)
+                if self._keeps(graph):
+                    self._fresh = graph, weight
+                yield graph, weight
             else:
                 self._weigh(batch, weight)
                 yield self._record(batch, weight), weight
@@ -133,6 +135,10 @@ class Recorder(abc.ABC):
         self._checks.look_at_reach(graph.reached, roots, self._layout, self._closure)
         self._note(graph, weight)
         return graph
+
+    def _keeps(self, graph: Graph) -> bool:
+        """Whether the graph of a single batch is kept."""
+        return True
 
     def _note(self, graph: Graph, weight: int) -> None:
         # A vector of losses says itself how many samples it has.
@@ -197,7 +203,7 @@ class Recorder(abc.ABC):
         """What a closure returns; ValueError if it makes gradients by itself."""
         with self._rewrites.remembering():
             value = closure(*arguments)
-        if any(p.grad is not None for p in self._model.parameters()):
+        if any(p.is_leaf and p.grad is not None for p in self._model.parameters()):
             raise ValueError(
                 f"{self._closure} calls backward itself: gradients of the parameters "
                 "appeared (they were removed again). Return the loss, and leave its "

@@ -122,7 +122,8 @@ class Shards:
                 torch.zeros(p.shape, dtype=p.dtype, device=local(p).device)
             )
             self._seen.pop(name, None)
-        return held.requires_grad_(p.requires_grad)
+        held.requires_grad_(p.requires_grad)
+        return held
 
     def _reshard(self) -> None:
         """Have every module show its shards."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._flat import FlatLayout
 from ._functions import look_at_given_functions
-from ._graph import Graph, Parts, check_mean, combine, differentiate
+from ._graph import GradientGraph, Parts, check_mean
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
@@ -85,9 +85,8 @@ class LossHessian(FlatMatrix):
             raise ValueError(f"scale must be positive, got {scale}.")
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
-                "The model's parameters are sharded (fully_shard): a step's graph holds "
-                "them only as long as the step does. Pass the batch in place of the "
-                "loss."
+                "The model's parameters are sharded (fully_shard): a step's graph does "
+                "not hold them. Pass the batch in place of the loss."
             )
         self._model, self._scale = model, scale
         self._layout = FlatLayout(model)
@@ -103,7 +102,9 @@ class LossHessian(FlatMatrix):
         others = foreign_leaves(self._roots, self._names)
         self._others = [leaf for leaf in others if leaf.requires_grad]
         with self._bare():
-            self._graph = _Recorded(self._roots, self._layout.parameters, self._others)
+            self._graph = GradientGraph(
+                self._roots, self._layout.parameters, self._others
+            )
         if all(part is None for part in self._graph.reached):
             raise ValueError(
                 f"The loss reaches none of the {len(self._layout.names)} trainable "
@@ -204,27 +205,6 @@ class LossHessian(FlatMatrix):
         if found.functions and not functions_known:
             look_at_given_functions(self._roots, self._names)
         return Noise.of(found, float(self._roots[0].detach()))
-
-
-class _Recorded(Graph):
-    """The gradient of a loss by parameters and other leaves, with its graph."""
-
-    def __init__(
-        self,
-        roots: tuple[Tensor, ...],
-        parameters: tuple[Tensor, ...],
-        others: Sequence[Tensor],
-    ) -> None:
-        self._parameters = parameters
-        one = torch.ones_like(roots[0])
-        self.all_gradients = differentiate(roots, [*parameters, *others], [one])
-        super().__init__(roots, self.all_gradients[: len(parameters)])
-
-    def product(self, parts: list[Tensor]) -> Parts:
-        return combine(self.reached, self._parameters, parts)
-
-    def gradient(self) -> Parts:
-        return self.reached
 
 
 def _refuse_single(roots: Sequence[Tensor], names: dict[int, str]) -> None:
