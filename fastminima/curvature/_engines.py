@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import SavedTensor
 
 from ._graph import Graph
 from ._nodes import nodes_of
@@ -67,10 +66,9 @@ def _saved(node: Any) -> Iterator[Tensor]:
     for name in dir(type(node)):
         if not name.startswith("_raw_saved_"):
             continue
-        raw = getattr(node, name)
+        raw: Any = getattr(node, name)
         for one in raw if isinstance(raw, list | tuple) else [raw]:
-            is_packed = not isinstance(one, SavedTensor) or one.unpack_hook is not None
-            value = None if is_packed else one.data
+            value = one.data if one.unpack_hook is None else None
             if isinstance(value, Tensor) and _has_storage(value):
                 yield value
 

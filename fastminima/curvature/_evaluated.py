@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class ForwardOverReverse(_Evaluated):
         self, roots: tuple[Tensor, ...], duals: Mapping[int, Tensor]
     ) -> None:
         """ValueError where the loss read a parameter and not what stood for it."""
-        own = {dual.grad_fn for dual in duals.values()}
+        own: set[Any] = {dual.grad_fn for dual in duals.values()}
         for node in nodes_of(roots):
             for below, _ in node.next_functions:
                 leaf = getattr(below, "variable", None)
