@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
@@ -63,6 +65,18 @@ class Recorder(abc.ABC):
         self._kept: _Kept | None = None
         self._fresh: tuple[Graph, int] | None = None
         self._rewrites = Rewrites()
+        self._low: torch.dtype | None = None  # what products of matrices are rounded to
+
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The same operator with closures under autocast to a half precision.
+
+        Its products are cheaper where there is hardware for them, and off by some
+        percent: good for finding vectors, not for saying what they are.
+        """
+        twin = copy.copy(self)
+        twin._checks = Checks(type(self).__name__, self._model)
+        twin._kept, twin._low = None, dtype
+        return twin
 
     @abc.abstractmethod
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
@@ -201,7 +215,10 @@ class Recorder(abc.ABC):
 
     def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
         """What a closure returns; ValueError if it makes gradients by itself."""
-        with self._rewrites.remembering():
+        device, dtype = self._layout.device.type, self._low
+        is_low = dtype is not None
+        low = torch.autocast(device, dtype, enabled=is_low)
+        with self._rewrites.remembering(), low if is_low else contextlib.nullcontext():
             value = closure(*arguments)
         if any(p.is_leaf and p.grad is not None for p in self._model.parameters()):
             raise ValueError(

@@ -27,11 +27,17 @@ class NoiseWarning(RuntimeWarning):
 
 
 def finished(
-    problem: Problem, goal: Goal, best: BestPairs, *, is_quiet: bool = False
+    problem: Problem,
+    goal: Goal,
+    best: BestPairs,
+    others: int = 0,
+    *,
+    is_quiet: bool = False,
 ) -> Eigenpairs:
     """The result, its residuals measured where they need be; warns if it must.
 
-    With `is_quiet` it is no surprise that not all is converged.
+    `others` are products that were made of another matrix. With `is_quiet` it is no
+    surprise that not all is converged.
     """
     if _needs_products(problem, goal, best):
         best.measure(problem.multiply)
@@ -47,7 +53,7 @@ def finished(
         vectors=torch.stack(best.vectors),
         residuals=_wrapped([unit * residual for residual in best.residuals], problem),
         errors=_wrapped([unit * error for error in best.errors], problem),
-        products=problem.products,
+        products=problem.products + others,
         converged=best.is_converged,
         upper=unit * best.upper,
         noise=best.noise,

@@ -31,6 +31,7 @@ class Goal(NamedTuple):
         rtol: Tolerance of residuals.
         miss: The probability with which something beyond them may be missed.
         criterion: What is held to `rtol`: a "residual", or the error of a "value".
+        most: The share of a value beyond which nothing may be missed, whatever `rtol`.
         basis_dtype: What vectors of a basis are kept in; None for as they are.
     """
 
@@ -40,6 +41,7 @@ class Goal(NamedTuple):
     miss: float = 0.002
     criterion: str = "residual"
     basis_dtype: torch.dtype | None = None
+    most: float = _MOST
 
     @property
     def is_of_values(self) -> bool:
@@ -65,7 +67,7 @@ class Goal(NamedTuple):
         """By how much what may be missed may lie beyond a value."""
         if self.is_of_values:
             return self.tolerance(value, scale)
-        share = max(self.rtol, min(_SLACK * self.rtol, _MOST))
+        share = max(self.rtol, min(_SLACK * self.rtol, self.most))
         return share / self.rtol * self.tolerance(value, scale)
 
 

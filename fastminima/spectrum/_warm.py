@@ -15,7 +15,7 @@ from ..ops.vector import linear_combinations, project_out
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
 
-__all__ = ["Course", "followed_pairs"]
+__all__ = ["Course", "Space", "followed_pairs", "take"]
 
 _RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
@@ -84,11 +84,11 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     All residuals are those of products. What was missed is not bounded: a few products
     with fresh random numbers cannot say.
     """
-    space, best = _Space(problem, goal), BestPairs(goal)
+    space, best = Space(problem, goal), BestPairs(goal)
     for vector in course.vectors:
         space.add(vector)
     if goal.is_of_values and course.rested < _RESTS:
-        _take(problem, goal, space, best)
+        take(problem, goal, space, best)
         reach = course.reach(goal) / problem.unit
         best.separate([float(rank) - reach for rank in goal.rank(best.values)])
         if best.are_within():
@@ -97,7 +97,7 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
             return best
     space.add(_mixed(problem, course.challenger))
     while True:
-        ritz, residuals = _take(problem, goal, space, best)
+        ritz, residuals = take(problem, goal, space, best)
         worst = _worst(goal, best)
         doubt = _DOUBT if _may_overtake(goal, ritz, residuals) else 0
         needed = goal.k + (1 if goal.is_of_values else _MORE) + doubt
@@ -114,7 +114,7 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     return best
 
 
-def _ahead(space: _Space, ritz: _Ritz) -> list[Tensor]:
+def _ahead(space: Space, ritz: SpaceRitz) -> list[Tensor]:
     """The vectors multiplied once more, by the products that there are.
 
     Shifted half of the way to the other end: then that is not the dominant one.
@@ -123,9 +123,9 @@ def _ahead(space: _Space, ritz: _Ritz) -> list[Tensor]:
     return list((ritz.images - shift * ritz.vectors).unbind())
 
 
-def _take(
-    problem: Problem, goal: Goal, space: _Space, best: BestPairs
-) -> tuple[_Ritz, list[float]]:
+def take(
+    problem: Problem, goal: Goal, space: Space, best: BestPairs
+) -> tuple[SpaceRitz, list[float]]:
     """The Ritz pairs of a space, with one more, and residuals; the best are kept."""
     ritz = space.ritz(goal.k + 1)
     best.scale = space.scale
@@ -155,7 +155,7 @@ def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / size)
 
 
-def _may_overtake(goal: Goal, ritz: _Ritz, residuals: list[float]) -> bool:
+def _may_overtake(goal: Goal, ritz: SpaceRitz, residuals: list[float]) -> bool:
     """Whether an eigenvalue within the runner-up's residual can be a wanted one."""
     if len(residuals) <= goal.k:
         return False
@@ -174,7 +174,7 @@ def _worst(goal: Goal, best: BestPairs) -> int | None:
     return worst if shares[worst] > 1 else None
 
 
-class _Ritz(NamedTuple):
+class SpaceRitz(NamedTuple):
     """Ritz pairs, the most wanted first, with the products of their vectors."""
 
     values: list[float]
@@ -188,7 +188,7 @@ class _Ritz(NamedTuple):
         return column.to(self.vectors)[:, None]
 
 
-class _Space:
+class Space:
     """Orthonormal vectors with their products.
 
     Attributes:
@@ -210,6 +210,14 @@ class _Space:
         """How many vectors there are."""
         return len(self._vectors)
 
+    def vector(self, place: int) -> Tensor:
+        """One of them."""
+        return self._vectors[place]
+
+    def image(self, place: int) -> Tensor:
+        """The product with it."""
+        return self._images[place]
+
     def add(self, vector: Tensor) -> bool:
         """Make a product with what of a vector is new; False if nothing is."""
         before = float(length(vector))
@@ -224,7 +232,7 @@ class _Space:
         self._extend()
         return True
 
-    def ritz(self, count: int) -> _Ritz:
+    def ritz(self, count: int) -> SpaceRitz:
         """The most wanted Ritz pairs."""
         values, coordinates = np.linalg.eigh(self._matrix)
         self.scale, self.least = float(np.abs(values).max()), float(values[0])
@@ -234,7 +242,7 @@ class _Space:
             linear_combinations(rows[0], rows[1:], chosen)
             for rows in (self._vectors, self._images)
         )
-        return _Ritz(values[order].tolist(), vectors, images)
+        return SpaceRitz(values[order].tolist(), vectors, images)
 
     def _extend(self) -> None:
         """One more row and column; what they differ by is noise."""

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Hessian, LossHessian, Noise
+from ._certified import certified_pair
 from ._finish import finished
 from ._lanczos_pairs import lanczos_pairs
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
 from ._start import cold_start
 from ._warm import Course, followed_pairs
-from .eigenpairs import check_arguments, check_basis, check_criterion
+from .eigenpairs import check_arguments, check_basis, check_criterion, check_precision
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
@@ -65,6 +66,8 @@ class SharpnessProbe:
             bring within `rtol` the next calls do; `converged` says so, no warning.
         process_group: The ranks whose batches are meant, as for `Hessian`.
         basis_dtype: What the basis of cold calls is kept in, as in `top_eigenpairs`.
+        precision: "certified" finds with products in bfloat16 in cold calls with a
+            batch, as in `top_eigenpairs`; for k = 1.
 
     Raises:
         ValueError: As `Hessian`, `LossHessian` and `top_eigenpairs`, at the call.
@@ -103,6 +106,7 @@ class SharpnessProbe:
         budget: int | None = None,
         process_group: Any = None,
         basis_dtype: torch.dtype | None = None,
+        precision: str = "exact",
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
@@ -112,11 +116,12 @@ class SharpnessProbe:
                 f"what may overtake, got {budget}."
             )
         check_criterion(criterion)
+        check_precision(precision, k)
         self._model, self._loss, self._count = model, loss, count
         check_basis(basis_dtype, rtol)
         self._goal = Goal(k, "largest", rtol, miss, criterion, basis_dtype)
         self._max_products, self._budget = max_products, budget
-        self._cold_every, self._seed = cold_every, seed
+        self._cold_every, self._seed, self._precision = cold_every, seed, precision
         self._process_group = process_group
         self._calls = 0
         self._course = Course()
@@ -212,15 +217,23 @@ class SharpnessProbe:
             size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
         )
         problem = Problem(operator, self._seed + self._calls, limit, spare=goal.k)
-        best = self._best(problem, is_cold=is_cold)
-        pairs = finished(problem, goal, best, is_quiet=is_limited)
+        rough = None
+        if is_cold and self._precision != "exact" and isinstance(operator, Hessian):
+            rough = Problem(operator.rough(), self._seed + self._calls)
+        best = self._best(problem, rough, is_cold=is_cold)
+        others = 0 if rough is None else rough.products
+        pairs = finished(problem, goal, best, others, is_quiet=is_limited)
         self._course = self._course.after(best, problem.unit)
         self._calls += 1
         return pairs
 
-    def _best(self, problem: Problem, *, is_cold: bool) -> BestPairs:
+    def _best(
+        self, problem: Problem, rough: Problem | None, *, is_cold: bool
+    ) -> BestPairs:
         if not is_cold:
             return followed_pairs(problem, self._goal, self._course)
+        if rough is not None:
+            return certified_pair(problem, rough, self._goal, with_challenger=True)
         problem.is_rounded = self._goal.basis_dtype is not None
         start = cold_start(problem)
         return lanczos_pairs(
