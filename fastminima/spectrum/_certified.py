@@ -6,8 +6,8 @@ from ..curvature._scale import length
 from ._lanczos_pairs import lanczos_pairs
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
+from ._space import Space, take
 from ._start import cold_start
-from ._warm import Space, take
 
 __all__ = ["certified_pair"]
 

@@ -87,7 +87,6 @@ class BestPairs:
         challenger: The product with the best vector that is not wanted, if known.
         following: Products with the vectors, if known.
         runner_up: Its value and residual.
-        has_rested: Whether the challenger was not multiplied this time.
     """
 
     def __init__(self, goal: Goal) -> None:
@@ -102,7 +101,6 @@ class BestPairs:
         self.challenger: Tensor | None = None
         self.following: list[Tensor] = []
         self.runner_up: tuple[float, float] | None = None
-        self.has_rested = False
         self._bound, self._is_bound_of_rest = float("inf"), False
 
     @property

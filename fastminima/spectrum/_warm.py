@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..curvature._scale import dot, length
-from ..ops.vector import linear_combinations, project_out
+from ..curvature._scale import length
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
+from ._space import Ritz, Space, take
 
-__all__ = ["Course", "Space", "followed_pairs", "take"]
+__all__ = ["Course", "followed_pairs"]
 
 _RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
@@ -30,40 +27,43 @@ class Course:
 
     Attributes:
         vectors: Near those of the wanted pairs, of any length; empty before the first.
-        challenger: The product with the best vector that is not wanted, if known.
-        runner_up: Its value and residual, as they were when it was last multiplied.
         values: Of the wanted pairs, at the last matrix.
-        drift: The most that values and the runner-up's moved, a matrix.
+        challenger: The product with the best vector that is not wanted, if known.
+        reach: What no eigenvalue that is not wanted ranks above, as far as is known.
+        drift: The most that values moved, a matrix.
         rested: Matrices since the challenger was multiplied.
     """
 
     vectors: list[Tensor] = field(default_factory=list)
-    challenger: Tensor | None = None
-    runner_up: tuple[float, float] | None = None
     values: list[float] = field(default_factory=list)
+    challenger: Tensor | None = None
+    reach: float = float("inf")
     drift: float = 0.0
     rested: int = 0
 
-    def after(self, best: BestPairs, unit: float) -> Course:
+    def at(self, values: list[float], unit: float) -> Course:
+        """The course at the next matrix, where the wanted values are these."""
+        moves = [abs(unit * a - b) for a, b in zip(values, self.values, strict=False)]
+        drift = max([*moves, _FORGOTTEN * self.drift])
+        reach = self.reach + drift
+        return Course(
+            self.vectors, self.values, self.challenger, reach, drift, self.rested
+        )
+
+    def after(self, goal: Goal, best: BestPairs, unit: float) -> Course:
         """The course once these pairs are known."""
         values = [unit * value for value in best.values]
-        moves = [abs(a - b) for a, b in zip(values, self.values, strict=False)]
-        drift = max([*moves, _FORGOTTEN * self.drift]) if self.values else float("inf")
-        if best.has_rested:
-            runner_up, rested = self.runner_up, self.rested + 1
-        else:
-            runner_up, rested = None, 0
-            if best.runner_up is not None:
-                runner_up = unit * best.runner_up[0], unit * best.runner_up[1]
+        moved = self.at(best.values, unit) if self.values else self
+        reach, rested = moved.reach, self.rested + 1
+        if best.runner_up is not None:
+            value, residual = best.runner_up
+            rank, rested = float(goal.rank([value])[0]), 0
+            # One that is met beyond what was thought: then that was wrong.
+            is_beyond = unit * rank > reach
+            met = unit * (rank + residual)
+            reach = met if is_beyond else min(met, reach)
         following = best.following or best.vectors
-        return Course(following, best.challenger, runner_up, values, drift, rested)
-
-    def reach(self, goal: Goal) -> float:
-        """How far the runner-up may have come, as a rank."""
-        if self.runner_up is None:
-            return float("inf")
-        value, residual = self.runner_up
-        return float(goal.rank([value])[0]) + residual + (self.rested + 1) * self.drift
+        return Course(following, values, best.challenger, reach, moved.drift, rested)
 
 
 def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
@@ -71,15 +71,15 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
 
     The space is that of the known vectors, of the challenger with a random part, and of
     residuals: of the worst wanted pair as long as it is beyond its tolerance, else of
-    the runner-up, once, and twice more if its residual allows it to be a wanted one.
-    What is followed next are the products with the vectors and with the runner-up, so
-    that they are further multiplied from one matrix to the next without products of
-    their own.
+    the runner-up, once, and twice more if it may be a wanted one, as far as its
+    residual tells. What is followed next are the products with the vectors and with the
+    runner-up, so that they are further multiplied from one matrix to the next without
+    products of their own.
 
-    If errors of values count, the wanted vectors are multiplied alone where they are
-    within their tolerance by residual^2 / gap, the gap being that to what the
-    runner-up may have come to since it was met, as fast as values were seen to move;
-    twice in a row at the most.
+    If errors of values count, an error is residual^2 / gap, the gap being that to what
+    the runner-up can have come to since it was met, as fast as values were seen to
+    move; and nothing is multiplied beside the wanted vectors where they are within
+    their tolerance by that, twice in a row at the most.
 
     All residuals are those of products. What was missed is not bounded: a few products
     with fresh random numbers cannot say.
@@ -87,20 +87,23 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     space, best = Space(problem, goal), BestPairs(goal)
     for vector in course.vectors:
         space.add(vector)
-    if goal.is_of_values and course.rested < _RESTS:
+    if goal.is_of_values:
         take(problem, goal, space, best)
-        reach = course.reach(goal) / problem.unit
-        best.separate([float(rank) - reach for rank in goal.rank(best.values)])
-        if best.are_within():
-            best.challenger, best.has_rested = course.challenger, True
+        course = course.at(best.values, problem.unit)
+        _separate(goal, best, course.reach / problem.unit)
+        if course.rested < _RESTS and best.are_within():
+            best.challenger = course.challenger
             best.following = _ahead(space, space.ritz(goal.k))
             return best
     space.add(_mixed(problem, course.challenger))
     while True:
         ritz, residuals = take(problem, goal, space, best)
+        reach = _reach(goal, ritz, residuals, course.reach / problem.unit)
+        _separate(goal, best, reach)
         worst = _worst(goal, best)
-        doubt = _DOUBT if _may_overtake(goal, ritz, residuals) else 0
-        needed = goal.k + (1 if goal.is_of_values else _MORE) + doubt
+        may_overtake = reach > goal.rank(best.values)[-1]
+        needed = goal.k + (1 if goal.is_of_values else _MORE)
+        needed += _DOUBT if may_overtake and len(residuals) > goal.k else 0
         is_enough = worst is None and space.size >= needed
         lead = len(residuals) - 1 if worst is None else worst
         errors = ritz.images - ritz.vectors * ritz.column
@@ -114,34 +117,30 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     return best
 
 
-def _ahead(space: Space, ritz: SpaceRitz) -> list[Tensor]:
+def _reach(goal: Goal, ritz: Ritz, residuals: list[float], known: float) -> float:
+    """What the rest of the spectrum ranks no higher than, as far as is known.
+
+    By the runner-up and its residual; if errors of values count, also by what was known
+    before, unless the runner-up is beyond it.
+    """
+    if len(residuals) <= goal.k:
+        return known if goal.is_of_values else float("inf")
+    rank = float(goal.rank(ritz.values)[-1])
+    met = rank + residuals[-1]
+    return min(met, known) if goal.is_of_values and rank <= known else met
+
+
+def _separate(goal: Goal, best: BestPairs, reach: float) -> None:
+    best.separate([float(rank) - reach for rank in goal.rank(best.values)])
+
+
+def _ahead(space: Space, ritz: Ritz) -> list[Tensor]:
     """The vectors multiplied once more, by the products that there are.
 
     Shifted half of the way to the other end: then that is not the dominant one.
     """
     shift = min(space.least, 0.0) / 2
     return list((ritz.images - shift * ritz.vectors).unbind())
-
-
-def take(
-    problem: Problem, goal: Goal, space: Space, best: BestPairs
-) -> tuple[SpaceRitz, list[float]]:
-    """The Ritz pairs of a space, with one more, and residuals; the best are kept."""
-    ritz = space.ritz(goal.k + 1)
-    best.scale = space.scale
-    best.add_noise(space.gap, space.size)
-    problem.refuse_noise(best.noise)
-    errors = ritz.images - ritz.vectors * ritz.column
-    residuals = torch.stack([length(error) for error in errors]).tolist()
-    best.values, best.residuals = ritz.values[: goal.k], residuals[: goal.k]
-    best.vectors = list(ritz.vectors[: goal.k].unbind())
-    best.is_sure = True
-    # Sums of products are products, but for what a half precision rounds.
-    best.is_measured = not problem.is_half
-    if len(residuals) > goal.k:
-        reach = float(goal.rank(ritz.values)[-1]) + residuals[-1]
-        best.separate([float(rank) - reach for rank in goal.rank(best.values)])
-    return ritz, residuals
 
 
 def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
@@ -155,14 +154,6 @@ def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / size)
 
 
-def _may_overtake(goal: Goal, ritz: SpaceRitz, residuals: list[float]) -> bool:
-    """Whether an eigenvalue within the runner-up's residual can be a wanted one."""
-    if len(residuals) <= goal.k:
-        return False
-    last, runner_up = goal.rank(ritz.values)[-2:]
-    return bool(runner_up + residuals[-1] > last)
-
-
 def _worst(goal: Goal, best: BestPairs) -> int | None:
     """Which wanted pair is furthest beyond its tolerance; None if all are within."""
     met = best.errors if goal.is_of_values else best.residuals
@@ -172,90 +163,3 @@ def _worst(goal: Goal, best: BestPairs) -> int | None:
     ]
     worst = int(np.argmax(shares))
     return worst if shares[worst] > 1 else None
-
-
-class SpaceRitz(NamedTuple):
-    """Ritz pairs, the most wanted first, with the products of their vectors."""
-
-    values: list[float]
-    vectors: Float[Tensor, "k params"]
-    images: Float[Tensor, "k params"]
-
-    @property
-    def column(self) -> Tensor:
-        """The values, to be multiplied with the rows of vectors."""
-        column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
-        return column.to(self.vectors)[:, None]
-
-
-class Space:
-    """Orthonormal vectors with their products.
-
-    Attributes:
-        scale: An estimate of |A|, from below.
-        least: The smallest Ritz value.
-        gap: The largest |<A u, v> - <u, A v>| met.
-    """
-
-    def __init__(self, problem: Problem, goal: Goal) -> None:
-        self._problem, self._goal = problem, goal
-        self._vectors: list[Tensor] = []
-        self._images: list[Tensor] = []
-        self._matrix = np.zeros((0, 0))
-        self.gap = 0.0
-        self.scale, self.least = 0.0, 0.0
-
-    @property
-    def size(self) -> int:
-        """How many vectors there are."""
-        return len(self._vectors)
-
-    def vector(self, place: int) -> Tensor:
-        """One of them."""
-        return self._vectors[place]
-
-    def image(self, place: int) -> Tensor:
-        """The product with it."""
-        return self._images[place]
-
-    def add(self, vector: Tensor) -> bool:
-        """Make a product with what of a vector is new; False if nothing is."""
-        before = float(length(vector))
-        vector = vector.clone()
-        for _ in range(2):
-            project_out(vector, self._vectors)
-        left = float(length(vector))
-        if not left > 100 * torch.finfo(vector.dtype).eps * before:
-            return False
-        self._vectors.append(vector.div_(left))
-        self._images.append(self._problem.multiply(vector))
-        self._extend()
-        return True
-
-    def ritz(self, count: int) -> SpaceRitz:
-        """The most wanted Ritz pairs."""
-        values, coordinates = np.linalg.eigh(self._matrix)
-        self.scale, self.least = float(np.abs(values).max()), float(values[0])
-        order = self._goal.order(values)[:count]
-        chosen = torch.from_numpy(np.ascontiguousarray(coordinates[:, order]))
-        vectors, images = (
-            linear_combinations(rows[0], rows[1:], chosen)
-            for rows in (self._vectors, self._images)
-        )
-        return SpaceRitz(values[order].tolist(), vectors, images)
-
-    def _extend(self) -> None:
-        """One more row and column; what they differ by is noise."""
-        vector, image = self._vectors[-1], self._images[-1]
-        dots = [dot(v, image) for v in self._vectors]
-        dots += [dot(vector, i) for i in self._images]
-        numbers = torch.stack(dots).cpu().numpy()
-        if not np.isfinite(numbers).all():
-            raise ValueError(
-                f"Product {self._problem.products} with the matrix is not finite. "
-                "Check the parameters and the batch."
-            )
-        column, row = np.split(numbers, 2)
-        self.gap = max(self.gap, float(np.abs(row - column).max()))
-        self._matrix = np.pad(self._matrix, (0, 1))
-        self._matrix[:, -1] = self._matrix[-1, :] = (row + column) / 2
