@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Ranks:
         self._dist = dist
         self.group, self.size = group, dist.get_world_size(group)
         # By what weights are divided, so that sums do not grow with them: the same on
-        # all ranks.
+        # all ranks, and a power of two, so that the bits of a product do not change.
         self._unit = self._unit_before = 1.0
 
     @contextlib.contextmanager
@@ -102,9 +103,7 @@ class Ranks:
                 self._dist.all_reduce(message, group=self.group)
                 self._explain(error)
 
-    def mean(
-        self, vectors: Sequence[Tensor], said: Said
-    ) -> tuple[list[Tensor], Said]:
+    def mean(self, vectors: Sequence[Tensor], said: Said) -> tuple[list[Tensor], Said]:
         """The mean of the ranks' vectors by their weights, and what they all say.
 
         Vectors are used up.
@@ -138,7 +137,8 @@ class Ranks:
         if trouble:
             self._explain(None)
         joint = self._read(sums)
-        self._unit_before, self._unit = self._unit, joint.weight
+        self._unit_before = self._unit
+        self._unit = 2.0 ** math.frexp(joint.weight)[1]
         whole = list(message[:length].split(len(like)))
         return whole, message[length + _HEAD :], joint
 
@@ -232,8 +232,8 @@ def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
     groups = {id(m.process_group): m.process_group for m in _replicas(model)}
     if len(groups) > 1:
         raise ValueError(
-            f"The model has parts in {len(groups)} process groups. Pass process_group=, "
-            'such as "world".'
+            f"The model has parts in {len(groups)} process groups. Pass "
+            'process_group=, such as "world".'
         )
     return Ranks(*groups.values()) if groups else None
 
@@ -293,7 +293,5 @@ class _Plain:
             from torch.utils._pytree import tree_map_only
 
             device = self._device
-            args, kwargs = tree_map_only(
-                Tensor, lambda t: t.to(device), (args, kwargs)
-            )
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         return self._inner(*args, **kwargs)

@@ -103,7 +103,9 @@ class Recorder(abc.ABC):
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
         """Where the model has whole parameters, if ranks hold shards of them."""
-        return contextlib.nullcontext() if self._shards is None else self._shards.whole()
+        return (
+            contextlib.nullcontext() if self._shards is None else self._shards.whole()
+        )
 
     def _recordings(self) -> Iterator[tuple[Any, int]]:
         self._checks.start_pass()

@@ -185,9 +185,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes of all sharded parameters, each seen to be readable."""
-    theirs = {
-        id(p) for module in _sharded_modules(model) for p in module.parameters()
-    }
+    theirs = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
     meshes = {}
     for name, p in model.named_parameters():
         if not is_sharded(p):
