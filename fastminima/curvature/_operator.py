@@ -64,7 +64,7 @@ class CurvatureOperator(JointRecorder, Algebra):
 
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""
-        self._check(vector)
+        self._check_vectors(vector)
         return self._layout.named(vector)
 
     def __matmul__(
@@ -197,6 +197,13 @@ class CurvatureOperator(JointRecorder, Algebra):
         return self._checks.has_moved(versions, is_other=is_other)
 
     def _check(self, other: Tensor) -> None:
+        try:
+            self._check_vectors(other)
+        except ValueError as error:
+            is_matrix = isinstance(other, Tensor) and other.dim() == 2
+            self._raise_on_all(error, other.shape[1] if is_matrix else 1)
+
+    def _check_vectors(self, other: Tensor) -> None:
         size, name = self.shape[0], type(self).__name__
         if not isinstance(other, Tensor):
             raise ValueError(

@@ -169,6 +169,30 @@ def frozen_parameters_and_critical_sharpness():
 
 
 @check
+def preconditioned_by_a_sharded_optimizer():
+    model, copy, batch, own = sharded("mlp")
+    tops = []
+    for m, data in ((model, batch), (copy, own)):
+        optimizer = torch.optim.Adam(m.parameters(), lr=1e-2)
+        cases.loss(m, batch).backward()
+        optimizer.step()
+        P = fm.Hessian(m, cases.loss, data).preconditioned(
+            fm.preconditioner(m, optimizer)
+        )
+        tops.append(fm.top_eigenpairs(P).values)
+    torch.testing.assert_close(*tops, rtol=1e-6, atol=1e-9)
+
+
+@check
+def a_mesh_of_two_dimensions():
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+        model, copy, batch, own = sharded("mlp", mesh=mesh)
+        H, J = fm.Hessian(model, cases.loss, batch), fm.Hessian(copy, cases.loss, own)
+        assert_near(J @ vectors(H), H @ vectors(H))
+
+
+@check
 def other_shardings_are_refused():
     model, batch = cases.make("mlp")
     mesh = init_device_mesh("cpu", (2,))

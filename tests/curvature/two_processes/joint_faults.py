@@ -25,6 +25,22 @@ def other_vectors_are_refused():
 
 
 @check
+def a_wrong_vector_on_one_rank():
+    _, wrapped, _, own = replicated("mlp")
+    for J in operators(wrapped, own).values():
+        v = vectors(J)
+        words = ("Pass",) if rank() == 1 else ("Rank 1", "Pass")
+        for wrong in (v[1:], v.float(), "a vector"):
+            other = wrong if rank() == 1 else v
+            raised(lambda J=J, other=other: J @ other, ValueError, *words)
+        J @ v
+        other = torch.stack([v, v], 1)
+        other = other[1:] if rank() == 1 else other
+        raised(lambda J=J, other=other: J @ other, ValueError, *words)
+        J @ v
+
+
+@check
 def other_parameters_are_refused():
     _, wrapped, _, own = replicated("mlp")
     J = fm.Hessian(wrapped, cases.loss, own)
