@@ -7,8 +7,10 @@ from .curvature import (
     GaussNewton,
     GradientCovariance,
     Hessian,
+    LossHessian,
     critical_sharpness,
     preconditioner,
+    twice_differentiable,
 )
 from .quantities import ThreeFactors, noise_scale, three_factors
 from .spectrum import (
@@ -39,6 +41,7 @@ __all__ = [
     "GradientProbe",
     "GradientStatistics",
     "Hessian",
+    "LossHessian",
     "MinibatchVariance",
     "SharpnessProbe",
     "ThreeFactors",
@@ -57,4 +60,5 @@ __all__ = [
     "three_factors",
     "top_eigenpairs",
     "trace",
+    "twice_differentiable",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._guard import moved
 from ._nodes import nodes_of, place_of
 
-__all__ = ["look_at_functions"]
+__all__ = ["look_at_functions", "look_at_given_functions"]
 
 Evaluate = Callable[[], tuple[Tensor, ...]]
 Outputs = list[Tensor | None]
@@ -61,6 +61,36 @@ def look_at_functions(
                     "operations on ctx.saved_tensors (no detach(), no_grad(), NumPy "
                     "or kernels), or use PyTorch's own operations in its place."
                 )
+
+
+def look_at_given_functions(roots: Sequence[Tensor], names: Mapping[int, str]) -> None:
+    """ValueError for a function in Python that may have no second derivative.
+
+    As `look_at_functions`, of the one graph there is. Whether a backward without a
+    graph to the function's inputs depends on them takes another point to tell.
+    """
+    found = [
+        node for node in _functions(roots) if not _module(node).startswith("torch.")
+    ]
+    for node in found:
+        linked = [part for part in _run(node, is_graph=True) if part is not None]
+        fixed = [part for part in _run(node, is_graph=False) if part is not None]
+        if any(bool(part.any()) and not part.requires_grad for part in linked):
+            fault = "returns values without a graph, which would count as constant"
+        elif linked and not any(part.requires_grad for part in fixed):
+            fault = "has no graph to the function's inputs; whether it depends on them "
+            fault += "cannot be told from one graph"
+        else:
+            continue
+        raise ValueError(
+            f"{node.name()} ({place_of(node, names)}) is a function in Python whose "
+            f"backward {fault}. Call the probe with a batch once, which looks at "
+            "such functions, before it is given losses."
+        )
+
+
+def _module(node: Any) -> str:
+    return node._forward_cls.__module__
 
 
 def _fault(

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Graph", "Parts", "check_graph", "check_mean", "combine", "differentiate"]
+__all__ = [
+    "GradientGraph",
+    "Graph",
+    "Parts",
+    "check_graph",
+    "check_mean",
+    "combine",
+    "differentiate",
+]
 
 Parts = Sequence[Tensor | None]
 
@@ -33,6 +41,35 @@ class Graph(abc.ABC):
     @abc.abstractmethod
     def gradient(self) -> Parts:
         """The gradient of the loss."""
+
+
+class GradientGraph(Graph):
+    """A gradient that can be differentiated again, any number of times.
+
+    Args:
+        roots: The loss.
+        parameters: What the matrix is about.
+        others: Further leaves to make gradients by.
+    """
+
+    def __init__(
+        self,
+        roots: tuple[Tensor, ...],
+        parameters: Sequence[Tensor],
+        others: Sequence[Tensor] = (),
+    ) -> None:
+        self._parameters = parameters
+        one = torch.ones_like(roots[0])
+        self.all_gradients = differentiate(roots, [*parameters, *others], [one])
+        super().__init__(roots, self.all_gradients[: len(parameters)])
+
+    def product(self, parts: list[Tensor]) -> Parts:
+        """The product with a vector, in parts."""
+        return combine(self.reached, self._parameters, parts)
+
+    def gradient(self) -> Parts:
+        """The gradient, with its graph."""
+        return self.reached
 
 
 def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
@@ -91,16 +128,17 @@ def differentiate(
     weights: Sequence[Tensor],
     *,
     create_graph: bool = True,
+    keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of sum_i <outputs_i, weights_i>, keeping the graph.
+    """`torch.autograd.grad` of sum_i <outputs_i, weights_i>.
 
     That function is itself one that function modes intercept, and are switched off in:
     a checkpointed region would be computed again without `Rewrites`.
     """
-    return torch.autograd.Variable._execution_engine.run_backward(
+    return torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(weights),
-        True,  # keep the graph
+        keep_graph,
         create_graph,
         tuple(inputs),
         allow_unreachable=True,

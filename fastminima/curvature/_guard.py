@@ -14,7 +14,14 @@ from ._random import RandomState
 from ._rewrites import Rewrites
 from ._same import same
 
-__all__ = ["differentiable", "moved", "parameters_kept", "unchanged"]
+__all__ = [
+    "differentiable",
+    "gradient_hooks_off",
+    "moved",
+    "parameters_kept",
+    "second_derivatives",
+    "unchanged",
+]
 
 # A module's hooks on gradients; they would be applied to second derivatives as well.
 _GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -58,7 +65,7 @@ def unchanged(model: nn.Module, random: RandomState) -> Iterator[None]:
 
 
 def _gradient_hooks(
-    modules: list[nn.Module], parameters: list[nn.Parameter]
+    modules: Sequence[nn.Module], parameters: Sequence[Tensor]
 ) -> list[tuple[dict, dict]]:
     """Dictionaries of hooks on gradients, each with its contents."""
     live = [p._backward_hooks for p in parameters]
@@ -139,17 +146,39 @@ def differentiable(device: torch.device) -> Iterator[Rewrites]:
     compiled regions run eagerly; an autocast around the call does not reach inside (one
     inside the closure does).
     """
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(second_derivatives())
+        yield stack.enter_context(Rewrites())
+
+
+@contextlib.contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Attention in its plain form, compiled regions eager."""
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        rewrites = stack.enter_context(Rewrites())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            yield rewrites
+            yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+@contextlib.contextmanager
+def gradient_hooks_off(model: nn.Module, others: Sequence[Tensor]) -> Iterator[None]:
+    """Within, hooks on gradients of modules, parameters and other leaves are off."""
+    leaves = [*model.parameters(), *others]
+    hooks = _gradient_hooks(list(model.modules()), leaves)
+    try:
+        for live, _ in hooks:
+            live.clear()
+        yield
+    finally:
+        for live, kept in hooks:
+            live.clear()
+            live.update(kept)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ._guard import moved
 from ._joint import JointRecorder
+from ._matrix import FlatMatrix
 from ._trust import Noise, Suspicion, difference
-from .derived import Algebra
 
 __all__ = ["CurvatureOperator"]
 
@@ -19,7 +19,7 @@ _MOVES = 4  # of the parameters, before an operator is said not to be symmetric
 _MANY = 8  # columns, beside which products with two more cost little
 
 
-class CurvatureOperator(JointRecorder, Algebra):
+class CurvatureOperator(JointRecorder, FlatMatrix):
     """A symmetric matrix [P, P] over the flat parameters, known by its products.
 
     The graph of a single batch is recorded once and kept until the operator goes or
@@ -33,39 +33,9 @@ class CurvatureOperator(JointRecorder, Algebra):
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(P, P), P the number of trainable scalars."""
-        return (self._layout.size, self._layout.size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What vectors must have; float32 for half-precision models."""
-        return self._layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors must be."""
-        return self._layout.device
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the parameters, in the order of the flat vector."""
-        return self._layout.names
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many numbers each of them has."""
-        return self._layout.sizes
-
-    @property
     def extra_products(self) -> int:
         """Products made so far to compare evaluations, beside those asked for."""
         return self._checks.products
-
-    def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
-        """A flat vector as tensors shaped like the parameters, by name."""
-        self._check_vectors(vector)
-        return self._layout.named(vector)
 
     def __matmul__(
         self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
@@ -198,25 +168,7 @@ class CurvatureOperator(JointRecorder, Algebra):
 
     def _check(self, other: Tensor) -> None:
         try:
-            self._check_vectors(other)
+            super()._check(other)
         except ValueError as error:
             is_matrix = isinstance(other, Tensor) and other.dim() == 2
             self._raise_on_all(error, other.shape[1] if is_matrix else 1)
-
-    def _check_vectors(self, other: Tensor) -> None:
-        size, name = self.shape[0], type(self).__name__
-        if not isinstance(other, Tensor):
-            raise ValueError(
-                f"{name} multiplies tensors, got {type(other).__name__}. Pass "
-                "torch.as_tensor(v)."
-            )
-        if other.dim() not in (1, 2) or other.shape[0] != size:
-            raise ValueError(
-                f"{name} of shape {self.shape} cannot multiply a tensor of shape "
-                f"{tuple(other.shape)}. Pass a vector [{size}] or a matrix [{size}, k]."
-            )
-        if other.dtype != self.dtype or other.device != self.device:
-            raise ValueError(
-                f"{name} multiplies {self.dtype} on {self.device}, got {other.dtype} "
-                f"on {other.device}. Pass v.to({str(self.device)!r}, {self.dtype})."
-            )

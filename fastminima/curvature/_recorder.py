@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
@@ -63,6 +65,18 @@ class Recorder(abc.ABC):
         self._kept: _Kept | None = None
         self._fresh: tuple[Graph, int] | None = None
         self._rewrites = Rewrites()
+        self._low: torch.dtype | None = None  # what products of matrices are rounded to
+
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The same operator with closures under autocast to a half precision.
+
+        Its products are cheaper where there is hardware for them, and off by some
+        percent: good for finding vectors, not for saying what they are.
+        """
+        twin = copy.copy(self)
+        twin._checks = Checks(type(self).__name__, self._model)
+        twin._kept, twin._low = None, dtype
+        return twin
 
     @abc.abstractmethod
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
@@ -117,8 +131,10 @@ class Recorder(abc.ABC):
         self._random.restore()
         for batch, weight in self._batches:
             if self._batches.is_single:
-                self._fresh = self._record(batch, weight), weight
-                yield self._fresh
+                graph = self._record(batch, weight)
+                if self._keeps(graph):
+                    self._fresh = graph, weight
+                yield graph, weight
             else:
                 self._weigh(batch, weight)
                 yield self._record(batch, weight), weight
@@ -133,6 +149,10 @@ class Recorder(abc.ABC):
         self._checks.look_at_reach(graph.reached, roots, self._layout, self._closure)
         self._note(graph, weight)
         return graph
+
+    def _keeps(self, graph: Graph) -> bool:
+        """Whether the graph of a single batch is kept."""
+        return True
 
     def _note(self, graph: Graph, weight: int) -> None:
         # A vector of losses says itself how many samples it has.
@@ -195,9 +215,12 @@ class Recorder(abc.ABC):
 
     def _ask(self, closure: Callable[..., Any], *arguments: Any) -> Any:
         """What a closure returns; ValueError if it makes gradients by itself."""
-        with self._rewrites.remembering():
+        device, dtype = self._layout.device.type, self._low
+        is_low = dtype is not None
+        low = torch.autocast(device, dtype, enabled=is_low)
+        with self._rewrites.remembering(), low if is_low else contextlib.nullcontext():
             value = closure(*arguments)
-        if any(p.grad is not None for p in self._model.parameters()):
+        if any(p.is_leaf and p.grad is not None for p in self._model.parameters()):
             raise ValueError(
                 f"{self._closure} calls backward itself: gradients of the parameters "
                 "appeared (they were removed again). Return the loss, and leave its "

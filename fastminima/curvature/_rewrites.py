@@ -25,10 +25,14 @@ class Rewrites(TorchFunctionMode):
       weight is another tensor, which takes the place of the weight from there on; the
       gradient goes to the weight unchanged, as it does outside.
     - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
+
+    Args:
+        is_training: In a training step rows are rescaled as ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_training: bool = False) -> None:
         super().__init__()
+        self._is_training = is_training
         self._rescaled: dict[int, tuple[Tensor, Tensor]] = {}
         self._remembers = False
 
@@ -56,7 +60,8 @@ class Rewrites(TorchFunctionMode):
             kwargs = {name: self._now(value) for name, value in kwargs.items()}
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        if func is F.embedding or func is F.embedding_bag:
+        is_embedding = func is F.embedding or func is F.embedding_bag
+        if is_embedding and not self._is_training:
             return self._embedding(func, *args, **kwargs)
         if func in _RECURRENT:
             with torch.backends.cudnn.flags(enabled=False):

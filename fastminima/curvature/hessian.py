@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ._graph import Graph, Parts, check_mean, combine, differentiate
+from ._engines import EVALUATING, check_engine, chosen_engine
+from ._evaluated import FiniteDifferences, ForwardOverReverse
+from ._graph import GradientGraph, Graph, check_mean
 from ._mean import MeanOperator
+from ._random import RandomState
+from ._trust import Suspicion
 
 __all__ = ["Hessian"]
 
@@ -33,6 +37,15 @@ class Hessian(MeanOperator):
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
         count: Number of samples of a batch; the leading size of its tensors if None.
+        engine: How products are made, "auto" for the first of two that has room:
+            "cached", the graph of the gradient is kept and differentiated; "recompute",
+            it is recorded for each product; "forward_over_reverse", the loss is
+            evaluated with tangents and no graph of a gradient is made, which takes the
+            least memory; "finite_differences" of gradients, to repeat what was done so:
+            wrong near kinks, and not looked at for symmetry.
+        memory: Bytes that a kept graph may take; as many as are free beside it if None.
+        step: Of finite differences: the length of the displacement over that of the
+            parameters; the cube root of the machine precision if None.
         process_group: The ranks that have the data between them: "world" or a group.
             If None, those that train the model together under `DistributedDataParallel`
             or `fully_shard`, else this one alone. All must ask for the same products.
@@ -65,9 +78,20 @@ class Hessian(MeanOperator):
         count: Callable[[Any], int] | None = None,
         *,
         process_group: Any = None,
+        engine: str = "auto",
+        memory: int | None = None,
+        step: float | None = None,
     ) -> None:
+        check_engine(engine, memory, step)
         super().__init__(model, (loss,), data, count, process_group)
-        self._loss = loss
+        self._loss, self._memory, self._step = loss, memory, step
+        self._asked = self._engine = engine
+        self._evaluated_again: Callable[[], tuple[Tensor, ...]] | None = None
+
+    @property
+    def engine(self) -> str:
+        """How products are made; "auto" as long as none has been."""
+        return self._engine
 
     @property
     def _first_order(self) -> int:
@@ -76,23 +100,30 @@ class Hessian(MeanOperator):
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
         return (check_mean(self._ask(self._loss, self._model, batch)),)
 
+    def _record(self, batch: Any, weight: int) -> Graph:
+        if self._engine in EVALUATING:
+            state = self._generators()
+            self._evaluated_again = functools.partial(self._again, batch, state)
+        return super()._record(batch, weight)
+
+    def _again(self, batch: Any, state: RandomState) -> tuple[Tensor, ...]:
+        state.restore()
+        return self._evaluate(batch)
+
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
-        return _GradientGraph(roots, self._layout.parameters)
+        parameters, again = self._layout.parameters, self._evaluated_again
+        if self._engine == "forward_over_reverse" and again is not None:
+            return ForwardOverReverse(roots, parameters, self._model, again)
+        if self._engine == "finite_differences" and again is not None:
+            return FiniteDifferences(roots, parameters, again, self._step)
+        return GradientGraph(roots, parameters)
 
+    def _keeps(self, graph: Graph) -> bool:
+        if self._engine == "auto":
+            self._engine = chosen_engine(graph, self._memory)
+        return self._engine != "recompute"
 
-class _GradientGraph(Graph):
-    """A gradient that can be differentiated again, any number of times."""
-
-    def __init__(
-        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
-    ) -> None:
-        self._parameters = parameters
-        one = torch.ones_like(roots[0])
-        self._gradient = differentiate(roots, parameters, [one])
-        super().__init__(roots, self._gradient)
-
-    def product(self, parts: list[Tensor]) -> Parts:
-        return combine(self._gradient, self._parameters, parts)
-
-    def gradient(self) -> Parts:
-        return self._gradient
+    def _judge(self, suspicion: Suspicion | None) -> None:
+        # Between kinks, differences of gradients are no symmetric matrix.
+        if self._engine != "finite_differences":
+            super()._judge(suspicion)

@@ -26,22 +26,34 @@ class NoiseWarning(RuntimeWarning):
     """Products are less symmetric than rounding explains."""
 
 
-def finished(problem: Problem, goal: Goal, best: BestPairs) -> Eigenpairs:
-    """The result, its residuals measured where they need be; warns if it must."""
+def finished(
+    problem: Problem,
+    goal: Goal,
+    best: BestPairs,
+    others: int = 0,
+    *,
+    is_quiet: bool = False,
+) -> Eigenpairs:
+    """The result, its residuals measured where they need be; warns if it must.
+
+    `others` are products that were made of another matrix. With `is_quiet` it is no
+    surprise that not all is converged.
+    """
     if _needs_products(problem, goal, best):
         best.measure(problem.multiply)
     elif problem.is_rounded and goal.basis_dtype and not best.is_measured:
         best.loosen(torch.finfo(goal.basis_dtype).eps * best.scale)
     if best.noise > problem.allowed_noise:
         warnings.warn(_noise_text(problem, best), NoiseWarning, stacklevel=3)
-    if not best.is_converged:
+    if not best.is_converged and not is_quiet:
         warnings.warn(_text(problem, goal, best), ConvergenceWarning, stacklevel=3)
     unit = problem.unit
     return Eigenpairs(
         values=_wrapped([unit * value for value in best.values], problem),
         vectors=torch.stack(best.vectors),
         residuals=_wrapped([unit * residual for residual in best.residuals], problem),
-        products=problem.products,
+        errors=_wrapped([unit * error for error in best.errors], problem),
+        products=problem.products + others,
         converged=best.is_converged,
         upper=unit * best.upper,
         noise=best.noise,

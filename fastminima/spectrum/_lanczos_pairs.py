@@ -102,12 +102,16 @@ class _Search:
             ritz = self._advance()
             wanted = self._goal.order(ritz.values)[: self._missing]
             is_done = self._is_over or self._all_within(ritz, wanted)
+            is_value = self._goal.is_of_values and self._goal.which != "magnitude"
             if is_alone and miss < 1 and (is_done or self._is_nearly(ritz, wanted[0])):
                 rank = self._beyond(ritz, miss)
                 is_near, is_worth = self._progress(rank, float(ritz.values[wanted[0]]))
                 self._best.bound(rank, is_of_rest=False)
                 self._best.is_sure = is_near or self._run.is_exhausted
-                is_done &= self._is_over or (is_near and not is_worth)
+                if is_value:  # what bounds the value is all that counts
+                    is_done = self._is_over or is_near
+                else:
+                    is_done &= self._is_over or (is_near and not is_worth)
             if is_done:
                 self._take(ritz, wanted, is_alone=is_alone)
                 return
@@ -139,8 +143,10 @@ class _Search:
         ritz = self._ritz
         if ritz is None or len(ritz.values) <= place:
             return
-        image = self._run.images(ritz, self._goal.order(ritz.values)[[place]])[0]
-        self._best.challenger = image
+        index = self._goal.order(ritz.values)[[place]]
+        self._best.challenger = self._run.images(ritz, index)[0]
+        value, residual = float(ritz.values[index[0]]), float(ritz.residuals[index[0]])
+        self._best.runner_up = value, residual
 
     @property
     def _is_out(self) -> bool:

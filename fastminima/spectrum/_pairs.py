@@ -30,6 +30,8 @@ class Goal(NamedTuple):
         which: "largest", "smallest" or "magnitude".
         rtol: Tolerance of residuals.
         miss: The probability with which something beyond them may be missed.
+        criterion: What is held to `rtol`: a "residual", or the error of a "value".
+        most: The share of a value beyond which nothing may be missed, whatever `rtol`.
         basis_dtype: What vectors of a basis are kept in; None for as they are.
     """
 
@@ -37,7 +39,14 @@ class Goal(NamedTuple):
     which: str
     rtol: float
     miss: float = 0.002
+    criterion: str = "residual"
     basis_dtype: torch.dtype | None = None
+    most: float = _MOST
+
+    @property
+    def is_of_values(self) -> bool:
+        """Whether errors of values count, and not residuals."""
+        return self.criterion == "value"
 
     def rank(self, values: np.ndarray | list[float]) -> np.ndarray:
         """Larger for what is wanted more."""
@@ -51,12 +60,14 @@ class Goal(NamedTuple):
         return np.argsort(-self.rank(values), kind="stable")
 
     def tolerance(self, value: float, scale: float) -> float:
-        """The residual that a value may have; `scale` estimates the norm."""
+        """The residual or error that a value may have; `scale` estimates the norm."""
         return self.rtol * max(abs(value), 1e-3 * scale)
 
     def slack(self, value: float, scale: float) -> float:
         """By how much what may be missed may lie beyond a value."""
-        share = max(self.rtol, min(_SLACK * self.rtol, _MOST))
+        if self.is_of_values:
+            return self.tolerance(value, scale)
+        share = max(self.rtol, min(_SLACK * self.rtol, self.most))
         return share / self.rtol * self.tolerance(value, scale)
 
 
@@ -67,12 +78,15 @@ class BestPairs:
         values: The eigenvalues.
         vectors: Orthonormal vectors.
         residuals: |A v - value v| of each.
+        errors: How far each value may be from the eigenvalue in its place.
         scale: An estimate of |A|, from below.
         noise: What products are not symmetric by, relative to |A|; NaN if no two were
             compared.
         is_sure: Whether nothing beyond them is missing, but with the probability given.
         is_measured: Whether residuals are those of products with the vectors.
         challenger: The product with the best vector that is not wanted, if known.
+        following: Products with the vectors, if known.
+        runner_up: Its value and residual.
     """
 
     def __init__(self, goal: Goal) -> None:
@@ -80,10 +94,13 @@ class BestPairs:
         self.values: list[float] = []
         self.vectors: list[Tensor] = []
         self.residuals: list[float] = []
+        self._gaps: list[float] | None = None
         self._images: list[Tensor] = []
         self.scale, self.noise = 0.0, float("nan")
         self.is_sure, self.is_measured = False, False
         self.challenger: Tensor | None = None
+        self.following: list[Tensor] = []
+        self.runner_up: tuple[float, float] | None = None
         self._bound, self._is_bound_of_rest = float("inf"), False
 
     @property
@@ -102,19 +119,43 @@ class BestPairs:
 
     @property
     def upper(self) -> float:
-        """What no eigenvalue is beyond; inf, or -inf for the smallest, if unknown.
+        """What no eigenvalue is beyond; inf, or -inf for the smallest, if unknown."""
+        rank = self._bound
+        if self.values and rank < float("inf"):
+            rank = self._beyond(float(self._goal.rank(self.values)[0]))
+        return 0.0 - rank if self._goal.which == "smallest" else rank
+
+    @property
+    def errors(self) -> list[float]:
+        """How far each value may be from the eigenvalue in its place.
+
+        Up to what bounds that one; where nothing does, some eigenvalue is within the
+        residual r, and it is no further than r^2 / gap, if nothing is within that gap.
+        """
+        ranks = self._goal.rank(self.values)
+        if self._goal.which != "magnitude" and self._bound < float("inf"):
+            return [self._beyond(float(rank)) - float(rank) for rank in ranks]
+        if self._gaps is None:
+            return list(self.residuals)
+        pairs = zip(self.residuals, self._gaps, strict=True)
+        return [min(r, r * r / gap) if gap > 0 else r for r, gap in pairs]
+
+    def _beyond(self, rank: float) -> float:
+        """What the eigenvalue that a value of this rank stands for is not beyond.
 
         A restricted to what was found and to the rest are two blocks; what couples them
-        is no longer than the residuals. So A is no larger than the 2 x 2 matrix of
-        their norms.
+        is no longer than the residuals. So A, without what ranks higher, is no larger
+        than the 2 x 2 matrix of their norms.
         """
-        rank = self._bound
-        if self._is_bound_of_rest and rank < float("inf"):
-            first = float(self._goal.rank(self.values)[0])
-            half = (first - rank) / 2
-            coupling = math.hypot(*self.residuals)
-            rank = (first + rank) / 2 + math.hypot(half, coupling)
-        return 0.0 - rank if self._goal.which == "smallest" else rank
+        if not self._is_bound_of_rest:
+            return self._bound
+        coupling = math.hypot(*self.residuals)
+        middle, half = (rank + self._bound) / 2, (rank - self._bound) / 2
+        return middle + math.hypot(half, coupling)
+
+    def separate(self, gaps: list[float]) -> None:
+        """Between each value and the rest of the spectrum there are these gaps."""
+        self._gaps = gaps
 
     def measure(self, multiply: Callable[[Tensor], Tensor]) -> None:
         """Make the products with the vectors, and everything from them."""
@@ -154,9 +195,10 @@ class BestPairs:
 
     def are_within(self) -> bool:
         """Whether there are k, each to its tolerance."""
+        met = self.errors if self._goal.is_of_values else self.residuals
         return len(self.values) == self._goal.k and all(
-            residual <= self._goal.tolerance(value, self.scale)
-            for value, residual in zip(self.values, self.residuals, strict=True)
+            error <= self._goal.tolerance(value, self.scale)
+            for value, error in zip(self.values, met, strict=True)
         )
 
 

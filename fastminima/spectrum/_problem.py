@@ -14,6 +14,7 @@ from .._dtypes import accumulation_dtype
 from ..curvature import (
     CurvatureOperator,
     DerivedOperator,
+    FlatMatrix,
     Noise,
     Suspicion,
     SymmetryWatch,
@@ -73,7 +74,7 @@ class Problem:
         # An operator looks at itself, and knows better what rounding may do.
         self._operator = matrix if isinstance(matrix, CurvatureOperator) else None
         below = matrix.operators if isinstance(matrix, DerivedOperator) else [matrix]
-        self._below = [x for x in below if isinstance(x, CurvatureOperator)]
+        self._below = [x for x in below if isinstance(x, FlatMatrix)]
         self._watch = SymmetryWatch()
         self._noise = Noise(dtype) if isinstance(matrix, Tensor) else None
         for operator in self._below:

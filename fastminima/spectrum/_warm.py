@@ -2,67 +2,145 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..curvature._scale import dot, length
-from ..ops.vector import linear_combinations, project_out
+from ..curvature._scale import length
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
+from ._space import Ritz, Space, take
 
-__all__ = ["followed_pairs"]
+__all__ = ["Course", "followed_pairs"]
 
 _RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
 _DOUBT = 2  # more of them, where the challenger may be the larger one
+_RESTS = 2  # matrices in a row for which the challenger may not be multiplied
+_FORGOTTEN = 0.7  # of what values were seen to move, a matrix
 
 
-def followed_pairs(
-    problem: Problem, goal: Goal, known: list[Tensor], challenger: Tensor | None
-) -> BestPairs:
+@dataclass
+class Course:
+    """What is followed from one matrix to the next.
+
+    Attributes:
+        vectors: Near those of the wanted pairs, of any length; empty before the first.
+        values: Of the wanted pairs, at the last matrix.
+        challenger: The product with the best vector that is not wanted, if known.
+        reach: What no eigenvalue that is not wanted ranks above, as far as is known.
+        drift: The most that values moved, a matrix.
+        rested: Matrices since the challenger was multiplied.
+    """
+
+    vectors: list[Tensor] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    challenger: Tensor | None = None
+    reach: float = float("inf")
+    drift: float = 0.0
+    rested: int = 0
+
+    def at(self, values: list[float], unit: float) -> Course:
+        """The course at the next matrix, where the wanted values are these."""
+        moves = [abs(unit * a - b) for a, b in zip(values, self.values, strict=False)]
+        drift = max([*moves, _FORGOTTEN * self.drift])
+        reach = self.reach + drift
+        return Course(
+            self.vectors, self.values, self.challenger, reach, drift, self.rested
+        )
+
+    def after(self, goal: Goal, best: BestPairs, unit: float) -> Course:
+        """The course once these pairs are known."""
+        values = [unit * value for value in best.values]
+        moved = self.at(best.values, unit) if self.values else self
+        reach, rested = moved.reach, self.rested + 1
+        if best.runner_up is not None:
+            value, residual = best.runner_up
+            rank, rested = float(goal.rank([value])[0]), 0
+            # One that is met beyond what was thought: then that was wrong.
+            is_beyond = unit * rank > reach
+            met = unit * (rank + residual)
+            reach = met if is_beyond else min(met, reach)
+        following = best.following or best.vectors
+        return Course(following, values, best.challenger, reach, moved.drift, rested)
+
+
+def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     """The pairs near known ones, of a space that also holds the challenger.
 
     The space is that of the known vectors, of the challenger with a random part, and of
     residuals: of the worst wanted pair as long as it is beyond its tolerance, else of
-    the runner-up, once, and twice more if its residual allows it to be a wanted one.
-    The runner-up's product is the next challenger, so that it is further
-    multiplied from one matrix to the next without a product of its own.
+    the runner-up, once, and twice more if it may be a wanted one, as far as its
+    residual tells. What is followed next are the products with the vectors and with the
+    runner-up, so that they are further multiplied from one matrix to the next without
+    products of their own.
+
+    If errors of values count, an error is residual^2 / gap, the gap being that to what
+    the runner-up can have come to since it was met, as fast as values were seen to
+    move; and nothing is multiplied beside the wanted vectors where they are within
+    their tolerance by that, twice in a row at the most.
 
     All residuals are those of products. What was missed is not bounded: a few products
     with fresh random numbers cannot say.
     """
-    space, best = _Space(problem, goal), BestPairs(goal)
-    for vector in [*known, _mixed(problem, challenger)]:
+    space, best = Space(problem, goal), BestPairs(goal)
+    for vector in course.vectors:
         space.add(vector)
+    if goal.is_of_values:
+        take(problem, goal, space, best)
+        course = course.at(best.values, problem.unit)
+        _separate(goal, best, course.reach / problem.unit)
+        if course.rested < _RESTS and best.are_within():
+            best.challenger = course.challenger
+            best.following = _ahead(space, space.ritz(goal.k))
+            return best
+    space.add(_mixed(problem, course.challenger))
     while True:
-        ritz = space.ritz(goal.k + 1)
-        best.scale = space.scale
-        best.add_noise(space.gap, space.size)
-        problem.refuse_noise(best.noise)
-        errors = ritz.images - ritz.vectors * ritz.column
-        residuals = torch.stack([length(error) for error in errors]).tolist()
-        worst = _worst(goal, ritz.values, residuals, space.scale)
-        needed = (
-            goal.k + _MORE + (_DOUBT if _may_overtake(goal, ritz, residuals) else 0)
-        )
+        ritz, residuals = take(problem, goal, space, best)
+        reach = _reach(goal, ritz, residuals, course.reach / problem.unit)
+        _separate(goal, best, reach)
+        worst = _worst(goal, best)
+        may_overtake = reach > goal.rank(best.values)[-1]
+        needed = goal.k + (1 if goal.is_of_values else _MORE)
+        needed += _DOUBT if may_overtake and len(residuals) > goal.k else 0
         is_enough = worst is None and space.size >= needed
         lead = len(residuals) - 1 if worst is None else worst
+        errors = ritz.images - ritz.vectors * ritz.column
         if is_enough or problem.left <= 0 or not space.add(errors[lead]):
             break
-    best.values, best.residuals = ritz.values[: goal.k], residuals[: goal.k]
-    best.vectors = list(ritz.vectors[: goal.k].unbind())
-    best.is_sure = True
-    # Sums of products are products, but for what a half precision rounds.
-    best.is_measured = not problem.is_half
+    following = _ahead(space, ritz)
+    best.following = following[: goal.k]
     if len(ritz.values) > goal.k:
-        # Half of the way to the other end: then that is not the dominant one.
-        shift = min(space.least, 0.0) / 2
-        best.challenger = ritz.images[-1] - shift * ritz.vectors[-1]
+        best.challenger = following[-1]
+        best.runner_up = ritz.values[-1], residuals[-1]
     return best
+
+
+def _reach(goal: Goal, ritz: Ritz, residuals: list[float], known: float) -> float:
+    """What the rest of the spectrum ranks no higher than, as far as is known.
+
+    By the runner-up and its residual; if errors of values count, also by what was known
+    before, unless the runner-up is beyond it.
+    """
+    if len(residuals) <= goal.k:
+        return known if goal.is_of_values else float("inf")
+    rank = float(goal.rank(ritz.values)[-1])
+    met = rank + residuals[-1]
+    return min(met, known) if goal.is_of_values and rank <= known else met
+
+
+def _separate(goal: Goal, best: BestPairs, reach: float) -> None:
+    best.separate([float(rank) - reach for rank in goal.rank(best.values)])
+
+
+def _ahead(space: Space, ritz: Ritz) -> list[Tensor]:
+    """The vectors multiplied once more, by the products that there are.
+
+    Shifted half of the way to the other end: then that is not the dominant one.
+    """
+    shift = min(space.least, 0.0) / 2
+    return list((ritz.images - shift * ritz.vectors).unbind())
 
 
 def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
@@ -76,100 +154,12 @@ def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / size)
 
 
-def _may_overtake(goal: Goal, ritz: _Ritz, residuals: list[float]) -> bool:
-    """Whether an eigenvalue within the runner-up's residual can be a wanted one."""
-    if len(residuals) <= goal.k:
-        return False
-    last, runner_up = goal.rank(ritz.values)[-2:]
-    return bool(runner_up + residuals[-1] > last)
-
-
-def _worst(
-    goal: Goal, values: list[float], residuals: list[float], scale: float
-) -> int | None:
+def _worst(goal: Goal, best: BestPairs) -> int | None:
     """Which wanted pair is furthest beyond its tolerance; None if all are within."""
+    met = best.errors if goal.is_of_values else best.residuals
     shares = [
-        residual / max(goal.tolerance(value, scale), 1e-300)
-        for value, residual in zip(values[: goal.k], residuals, strict=False)
+        error / max(goal.tolerance(value, best.scale), 1e-300)
+        for value, error in zip(best.values, met, strict=True)
     ]
     worst = int(np.argmax(shares))
     return worst if shares[worst] > 1 else None
-
-
-class _Ritz(NamedTuple):
-    """Ritz pairs, the most wanted first, with the products of their vectors."""
-
-    values: list[float]
-    vectors: Float[Tensor, "k params"]
-    images: Float[Tensor, "k params"]
-
-    @property
-    def column(self) -> Tensor:
-        """The values, to be multiplied with the rows of vectors."""
-        column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
-        return column.to(self.vectors)[:, None]
-
-
-class _Space:
-    """Orthonormal vectors with their products.
-
-    Attributes:
-        scale: An estimate of |A|, from below.
-        least: The smallest Ritz value.
-        gap: The largest |<A u, v> - <u, A v>| met.
-    """
-
-    def __init__(self, problem: Problem, goal: Goal) -> None:
-        self._problem, self._goal = problem, goal
-        self._vectors: list[Tensor] = []
-        self._images: list[Tensor] = []
-        self._matrix = np.zeros((0, 0))
-        self.gap = 0.0
-        self.scale, self.least = 0.0, 0.0
-
-    @property
-    def size(self) -> int:
-        """How many vectors there are."""
-        return len(self._vectors)
-
-    def add(self, vector: Tensor) -> bool:
-        """Make a product with what of a vector is new; False if nothing is."""
-        before = float(length(vector))
-        vector = vector.clone()
-        for _ in range(2):
-            project_out(vector, self._vectors)
-        left = float(length(vector))
-        if not left > 100 * torch.finfo(vector.dtype).eps * before:
-            return False
-        self._vectors.append(vector.div_(left))
-        self._images.append(self._problem.multiply(vector))
-        self._extend()
-        return True
-
-    def ritz(self, count: int) -> _Ritz:
-        """The most wanted Ritz pairs."""
-        values, coordinates = np.linalg.eigh(self._matrix)
-        self.scale, self.least = float(np.abs(values).max()), float(values[0])
-        order = self._goal.order(values)[:count]
-        chosen = torch.from_numpy(np.ascontiguousarray(coordinates[:, order]))
-        vectors, images = (
-            linear_combinations(rows[0], rows[1:], chosen)
-            for rows in (self._vectors, self._images)
-        )
-        return _Ritz(values[order].tolist(), vectors, images)
-
-    def _extend(self) -> None:
-        """One more row and column; what they differ by is noise."""
-        vector, image = self._vectors[-1], self._images[-1]
-        dots = [dot(v, image) for v in self._vectors]
-        dots += [dot(vector, i) for i in self._images]
-        numbers = torch.stack(dots).cpu().numpy()
-        if not np.isfinite(numbers).all():
-            raise ValueError(
-                f"Product {self._problem.products} with the matrix is not finite. "
-                "Check the parameters and the batch."
-            )
-        column, row = np.split(numbers, 2)
-        self.gap = max(self.gap, float(np.abs(row - column).max()))
-        self._matrix = np.pad(self._matrix, (0, 1))
-        self._matrix[:, -1] = self._matrix[-1, :] = (row + column) / 2

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._certified import certified_pair
 from ._finish import ConvergenceWarning, NoiseWarning, finished
 from ._lanczos_pairs import lanczos_pairs
 from ._pairs import Goal
@@ -21,6 +22,9 @@ __all__ = [
     "NoiseWarning",
     "check_arguments",
     "check_basis",
+    "check_criterion",
+    "check_precision",
+    "rough_problem",
     "top_eigenpairs",
 ]
 
@@ -36,7 +40,9 @@ def top_eigenpairs(
     seed: int = 0,
     *,
     miss: float = 0.002,
+    criterion: str = "residual",
     basis_dtype: torch.dtype | None = None,
+    precision: str = "exact",
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
@@ -66,9 +72,18 @@ def top_eigenpairs(
             the last one by more than 10 * rtol (at most 10 %, or rtol) of it, and with
             which `upper` may be wrong. With 1 nothing is searched for: the pairs are
             eigenpairs, but not always those at the end, and copies are not found.
+        criterion: What `rtol` is about. "residual", as above; or the "value": what may
+            be missed lies beyond no value by more than rtol of it either, and of the
+            one pair of a cold run nothing more is asked, so that value and `upper` are
+            that near.
         basis_dtype: `torch.bfloat16` keeps all but two vectors of a basis in that: half
             of its memory, which counts from some ten million parameters. Residuals are
             those of products then, one more a pair, and some 0.2 % of |H| at least.
+        precision: "certified" finds the pair with products in bfloat16, and certifies
+            it with two or three exact ones: for k = 1, a `Hessian` or `GaussNewton`,
+            and hardware that multiplies bfloat16 faster. `upper` then rests on how far
+            the two kinds of products are apart along the vector found. All are counted
+            in `products`.
 
     Raises:
         ValueError: An argument out of its range, a product that is not finite, or a
@@ -91,8 +106,15 @@ def top_eigenpairs(
     is_rounded = basis_dtype is not None and method == "lanczos"
     problem = Problem(H, seed, max_products, spare=k, is_rounded=is_rounded)
     check_arguments(problem.size, k, which, method, rtol, max_products, miss)
+    check_criterion(criterion)
     check_basis(basis_dtype, rtol)
-    goal = Goal(k, which, rtol, miss, basis_dtype)
+    goal = Goal(k, which, rtol, miss, criterion, basis_dtype)
+    if precision != "exact":
+        rough = rough_problem(H, goal, precision, method, seed)
+        if start is not None:
+            raise ValueError('precision="certified" starts cold: leave out start.')
+        best = certified_pair(problem, rough, goal)
+        return finished(problem, goal, best, rough.products)
     first = cold_start(problem) if start is None else warm_start(problem, start)
     if method == "power":
         best = power_pairs(problem, goal, first)
@@ -130,6 +152,12 @@ def check_arguments(
         raise ValueError(f"miss is a probability, above 0 and at most 1, got {miss}.")
 
 
+def check_criterion(criterion: str) -> None:
+    """ValueError unless it is one that there is."""
+    if criterion not in ("residual", "value"):
+        raise ValueError(f"criterion must be 'residual' or 'value', got {criterion!r}.")
+
+
 def check_basis(dtype: torch.dtype | None, rtol: float) -> None:
     """ValueError for what a basis cannot be kept in, or is too coarse for `rtol`."""
     if dtype not in (None, torch.bfloat16, torch.float32):
@@ -142,3 +170,35 @@ def check_basis(dtype: torch.dtype | None, rtol: float) -> None:
             f"A basis in {dtype} leaves residuals above rtol={rtol:g}. Raise rtol to "
             f"{least:.1g} at least, or leave out basis_dtype."
         )
+
+
+def rough_problem(
+    H: Any, goal: Goal, precision: str, method: str, seed: int
+) -> Problem:
+    """The same matrix with cheap products.
+
+    Raises:
+        ValueError: Another precision than "certified", or what it is not for.
+    """
+    check_precision(precision, goal.k)
+    if method != "lanczos" or not hasattr(H, "rough"):
+        raise ValueError(
+            'precision="certified" is for a Hessian or GaussNewton by Lanczos; got '
+            f"method={method!r}, {type(H).__name__}."
+        )
+    if H.dtype != torch.float32:
+        raise ValueError(
+            'precision="certified" finds in bfloat16 what float32 certifies; the '
+            f"operator's vectors are {H.dtype}."
+        )
+    return Problem(H.rough(), seed)
+
+
+def check_precision(precision: str, k: int) -> None:
+    """ValueError unless it is one that there is, for so many pairs."""
+    if precision not in ("exact", "certified"):
+        raise ValueError(
+            f"precision must be 'exact' or 'certified', got {precision!r}."
+        )
+    if precision == "certified" and k != 1:
+        raise ValueError(f'precision="certified" is for one pair, got k={k}.')

@@ -34,6 +34,10 @@ class Eigenpairs:
             known. It holds, whether converged or not.
         noise: How far products are from those of one symmetric matrix, relative to |H|:
             |<H u, v> - <u, H v>|, 6e-8 in float32, 7e-4 in bfloat16. NaN if unknown.
+        errors: How far each value may be from the eigenvalue in its place, with the
+            probability asked for. Where nothing is known of the rest, as in warm calls
+            of `SharpnessProbe`, the residual, or residual^2 over the distance to the
+            runner-up: that holds if nothing else is as near.
     """
 
     values: Float[Tensor, " k"]
@@ -43,6 +47,7 @@ class Eigenpairs:
     converged: bool
     upper: float = math.inf
     noise: float = math.nan
+    errors: Float[Tensor, " k"] | None = None
 
     def __repr__(self) -> str:
         shown = [

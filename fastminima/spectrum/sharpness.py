@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature import Hessian, Noise
+from ..curvature import Hessian, LossHessian, Noise
+from ._certified import certified_pair
 from ._finish import finished
 from ._lanczos_pairs import lanczos_pairs
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
 from ._start import cold_start
-from ._warm import followed_pairs
-from .eigenpairs import check_arguments, check_basis
+from ._warm import Course, followed_pairs
+from .eigenpairs import check_arguments, check_basis, check_criterion, check_precision
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
@@ -34,13 +35,20 @@ class SharpnessProbe:
     infinite `upper`, and in which `converged` speaks of residuals alone; every
     `cold_every`-th call is cold again.
 
+    `sharpness(batch)` evaluates the loss by itself. `sharpness.backward(losses)`, in
+    place of `losses.mean().backward()`, takes the graph of the training step: the
+    gradient that the step needs is the one that is differentiated further, and nothing
+    is evaluated twice. `sharpness(loss=losses)` does that without touching `.grad`.
+
     That the loss has one symmetric Hessian is looked at as `Hessian` does, in the first
     call, in every 50th, and when the kind of data or a module's mode is another; the
-    calls between pay nothing for it but two dot products.
+    calls between pay nothing for it but two dot products. Of a step's own graph
+    symmetry is all that can be looked at.
 
     Args:
         model: The model.
-        loss: `loss(model, batch)`, a scalar: the mean over the batch.
+        loss: `loss(model, batch)`, a scalar: the mean over the batch. Not needed where
+            all calls are given losses.
         k: How many eigenpairs.
         rtol: Tolerance of the residuals, as in `top_eigenpairs`.
         cold_every: Calls between cold starts; 1 makes all of them cold.
@@ -49,11 +57,20 @@ class SharpnessProbe:
         seed: Of the random parts; global generators are not touched.
         miss: The probability with which cold calls may miss a larger eigenvalue, as in
             `top_eigenpairs`.
+        criterion: "residual", or "value": then `rtol` holds for the values. A cold call
+            is as in `top_eigenpairs`. A warm one makes k products where the value's
+            error, residual^2 over the distance to the runner-up, allows it, and the
+            runner-up cannot have overtaken if it moves no faster than what was seen; it
+            is multiplied in every third call at the least.
+        budget: Products that a warm call may make, at least k + 1. What it does not
+            bring within `rtol` the next calls do; `converged` says so, no warning.
         process_group: The ranks whose batches are meant, as for `Hessian`.
         basis_dtype: What the basis of cold calls is kept in, as in `top_eigenpairs`.
+        precision: "certified" finds with products in bfloat16 in cold calls with a
+            batch, as in `top_eigenpairs`; for k = 1.
 
     Raises:
-        ValueError: As `Hessian` and `top_eigenpairs`, at the call.
+        ValueError: As `Hessian`, `LossHessian` and `top_eigenpairs`, at the call.
 
     Example:
         >>> import torch
@@ -61,15 +78,22 @@ class SharpnessProbe:
         >>> def loss(model, x):
         ...     return model(x).square().mean()
         >>> sharpness = SharpnessProbe(model, loss)
-        >>> pairs = sharpness(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> pairs = sharpness(x)
         >>> round(float(pairs.values[0]), 3)
         9.0
+
+        In the training step, which needs no second evaluation:
+
+        >>> pairs = sharpness.backward(model(x).square())
+        >>> round(float(pairs.values[0]), 3), model.weight.grad is not None
+        (9.0, True)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[[Any, Any], Tensor] | None = None,
         k: int = 1,
         rtol: float = 1e-2,
         *,
@@ -78,26 +102,53 @@ class SharpnessProbe:
         count: Callable[[Any], int] | None = None,
         seed: int = 0,
         miss: float = 0.002,
+        criterion: str = "residual",
+        budget: int | None = None,
         process_group: Any = None,
         basis_dtype: torch.dtype | None = None,
+        precision: str = "exact",
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
+        if budget is not None and budget <= k:
+            raise ValueError(
+                f"A budget must be at least k + 1 = {k + 1} products, one of them for "
+                f"what may overtake, got {budget}."
+            )
+        check_criterion(criterion)
+        check_precision(precision, k)
         self._model, self._loss, self._count = model, loss, count
         check_basis(basis_dtype, rtol)
-        self._goal = Goal(k, "largest", rtol, miss, basis_dtype)
-        self._max_products = max_products
-        self._cold_every, self._seed = cold_every, seed
+        self._goal = Goal(k, "largest", rtol, miss, criterion, basis_dtype)
+        self._max_products, self._budget = max_products, budget
+        self._cold_every, self._seed, self._precision = cold_every, seed, precision
         self._process_group = process_group
         self._calls = 0
-        self._known: list[Tensor] = []
-        self._challenger: Tensor | None = None
+        self._course = Course()
         self._noise: Noise | None = None
         self._checked: tuple[Any, ...] | None = None
         self._data: Any = None
 
-    def __call__(self, batch: Any) -> Eigenpairs:
-        """The eigenpairs on a batch (or several) at the present point."""
+    def __call__(
+        self, batch: Any = None, *, loss: Tensor | None = None, scale: float = 1.0
+    ) -> Eigenpairs:
+        """The eigenpairs on a batch (or several) at the present point.
+
+        Args:
+            batch: What the closure is given.
+            loss: In its place the losses of samples, or their mean, with their graph,
+                which is left as it is.
+            scale: What these losses have been multiplied by.
+        """
+        if (batch is None) == (loss is None):
+            raise ValueError("Pass either a batch or loss=, and not both.")
+        if loss is not None:
+            return self._pairs(self._of(loss, scale))
+        if self._loss is None:
+            raise ValueError(
+                "The probe was made without a loss to evaluate on a batch. Pass it to "
+                "SharpnessProbe(model, loss), or losses to this call: loss=losses."
+            )
         operator = Hessian(
             self._model,
             self._loss,
@@ -109,36 +160,85 @@ class SharpnessProbe:
         is_known = kind == self._checked and (kind[1] or batch is self._data)
         if is_known and self._calls % _CHECK_EVERY:
             operator.trust(self._noise)
-        problem = self._problem(operator)
-        best = self._solve(problem)
-        pairs = finished(problem, self._goal, best)
-        self._known, self._challenger = best.vectors, best.challenger
+        pairs = self._pairs(operator)
         self._noise, self._checked = operator.noise, kind
         self._data = None if kind[1] else batch
-        self._calls += 1
         return pairs
+
+    def backward(self, losses: Tensor, *, scale: float = 1.0) -> Eigenpairs:
+        """Run the backward pass of a training step, and return the eigenpairs.
+
+        `.grad` is what `losses.mean().backward()` leaves, also if no eigenpairs can be
+        had; hooks of parameters run, those of DistributedDataParallel too. Attention
+        must have been computed within `fm.twice_differentiable()`. A GradientProbe
+        reads the same pass: `probe.attach(losses)` before, `probe.collect()` after.
+
+        Args:
+            losses: The losses of samples, of which the mean counts, or that mean. Its
+                graph is freed, as by any backward pass.
+            scale: What they have been multiplied by, such as a GradScaler's factor.
+                Eigenvalues are divided by it; `.grad` is that of the losses as given.
+
+        Raises:
+            ValueError: As `LossHessian`; `.grad` is untouched then.
+        """
+        operator = self._of(losses, scale)
+        try:
+            return self._pairs(operator)
+        finally:
+            operator.deliver()
+            if not losses._is_view():
+                losses.detach_()
 
     def reset(self) -> None:
         """Forget the vectors: the next call runs cold, and is checked."""
-        self._known, self._challenger, self._checked = [], None, None
+        self._course, self._checked = Course(), None
 
-    def _problem(self, operator: Hessian) -> Problem:
-        goal, limit = self._goal, self._max_products
-        size = operator.shape[0]
+    def _of(self, losses: Tensor, scale: float) -> LossHessian:
+        is_known = self._checked is not None
+        return LossHessian(
+            self._model,
+            losses,
+            scale=scale,
+            functions_known=is_known,
+            process_group=self._process_group,
+        )
+
+    def _pairs(self, operator: Hessian | LossHessian) -> Eigenpairs:
+        goal, size = self._goal, operator.shape[0]
+        known = self._course.vectors
+        is_cold = self._calls % self._cold_every == 0
+        is_cold |= len(known) < goal.k or len(known[0]) != size
+        limit = self._max_products
+        is_limited = self._budget is not None and not is_cold
+        if self._budget is not None and is_limited:
+            limit = min(self._budget, limit)
         check_arguments(
             size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
         )
-        return Problem(operator, self._seed + self._calls, limit, spare=goal.k)
+        problem = Problem(operator, self._seed + self._calls, limit, spare=goal.k)
+        rough = None
+        if is_cold and self._precision != "exact" and isinstance(operator, Hessian):
+            rough = Problem(operator.rough(), self._seed + self._calls)
+        best = self._best(problem, rough, is_cold=is_cold)
+        others = 0 if rough is None else rough.products
+        pairs = finished(problem, goal, best, others, is_quiet=is_limited)
+        self._course = self._course.after(goal, best, problem.unit)
+        self._calls += 1
+        return pairs
 
-    def _solve(self, problem: Problem) -> BestPairs:
-        known, is_cold = self._known, self._calls % self._cold_every == 0
-        if is_cold or len(known) < self._goal.k or len(known[0]) != problem.size:
-            problem.is_rounded = self._goal.basis_dtype is not None
-            start = cold_start(problem)
-            return lanczos_pairs(
-                problem, self._goal, start, is_cold=True, with_challenger=True
-            )
-        return followed_pairs(problem, self._goal, known, self._challenger)
+    def _best(
+        self, problem: Problem, rough: Problem | None, *, is_cold: bool
+    ) -> BestPairs:
+        if not is_cold:
+            return followed_pairs(problem, self._goal, self._course)
+        if rough is not None:
+            return certified_pair(problem, rough, self._goal, with_challenger=True)
+        problem.is_rounded = self._goal.basis_dtype is not None
+        start = cold_start(problem)
+        return lanczos_pairs(
+            problem, self._goal, start, is_cold=True, with_challenger=True
+        )
 
     def _kind(self, batch: Any) -> tuple[Any, ...]:
         """What is checked anew when it is another: not the values of batches."""

@@ -286,3 +286,29 @@ def test_spaces_that_are_exhausted(dtype):
             assert pairs.products <= 3
             assert pairs.values.item() == pytest.approx(true, abs=1e-6)
             assert pairs.upper == pytest.approx(true, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["gap of 5 %", "bulk", "saddle", "outliers"])
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_value_to_a_tolerance(name, which):
+    """Within it, and certified: what is further off than it says is one in 500."""
+    values, wrong = SPECTRA[name], 0
+    true = max(values) if which == "largest" else min(values)
+    for seed in range(50):
+        pairs = fm.top_eigenpairs(
+            Diagonal(values), 1, which, rtol=0.05, seed=seed, criterion="value"
+        )
+        assert pairs.converged
+        value, error = pairs.values.item(), pairs.errors.item()
+        assert error <= 0.05 * abs(value)
+        wrong += abs(true - value) > error + 1e-12
+    assert wrong <= 2  # three in 50 have a probability of 2e-4
+
+
+def test_values_of_several_pairs_to_a_tolerance():
+    for seed in range(20):
+        pairs = fm.top_eigenpairs(
+            Diagonal(SPECTRA["outliers"]), 3, seed=seed, criterion="value"
+        )
+        assert pairs.converged
+        assert pairs.values.tolist() == pytest.approx([9.0, 7.0, 5.0], rel=0.01)

@@ -173,6 +173,60 @@ def test_few_calls_are_wrong_over_many_matrices():
     assert wrong <= 0.05 * calls
 
 
+POLICIES = {
+    "value": {"criterion": "value"},
+    "budget": {"budget": 2},
+    "both": {"criterion": "value", "budget": 2},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fewer_products_are_as_seldom_wrong(policy):
+    """At 2.2 products a call on matrices that turn, where all residuals take 3.1."""
+    wrong = calls = products = 0
+    model, batch = Turning(100), torch.ones(1, dtype=torch.float64)
+    for seed in range(10):
+        sharpness = fm.SharpnessProbe(model, quadratic, seed=seed, **POLICIES[policy])
+        for call, (matrix, true) in enumerate(moving(seed)):
+            model.matrix.copy_(matrix)
+            pairs = sharpness(batch)
+            calls += 1
+            products += pairs.products if call else 0
+            short = true - pairs.values.item()
+            wrong += short > 0.01 * true
+            assert short >= -1e-9 * true
+            if pairs.converged and policy != "budget":
+                assert pairs.errors.item() <= 0.01 * pairs.values.item()
+    assert wrong <= 0.05 * calls
+    assert products <= 2.5 * (calls - 10)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rate", [0.002, 0.05])
+def test_crossing_is_noticed_by_fewer_products(rate, policy, device):
+    model, batch = crossing(device)
+    sharpness = fm.SharpnessProbe(model, bowl, **POLICIES[policy])
+    late, products = 0, []
+    for call in range(49):
+        model.curvatures[5] = 0.9 + rate * call
+        pairs = sharpness(batch)
+        late += pairs.values[0].item() < 0.99 * model.curvatures.max().item()
+        products += [pairs.products] if call else []
+    assert late <= 3
+    assert sum(products) <= (2.0 if policy == "budget" else 1.6) * len(products)
+
+
+def test_what_a_budget_leaves_is_no_warning(device, recwarn):
+    model, batch = make(device)
+    sharpness = fm.SharpnessProbe(model, loss, budget=2, rtol=1e-5)
+    sharpness(batch)
+    step(model, batch, rate=1.0)
+    pairs = sharpness(batch)
+    assert pairs.products == 2
+    assert not pairs.converged
+    assert not recwarn.list
+
+
 def test_real_run_is_followed(device):
     """Full-batch gradient descent with momentum, where eigenvalues cross."""
     model, batch = make(device)
@@ -246,3 +300,7 @@ def test_reset_and_another_model_size_start_cold(device):
 def test_arguments():
     with pytest.raises(ValueError, match="cold_every must be at least 1, got 0"):
         fm.SharpnessProbe(nn.Linear(1, 1), loss, cold_every=0)
+    with pytest.raises(ValueError, match=r"at least k \+ 1 = 3 products.*got 2"):
+        fm.SharpnessProbe(nn.Linear(1, 1), loss, k=2, budget=2)
+    with pytest.raises(ValueError, match=r"criterion must be .* got 'vectors'"):
+        fm.SharpnessProbe(nn.Linear(1, 1), loss, criterion="vectors")
