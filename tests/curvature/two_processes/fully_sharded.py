@@ -184,6 +184,18 @@ def preconditioned_by_a_sharded_optimizer():
 
 
 @check
+def engines_under_fully_shard():
+    for engine in ("recompute", "forward_over_reverse"):
+        model, copy, batch, own = sharded("mlp")
+        H = fm.Hessian(model, cases.loss, batch)
+        J = fm.Hessian(copy, cases.loss, own, engine=engine)
+        for _ in range(2):
+            assert_near(J @ vectors(H), H @ vectors(H))
+    losses = cases.losses(copy, own)
+    raised(lambda: fm.SharpnessProbe(copy)(loss=losses), ValueError, "Pass the batch")
+
+
+@check
 def a_mesh_of_two_dimensions():
     for shape in ((2, 1), (1, 2)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))

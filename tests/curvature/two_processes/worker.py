@@ -18,7 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sharing import CHECKS
 
-for module in ("joint", "joint_faults", "fully_sharded"):
+for module in ("joint", "joint_faults", "engines_and_steps", "fully_sharded"):
     importlib.import_module(module)  # which adds to CHECKS
 
 
