@@ -9,8 +9,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._ranks import Said, fingerprint
+from ._ranks import Said
 from ._recorder import Recorder
+from ._same import fingerprint
 
 __all__ = ["JointRecorder"]
 

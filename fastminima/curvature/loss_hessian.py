@@ -16,7 +16,8 @@ from ._graph import GradientGraph, Parts, check_mean
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
-from ._ranks import Said, fingerprint, ranks_of
+from ._ranks import Said, ranks_of
+from ._same import fingerprint
 from ._shards import is_sharded
 from ._trust import Noise
 from .recording import twice_differentiable
