@@ -4,7 +4,7 @@
     python -m benchmarks.large --basis float32     # a basis in the vectors' own dtype
     python -m benchmarks.large --depth 1           # smaller: does it run
 
-The network is GPT-2's width, vocabulary, tied head and start with nine of its 12
+The network has GPT-2's width, vocabulary, tied head and start, with nine of its 12
 blocks: 102.4 million parameters, on 2 rows of 64 random tokens. What is said of memory
 is that of this process, which does nothing else: the kernel's high-water mark.
 """

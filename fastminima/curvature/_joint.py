@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ._ranks import Said, fingerprint
+from ._ranks import Said
 from ._recorder import Recorder
+from ._same import fingerprint
 
 __all__ = ["JointRecorder"]
 
@@ -88,6 +89,15 @@ class JointRecorder(Recorder):
         with self._ranks.together(like, count * self._layout.size, extra):
             self._look()
             yield
+
+    def _raise_on_all(self, error: ValueError, columns: int) -> NoReturn:
+        """Raise what a product with so many columns met before it began."""
+        with self._together(*self._message(columns)):
+            raise error
+
+    def _message(self, columns: int) -> tuple[int, int]:
+        """How many vectors and numbers the message of such a product has."""
+        return max(columns, 1), 0
 
     def _gather(self) -> None:
         """Put shards together, if any rank's have changed."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .._flat import FlatLayout
 from ._data import Batches
-from ._ranks import Ranks, Said, fingerprint, ranks_of, without_reducers
+from ._ranks import Ranks, Said, ranks_of
+from ._replicas import without_reducers
+from ._same import fingerprint
 from ._shards import is_sharded, sharded_group
 
 __all__ = ["JointLoss"]

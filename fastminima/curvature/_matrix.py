@@ -57,10 +57,14 @@ class FlatMatrix(Algebra):
 
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""
-        self._check(vector)
+        self._check_vectors(vector)
         return self._layout.named(vector)
 
     def _check(self, other: Tensor) -> None:
+        """ValueError for what cannot be multiplied, on all ranks."""
+        self._check_vectors(other)
+
+    def _check_vectors(self, other: Tensor) -> None:
         size, name = self.shape[0], type(self).__name__
         if not isinstance(other, Tensor):
             raise ValueError(

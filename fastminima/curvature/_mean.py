@@ -55,7 +55,7 @@ class MeanOperator(CurvatureOperator):
         self, visit: Callable[[Any], list[Any]], columns: list[Tensor]
     ) -> list[Tensor]:
         """The mean over the data, those of all ranks, of what is seen in each batch."""
-        with self._together(max(len(columns), 1)):
+        with self._together(*self._message(len(columns))):
             means = self._retried(lambda: self._own_mean(visit))
             said = None if self._ranks is None else self._said(columns)
         if self._ranks is not None and said is not None:

@@ -165,3 +165,10 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
         versions = self._versions()
         is_other = self._is_other_on_a_rank or self._checks.is_other(versions)
         return self._checks.has_moved(versions, is_other=is_other)
+
+    def _check(self, other: Tensor) -> None:
+        try:
+            super()._check(other)
+        except ValueError as error:
+            is_matrix = isinstance(other, Tensor) and other.dim() == 2
+            self._raise_on_all(error, other.shape[1] if is_matrix else 1)

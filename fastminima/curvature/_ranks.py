@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Ranks", "Said", "fingerprint", "ranks_of", "without_reducers"]
+from ._replicas import replicas
+
+__all__ = ["Ranks", "Said", "ranks_of"]
 
 _BITS = 32  # of a fingerprint
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Ranks:
         self._dist = dist
         self.group, self.size = group, dist.get_world_size(group)
         # By what weights are divided, so that sums do not grow with them: the same on
-        # all ranks.
+        # all ranks, and a power of two, so that the bits of a product do not change.
         self._unit = self._unit_before = 1.0
 
     @contextlib.contextmanager
@@ -136,7 +138,8 @@ class Ranks:
         if trouble:
             self._explain(None)
         joint = self._read(sums)
-        self._unit_before, self._unit = self._unit, joint.weight
+        self._unit_before = self._unit
+        self._unit = 2.0 ** math.frexp(joint.weight)[1]
         whole = list(message[:length].split(len(like)))
         return whole, message[length + _HEAD :], joint
 
@@ -195,23 +198,6 @@ def _text(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """32 bits that differ, nearly always, if any bit of the tensors does."""
-    sums = [
-        _integers(t).sum(dtype=torch.int64) * (2 * place + 1)
-        for place, t in enumerate(tensors)
-        if t.numel() and t.element_size() in _INTEGER
-    ]
-    if not sums:
-        return 0
-    total = int(torch.stack(sums).sum())
-    return (total ^ (total >> 32)) & 0xFFFFFFFF
-
-
-def _integers(t: Tensor) -> Tensor:
-    return t.detach().contiguous().view(_INTEGER[t.element_size()])
-
-
 def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
     """The ranks that share the data: as asked for, or those that train the model.
 
@@ -227,7 +213,7 @@ def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
         return None
     if shards is not None:
         return Ranks(shards.group)
-    groups = {id(m.process_group): m.process_group for m in _replicas(model)}
+    groups = {id(m.process_group): m.process_group for m in replicas(model)}
     if len(groups) > 1:
         raise ValueError(
             f"The model has parts in {len(groups)} process groups. Pass "
@@ -251,45 +237,3 @@ def _group(process_group: Any, dist: Any) -> Any:
             f"belongs to, got {process_group!r}."
         )
     return process_group
-
-
-def _replicas(model: nn.Module) -> list[Any]:
-    parallel = nn.parallel.DistributedDataParallel
-    return [m for m in model.modules() if isinstance(m, parallel)]
-
-
-@contextlib.contextmanager
-def without_reducers(model: nn.Module) -> Iterator[None]:
-    """Within, `DistributedDataParallel` calls what it wraps, and does nothing else.
-
-    Its forward pass prepares a backward pass that does not come, and broadcasts
-    buffers, for which it would wait where ranks record unequally often.
-    """
-    replicas = _replicas(model)
-    before = [r.__dict__.get("forward") for r in replicas]
-    try:
-        for replica in replicas:
-            replica.forward = _Plain(replica)
-        yield
-    finally:
-        for replica, forward in zip(replicas, before, strict=True):
-            del replica.forward
-            if forward is not None:
-                replica.forward = forward
-
-
-class _Plain:
-    """The forward pass of a wrapped module, on inputs where it is."""
-
-    def __init__(self, replica: Any) -> None:
-        self._inner = replica.module
-        ids = replica.device_ids
-        self._device = torch.device(replica.device_type, ids[0]) if ids else None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._device is not None:
-            from torch.utils._pytree import tree_map_only
-
-            device = self._device
-            args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
-        return self._inner(*args, **kwargs)

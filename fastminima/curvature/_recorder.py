@@ -20,7 +20,8 @@ from ._graph import Graph
 from ._guard import differentiable, parameters_kept, unchanged
 from ._nodes import explained, survey
 from ._random import RandomState
-from ._ranks import Ranks, ranks_of, without_reducers
+from ._ranks import Ranks, ranks_of
+from ._replicas import without_reducers
 from ._rewrites import Rewrites
 from ._shards import Shards, local, shards_of
 from ._state import Snapshot

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._same import same
 
-__all__ = ["Shards", "is_sharded", "local", "sharded_group", "shards_of"]
+__all__ = ["Shards", "is_sharded", "local", "sharded_group", "shards_of", "whole"]
 
 _FSDP = "torch.distributed.fsdp"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -22,6 +22,11 @@ def is_sharded(t: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
+
+
+def whole(t: Any) -> Tensor:
+    """All of a tensor; of a sharded one all ranks must ask."""
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def local(t: Any) -> Tensor:

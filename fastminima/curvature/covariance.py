@@ -136,8 +136,7 @@ class GradientCovariance(CurvatureOperator):
             self._gradient()
         mean = self._mean_gradient
         assert mean is not None
-        count = len(columns)
-        with self._together(count + 1, count):
+        with self._together(*self._message(len(columns))):
             shifts = [dot(mean, column).to(column) for column in columns]
             sums, gradient, excess, _ = self._retried(
                 lambda: self._sums(columns, shifts, is_centred=False)
@@ -151,6 +150,9 @@ class GradientCovariance(CurvatureOperator):
         samples = round(joint.weight)
         self._mean_gradient = vectors[-1] / samples
         return vectors[:-1], vectors[-1], list(extra), samples
+
+    def _message(self, columns: int) -> tuple[int, int]:
+        return (1, 0) if self._mean_gradient is None else (columns + 1, columns)
 
     def _gradient(self) -> Tensor:
         with self._together(1):

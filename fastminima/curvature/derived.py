@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._shards import whole
 
 __all__ = [
     "Algebra",
@@ -318,7 +319,7 @@ def preconditioner(
                 f"The optimizer has no state for {name!r}. Take a step with it first, "
                 "or freeze parameters that it does not train."
             )
-        parts.append(_divisor(optimizer, groups[id(p)], state))
+        parts.append(whole(_divisor(optimizer, groups[id(p)], state)))
     return layout.join(parts)
 
 

@@ -16,7 +16,8 @@ from ._graph import GradientGraph, Parts, check_mean
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
-from ._ranks import Said, fingerprint, ranks_of
+from ._ranks import Said, ranks_of
+from ._same import fingerprint
 from ._shards import is_sharded
 from ._trust import Noise
 from .recording import twice_differentiable
@@ -117,12 +118,8 @@ class LossHessian(FlatMatrix):
         self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
     ) -> Float[Tensor, " params"] | Float[Tensor, "params probes"]:
         """The product with a vector [P], or with each column of a matrix [P, k]."""
-        self._check(other)
-        if self._versions != [p._version for p in self._layout.parameters]:
-            raise ValueError(
-                "The parameters have changed since the loss was computed: its graph is "
-                "that of before. Make products before the optimizer's step."
-            )
+        with self._together():
+            self._check(other)
         if other.dim() == 1:
             return self._product(other.detach())
         columns = [column.contiguous() for column in other.detach().T]
@@ -155,6 +152,14 @@ class LossHessian(FlatMatrix):
         torch.autograd.backward(
             [leaf for leaf, _ in found], [grad for _, grad in found]
         )
+
+    def _check(self, other: Tensor) -> None:
+        super()._check(other)
+        if self._versions != [p._version for p in self._layout.parameters]:
+            raise ValueError(
+                "The parameters have changed since the loss was computed: its graph is "
+                "that of before. Make products before the optimizer's step."
+            )
 
     def _product(self, column: Tensor) -> Tensor:
         parts = self._layout.split(column)

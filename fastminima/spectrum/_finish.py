@@ -94,7 +94,8 @@ def _text(problem: Problem, goal: Goal, best: BestPairs) -> str:
         f"top_eigenpairs stopped after {problem.products} products: the largest "
         f"residual is {worst:.2g} of its value, rtol={goal.rtol:g}{missing}"
     )
-    if best.is_measured and not best.are_within() and not lacking and best.is_sure:
+    is_limit = best.is_measured and not problem.is_rounded
+    if is_limit and not best.are_within() and not lacking and best.is_sure:
         precision = "half precision" if problem.is_half else problem.dtype
         return (
             f"{stopped}. That is what rounding leaves of the products ({precision}): "
@@ -105,4 +106,5 @@ def _text(problem: Problem, goal: Goal, best: BestPairs) -> str:
             f", and nothing beyond {problem.unit * best.upper:.4g} was missed with "
             f"probability {1 - goal.miss:g}; that is too far to be sure"
         )
-    return f"{stopped}. Raise max_products, or rtol."
+    other = ", or leave out basis_dtype" if problem.is_rounded else ""
+    return f"{stopped}. Raise max_products, or rtol{other}."

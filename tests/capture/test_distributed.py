@@ -3,16 +3,12 @@
 The checks themselves are in the folder `two_processes`.
 """
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import two_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,8 +18,6 @@ from torch.testing import assert_close
 import fastminima as fm
 
 FOLDER = Path(__file__).with_name("two_processes")
-SECONDS = 240  # takes 25
-ROOT = Path(fm.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -33,25 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 def launched(folder, *names):
     """What each rank says of each check, and what the processes printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(FOLDER / "worker.py"), str(folder), *names]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        output, _ = process.communicate()
-        output += f"\nstopped after {SECONDS} seconds"
-    files = [Path(folder) / f"{rank}.json" for rank in range(2)]
-    return [json.loads(f.read_text()) if f.exists() else {} for f in files], output
+    return two_processes(FOLDER / "worker.py", folder, *names)
 
 
 @pytest.fixture(scope="module")
