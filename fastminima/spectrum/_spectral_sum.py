@@ -26,10 +26,6 @@ _PROBES = 4  # at least; also those before a small spread is believed
 _SHARE_FIRST = 3  # one product in so many goes into the first run
 _FIRST = 32  # its products where probes are made until they suffice
 _STEPS = 32  # of a probe where there is no room for a first run
-# How far the value from a third of the steps is, and not only from half of them, since
-# what is left of a slow convergence may be more than its second half: of few steps, half
-# of them covered 88 % for 95.
-_SHARE_LOOKED = 3
 _SMALL = 0.2  # what truncation may be of the standard error that is expected
 
 
@@ -73,7 +69,7 @@ def sum_over_spectrum(
 
 
 class _Part(NamedTuple):
-    """A number, and how far the same from fewer steps is, down to a third as many."""
+    """A number, and how far the same from fewer steps is, down to half as many."""
 
     value: float
     moved: float
@@ -154,11 +150,9 @@ class _FirstRun:
             scale = math.sqrt(rest / probes)
             if rtol is not None:
                 scale = max(scale, rtol * abs(corners[-1]) / 2)
-            moved = np.abs(
-                corners[max(steps // _SHARE_LOOKED, 1) - 1 :]
-                - corners[min(steps, self._size) - 1]
-            )
-            if moved.max() <= _SMALL * scale + eps * abs(corners[-1]):
+            reached = corners[min(steps, self._size) - 1]
+            moved = np.abs(corners[steps // 2 - 1 :] - reached).max()
+            if moved <= _SMALL * scale + eps * abs(reached):
                 return steps
         return most
 
@@ -169,7 +163,7 @@ class _FirstRun:
         traces = np.array(
             [
                 np.trace(self._matrix(count)[:kept, :kept])
-                for count in range(kept + beside // _SHARE_LOOKED, self._size + 1)
+                for count in range(kept + beside // 2, self._size + 1)
             ]
         )
         return self._space.basis[:kept], _moved(traces)
@@ -209,14 +203,14 @@ def _probe(
 ) -> np.ndarray:
     """An unbiased estimate of the trace of f(A) in the complement of some vectors.
 
-    By the number of steps, from a third of them on.
+    By the number of steps, from half of them on.
     """
     v = problem.normal()
     _, size = orthogonalize(v, kept)
     run = recurrence(problem, v.div_(size), steps)
     eps = torch.finfo(problem.dtype).eps
     found = []
-    for count in range(max(steps // _SHARE_LOOKED, 1), steps + 1):
+    for count in range(max(steps // 2, 1), steps + 1):
         at, weights = nodes(run[:, :count], eps)
         found.append(float(weights @ _evaluated(problem, function, at)))
     return (problem.size - len(kept)) * np.array(found)

@@ -74,7 +74,7 @@ class Estimate:
         standard_error: Its standard deviation over the random vectors; 0 if exact.
         products: How many Hessian-vector products it took.
         degrees: Degrees of freedom of the standard error: random vectors less one.
-        truncation: How far the values from fewer Lanczos steps are, down to a third of
+        truncation: How far the values from fewer Lanczos steps are, down to half of
             them: what more may still change, beside the random vectors.
     """
 

@@ -43,7 +43,7 @@ def spectral_sum(
 
     Quadrature with so many steps is off where f is not smooth between eigenvalues (a
     threshold amid many, a pole nearby): `truncation` of the result is how far the value
-    has moved since a third of the steps, and widens its interval.
+    has moved since half of the steps, and widens its interval.
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
