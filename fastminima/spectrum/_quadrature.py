@@ -13,7 +13,7 @@ from ..curvature._scale import length
 from ..ops.vector import lanczos_step, project_out
 from ._problem import Problem
 
-__all__ = ["KrylovSpace", "eigensystem", "nodes", "orthogonalize", "recurrence"]
+__all__ = ["KrylovSpace", "eigensystems", "gauss", "orthogonalize", "recurrence"]
 
 _TINY = torch.finfo(torch.float32).tiny  # its reciprocal is finite in float32
 
@@ -42,20 +42,37 @@ def recurrence(problem: Problem, v: Float[Tensor, " params"], steps: int) -> np.
     return numbers
 
 
-def nodes(run: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights [steps] of one run; weight 0 pads an exhausted space."""
-    (alpha, beta), steps = run, run.shape[1]
-    floor = 10 * eps * max(np.abs(alpha).max(), beta.max())
-    size = next((i + 1 for i, b in enumerate(beta) if b <= floor), steps)
-    values, coordinates = eigensystem(alpha[:size], beta[: size - 1])
-    found, weights = np.full(steps, values[-1]), np.zeros(steps)
-    found[:size], weights[:size] = values, coordinates[0] ** 2
-    return found, weights
+def gauss(
+    alpha: np.ndarray, beta: np.ndarray, counts: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights [runs, steps] of the first `counts` steps of each run.
+
+    Weight 0 pads what was not counted, and what came after a space was exhausted.
+    """
+    steps = alpha.shape[1]
+    floor = 10 * eps * np.maximum(np.abs(alpha).max(axis=1), beta.max(axis=1))
+    ends = beta <= floor[:, None]
+    sizes = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, steps)
+    values, vectors = eigensystems(alpha, beta, np.minimum(sizes, counts))
+    return values, vectors[:, 0] ** 2
 
 
-def eigensystem(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and -vectors of the symmetric tridiagonal matrix."""
-    return np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
+def eigensystems(
+    alpha: np.ndarray, beta: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues [runs, steps] and -vectors of the first rows of tridiagonal matrices.
+
+    The rows after them are made diagonal, with the first number of the run.
+    """
+    steps = alpha.shape[1]
+    is_counted = np.arange(steps) < counts[:, None]
+    diagonal = np.where(is_counted, alpha, alpha[:, :1])
+    beside = np.where(is_counted[:, 1:], beta[:, :-1], 0.0)
+    matrices = np.zeros((len(alpha), steps, steps))
+    places = np.arange(steps)
+    matrices[:, places, places] = diagonal
+    matrices[:, places[1:], places[:-1]] = beside  # eigh reads the lower triangle
+    return np.linalg.eigh(matrices)
 
 
 def orthogonalize(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:
@@ -106,8 +123,6 @@ class KrylovSpace:
         self._beta.append(beta)
         self.basis.append(w.div_(rest))
 
-    def eigensystem(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ritz values [steps] and coordinates [steps, steps] of the first vectors."""
-        return eigensystem(
-            np.array(self._alpha[:steps]), np.array(self._beta[: steps - 1])
-        )
+    def numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """The alphas and betas [size] of the tridiagonal matrix."""
+        return np.array(self._alpha), np.array(self._beta)

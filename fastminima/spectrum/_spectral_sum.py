@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ._problem import Problem
-from ._quadrature import KrylovSpace, nodes, orthogonalize, recurrence
+from ._quadrature import KrylovSpace, eigensystems, gauss, orthogonalize, recurrence
 from ._student import student_quantile
 from .results import Estimate
 
@@ -26,6 +26,7 @@ _PROBES = 4  # at least; also those before a small spread is believed
 _SHARE_FIRST = 3  # one product in so many goes into the first run
 _FIRST = 32  # its products where probes are made until they suffice
 _STEPS = 32  # of a probe where there is no room for a first run
+_SLOWEST = 0.75  # by which what a doubling of steps changes is taken to fall at least
 _SMALL = 0.2  # what truncation may be of the standard error that is expected
 
 
@@ -69,7 +70,7 @@ def sum_over_spectrum(
 
 
 class _Part(NamedTuple):
-    """A number, and how far the same from fewer steps is, down to half as many."""
+    """A number, and how far it may be off for want of steps."""
 
     value: float
     moved: float
@@ -146,8 +147,7 @@ class _FirstRun:
         # Of a random direction the variance is 2 |f(A) - mean|^2 / P^2.
         rest = 2 * max(total - inside, 0.01 * total)
         for steps in range(4, most, 2):
-            probes = most * _PROBES // steps
-            scale = math.sqrt(rest / probes)
+            scale = math.sqrt(rest * steps / (most * _PROBES))
             if rtol is not None:
                 scale = max(scale, rtol * abs(corners[-1]) / 2)
             reached = corners[min(steps, self._size) - 1]
@@ -159,43 +159,68 @@ class _FirstRun:
     def treat_exactly(self, steps: int) -> tuple[list[Tensor], _Part]:
         """The first vectors and the trace of f(A) there; the last are for precision."""
         kept = max(self._size - steps, self._size // 2, 1)
-        beside = self._size - kept
-        traces = np.array(
-            [
-                np.trace(self._matrix(count)[:kept, :kept])
-                for count in range(kept + beside // 2, self._size + 1)
-            ]
-        )
+        counts = np.arange(kept + (self._size - kept) // 4, self._size + 1)
+        values, vectors = self._eigensystems(counts)
+        found = _evaluated(self._problem, self._function, values)
+        traces = np.einsum("cik,ck->c", vectors[:, :kept] ** 2, found)
         return self._space.basis[:kept], _moved(traces)
 
     def _corners(self) -> np.ndarray:
         """P times the form of f(A) in the first vector, by the number of steps."""
-        return self._problem.size * np.array(
-            [self._matrix(steps)[0, 0] for steps in range(1, self._size + 1)]
-        )
+        numbers = self._space.numbers()
+        return self._problem.size * _forms(self._problem, self._function, numbers, 1)
 
-    def _matrix(self, steps: int) -> np.ndarray:
-        """f(T), T the tridiagonal matrix of the first vectors."""
-        values, coordinates = self._space.eigensystem(steps)
-        found = _evaluated(self._problem, self._function, values)
-        return (coordinates * found) @ coordinates.T
+    def _eigensystems(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        alpha, beta = (
+            np.broadcast_to(x, (len(counts), self._size)) for x in self._space.numbers()
+        )
+        return eigensystems(alpha, beta, counts)
 
     def _variances(self) -> tuple[float, float]:
         """|f(A) - mean|^2 of what the first half of the space holds, and of all."""
-        values, coordinates = self._space.eigensystem(self._size)
+        (values,), (vectors,) = self._eigensystems(np.array([self._size]))
         found = _evaluated(self._problem, self._function, values)
-        weights = coordinates[0] ** 2
+        weights = vectors[0] ** 2
         mean = float(weights @ found)
-        apart = (coordinates * (found - mean)) @ coordinates.T
+        apart = (vectors * (found - mean)) @ vectors.T
         half = self._size // 2
         inside = float(np.square(apart[:half, :half]).sum())
         total = self._problem.size * float(weights @ (found - mean) ** 2)
         return inside, max(total, inside)
 
 
+def _forms(
+    problem: Problem,
+    function: Function,
+    run: tuple[np.ndarray, np.ndarray] | np.ndarray,
+    fewest: int,
+) -> np.ndarray:
+    """The form of f(A) in a run's first vector, by the number of steps."""
+    alpha, beta = run
+    counts = np.arange(fewest, len(alpha) + 1)
+    shape = (len(counts), len(alpha))
+    values, weights = gauss(
+        np.broadcast_to(alpha, shape),
+        np.broadcast_to(beta, shape),
+        counts,
+        torch.finfo(problem.dtype).eps,
+    )
+    return (weights * _evaluated(problem, function, values)).sum(axis=1)
+
+
 def _moved(values: np.ndarray) -> _Part:
-    """The last of some values by number of steps, and how far the others are."""
-    return _Part(float(values[-1]), float(np.abs(values - values[-1]).max()))
+    """The last of some values by number of steps, and how far it may be off.
+
+    The values are those from a quarter of the steps on. It is off by what the second
+    half has changed, if each doubling changes half as much as the one before, or less;
+    if more, by what all further ones would change if they went on so.
+    """
+    last = float(values[-1])
+    half = len(values) // 3
+    later = float(np.abs(values[half:] - last).max())
+    earlier = float(abs(values[half] - values[0]))
+    share = min(later / earlier if earlier else 1.0, _SLOWEST)
+    return _Part(last, later * max(share / (1 - share), 1.0))
 
 
 def _probe(
@@ -203,17 +228,13 @@ def _probe(
 ) -> np.ndarray:
     """An unbiased estimate of the trace of f(A) in the complement of some vectors.
 
-    By the number of steps, from half of them on.
+    By the number of steps, from a quarter of them on.
     """
     v = problem.normal()
     _, size = orthogonalize(v, kept)
     run = recurrence(problem, v.div_(size), steps)
-    eps = torch.finfo(problem.dtype).eps
-    found = []
-    for count in range(max(steps // 2, 1), steps + 1):
-        at, weights = nodes(run[:, :count], eps)
-        found.append(float(weights @ _evaluated(problem, function, at)))
-    return (problem.size - len(kept)) * np.array(found)
+    found = _forms(problem, function, run, max(steps // 4, 1))
+    return (problem.size - len(kept)) * found
 
 
 def _estimate(problem: Problem, within: _Part, samples: list[np.ndarray]) -> Estimate:

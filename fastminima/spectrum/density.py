@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._problem import Problem
-from ._quadrature import nodes, recurrence
+from ._quadrature import gauss, recurrence
 from .results import Density
 
 __all__ = ["spectral_density"]
@@ -83,9 +83,9 @@ class _Quadrature(NamedTuple):
     @classmethod
     def of(cls, runs: list[np.ndarray], problem: Problem, steps: int) -> _Quadrature:
         """Those of the first steps of some runs."""
+        alpha, beta = np.stack(runs, axis=1)[:, :, :steps]
         eps = torch.finfo(problem.dtype).eps
-        found, weights = zip(*(nodes(run[:, :steps], eps) for run in runs), strict=True)
-        return cls(np.stack(found), np.stack(weights))
+        return cls(*gauss(alpha, beta, np.full(len(alpha), steps), eps))
 
 
 def _density(

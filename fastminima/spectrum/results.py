@@ -74,8 +74,8 @@ class Estimate:
         standard_error: Its standard deviation over the random vectors; 0 if exact.
         products: How many Hessian-vector products it took.
         degrees: Degrees of freedom of the standard error: random vectors less one.
-        truncation: How far the values from fewer Lanczos steps are, down to half of
-            them: what more may still change, beside the random vectors.
+        truncation: What more Lanczos steps may still change, beside the random vectors:
+            as much as the second half of them has, or more where that does not fall.
     """
 
     value: float

@@ -42,8 +42,8 @@ def spectral_sum(
     >= P.
 
     Quadrature with so many steps is off where f is not smooth between eigenvalues (a
-    threshold amid many, a pole nearby): `truncation` of the result is how far the value
-    has moved since half of the steps, and widens its interval.
+    threshold amid many, a pole nearby): `truncation` of the result, what the second
+    half of the steps has changed or more, widens its interval.
 
     Args:
         H: Anything symmetric with `.shape` and `@`.
