@@ -43,13 +43,14 @@ def sum_over_spectrum(
     probe needs. Without room for its vectors there is none.
     """
     _check(products, problem.size, rtol, steps)
-    if products >= problem.size:
+    if products >= problem.size and (rtol is None or problem.size < _FEWEST):
         return _exact(problem, function)
     if products < _FEWEST:
         raise ValueError(
             f"An estimate with a standard error needs at least {_FEWEST} products, got "
             f"{products}."
         )
+    products = min(products, problem.size)  # as many tell it exactly
     first = products // _SHARE_FIRST
     if rtol is not None:  # how many products there will be is not known yet
         first = min(first, _FIRST)
@@ -109,8 +110,8 @@ def _exact(problem: Problem, function: Function) -> Estimate:
 
 
 def _evaluated(problem: Problem, function: Function, values: np.ndarray) -> np.ndarray:
-    """The function of numbers that are in units of the problem."""
-    at = torch.from_numpy(values * problem.unit)
+    """The function of numbers, of any shape, that are in units of the problem."""
+    at = torch.from_numpy(values * problem.unit).flatten()
     found = torch.as_tensor(function(at), dtype=torch.float64, device="cpu")
     if found.shape != at.shape:
         raise ValueError(
@@ -124,7 +125,7 @@ def _evaluated(problem: Problem, function: Function, values: np.ndarray) -> np.n
             f"{problem.name} has about an eigenvalue. Pass one that is finite on the "
             "whole spectrum."
         )
-    return found.numpy()
+    return found.numpy().reshape(values.shape)
 
 
 class _FirstRun:
