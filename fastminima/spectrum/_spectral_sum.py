@@ -27,6 +27,7 @@ _SHARE_FIRST = 3  # one product in so many goes into the first run
 _FIRST = 32  # its products where probes are made until they suffice
 _STEPS = 32  # of a probe where there is no room for a first run
 _SLOWEST = 0.75  # by which what a doubling of steps changes is taken to fall at least
+_AGAINST = 0.1  # of the way, a move against the others that is not rounding
 _SMALL = 0.2  # what truncation may be of the standard error that is expected
 
 
@@ -164,7 +165,8 @@ class _FirstRun:
         values, vectors = self._eigensystems(counts)
         found = _evaluated(self._problem, self._function, values)
         traces = np.einsum("cik,ck->c", vectors[:, :kept] ** 2, found)
-        return self._space.basis[:kept], _moved(traces)
+        (value,), moved = _settled(traces[None])
+        return self._space.basis[:kept], _Part(float(value), moved)
 
     def _corners(self) -> np.ndarray:
         """P times the form of f(A) in the first vector, by the number of steps."""
@@ -209,19 +211,27 @@ def _forms(
     return (weights * _evaluated(problem, function, values)).sum(axis=1)
 
 
-def _moved(values: np.ndarray) -> _Part:
-    """The last of some values by number of steps, and how far it may be off.
+def _settled(each: np.ndarray) -> tuple[np.ndarray, float]:
+    """What values by number of steps [runs, counts] come to, and how far it may be off.
 
-    The values are those from a quarter of the steps on. It is off by what the second
-    half has changed, if each doubling changes half as much as the one before, or less;
-    if more, by what all further ones would change if they went on so.
+    The counts are those from a quarter of the steps on. Where the mean over runs goes
+    one way in the second half, the last value is taken. It is off by what that half has
+    changed, if each doubling changes half as much as the one before, or less; if more,
+    by what all further ones would change if they went on so. Where it goes to and fro,
+    as nodes cross a jump of f, the mean over that half is taken, and how far it went.
     """
-    last = float(values[-1])
-    half = len(values) // 3
-    later = float(np.abs(values[half:] - last).max())
+    half = each.shape[1] // 3
+    values = each.mean(axis=0)
+    later, last = values[half:], values[-1]
+    moves = np.diff(later)
+    width = float(later.max() - later.min())
+    if min(moves.max(initial=0.0), -moves.min(initial=0.0)) > _AGAINST * width:
+        middle = later.mean()
+        return each[:, half:].mean(axis=1), float(np.abs(later - middle).max())
+    moved = float(np.abs(later - last).max())
     earlier = float(abs(values[half] - values[0]))
-    share = min(later / earlier if earlier else 1.0, _SLOWEST)
-    return _Part(last, later * max(share / (1 - share), 1.0))
+    share = min(moved / earlier if earlier else 1.0, _SLOWEST)
+    return each[:, -1], moved * max(share / (1 - share), 1.0)
 
 
 def _probe(
@@ -239,16 +249,15 @@ def _probe(
 
 
 def _estimate(problem: Problem, within: _Part, samples: list[np.ndarray]) -> Estimate:
-    each = np.stack(samples)
-    values, count = each[:, -1], len(each)
+    values, moved = _settled(np.stack(samples))
+    count = len(values)
     error = values.std(ddof=1) / math.sqrt(count) if count > 1 else math.inf
-    mean = _moved(each.mean(axis=0))
     return Estimate(
-        within.value + mean.value,
+        within.value + float(values.mean()),
         float(error),
         problem.products,
         count - 1,
-        within.moved + mean.moved,
+        within.moved + moved,
     )
 
 

@@ -75,7 +75,7 @@ class Estimate:
         products: How many Hessian-vector products it took.
         degrees: Degrees of freedom of the standard error: random vectors less one.
         truncation: What more Lanczos steps may still change, beside the random vectors:
-            as much as the second half of them has, or more where that does not fall.
+            as much as the second half of them has, or more where that falls slowly.
     """
 
     value: float
