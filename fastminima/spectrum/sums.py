@@ -21,8 +21,6 @@ __all__ = [
     "stability_ratio",
 ]
 
-_ROUNDING = 10  # times eps of the largest eigenvalue is what none can be told from 0
-
 
 def spectral_sum(
     H: Any,
@@ -269,7 +267,7 @@ def _refuse_negative(
     above: float | None,
 ) -> None:
     """ValueError for what is not positive, or is not to be told from zero."""
-    least = _ROUNDING * torch.finfo(problem.dtype).eps * float(values.abs().max())
+    least = problem.smallest * float(values.abs().max())
     lowest = float(torch.where(is_counted, values, math.inf).min())
     if lowest + damping > least:
         return

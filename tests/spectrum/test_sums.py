@@ -175,9 +175,12 @@ def test_what_is_not_positive_is_refused(values, met, device):
     assert math.isfinite(fm.log_determinant(matrix, above=0.5).value)
 
 
-def test_what_is_zero_to_rounding_is_not_counted_by_accident(device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_zero_to_rounding_is_not_counted_by_accident(dtype, device):
     """Rounding makes half of the zeros of a singular matrix positive."""
-    matrix = rotated([3.0, 2.0, *[0.0] * 30], torch.float32, device=device)
+    matrix = rotated([3.0, 2.0, *[0.0] * 30], dtype, device=device)
+    got = fm.log_determinant(matrix, above=0.5).value
+    assert got == pytest.approx(math.log(6), rel=1e-2)
     with pytest.raises(ValueError, match="rounding leaves"):
         fm.log_determinant(matrix, above=0.0)
 
@@ -201,6 +204,19 @@ def test_beyond_the_edge_the_ratio_is_infinite(device):
     below = fm.stability_ratio(matrix, 0.2, 8, products=60)
     truth = fm.theory.stability_ratio(torch.tensor(SADDLE).double(), 0.2, 8)
     assert abs(below.value - truth) < 4 * below.standard_error + below.truncation
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_small_and_simple_matrices(size, device):
+    for products in (12, 200):
+        eye = torch.eye(size, device=device)
+        got = fm.log_determinant(2 * eye, damping=1.0, products=products)
+        assert got.value == pytest.approx(size * math.log(3), rel=1e-6)
+        low, high = got.interval()
+        assert high - low <= 1e-4 * size
+        zero = fm.effective_dimension(0 * eye, 1.0, products=products, rtol=0.1)
+        assert (zero.value, zero.interval()) == (0, (0, 0))
+        assert fm.stability_ratio(eye, 0.0, 4, products=products).value == 0
 
 
 def test_volumes_of_bowls(device):
