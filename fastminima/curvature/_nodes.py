@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 __all__ = [
     "Survey",
     "explained",
+    "faults_of",
     "foreign_leaves",
     "nodes_of",
     "place_of",
@@ -36,8 +37,18 @@ _REMEDIES = {
     "ScaledDotProduct": "Leave out the sdpa_kernel(...) inside the closure: the "
     "operators choose a form of attention that can be differentiated twice.",
     "Rnn": "Run it under torch.backends.cudnn.flags(enabled=False).",
+    "ChannelShuffle": "Use F.channel_shuffle or reshape and transpose.",
+    "channel_shuffle": "Use reshape and transpose.",
+    "multi_head_attention": "Call nn.MultiheadAttention, which the operators record in "
+    "a form that can be differentiated twice.",
+    "Gamma": "Draw outside the closure, or use a distribution with another rsample.",
+    "Dirichlet": "Draw outside the closure, or use another distribution.",
+    "MultiMargin": "Write the margin out with clamp(min=0).",
+    "MultilabelMargin": "Use F.multilabel_soft_margin_loss.",
+    "SegmentReduce": "Use torch.scatter_reduce.",
     "CtcLoss": "Leave that loss out, or freeze the layers before it.",
 }
+_MISSING = "torch::autograd::NotImplemented"  # an operation without a derivative
 # Where 1 - p is computed from p near 1, or a logarithm from its argument near 1.
 _SATURATING = ("Softmax", "Sigmoid", "Softplus", "BinaryCrossEntropy", "Log", "Exp")
 
@@ -121,13 +132,16 @@ def refuse_nodes(roots: Sequence[Tensor], names: Mapping[int, str]) -> None:
 
     `names` are the parameters' names by `id`.
     """
+    for fault in faults_of(roots, names):
+        raise ValueError(f"The loss has no second derivative here: {fault}")
+
+
+def faults_of(roots: Sequence[Tensor], names: Mapping[int, str]) -> Iterator[str]:
+    """Each node whose second derivative is missing without a word, and what to do."""
     for node in nodes_of(roots):
         fault = _fault(node)
         if fault:
-            raise ValueError(
-                f"The loss has no second derivative here: {node.name()} "
-                f"({place_of(node, names)}) {fault}"
-            )
+            yield f"{node.name()} ({place_of(node, names)}) {fault}"
 
 
 def _fault(node: Any) -> str | None:
@@ -145,6 +159,12 @@ def _fault(node: Any) -> str | None:
                 "operations on saved tensors, and drop the decorator."
             )
         return None
+    if node.name().startswith("WeightNormInterface"):
+        return (
+            "is the fused weight norm, whose second derivative is wrong. Call "
+            "torch._weight_norm or torch.nn.utils.parametrizations.weight_norm, which "
+            "the operators write out, not torch.ops.aten."
+        )
     if getattr(node, "_saved_sparse", False):
         return f"has sparse gradients. {_REMEDIES['Embedding']}"
     if getattr(node, "_saved_scale_grad_by_freq", False):
@@ -196,22 +216,45 @@ def explained(
 
 def _culprit(message: str, roots: Sequence[Tensor], names: Mapping[int, str]) -> str:
     named = _OPERATION.search(message)
-    functions = []
-    for node in nodes_of(roots):
-        if named and _core(node.name()) == _core(named[1]):
-            where = (
-                f": {node.name()} ({place_of(node, names)}) has no second derivative."
-            )
-            remedy = next((r for n, r in _REMEDIES.items() if n in node.name()), "")
-            return f"{where} {remedy or 'Use other operations there.'}"
-        if hasattr(node, "_forward_cls"):
-            functions.append(f"{node.name()} ({place_of(node, names)})")
+    node = _node_of(named[1], roots) if named else None
+    if named and node is not None:
+        met = node.name() if node.name() != _MISSING else named[1]
+        known = f"{met} {named[1]}"
+        remedy = next((r for n, r in _REMEDIES.items() if n in known), "")
+        return (
+            f": {met} ({place_of(node, names)}) has no second derivative. "
+            f"{remedy or 'Use other operations there.'}"
+        )
+    functions = [
+        f"{node.name()} ({place_of(node, names)})"
+        for node in nodes_of(roots)
+        if hasattr(node, "_forward_cls")
+    ]
     if functions:
         return (
             f". The suspects are functions written in Python: {', '.join(functions)}; "
             "their backward must consist of differentiable operations."
         )
     return ". Use operations there that have a second derivative."
+
+
+def _node_of(operation: str, roots: Sequence[Tensor]) -> Any:
+    """The node that an operation without a derivative belongs to, or None.
+
+    One of its name; else one whose name it begins with, as in
+    `_embedding_bag_per_sample_weights_backward`; else one without any derivative.
+    """
+    core, best, longest = _core(operation), None, 3
+    for node in nodes_of(roots):
+        own = _core(node.name())
+        if own == core:
+            return node
+        stem = own.removesuffix("backward")
+        if core.startswith(stem) and len(stem) > longest:
+            best, longest = node, len(stem)
+        if best is None and node.name() == _MISSING:
+            best = node
+    return best
 
 
 def _core(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,11 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Rewrites"]
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+# What PyTorch itself computes in another form inside the operators.
+_ATTENTION = (
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+)
 
 
 class Rewrites(TorchFunctionMode):
@@ -25,9 +31,13 @@ class Rewrites(TorchFunctionMode):
       weight is another tensor, which takes the place of the weight from there on; the
       gradient goes to the weight unchanged, as it does outside.
     - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
+    - `hardsigmoid` has no second derivative; as a clamped line it has one, zero.
 
     Args:
         is_training: In a training step rows are rescaled as ever.
+
+    Attributes:
+        met: How often each function was called that is computed in another way.
     """
 
     def __init__(self, *, is_training: bool = False) -> None:
@@ -35,6 +45,7 @@ class Rewrites(TorchFunctionMode):
         self._is_training = is_training
         self._rescaled: dict[int, tuple[Tensor, Tensor]] = {}
         self._remembers = False
+        self.met: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def remembering(self) -> Iterator[None]:
@@ -58,12 +69,16 @@ class Rewrites(TorchFunctionMode):
         if self._rescaled:
             args = tuple(map(self._now, args))
             kwargs = {name: self._now(value) for name, value in kwargs.items()}
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs)
+        if func in _WRITTEN_OUT:
+            self.met[func.__name__] += 1
+            return _WRITTEN_OUT[func](*args, **kwargs)
+        if func in _ATTENTION:
+            self.met[func.__name__] += 1
         is_embedding = func is F.embedding or func is F.embedding_bag
         if is_embedding and not self._is_training:
             return self._embedding(func, *args, **kwargs)
         if func in _RECURRENT:
+            self.met[func.__name__] += 1
             with torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -81,6 +96,7 @@ class Rewrites(TorchFunctionMode):
         max_norm = kwargs.pop("max_norm", args[1] if len(args) > 1 else None)
         if max_norm is None:
             return func(input, weight, *args, **kwargs)
+        self.met[f"{func.__name__}(max_norm)"] += 1
         norm_type = kwargs.get("norm_type", args[2] if len(args) > 2 else 2.0)
         args = (args[0], None, *args[2:]) if len(args) > 1 else args
         rescaled = _rescaled(weight, input, max_norm, norm_type)
@@ -94,6 +110,27 @@ class Rewrites(TorchFunctionMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """V g / |v|, the norm over all dimensions but `dim`."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _weight_norm_interface(
+    v: Tensor, g: Tensor, dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The same, and the norm."""
+    return _weight_norm(v, g, dim), torch.norm_except_dim(v, 2, dim)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """The line (x + 3) / 6 between 0 and 1."""
+    line = F.hardtanh(input + 3, 0.0, 6.0) / 6
+    return input.copy_(line) if inplace else line
+
+
+_WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    torch._weight_norm_interface: _weight_norm_interface,
+    F.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+}
 
 
 def _rescaled(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Tensor:

@@ -195,7 +195,10 @@ class _Walk:
         loss.compare(parts)
         self.value = self._loss()
         if not math.isfinite(self.value):
-            raise ValueError(f"The loss is {self.value} at the present point.")
+            raise ValueError(
+                f"The loss is {self.value} at the present point. Check the batch and "
+                "the parameters."
+            )
 
     def growth(self, eta: float) -> float:
         """How much larger the loss is after a step; infinite where it is no number."""
@@ -360,7 +363,11 @@ def _parts(
 def _check_direction(parts: Sequence[Tensor]) -> None:
     size = max(_whole(p.abs().max()) if p.numel() else 0.0 for p in parts)
     if not (size > 0 and math.isfinite(size)):
-        raise ValueError(f"The largest element of the direction is {size}.")
+        raise ValueError(
+            f"The largest element of the direction is {size}: there is no way to go. "
+            "Pass the step of training as the direction; where it is the gradient, "
+            "check the batch and the parameters, or that training has not ended."
+        )
 
 
 @contextmanager

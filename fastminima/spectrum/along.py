@@ -60,7 +60,10 @@ def directional_sharpness(
     image = problem.multiply(unit).double()
     found = float(torch.dot(unit.double(), image))
     if not math.isfinite(found):
-        raise ValueError("The product with the direction is not finite.")
+        raise ValueError(
+            "The product with the direction is not finite. Check the parameters and "
+            "the batch."
+        )
     return found / float(unit.double().square().sum())
 
 

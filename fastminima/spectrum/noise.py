@@ -159,7 +159,10 @@ def hessian_noise_scale(
     along = float(dot(unit, problem.multiply(unit)) / dot(unit, unit))
     along *= problem.unit * size**2
     if not math.isfinite(along):
-        raise ValueError("The product with the gradient is not finite.")
+        raise ValueError(
+            "The product with the gradient is not finite. Check the batch and the "
+            "parameters."
+        )
     noise = product_trace(H, covariance, products, seed, rtol=rtol)
     return _ratio(noise, along, samples, problem.products)
 
