@@ -3,6 +3,7 @@
 from ._matrix import FlatMatrix
 from ._operator import CurvatureOperator
 from ._trust import Noise, Suspicion, SymmetryWatch
+from .audit import CurvatureAudit, CurvatureCheck
 from .covariance import GradientCovariance
 from .critical import CriticalSharpness, critical_sharpness
 from .derived import DerivedOperator, preconditioner
@@ -13,6 +14,8 @@ from .recording import twice_differentiable
 
 __all__ = [
     "CriticalSharpness",
+    "CurvatureAudit",
+    "CurvatureCheck",
     "CurvatureOperator",
     "DerivedOperator",
     "FlatMatrix",

@@ -83,6 +83,16 @@ class GradientCovariance(CurvatureOperator):
             )
         return (losses,)
 
+    def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:
+        return roots[0]
+
+    def _by_difference(
+        self, batch: Any, roots: tuple[Tensor, ...], difference: Tensor
+    ) -> Tensor:
+        weights = (difference - difference.mean()) / max(len(difference) - 1, 1)
+        parts = combine(roots, self._layout.parameters, [weights.to(roots[0])])
+        return self._layout.join(parts)
+
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         return _LossesGraph(roots, self._layout.parameters)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._graph import Graph, Parts, check_graph, check_mean, combine, differentiate
 from ._mean import MeanOperator
+from ._scale import norm
 
 __all__ = ["GaussNewton"]
 
@@ -79,6 +80,29 @@ class GaussNewton(MeanOperator):
         leaf = predictions.detach().requires_grad_()
         loss = self._ask(self._loss, leaf, batch)
         return predictions, leaf, check_mean(loss, "loss(predictions, batch)")
+
+    def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:
+        return roots[0]
+
+    def _by_difference(
+        self, batch: Any, roots: tuple[Tensor, ...], difference: Tensor
+    ) -> Tensor:
+        outputs, size = roots[0].detach(), norm(difference.reshape(-1))
+        if not size:
+            return torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        length = max(norm(outputs.reshape(-1).double()), 1.0)
+        step = torch.finfo(outputs.dtype).eps ** (1 / 3) * length / size
+        moved = (step * difference).to(outputs)
+        ends = [self._slope_by(outputs + s * moved, batch) for s in (1, -1)]
+        curved = (ends[0] - ends[1]) / (2 * step)
+        return self._layout.join(combine(roots[:1], self._layout.parameters, [curved]))
+
+    def _slope_by(self, outputs: Tensor, batch: Any) -> Tensor:
+        """The loss's gradient by the outputs."""
+        leaf = outputs.detach().requires_grad_()
+        loss = check_mean(self._ask(self._loss, leaf, batch))
+        (slope,) = combine([loss], [leaf], [torch.ones_like(loss)])
+        return torch.zeros_like(leaf) if slope is None else slope
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         return _OutputsGraph(roots, self._layout.parameters)

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._engines import EVALUATING, check_engine, chosen_engine
 from ._evaluated import FiniteDifferences, ForwardOverReverse
-from ._graph import GradientGraph, Graph, check_mean
+from ._graph import GradientGraph, Graph, check_mean, differentiate
 from ._mean import MeanOperator
 from ._random import RandomState
 from ._trust import Suspicion
@@ -122,6 +123,18 @@ class Hessian(MeanOperator):
         if self._engine == "auto":
             self._engine = chosen_engine(graph, self._memory)
         return self._engine != "recompute"
+
+    def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:
+        one = torch.ones_like(roots[0])
+        parameters = self._layout.parameters
+        return self._layout.join(
+            differentiate(roots, parameters, [one], create_graph=False)
+        )
+
+    def _by_difference(
+        self, batch: Any, roots: tuple[Tensor, ...], difference: Tensor
+    ) -> Tensor:
+        return difference
 
     def _judge(self, suspicion: Suspicion | None) -> None:
         # Between kinks, differences of gradients are no symmetric matrix.
