@@ -113,8 +113,8 @@ def look_at_differences(
     twin: CurvatureOperator, seed: int, changing: str
 ) -> list[CurvatureCheck]:
     """The gradient and products beside central differences, where that is smooth."""
-    twin._random.restore()
     with twin._context():
+        twin._random.restore()
         batch, weight = next(iter(twin._batches))
     one = of_one_batch(twin, batch, weight)
     try:

@@ -53,6 +53,13 @@ class Batches:
         self._count = count
         self._had_samples = False
 
+    @classmethod
+    def of_one(cls, batch: Any, weight: int) -> Batches:
+        """One batch, whatever it is made of."""
+        found = cls({}, lambda _: weight)
+        found._data = [batch]
+        return found
+
     @property
     def is_counted(self) -> bool:
         """Whether the user says what a batch weighs."""

@@ -60,7 +60,12 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, want: Tensor, whole: Tensor, half: Tensor, rounding: float, step: float,
+        cls,
+        want: Tensor,
+        whole: Tensor,
+        half: Tensor,
+        rounding: float,
+        step: float,
         dtype: torch.dtype,
     ) -> Comparison:
         """From differences of a step and of its half, by Richardson's extrapolation."""
@@ -85,7 +90,7 @@ class Comparison:
 def of_one_batch(operator: Operator, batch: Any, weight: int) -> Operator:
     """The same operator over one of its batches."""
     twin = copy.copy(operator)
-    twin._batches = Batches([batch], lambda _: weight)
+    twin._batches = Batches.of_one(batch, weight)
     twin._kept = twin._fresh = None
     return twin
 
@@ -96,7 +101,7 @@ def in_double(operator: Operator) -> Operator:
     twin._model = copy.deepcopy(operator._model).double()
     twin._layout = FlatLayout(twin._model)
     batch, weight = next(iter(operator._batches))
-    twin._batches = Batches([_doubled(batch)], lambda _: weight)
+    twin._batches = Batches.of_one(_doubled(batch), weight)
     twin._checks = Checks(type(operator).__name__, twin._model)
     twin._checks.noise = Noise(torch.float64)
     twin._kept = twin._fresh = None
@@ -126,33 +131,34 @@ def compared(
     product = operator._multiply([direction])[0]
     slope = torch.dot(operator._gradient().double(), direction.double()).reshape(1)
     parts = operator._layout.split(direction)
+    batch, _ = next(iter(operator._batches))
     with operator._context():
-        batch, _ = next(iter(operator._batches))
         operator._random.restore()
         roots = operator._evaluate(batch)
-        dtype = survey(roots).dtype
-        best: list[Comparison] = [_nothing(), _nothing()]
-        for step in _STEPS.get(dtype, _COARSE):
-            far = [_end(operator, batch, parts, s * step) for s in (1, -1)]
-            if crossed(far[0][2], far[1][2]):
-                continue
-            near = [_end(operator, batch, parts, s * step / 2) for s in (1, -1)]
-            for i, want in enumerate((product, slope)):
-                ends = far[0][i], far[1][i], near[0][i], near[1][i]
-                whole, half = ((a - b).double() for a, b in (ends[:2], ends[2:]))
-                rounding = _ROUNDING * torch.finfo(dtype).eps * _size(ends[0]) / step
-                whole, half = whole / (2 * step), half / step
-                if i == 0:
+    dtype = survey(roots).dtype
+    best = [_nothing(), _nothing()]
+    for step in _STEPS.get(dtype, _COARSE):
+        far = [_end(operator, batch, parts, s * step) for s in (1, -1)]
+        if crossed(far[0][2], far[1][2]):
+            continue
+        near = [_end(operator, batch, parts, s * step / 2) for s in (1, -1)]
+        for i, want in enumerate((product, slope)):
+            whole = (far[0][i] - far[1][i]).double() / (2 * step)
+            half = (near[0][i] - near[1][i]).double() / step
+            rounding = _ROUNDING * torch.finfo(dtype).eps * _size(far[0][i]) / step
+            if i == 0:
+                size = _size(half)
+                with operator._context():
                     whole, half = (
                         operator._by_difference(batch, roots, d) for d in (whole, half)
                     )
-                    rounding *= norm(half) / max(_size(ends[2] - ends[3]) / step, 1e-300)
-                found = Comparison.of(
-                    want.double(), whole.double(), half.double(), rounding, step, dtype
-                )
-                best[i] = min(best[i], found, key=_rank)
-            if all(found.is_told and found.doubt < _ENOUGH for found in best):
-                break
+                rounding *= norm(half) / size if size else 1.0
+            found = Comparison.of(
+                *(want.double(), whole.double(), half.double()), rounding, step, dtype
+            )
+            best[i] = min(best[i], found, key=_rank)
+        if all(found.is_told and found.doubt < _ENOUGH for found in best):
+            break
     return best[0], best[1]
 
 
@@ -173,8 +179,8 @@ def _end(
     operator: CurvatureOperator, batch: Any, parts: Sequence[Tensor], factor: float
 ) -> End:
     """At one end of a step: what is differenced, the loss, the sides of kinks."""
-    operator._random.restore()
-    with _displaced(operator._layout.parameters, parts, factor):
+    with operator._context(), _displaced(operator._layout.parameters, parts, factor):
+        operator._random.restore()
         roots = operator._evaluate(batch)
         loss = roots[-1].detach().double().mean().reshape(1)
         met = sides(roots)  # before the graph goes

@@ -112,9 +112,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _weight_norm_interface(
-    v: Tensor, g: Tensor, dim: int = 0
-) -> tuple[Tensor, Tensor]:
+def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """The same, and the norm."""
     return _weight_norm(v, g, dim), torch.norm_except_dim(v, 2, dim)
 
