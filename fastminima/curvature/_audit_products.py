@@ -20,6 +20,7 @@ __all__ = ["look_at_differences", "look_at_products"]
 _PAIRS = 3
 _SMALL = 0.1  # of a parameter's scale beside the others', where it is zero
 _GUILTY = 0.1  # of the squared difference: a parameter that is named
+_SHOWN = 80  # letters of an error
 _LOSSES = 1e-2  # the share of what products may differ by that losses may
 # What a closure, a copy or a batch may raise that knows one dtype alone.
 _ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -117,13 +118,21 @@ def look_at_differences(
         twin._random.restore()
         batch, weight = next(iter(twin._batches))
     one = of_one_batch(twin, batch, weight)
+    where = "in float64"
+    if twin.dtype != torch.float64:
+        try:
+            return _differences(in_double(one), seed, where, changing)
+        except _ERRORS as error:  # what knows float32 alone is looked at in that
+            where = f"in its own dtype (in float64: {_shortened(error)})"
     try:
-        double = one if twin.dtype == torch.float64 else in_double(one)
-        return _differences(double, seed, "float64", changing)
-    except _ERRORS:  # what knows float32 alone is looked at in that
-        if twin.dtype == torch.float64:
-            raise
-    return _differences(one, seed, "its own dtype (it cannot run in float64)", changing)
+        return _differences(one, seed, where, changing)
+    except ValueError as error:  # at some distance the loss may be no number
+        met = f"not to be had next to the point: {_shortened(error)}"
+        return [CurvatureCheck("differences", where, met, verdict="untold")]
+
+
+def _shortened(error: Exception) -> str:
+    return str(error).partition("\n")[0][:_SHOWN] or type(error).__name__
 
 
 def _differences(
@@ -138,8 +147,8 @@ def _differences(
     for name, direction in directions.items():
         unit = direction * ((size or 1.0) / norm(direction))
         product, slope = compared(one, unit)
-        of_slope = f"<g, v> and the loss along {name}, in {where}"
-        of_product = f"A v and differences along {name}, in {where}"
+        of_slope = f"<g, v> and the loss along {name}, {where}"
+        of_product = f"A v and differences along {name}, {where}"
         lines.append(_slope_line(of_slope, slope, changing))
         lines.append(_product_line(one, of_product, product, changing))
     return lines
@@ -176,7 +185,7 @@ def _product_line(
         *(found.error, found.allowed, "WRONG"),
         "Part of the second derivative is missing: something is detached in a backward "
         "pass or before it (functions in Python, detach(), .data, no_grad(), NumPy, "
-        f"hooks), at these parameters or above them.{_because(changing)}",
+        f"hooks), at these parameters or next to them.{_because(changing)}",
     )
 
 

@@ -35,7 +35,8 @@ _ROUNDING = 30  # eps of what is subtracted, by which differences may be off
 _ENOUGH = 1e-7  # a step that leaves so little doubt is the last
 
 Operator = TypeVar("Operator", bound="CurvatureOperator")
-End = tuple[Tensor, Tensor, list[Tensor]]  # what is differenced, the loss, the sides
+# What is differenced and the loss; the sides of kinks.
+End = tuple[tuple[Tensor, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,13 @@ def compared(
     best = [_nothing(), _nothing()]
     for step in _STEPS.get(dtype, _COARSE):
         far = [_end(operator, batch, parts, s * step) for s in (1, -1)]
-        if crossed(far[0][2], far[1][2]):
+        if crossed(far[0][1], far[1][1]):
             continue
         near = [_end(operator, batch, parts, s * step / 2) for s in (1, -1)]
         for i, want in enumerate((product, slope)):
-            whole = (far[0][i] - far[1][i]).double() / (2 * step)
-            half = (near[0][i] - near[1][i]).double() / step
-            rounding = _ROUNDING * torch.finfo(dtype).eps * _size(far[0][i]) / step
+            whole = (far[0][0][i] - far[1][0][i]).double() / (2 * step)
+            half = (near[0][0][i] - near[1][0][i]).double() / step
+            rounding = _ROUNDING * torch.finfo(dtype).eps * _size(far[0][0][i]) / step
             if i == 0:
                 size = _size(half)
                 with operator._context():
@@ -184,7 +185,7 @@ def _end(
         roots = operator._evaluate(batch)
         loss = roots[-1].detach().double().mean().reshape(1)
         met = sides(roots)  # before the graph goes
-        return operator._differenced(roots).detach().clone(), loss, met
+        return (operator._differenced(roots).detach().clone(), loss), met
 
 
 @contextlib.contextmanager

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._checks import Checks
 from ._data import Batches
+from ._explained import explained
 from ._functions import look_at_functions
 from ._graph import Graph
 from ._guard import differentiable, parameters_kept, unchanged
-from ._nodes import explained, survey
+from ._nodes import survey
 from ._random import RandomState
 from ._ranks import Ranks, ranks_of
 from ._replicas import without_reducers

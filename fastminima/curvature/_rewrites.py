@@ -127,7 +127,6 @@ _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     torch._weight_norm_interface: _weight_norm_interface,
     F.hardsigmoid: _hardsigmoid,
-    torch._C._nn.hardsigmoid: _hardsigmoid,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 __all__ = ["CurvatureAudit", "CurvatureCheck"]
 
 _WIDTH = 88
+_ORDER = ("WRONG", "untold", "note", "ok")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class CurvatureAudit:
         return all(check.ok for check in self.checks)
 
     def __getitem__(self, name: str) -> CurvatureCheck:
-        """The first line of a name, one that is wrong before others."""
+        """The line of a name; of several the first that is wrong, or else untold."""
         found = [check for check in self.checks if check.name == name]
         if not found:
             known = ", ".join(dict.fromkeys(check.name for check in self.checks))
             raise KeyError(f"No line {name!r} in this audit. Its lines: {known}.")
-        return min(found, key=lambda check: check.ok)
+        return min(found, key=lambda check: _ORDER.index(check.verdict))
 
     def __str__(self) -> str:
         table = [("check", "error", "allowed", "", "looked at")]

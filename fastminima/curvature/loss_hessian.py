@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._explained import explained
 from ._functions import look_at_given_functions
 from ._graph import GradientGraph, Parts, check_mean
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
-from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
+from ._nodes import foreign_leaves, nodes_of, place_of, refuse_nodes, survey
 from ._ranks import Said, ranks_of
 from ._same import fingerprint
 from ._shards import is_sharded
