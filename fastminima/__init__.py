@@ -4,6 +4,7 @@ from . import callbacks, monitor, optim, theory
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
 from .curvature import (
     CriticalSharpness,
+    CurvatureAudit,
     GaussNewton,
     GradientCovariance,
     Hessian,
@@ -41,6 +42,7 @@ __all__ = [
     "Audit",
     "CaptureError",
     "CriticalSharpness",
+    "CurvatureAudit",
     "Density",
     "Eigenpairs",
     "Estimate",

@@ -164,12 +164,12 @@ class _Search:
         """
         if not self._is_out:
             self._run.step()
-        ritz = self._ritz = self._run.ritz()
-        if not np.isfinite(ritz.values).all():
+        if not self._run.is_finite:
             raise ValueError(
                 f"Product {self._problem.products} with the matrix is not finite. "
                 "Check the parameters and the batch."
             )
+        ritz = self._ritz = self._run.ritz()
         best = self._best
         best.scale = max(best.scale, float(np.abs(ritz.values).max()))
         best.add_noise(self._run.gap, self._run.products)

@@ -152,6 +152,12 @@ class LanczosRun:
         """Whether the space and what was projected out are all there is."""
         return self.size + len(self._deflate) >= len(self.basis[0])
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the products so far were; without that there are no Ritz pairs."""
+        self._look()
+        return bool(np.isfinite(self._matrix).all() and np.isfinite(self._last_norm))
+
     def ritz(self) -> Ritz:
         """The Ritz pairs of the space so far."""
         self._look()

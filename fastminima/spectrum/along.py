@@ -122,7 +122,8 @@ def batch_sharpness(
         noise = operator.noise
     if len(found) < 2:
         raise ValueError(
-            f"{len(found)} batches had a gradient; a mean and its error need two."
+            f"{len(found)} batches had a gradient; a mean and its error need two. Pass "
+            "more batches, of a loss that is not at its minimum."
         )
     error = statistics.stdev(found) / math.sqrt(len(found))
     return Estimate(statistics.fmean(found), error, products, len(found) - 1)

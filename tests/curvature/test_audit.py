@@ -179,7 +179,7 @@ def test_it_prints_as_a_table_and_is_found_by_name(device):
     assert text.endswith("nothing wrong")
     for check in audit.checks:
         assert re.search(rf"^{check.name} .* {check.verdict} ", text, re.MULTILINE)
-    with pytest.raises(KeyError, match="No line 'colour'.*symmetry"):
+    with pytest.raises(KeyError, match=r"No line 'colour'.*symmetry"):
         audit["colour"]
     with pytest.raises(AttributeError):
         audit.operator = "other"
