@@ -64,7 +64,7 @@ def _look_at_closures(twin: CurvatureOperator) -> list[CurvatureCheck]:
     try:
         with twin._context():
             twin._random.restore()
-            batch, _ = next(iter(twin._batches))
+            batch, weight = next(iter(twin._batches))
             copies = [(n, b, b.clone()) for n, b in twin._model.named_buffers()]
             before = drawn(twin)
             roots = twin._evaluate(batch)
@@ -75,6 +75,8 @@ def _look_at_closures(twin: CurvatureOperator) -> list[CurvatureCheck]:
             found = survey(roots)
             noise = Noise.of(found, float(roots[-1].detach().mean()))
             lines += [precision(noise), rewritten(twin._rewrites)]
+            if not twin._batches.is_single:
+                lines.append(_weights(twin, batch, weight))
             if found.functions and not faults:
                 lines.append(_functions(twin, batch, found.functions))
     except ValueError as error:
@@ -103,6 +105,15 @@ def _missing(fault: str) -> CurvatureCheck:
         "WRONG",
         remedy,
     )
+
+
+def _weights(twin: CurvatureOperator, batch: Any, weight: int) -> CurvatureCheck:
+    looked_at = f"how the loss weighs the {weight} rows of the first batch"
+    try:
+        twin._weigh(batch, weight)
+    except ValueError as error:
+        return _refused("weights", looked_at, error)
+    return CurvatureCheck("weights", looked_at, "alike, given, or not to be told")
 
 
 def _functions(

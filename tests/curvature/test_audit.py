@@ -149,6 +149,25 @@ def test_several_batches(device):
 
     assert fm.Hessian(model, moved, loader).audit().ok
 
+    def summed(model, batch):
+        return moved(model, batch) * len(batch[0])
+
+    line = fm.Hessian(model, summed, loader).audit()["weights"]
+    assert line.verdict == "WRONG"
+    assert "count=" in line.remedy
+
+
+def test_several_ranks_are_refused(device):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, batch = net(nn.Tanh()).to(device), sample(device)
+        H = fm.Hessian(model, loss, batch, process_group="world")
+        with pytest.raises(ValueError, match="one process"):
+            H.audit()
+    finally:
+        torch.distributed.destroy_process_group()
+
 
 def test_nothing_is_changed(device):
     torch.manual_seed(0)
