@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compared", "in_double", "of_one_batch"]
 
 # Lengths of steps over that of the parameters, the largest first.
-_STEPS = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
+_STEPS = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)}
 _COARSE = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 _ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-2}
 _ALLOWED_HALF = 1e-1

@@ -95,8 +95,8 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
         The loss and a product twice, symmetry between random vectors, the gradient and
         a product beside central differences in double (of one batch, where no kink is
         crossed), nodes without a second derivative, parameters not reached, what the
-        closures draw and change, and what is computed in another form. It costs some
-        30 to 60 gradients and a copy of the model in double, and changes nothing: not
+        closures draw and change, and what is computed in another form. It costs about
+        a hundred gradients and a copy of the model in double, and changes nothing: not
         the model, its gradients, the generators or the kept graph.
 
         Args:
