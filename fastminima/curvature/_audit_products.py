@@ -111,7 +111,7 @@ def _symmetry(
 
 
 def look_at_differences(
-    twin: CurvatureOperator, seed: int, changing: str
+    twin: CurvatureOperator, seed: int, causes: str
 ) -> list[CurvatureCheck]:
     """The gradient and products beside central differences, where that is smooth."""
     with twin._context():
@@ -121,11 +121,11 @@ def look_at_differences(
     where = "in float64"
     if twin.dtype != torch.float64:
         try:
-            return _differences(in_double(one), seed, where, changing)
+            return _differences(in_double(one), seed, where, causes)
         except _ERRORS as error:  # what knows float32 alone is looked at in that
             where = f"in its own dtype (in float64: {_shortened(error)})"
     try:
-        return _differences(one, seed, where, changing)
+        return _differences(one, seed, where, causes)
     except ValueError as error:  # at some distance the loss may be no number
         met = f"not to be had next to the point: {_shortened(error)}"
         return [CurvatureCheck("differences", where, met, verdict="untold")]
@@ -136,7 +136,7 @@ def _shortened(error: Exception) -> str:
 
 
 def _differences(
-    one: CurvatureOperator, seed: int, where: str, changing: str
+    one: CurvatureOperator, seed: int, where: str, causes: str
 ) -> list[CurvatureCheck]:
     gradient = one._gradient()
     size = norm(torch.cat([p.detach().reshape(-1) for p in one._layout.parameters]))
@@ -149,26 +149,26 @@ def _differences(
         product, slope = compared(one, unit)
         of_slope = f"<g, v> and the loss along {name}, {where}"
         of_product = f"A v and differences along {name}, {where}"
-        lines.append(_slope_line(of_slope, slope, changing))
-        lines.append(_product_line(one, of_product, product, changing))
+        lines.append(_slope_line(of_slope, slope, causes))
+        lines.append(_product_line(one, of_product, product, causes))
     return lines
 
 
-def _slope_line(looked_at: str, found: Comparison, changing: str) -> CurvatureCheck:
+def _slope_line(looked_at: str, found: Comparison, causes: str) -> CurvatureCheck:
     if not found.is_told or found.ok:
         return _told("gradient", looked_at, found)
     return CurvatureCheck(
         *("gradient", looked_at, "not the derivative of the loss"),
         *(found.error, found.allowed, "WRONG"),
         "Some backward pass is not that of the forward pass, or something that depends "
-        f"on the parameters is detached.{_because(changing)} If that is meant (a "
+        f"on the parameters is detached.{causes} If that is meant (a "
         "straight-through estimator, a reversed gradient), products are those of the "
         "Jacobian of this gradient, not second derivatives of the loss.",
     )
 
 
 def _product_line(
-    one: CurvatureOperator, looked_at: str, found: Comparison, changing: str
+    one: CurvatureOperator, looked_at: str, found: Comparison, causes: str
 ) -> CurvatureCheck:
     if not found.is_told or found.ok:
         return _told("differences", looked_at, found)
@@ -185,13 +185,7 @@ def _product_line(
         *(found.error, found.allowed, "WRONG"),
         "Part of the second derivative is missing: something is detached in a backward "
         "pass or before it (functions in Python, detach(), .data, no_grad(), NumPy, "
-        f"hooks), at these parameters or next to them.{_because(changing)}",
-    )
-
-
-def _because(changing: str) -> str:
-    return f" Buffers that change with the parameters do that: {changing}." * bool(
-        changing
+        f"hooks), at these parameters or next to them.{causes}",
     )
 
 

@@ -48,14 +48,21 @@ def audited(operator: CurvatureOperator, seed: int) -> CurvatureAudit:
         lines += look_at_products(twin, seed)
         # Differences tell nothing of a loss that is another each time.
         if all(line.ok for line in lines if line.name in _NEEDED):
-            lines += look_at_differences(twin, seed, _changing(lines))
+            lines += look_at_differences(twin, seed, _causes(lines))
     name = f"{type(operator).__name__} {operator.shape[0]} x {operator.shape[1]}"
     return CurvatureAudit(name, tuple(lines))
 
 
-def _changing(lines: Sequence[CurvatureCheck]) -> str:
-    """What the line on buffers says, where some change."""
-    return next((x.met for x in lines if x.name == "buffers" and x.verdict != "ok"), "")
+def _causes(lines: Sequence[CurvatureCheck]) -> str:
+    """What is known to come between a gradient and differences, if met."""
+    met = {line.name: line.met for line in lines if line.verdict == "note"}
+    causes = ""
+    if "buffers" in met:
+        causes += f" Buffers that change with the parameters do that: {met['buffers']}."
+    if "max_norm" in met.get("rewritten", ""):
+        causes += " An embedding with max_norm rescales rows without a gradient, which "
+        causes += "is meant: the gradient is that by the rescaled rows."
+    return causes
 
 
 def _look_at_closures(twin: CurvatureOperator) -> list[CurvatureCheck]:

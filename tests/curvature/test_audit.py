@@ -63,6 +63,14 @@ def test_the_fault_is_placed(device):
     assert audit["buffers"].verdict == "ok"
 
 
+def test_rescaled_rows_are_given_as_the_reason(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=1.0), nn.Linear(4, 3))
+    batch = sample(device)[1], sample(device)[1]
+    line = fm.Hessian(model.to(device), loss, batch).audit()["gradient"]
+    assert "max_norm rescales rows" in line.remedy
+
+
 def test_rows_of_zeros_are_said(device):
     torch.manual_seed(0)
     model = net(nn.Tanh())
