@@ -142,9 +142,33 @@ def _run(node: Any, is_graph: bool) -> Outputs:
     except _ERRORS:
         return []
     outputs = found if isinstance(found, tuple) else (found,)
+    given = {id(grad) for grad in grads}
     return [
-        o if isinstance(o, Tensor) and o.is_floating_point() else None for o in outputs
+        (o if not is_graph or _comes_from(o, given) else o.detach())
+        if isinstance(o, Tensor) and o.is_floating_point()
+        else None
+        for o in outputs
     ]
+
+
+def _comes_from(output: Tensor, given: set[int]) -> bool:
+    """Whether a graph leads back to one of the gradients given.
+
+    What `once_differentiable` returns has a graph that ends at once, in an error that
+    nothing meets.
+    """
+    if id(output) in given:
+        return True
+    waiting = [output.grad_fn]
+    seen = set(waiting)
+    for node in waiting:  # the nearest first: the forward pass lies behind
+        if id(getattr(node, "variable", None)) in given:
+            return True
+        for child, _ in node.next_functions if node is not None else ():
+            if child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return False
 
 
 def _gradient(meta: Any, is_graph: bool) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -52,6 +53,21 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g
+
+
+class _Once(torch.autograd.Function):
+    """Marked in a way that the mark cannot be read from the function."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    @once_differentiable
+    def backward(ctx, g):
+        return 2 * g
 
 
 class Apply(nn.Module):
@@ -141,6 +157,9 @@ class Fault:
 FAULTS = {
     "detached backward": Fault(
         lambda: net(Apply(_Detached.apply)), "functions", "DetachedBackward.*layer '0'"
+    ),
+    "once differentiable": Fault(
+        lambda: net(Apply(_Once.apply)), "functions", "OnceBackward.*layer '0'"
     ),
     "scaled backward": Fault(
         lambda: net(Apply(_Scaled.apply)), "gradient", "not the derivative of the loss"

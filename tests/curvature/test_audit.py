@@ -44,6 +44,14 @@ def test_faults_are_found_and_named(name, device):
     assert len(line.remedy) > 20
 
 
+@pytest.mark.parametrize("name", ["detached backward", "once differentiable"])
+def test_products_are_refused_where_values_are_detached(name, device):
+    fault = FAULTS[name]
+    H = fm.Hessian(fault.make().to(device), loss, sample(device))
+    with pytest.raises(ValueError, match=fault.says):
+        H @ torch.ones(H.shape[0], device=device)
+
+
 @pytest.mark.parametrize("cls", [fm.GaussNewton, fm.GradientCovariance])
 def test_a_backward_that_is_none_is_found_in_every_operator(cls, device):
     torch.manual_seed(0)
