@@ -15,7 +15,8 @@ from ._nodes import nodes_of, place_of
 __all__ = ["explained"]
 
 _MESSAGE = re.compile(
-    r"derivative|differentia|double backward|numpy\(\)|Sparse|grad_fn", re.IGNORECASE
+    r"derivative|differentia|double backward|autograd formula|numpy\(\)|Sparse|grad_fn",
+    re.IGNORECASE,
 )
 _OPERATION = re.compile(r"derivative for '?(?:aten::)?(\w+)")
 _REMEDIES = {

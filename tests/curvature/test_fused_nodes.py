@@ -174,6 +174,26 @@ def test_those_without_a_second_derivative_are_named(name):
     assert not audit.ok
 
 
+def test_an_operation_of_ones_own_without_a_second_formula_is_named():
+    @torch.library.custom_op("fastminima_tests::sine", mutates_args=())
+    def sine(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().clone()
+
+    @torch.library.custom_op("fastminima_tests::sine_backward", mutates_args=())
+    def sine_backward(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return g * x.cos()
+
+    sine.register_autograd(
+        lambda ctx, g: sine_backward(g, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    model = applied(lambda x, w: sine(x * w), (6,))()
+    H = fm.Hessian(model, loss, torch.randn(4, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"sine.*layer 'weights'.*autograd formula"):
+        H @ torch.ones(6, dtype=torch.float64)
+    assert not H.audit().ok
+
+
 def test_values_and_gradients_stay_the_same(device):
     x = torch.linspace(-4, 4, 33, dtype=torch.float64, device=device)
     leaf, other = (x.clone().requires_grad_() for _ in range(2))
