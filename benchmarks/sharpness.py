@@ -36,7 +36,8 @@ WAYS: dict[str, tuple[bool, dict]] = {
     "batch, value": (False, {"criterion": "value"}),
     "step": (True, {}),
     "step, value": (True, {"criterion": "value"}),
-    "step, value, budget 2": (True, {"criterion": "value", "budget": 2}),
+    "step, value to 3 %": (True, {"criterion": "value", "rtol": 0.03}),
+    "step, budget 2": (True, {"budget": 2}),
 }
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "critical_learning_rate",
     "crossover_temperature",
     "edge_of_stability",
+    "noise_factor",
     "stability_ratio",
     "stationary_variances",
 ]
@@ -135,7 +136,7 @@ def stability_ratio(
     rates = learning_rate * eigenvalues[eigenvalues > 0].double()
     if bool((rates >= 2).any()):
         return math.inf
-    return _noise_factor(batch_size, dataset_size) * (rates / (2 - rates)).sum().item()
+    return noise_factor(batch_size, dataset_size) * (rates / (2 - rates)).sum().item()
 
 
 def critical_learning_rate(
@@ -169,7 +170,7 @@ def critical_learning_rate(
             "stability needs a positive one."
         )
     low, high = 0.0, 2 / largest
-    if _noise_factor(batch_size, dataset_size) == 0:
+    if noise_factor(batch_size, dataset_size) == 0:
         return high
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
@@ -268,13 +269,27 @@ def stationary_variances(
             f"residual_variance must not be negative, got {residual_variance}."
         )
     rates = learning_rate * eigenvalues
-    noise = learning_rate * residual_variance * _noise_factor(batch_size, dataset_size)
+    noise = learning_rate * residual_variance * noise_factor(batch_size, dataset_size)
     variances = noise / (2 - rates) / (1 - ratio)
     return variances.masked_fill(~(rates > 0), math.nan)
 
 
-def _noise_factor(batch_size: int, dataset_size: int | None) -> float:
-    """The factor 1/S - 1/N of the covariance of a mini-batch's mean."""
+def noise_factor(batch_size: int, dataset_size: int | None) -> float:
+    """1/S - 1/N: the covariance of a mini-batch's mean over that of one sample.
+
+    Zero for the full batch; 1/S where batches come from a stream.
+
+    Raises:
+        ValueError: for a batch that is empty, or larger than the data set.
+
+    Example:
+        >>> from fastminima.theory import noise_factor
+        >>> noise_factor(25, 100)
+        0.03
+
+    Source: Cochran (1977), "Sampling Techniques", theorem 2.2; exact for a covariance
+    with N - 1 in its denominator.
+    """
     if batch_size < 1 or (dataset_size is not None and dataset_size < batch_size):
         raise ValueError(
             f"Batches need 1 <= batch_size <= dataset_size, got {batch_size} of "

@@ -116,6 +116,11 @@ def curvature():
         "covariance": torch.as_tensor(fm.top_eigenpairs(covariance, k=1).values),
         "trace": float(fm.trace(hessian, seed=0).value),
         "norm": float(fm.frobenius_norm(hessian, seed=0).value),
+        "xtrace": fm.trace(hessian, 24, method="xtrace").value,
+        "log": fm.log_determinant(hessian, damping=9.0, products=24).value,
+        "stability": fm.stability_ratio(hessian, 0.1, 2, products=24).value,
+        "noise": fm.hessian_noise_scale(hessian, covariance, products=24).value,
+        "along": fm.noise_along(covariance, pairs).variances,
         "product": hessian @ torch.linspace(-1, 1, hessian.shape[0]),
     }
 

@@ -56,6 +56,12 @@ class GradientCovariance(CurvatureOperator):
         self._loss = loss
         self._mean_gradient: Tensor | None = None  # of all ranks, when last seen
 
+    @property
+    def samples(self) -> int:
+        """How many samples it is the covariance of; a pass over several batches."""
+        with self._recorded() as recordings:
+            return sum(graph.samples for graph, _ in recordings)
+
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
         losses = self._ask(self._loss, self._model, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:

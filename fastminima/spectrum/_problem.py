@@ -112,6 +112,13 @@ class Problem:
         return noise is not None and noise.dtype not in (torch.float32, torch.float64)
 
     @property
+    def smallest(self) -> float:
+        """The share of |A| that products do not tell from zero."""
+        noise = self._rounding()
+        dtype = self.dtype if noise is None else noise.dtype
+        return torch.finfo(dtype).eps * (1 if self.is_half else 10)
+
+    @property
     def allowed_noise(self) -> float:
         """By how much honest products may be asymmetric, relative to their norm."""
         noise = self._rounding()

@@ -18,7 +18,7 @@ _RANDOM_PART = 0.05  # beside the unit challenger, so that it can become another
 _MORE = 2  # products beside one for each pair: the challenger's and one of a residual
 _DOUBT = 2  # more of them, where the challenger may be the larger one
 _RESTS = 2  # matrices in a row for which the challenger may not be multiplied
-_FORGOTTEN = 0.7  # of what values were seen to move, a matrix
+_FORGOTTEN = 0.7  # of how fast the runner-up was seen to move, a matrix
 
 
 @dataclass
@@ -27,43 +27,52 @@ class Course:
 
     Attributes:
         vectors: Near those of the wanted pairs, of any length; empty before the first.
-        values: Of the wanted pairs, at the last matrix.
+        last: The last of the wanted values.
         challenger: The product with the best vector that is not wanted, if known.
-        reach: What no eigenvalue that is not wanted ranks above, as far as is known.
-        drift: The most that values moved, a matrix.
+        runner_up: Its value over the last wanted one, when both were multiplied.
+        reach: What no eigenvalue that is not wanted ranks above, over the last that is,
+            as far as is known.
+        drift: The most that the runner-up's share moved, a matrix.
         rested: Matrices since the challenger was multiplied.
     """
 
     vectors: list[Tensor] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    last: float = 0.0
     challenger: Tensor | None = None
+    runner_up: float | None = None
     reach: float = float("inf")
     drift: float = 0.0
-    rested: int = 0
+    rested: int = _RESTS
 
-    def at(self, values: list[float], unit: float) -> Course:
-        """The course at the next matrix, where the wanted values are these."""
-        moves = [abs(unit * a - b) for a, b in zip(values, self.values, strict=False)]
-        drift = max([*moves, _FORGOTTEN * self.drift])
-        reach = self.reach + drift
-        return Course(
-            self.vectors, self.values, self.challenger, reach, drift, self.rested
-        )
+    def at(self, goal: Goal, values: list[float]) -> float:
+        """The rank that the rest may have come to, at a matrix of these values."""
+        last = float(goal.rank(values)[-1])
+        return (self.reach + self.drift) * last if last > 0 else float("inf")
 
-    def after(self, goal: Goal, best: BestPairs, unit: float) -> Course:
+    def after(self, goal: Goal, best: BestPairs, *, is_cold: bool) -> Course:
         """The course once these pairs are known."""
-        values = [unit * value for value in best.values]
-        moved = self.at(best.values, unit) if self.values else self
-        reach, rested = moved.reach, self.rested + 1
-        if best.runner_up is not None:
-            value, residual = best.runner_up
-            rank, rested = float(goal.rank([value])[0]), 0
-            # One that is met beyond what was thought: then that was wrong.
-            is_beyond = unit * rank > reach
-            met = unit * (rank + residual)
-            reach = met if is_beyond else min(met, reach)
         following = best.following or best.vectors
-        return Course(following, values, best.challenger, reach, moved.drift, rested)
+        last = float(goal.rank(best.values)[-1])
+        course = Course(following, last, best.challenger)
+        if last <= 0:
+            return course
+        if best.runner_up is None:
+            course.runner_up, course.drift = self.runner_up, self.drift
+            course.reach, course.rested = self.reach + self.drift, self.rested + 1
+            return course
+        value, residual = best.runner_up
+        share = float(goal.rank([value])[0]) / last
+        course.runner_up, course.reach = share, share + residual / last
+        if not is_cold:
+            course.rested = 0
+            known = self.reach + self.drift
+            if self.runner_up is not None:
+                moved = abs(share - self.runner_up) / (self.rested + 1)
+                course.drift = max(moved, _FORGOTTEN * self.drift)
+            # One that is met beyond what was thought: then that was wrong.
+            if share <= known:
+                course.reach = min(course.reach, known)
+        return course
 
 
 def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
@@ -77,8 +86,8 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     products of their own.
 
     If errors of values count, an error is residual^2 / gap, the gap being that to what
-    the runner-up can have come to since it was met, as fast as values were seen to
-    move; and nothing is multiplied beside the wanted vectors where they are within
+    the runner-up can have come to since it was met, as fast as it was seen to come
+    nearer; and nothing is multiplied beside the wanted vectors where they are within
     their tolerance by that, twice in a row at the most.
 
     All residuals are those of products. What was missed is not bounded: a few products
@@ -89,8 +98,7 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
         space.add(vector)
     if goal.is_of_values:
         take(problem, goal, space, best)
-        course = course.at(best.values, problem.unit)
-        _separate(goal, best, course.reach / problem.unit)
+        _separate(goal, best, course.at(goal, best.values))
         if course.rested < _RESTS and best.are_within():
             best.challenger = course.challenger
             best.following = _ahead(space, space.ritz(goal.k))
@@ -98,7 +106,8 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     space.add(_mixed(problem, course.challenger))
     while True:
         ritz, residuals = take(problem, goal, space, best)
-        reach = _reach(goal, ritz, residuals, course.reach / problem.unit)
+        known = course.at(goal, best.values)
+        reach = _reach(goal, ritz, residuals, known)
         _separate(goal, best, reach)
         worst = _worst(goal, best)
         may_overtake = reach > goal.rank(best.values)[-1]

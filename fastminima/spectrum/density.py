@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.vector import lanczos_step
 from ._problem import Problem
+from ._quadrature import gauss, recurrence
 from .results import Density
 
 __all__ = ["spectral_density"]
 
 _GRID = 1024
-_TINY = torch.finfo(torch.float32).tiny  # its reciprocal is finite in float32
 _MARGIN = 6  # widths of the Gaussian beyond the outermost nodes
 
 
@@ -64,7 +63,10 @@ def spectral_density(
         raise ValueError(f"width must be positive, got {width}.")
     problem = Problem(H, seed)
     steps = min(steps, problem.size)
-    runs = [_recurrence(problem, steps) for _ in range(probes)]
+    start = 1 / math.sqrt(problem.size)
+    runs = [
+        recurrence(problem, problem.signs().mul_(start), steps) for _ in range(probes)
+    ]
     whole, half = (
         _Quadrature.of(runs, problem, count) for count in (steps, (steps + 1) // 2)
     )
@@ -81,44 +83,9 @@ class _Quadrature(NamedTuple):
     @classmethod
     def of(cls, runs: list[np.ndarray], problem: Problem, steps: int) -> _Quadrature:
         """Those of the first steps of some runs."""
+        alpha, beta = np.stack(runs, axis=1)[:, :, :steps]
         eps = torch.finfo(problem.dtype).eps
-        nodes, weights = zip(
-            *(_nodes(run[:, :steps], eps) for run in runs), strict=True
-        )
-        return cls(np.stack(nodes), np.stack(weights))
-
-
-def _recurrence(problem: Problem, steps: int) -> np.ndarray:
-    """The alphas and betas [2, steps] of one probe."""
-    v = problem.signs().div_(math.sqrt(problem.size))
-    previous, norm = None, torch.zeros((), dtype=torch.float64, device=problem.device)
-    results = []
-    for _ in range(steps):
-        w = problem.multiply(v)
-        results.append(lanczos_step(w, v, previous, norm))
-        norm = results[-1][1]
-        previous, v = v, w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype))
-    numbers = torch.stack(results).cpu().numpy().T
-    if not np.isfinite(numbers[0]).all():
-        raise ValueError(
-            f"One of {problem.products} products with the matrix is not finite. Check "
-            "the parameters and the batch."
-        )
-    return numbers
-
-
-def _nodes(run: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights [steps] of one probe; weight 0 pads an exhausted space."""
-    (alpha, beta), steps = run, run.shape[1]
-    floor = 10 * eps * max(np.abs(alpha).max(), beta.max())
-    size = next((i + 1 for i, b in enumerate(beta) if b <= floor), steps)
-    inner = beta[: size - 1]
-    values, coordinates = np.linalg.eigh(
-        np.diag(alpha[:size]) + np.diag(inner, 1) + np.diag(inner, -1)
-    )
-    nodes, weights = np.full(steps, values[-1]), np.zeros(steps)
-    nodes[:size], weights[:size] = values, coordinates[0] ** 2
-    return nodes, weights
+        return cls(*gauss(alpha, beta, np.full(len(alpha), steps), eps))
 
 
 def _density(

@@ -223,7 +223,7 @@ class SharpnessProbe:
         best = self._best(problem, rough, is_cold=is_cold)
         others = 0 if rough is None else rough.products
         pairs = finished(problem, goal, best, others, is_quiet=is_limited)
-        self._course = self._course.after(goal, best, problem.unit)
+        self._course = self._course.after(goal, best, is_cold=is_cold)
         self._calls += 1
         return pairs
 

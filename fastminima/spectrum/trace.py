@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..curvature._scale import length
-from ..ops.vector import project_out
 from ._problem import Problem
+from ._quadrature import orthogonalize
 from ._student import student_quantile
+from ._xtrace import XTrace
 from .results import Estimate
 
 __all__ = ["frobenius_norm", "trace"]
@@ -19,11 +20,17 @@ __all__ = ["frobenius_norm", "trace"]
 _BASIS_BYTES = 1 << 30
 _FIRST = 16  # products of the subspace where samples are drawn until they suffice
 _FEWEST = 10  # random vectors before a small spread is believed
+_METHODS = ("krylov", "hutchinson", "xtrace")
 _SHARE_EXACT = 3  # one product in so many goes into the subspace treated exactly
 
 
 def trace(
-    H: Any, products: int = 100, seed: int = 0, *, rtol: float | None = None
+    H: Any,
+    products: int = 100,
+    seed: int = 0,
+    *,
+    method: str = "krylov",
+    rtol: float | None = None,
 ) -> Estimate:
     """The sum of the eigenvalues.
 
@@ -38,12 +45,17 @@ def trace(
         products: How many matrix-vector products to spend, at least 3; those by which
             an operator looks at itself come on top.
         seed: Of the random vectors; global generators are not touched.
+        method: "krylov" as above; "hutchinson", random directions alone, which keeps no
+            vectors; or "xtrace", whose random vectors serve for both: it is better
+            where eigenvalues fall off fast (1 / i^2, or few that are not zero, exact
+            with two vectors more than their number), and worse where many are alike.
+            It keeps as many vectors as products, 1 GiB at most, and needs 4 products.
         rtol: Stop sooner, once the interval that holds the value with 95 % reaches no
             further than this share of it, and there are ten random vectors.
 
     Raises:
-        ValueError: Fewer than 3 products (unless P is smaller), an rtol that is not
-            positive, or a matrix that is not symmetric.
+        ValueError: Too few products (unless P is smaller), another method, an rtol that
+            is not positive, or a matrix that is not symmetric.
 
     Example:
         >>> import torch
@@ -51,9 +63,18 @@ def trace(
         Estimate(7 exactly; 3 products)
 
     Source: Hutchinson (1990); Meyer, Musco, Musco, Woodruff (2021), "Hutch++", for the
-    split; Chen and Hallman (2023), arXiv:2205.01736, for the Krylov space.
+    split; Chen and Hallman (2023), arXiv:2205.01736, for the Krylov space; Epperly,
+    Tropp, Webber (2024), SIAM J. Matrix Anal. Appl. 45(1), for XTrace.
     """
-    return _estimate(Problem(H, seed), products, rtol, is_squared=False)
+    if method not in _METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(_METHODS)}, got {method!r}."
+        )
+    problem = Problem(H, seed)
+    if method == "xtrace":
+        return _xtrace(problem, products, rtol)
+    share = _SHARE_EXACT if method == "krylov" else math.inf
+    return _estimate(problem, products, rtol, is_squared=False, share=share)
 
 
 def frobenius_norm(
@@ -91,32 +112,62 @@ def frobenius_norm(
 
 
 def _estimate(
-    problem: Problem, products: int, rtol: float | None, is_squared: bool
+    problem: Problem,
+    products: int,
+    rtol: float | None,
+    *,
+    is_squared: bool,
+    share: float = _SHARE_EXACT,
 ) -> Estimate:
-    if rtol is not None and not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}.")
-    if products >= problem.size and (rtol is None or problem.size < _FEWEST):
+    if _is_exact(problem, products, rtol, fewest=3):
         value = _exact(problem, is_squared)
         return _scaled(problem, is_squared, value, 0.0, math.inf)
-    if products < 3:
-        raise ValueError(
-            "An estimate with a standard error needs at least 3 products, got "
-            f"{products}."
-        )
     room = _BASIS_BYTES // (problem.size * problem.dtype.itemsize)
     if rtol is not None:  # how many products there will be is not known yet
         products, room = min(products, problem.size), min(room, _FIRST)
-    basis, exact = _krylov(problem, min(products // _SHARE_EXACT, room), is_squared)
+    basis, exact = _krylov(problem, min(int(products / share), room), is_squared)
     samples: list[float] = []
     dimensions = problem.size - len(basis)
     while problem.asked < products:
         u = problem.normal()
-        u /= _project(u, basis)
+        u /= orthogonalize(u, basis)[1]
         samples.append(dimensions * _form(problem, u, is_squared)[0])
         if rtol is not None and _is_close(exact, samples, rtol):
             break
     mean, error = _mean(samples)
     return _scaled(problem, is_squared, exact + mean, error, len(samples) - 1)
+
+
+def _is_exact(problem: Problem, products: int, rtol: float | None, fewest: int) -> bool:
+    """Whether to multiply all unit vectors; ValueError for too few products."""
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}.")
+    if products >= problem.size and (rtol is None or problem.size < _FEWEST):
+        return True
+    if products < fewest:
+        raise ValueError(
+            f"An estimate with a standard error needs at least {fewest} products, got "
+            f"{products}."
+        )
+    return False
+
+
+def _xtrace(problem: Problem, products: int, rtol: float | None) -> Estimate:
+    if _is_exact(problem, products, rtol, fewest=4):
+        value = _exact(problem, is_squared=False)
+        return _scaled(problem, False, value, 0.0, math.inf)
+    run = XTrace(problem)
+    room = _BASIS_BYTES // (2 * problem.size * problem.dtype.itemsize)
+    most = min(products, problem.size) // 2
+    while run.count < max(2, min(most, room)):
+        run.extend()
+        if rtol is not None and run.count >= _FEWEST:
+            found = run.samples()
+            half = student_quantile(found.count - 1, 0.95) * found.error
+            if half <= rtol * abs(found.mean):
+                break
+    found = run.samples()
+    return _scaled(problem, False, found.mean, found.error, found.count - 1)
 
 
 def _mean(samples: list[float]) -> tuple[float, float]:
@@ -174,21 +225,14 @@ def _krylov(
         total += value
         basis.append(v)
         before = float(length(w))
-        rest = _project(w, basis)
+        _, rest = orthogonalize(w, basis)
         if (
             rest <= 100 * torch.finfo(w.dtype).eps * before
         ):  # the space is invariant: go on from another
             w = problem.normal()
-            rest = _project(w, basis)
+            _, rest = orthogonalize(w, basis)
         v = w.div_(rest)
     return basis, total
-
-
-def _project(w: Tensor, basis: list[Tensor]) -> float:
-    """Remove from w its part in the space of the basis; the norm of what is left."""
-    project_out(w, basis)
-    project_out(w, basis)
-    return float(length(w))
 
 
 def _unit_vectors(problem: Problem):
