@@ -1,0 +1,79 @@
+"""Convolutions, of any kind that autograd has one node for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .leaves import Leaf
+from .rule import Rule, Some
+
+__all__ = ["Convolution"]
+
+
+class Convolution(Rule):
+    """x * W: bilinear as a product of matrices is, and with the same formulas."""
+
+    is_fresh = True
+
+    def __init__(self, node: Any, gradients: Some) -> None:
+        super().__init__(node, gradients)
+        self._has = [n is not None for n, _ in node.next_functions]
+        self._x: Tensor = node._saved_input.detach()
+        self._w: Tensor = node._saved_weight.detach()
+        self._bias_sizes = node._saved_bias_sym_sizes_opt
+        self._options = (
+            list(node._saved_stride),
+            list(node._saved_padding),
+            list(node._saved_dilation),
+            node._saved_transposed,
+            list(node._saved_output_padding),
+            node._saved_groups,
+        )
+        self._gradient = gradients[0]
+
+    def tangents(self, inputs: Some) -> Some:
+        dx, dw, db = inputs
+        out = None
+        if dw is not None:
+            out = torch.convolution(self._x, dw, db, *self._options)
+        if dx is not None:
+            bias = db if out is None else None
+            more = torch.convolution(dx, self._w, bias, *self._options)
+            out = more if out is None else out.add_(more)
+        if out is None and db is not None:
+            shape = self.node._input_metadata[0].shape
+            wide = db.view(-1, *[1] * (len(shape) - 2))
+            out = wide.expand(shape).clone()
+        return [out]
+
+    def changes(
+        self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
+    ) -> Some:
+        change, (dx, dw, _) = changes[0], inputs
+        of_x, of_w, of_bias = self._has
+        found: list[Tensor | None] = [None, None, None]
+        if change is not None:
+            found = self._gradients(change, self._x, self._w, (of_x, of_w, of_bias))
+        first, second = of_x and dw is not None, of_w and dx is not None
+        if first or second:
+            x = self._x if dx is None else dx
+            w = self._w if dw is None else dw
+            more = self._gradients(self._gradient, x, w, (first, second, False))
+            for i in (0, 1):
+                mine, extra = found[i], more[i]
+                found[i] = extra if mine is None else mine
+                if mine is not None and extra is not None:
+                    mine.add_(extra)
+        return found
+
+    def _gradients(
+        self, g: Tensor | None, x: Tensor, w: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> list[Tensor | None]:
+        found = torch.ops.aten.convolution_backward(
+            g, x, w, self._bias_sizes, *self._options, list(wanted)
+        )
+        return [t if want else None for t, want in zip(found, wanted, strict=True)]

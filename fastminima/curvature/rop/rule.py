@@ -1,0 +1,155 @@
+"""What a rule is, and the one that holds for every node."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .._graph import differentiate
+from .leaves import Leaf
+
+__all__ = ["NotCovered", "Rule", "Universal", "edges_of"]
+
+Some = Sequence[Tensor | None]
+
+
+class NotCovered(Exception):  # noqa: N818 - what to do about it is the caller's to say
+    """A graph has something of which tangents would be wrong; its text says what."""
+
+
+class Rule(abc.ABC):
+    """What one node does to tangents, and to the changes of gradients.
+
+    With x the node's inputs, y = f(x) its outputs and d the gradient of the loss by y,
+    a tangent is the derivative of a tensor along the vector v, and a change that of its
+    gradient. The node's gradient is f'(x)ᵀ d, so that the change of it has two parts:
+    f'(x)ᵀ (change of d), which is the node's own backward, and (∂/∂x f'(x)ᵀ d) applied
+    to the tangents of x.
+
+    Attributes:
+        node: The autograd node.
+        is_linear: Whether the second part is zero whatever x, so that tangents of the
+            inputs matter only for tangents of the outputs.
+        is_fresh: Whether the tangents of the outputs are new tensors that the rule
+            itself does not read again: the next may write over them.
+    """
+
+    is_linear = False
+    is_fresh = False
+
+    def __init__(self, node: Any, gradients: Some) -> None:
+        self.node = node
+
+    @abc.abstractmethod
+    def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs; None stands for zero, in both."""
+
+    @abc.abstractmethod
+    def changes(
+        self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
+    ) -> Some:
+        """The changes of the gradients by the inputs, from those by the outputs.
+
+        `inputs` are the tangents of the inputs. What goes to a leaf may be written
+        there, and None returned for it.
+        """
+
+    def backward(self, changes: Some) -> Some:
+        """The node's own backward; None for every input where all changes are."""
+        if all(change is None for change in changes):
+            return [None] * len(self.node.next_functions)
+        found = self.node(*changes)
+        return found if isinstance(found, tuple) else (found,)
+
+
+class Universal(Rule):
+    """Any node with a second derivative, by differentiating its backward.
+
+    g = f'(x)ᵀ u is linear in u, so the tangents of the outputs are its derivative by u,
+    weighted with those of the inputs; by the symmetry of second derivatives its
+    derivative by x, weighted in the same way, is the second part of the changes.
+    """
+
+    def __init__(self, node: Any, gradients: Some) -> None:
+        super().__init__(node, gradients)
+        self._edges = edges_of(node)
+        self._given = [
+            None if g is None else g.detach().requires_grad_() for g in gradients
+        ]
+        with torch.enable_grad():
+            found = node(*self._given)
+        self._found = found if isinstance(found, tuple) else (found,)
+        self._second: Some = ()
+
+    def tangents(self, inputs: Some) -> Some:
+        self._second = ()
+        used = [
+            (g, t)
+            for g, t in zip(self._found, inputs, strict=False)
+            if t is not None and g is not None and g.requires_grad
+        ]
+        given = [u for u in self._given if u is not None]
+        if not used:
+            return [None] * len(self._given)
+        outputs, weights = zip(*used, strict=True)
+        found = differentiate(
+            outputs, (*given, *self._edges), weights, create_graph=False
+        )
+        self._second = found[len(given) :]
+        if all(s is None for s in self._second):
+            self._second = ()
+        first = iter(found)
+        return [None if u is None else next(first) for u in self._given]
+
+    @property
+    def is_known_linear(self) -> bool:
+        """Whether the last tangents left nothing for the second part."""
+        return not self._second
+
+    def changes(
+        self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
+    ) -> Some:
+        found = list(self.backward(changes))
+        ends = [(edge.node, edge.output_nr) for edge in self._edges]
+        second = dict(zip(ends, self._second, strict=False))
+        self._second = ()
+        for i, end in enumerate(self.node.next_functions):
+            extra = second.pop(end, None) if end[0] is not None else None
+            if extra is not None:
+                mine = found[i]
+                found[i] = extra if mine is None else mine + extra
+        return found
+
+
+def edges_of(node: Any) -> list[GradientEdge]:
+    """Where the gradients by the inputs go, each place once.
+
+    Raises:
+        NotCovered: One of the inputs is made from another: a derivative by it would
+            hold what goes through the other.
+    """
+    edges = list(dict.fromkeys(e for e in node.next_functions if e[0] is not None))
+    inner = [n for n, _ in edges if n.next_functions]
+    if len(edges) > 1 and inner:
+        ends = {n for n, _ in edges}
+        waiting = [c for n in ends for c, _ in n.next_functions]
+        seen = set(waiting)
+        while waiting:
+            upper = waiting.pop()
+            if upper is None:
+                continue
+            if upper in ends:
+                raise NotCovered(
+                    f"{node.name()} has an input that is made from another of its "
+                    "inputs, and no rule of its own."
+                )
+            for child, _ in upper.next_functions:
+                if child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+    return [GradientEdge(n, i) for n, i in edges]

@@ -1,0 +1,50 @@
+"""Which rule is whose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .convolution import Convolution
+from .dense import Product
+from .linear import MOVES, Moved, Picked, Sum
+from .normal import LayerNorm
+from .pointwise import ACTIVATIONS, Activation, Relu, Times
+from .rule import NotCovered, Rule, Some, Universal
+from .softmax import LogSoftmax, Softmax
+
+__all__ = ["rule_of"]
+
+RULES: dict[str, type[Rule]] = {
+    "AddmmBackward0": Product,
+    "MmBackward0": Product,
+    "BmmBackward0": Product,
+    "ConvolutionBackward0": Convolution,
+    "NativeLayerNormBackward0": LayerNorm,
+    "SoftmaxBackward0": Softmax,
+    "SafeSoftmaxBackward0": Softmax,
+    "LogSoftmaxBackward0": LogSoftmax,
+    "ReluBackward0": Relu,
+    "MulBackward0": Times,
+    "AddBackward0": Sum,
+    "MaxPool2DWithIndicesBackward0": Picked,
+    **dict.fromkeys(MOVES, Moved),
+    **dict.fromkeys(ACTIVATIONS, Activation),
+}
+
+
+def rule_of(node: Any, gradients: Some) -> Rule:
+    """The rule of a node, made with the gradients by its outputs.
+
+    Raises:
+        NotCovered: It is written in Python, or assigns to a part of a tensor.
+    """
+    name = node.name()
+    if hasattr(node, "_forward_cls"):
+        raise NotCovered(f"{name} is a function written in Python.")
+    if name == "torch::autograd::CopySlices":
+        raise NotCovered(f"{name} assigns to a part of a tensor.")
+    known = RULES.get(name, Universal)
+    covers = getattr(known, "covers", None)
+    if covers is not None and not covers(node):
+        known = Universal
+    return known(node, gradients)
