@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._graph import Graph, Parts, differentiate
 from .leaves import Leaf, Leaves
-from .rule import NotCovered, Universal
+from .rule import NotCovered
 from .steps import LeafInput, Step, steps_of
 
 __all__ = ["TangentGraph"]
@@ -45,6 +45,8 @@ class TangentGraph(Graph):
         self._is_reached = [g is not None for g in self._gradient]
         self._leaves = Leaves(parameters)
         self._is_checked = False
+        self._dying: list[list[int]] = [[] for _ in self._steps]
+        self._plan()
 
     def gradient(self) -> Parts:
         return self._gradient
@@ -61,11 +63,13 @@ class TangentGraph(Graph):
 
     def _forth(self, parts: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
         tangents: list[Sequence[Tensor | None]] = []
-        for step in self._steps:
-            if step.is_wanted:
+        for at, step in enumerate(self._steps):
+            if step.is_wanted or not self._is_checked:
                 tangents.append(step.rule.tangents(_inputs(step, tangents, parts)))
             else:
                 tangents.append([None] * step.count)
+            for place in self._dying[at]:
+                tangents[place] = [None] * self._steps[place].count
         return tangents
 
     def _back(
@@ -101,37 +105,41 @@ class TangentGraph(Graph):
 
         Else something acts on gradients that no node shows, such as a hook.
         """
-        with_gradient = [
-            (g.double(), p.double())
-            for g, p in zip(self._gradient, parts, strict=True)
-            if g is not None
-        ]
-        want = sum(float((g * p).sum()) for g, p in with_gradient)
-        size = sum(float((g * p).square().sum()) for g, p in with_gradient) ** 0.5
+        want = square = 0.0
+        for gradient, part in zip(self._gradient, parts, strict=True):
+            if gradient is not None:
+                terms = gradient * part
+                want += float(terms.sum(dtype=torch.float64))
+                square += float(terms.norm()) ** 2
         got = 0.0 if slope is None else float(slope)
         eps = max(torch.finfo(p.dtype).eps for p in parts)
-        if abs(got - want) > 1e4 * eps * (abs(want) + size):
+        if abs(got - want) > 1e4 * eps * (abs(want) + square**0.5):
             raise NotCovered(
                 f"The loss changes by {got:.6g} along the vector, and by {want:.6g} as "
                 "its gradient says: something acts on gradients, such as a hook on a "
                 "tensor."
             )
         self._is_checked = True
-        self._prune()
 
-    def _prune(self) -> None:
-        """Mark steps whose tangents nothing reads."""
+    def _plan(self) -> None:
+        """Find which tangents are read, and when for the last time."""
+        is_read = [False] * len(self._steps)  # on the way back
+        last = [-1] * len(self._steps)
         for step in self._steps:
             step.is_wanted = False
-        for step in reversed(self._steps):
-            rule = step.rule
-            if isinstance(rule, Universal) and rule.is_known_linear:
-                rule.is_linear = True
-            if rule.is_linear and not step.is_wanted:
-                continue
+        for at in reversed(range(len(self._steps))):
+            step = self._steps[at]
+            matters = step.is_wanted or not step.rule.is_linear
             for source in step.inputs:
                 if isinstance(source, tuple):
-                    self._steps[source[0]].is_wanted = True
+                    place = source[0]
+                    last[place] = max(last[place], at)
+                    is_read[place] = is_read[place] or not step.rule.is_linear
+                    wanted = self._steps[place].is_wanted
+                    self._steps[place].is_wanted = wanted or matters
+        for place, at in enumerate(last):
+            if at >= 0 and not is_read[place]:
+                self._dying[at].append(place)
 
 
 def _inputs(

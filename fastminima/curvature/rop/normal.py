@@ -37,22 +37,21 @@ class LayerNorm(Rule):
         self._w: Tensor | None = None if weight is None else weight.detach()
         self._has = [n is not None for n, _ in node.next_functions]
         self._g = g
-        self._h = g if self._w is None else g * self._w
-        self._n = (self._x - self._mean) * self._r
-        self._m = self._average(self._n * self._h)
-        self._by_x = self._project(self._h)
+        h = self._h()
+        self._m = self._average(self._n() * h)
+        self._by_x = self._project(h)
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def tangents(self, inputs: Some) -> Some:
         dx, dw, db = inputs
-        out, self._kept = None, None
+        out, self._kept, n = None, None, self._n()
         if dx is not None:
             dn = self._project(dx)
-            s = self._average(self._n * dx).mul_(self._r)
+            s = self._average(n * dx).mul_(self._r)
             self._kept = dn, s
             out = dn.clone() if self._w is None else dn * self._w
         if dw is not None:
-            out = self._n * dw if out is None else out.addcmul_(self._n, dw)
+            out = n * dw if out is None else out.addcmul_(n, dw)
         if db is not None:
             out = db.expand_as(self._x).clone() if out is None else out.add_(db)
         return [out]
@@ -62,11 +61,12 @@ class LayerNorm(Rule):
     ) -> Some:
         change, dw = changes[0], inputs[1]
         kept, self._kept = self._kept, None
+        n = self._n()
         found: list[Tensor | None] = [None, None, None]
         if self._has[0]:
-            found[0] = self._by_input(change, dw, kept)
+            found[0] = self._by_input(change, dw, kept, n)
         if self._has[1]:
-            terms = None if change is None else change * self._n
+            terms = None if change is None else change * n
             if kept is not None:
                 more = self._g * kept[0] if terms is None else None
                 terms = terms.addcmul_(self._g, kept[0]) if more is None else more
@@ -80,6 +80,7 @@ class LayerNorm(Rule):
         change: Tensor | None,
         dw: Tensor | None,
         kept: tuple[Tensor, Tensor] | None,
+        n: Tensor,
     ) -> Tensor | None:
         dh = change
         if change is not None and self._w is not None:
@@ -91,9 +92,15 @@ class LayerNorm(Rule):
             return out
         dn, s = kept
         more = dn * self._m
-        more.addcmul_(self._n, self._average(dn * self._h)).mul_(self._r)
+        more.addcmul_(n, self._average(self._h().mul_(dn))).mul_(self._r)
         more.addcmul_(self._by_x, s)
         return more.neg_() if out is None else out.sub_(more)
+
+    def _n(self) -> Tensor:
+        return (self._x - self._mean).mul_(self._r)
+
+    def _h(self) -> Tensor:
+        return self._g.clone() if self._w is None else self._g * self._w
 
     def _average(self, t: Tensor) -> Tensor:
         return t.mean(self._dims, keepdim=True)

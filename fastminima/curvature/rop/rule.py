@@ -85,6 +85,12 @@ class Universal(Rule):
             found = node(*self._given)
         self._found = found if isinstance(found, tuple) else (found,)
         self._second: Some = ()
+        made = [g for g in self._found if g is not None and g.requires_grad]
+        ones = [torch.ones_like(g) for g in made]
+        by_inputs = differentiate(made, self._edges, ones, create_graph=False)
+        self.is_linear = all(g is None for g in by_inputs)
+        if self.is_linear:
+            self._edges = []
 
     def tangents(self, inputs: Some) -> Some:
         self._second = ()
@@ -101,15 +107,8 @@ class Universal(Rule):
             outputs, (*given, *self._edges), weights, create_graph=False
         )
         self._second = found[len(given) :]
-        if all(s is None for s in self._second):
-            self._second = ()
         first = iter(found)
         return [None if u is None else next(first) for u in self._given]
-
-    @property
-    def is_known_linear(self) -> bool:
-        """Whether the last tangents left nothing for the second part."""
-        return not self._second
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
