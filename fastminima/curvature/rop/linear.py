@@ -49,8 +49,12 @@ def _scaled(node: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _embedded(node: Any) -> Callable[[Tensor], Tensor]:
-    indices = node._saved_indices
-    return lambda t: torch.embedding(t, indices)
+    indices, padding = node._saved_indices, _signed(node._saved_padding_idx)
+    if padding < 0:
+        return lambda t: torch.embedding(t, indices)
+    # No gradient goes to that row, as if it did not matter.
+    hidden = (indices == padding)[..., None]
+    return lambda t: torch.embedding(t, indices).masked_fill_(hidden, 0)
 
 
 # What a node does to its one differentiable input, as a function of it alone. `MulBackward1`
@@ -118,13 +122,6 @@ class Sum(Rule):
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
         change = changes[0]
-        if self._alpha == 1 and change is not None and change.shape == self._shape:
-            shapes = [
-                None if n is None else n._input_metadata[i].shape
-                for n, i in self.node.next_functions
-            ]
-            if all(s is None or tuple(s) == self._shape for s in shapes):
-                return [None if s is None else change for s in shapes]
         return self.backward(changes)
 
 

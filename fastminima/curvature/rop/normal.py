@@ -20,7 +20,7 @@ class LayerNorm(Rule):
     dn = P dx with P u = r (u - mean(u) - n mean(n u)), and the gradient by x is P h,
     h = w g. With m = mean(n h) and s = r mean(n dx), which is -dr / r:
 
-        change = P (change of h) - s P h - r (dn m + n mean(dn h))
+        change = P (change of h - s h) - r (dn m + n mean(dn h))
     """
 
     is_fresh = True
@@ -39,7 +39,6 @@ class LayerNorm(Rule):
         self._g = g
         h = self._h()
         self._m = self._average(self._n() * h)
-        self._by_x = self._project(h)
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def tangents(self, inputs: Some) -> Some:
@@ -87,14 +86,12 @@ class LayerNorm(Rule):
             dh = change * self._w
         if dw is not None:
             dh = self._g * dw if dh is None else dh.addcmul_(self._g, dw)
-        out = None if dh is None else self._project(dh)
         if kept is None:
-            return out
-        dn, s = kept
-        more = dn * self._m
-        more.addcmul_(n, self._average(self._h().mul_(dn))).mul_(self._r)
-        more.addcmul_(self._by_x, s)
-        return more.neg_() if out is None else out.sub_(more)
+            return None if dh is None else self._project(dh)
+        (dn, s), h = kept, self._h()
+        dh = h * -s if dh is None else torch.addcmul(dh, h, s, value=-1)
+        more = torch.addcmul(dn * self._m, n, self._average(h.mul_(dn)))
+        return torch.addcmul(self._project(dh), more, self._r, value=-1)
 
     def _n(self) -> Tensor:
         return (self._x - self._mean).mul_(self._r)

@@ -12,7 +12,7 @@ from .._graph import differentiate
 from .leaves import Leaf
 from .rule import Rule, Some, edges_of
 
-__all__ = ["ACTIVATIONS", "Activation", "Relu", "Times"]
+__all__ = ["ACTIVATIONS", "Activation", "Relu", "Quotient", "Times"]
 
 # Functions of one number, whose nodes have one input.
 ACTIVATIONS = frozenset(
@@ -25,7 +25,7 @@ ACTIVATIONS = frozenset(
 class Activation(Rule):
     """y = φ(x): dy = φ' dx, and the change is φ' (change of d) + d φ'' dx.
 
-    φ' and d φ'' are made once, by the node itself.
+    d φ'' is made once; to multiply with φ' is the node's own backward, one kernel.
     """
 
     is_fresh = True
@@ -34,31 +34,28 @@ class Activation(Rule):
         super().__init__(node, gradients)
         gradient = gradients[0]
         assert gradient is not None
-        one = torch.ones_like(gradient)
-        self._slope: Tensor = node(one).detach()
         with torch.enable_grad():
             found = node(gradient.detach())
         self._bend: Tensor | None = None
         if found.requires_grad:
+            one = torch.ones_like(gradient)
             (self._bend,) = differentiate(
                 (found,), edges_of(node), (one,), create_graph=False
             )
         self.is_linear = self._bend is None
 
     def tangents(self, inputs: Some) -> Some:
-        tangent = inputs[0]
-        return [None if tangent is None else self._slope * tangent]
+        return self.backward(inputs)
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
-        change, tangent = changes[0], inputs[0]
-        found = None if change is None else self._slope * change
-        if self._bend is not None and tangent is not None:
-            if found is None:
-                return [self._bend * tangent]
-            found.addcmul_(self._bend, tangent)
-        return [found]
+        found, tangent = self.backward(changes)[0], inputs[0]
+        if self._bend is None or tangent is None:
+            return [found]
+        if found is None:
+            return [self._bend * tangent]
+        return [torch.addcmul(found, self._bend, tangent)]
 
 
 class Relu(Rule):
@@ -93,11 +90,6 @@ class Times(Rule):
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         ends = [n for n, _ in node.next_functions]
-        self._shape = tuple(node._input_metadata[0].shape)
-        self._shapes = [
-            None if n is None else tuple(n._input_metadata[i].shape)
-            for n, i in node.next_functions
-        ]
         # Each factor is kept for the sake of the other.
         self._a = node._saved_self.detach() if ends[1] is not None else None
         self._b = node._saved_other.detach() if ends[0] is not None else None
@@ -120,10 +112,50 @@ class Times(Rule):
         if self.is_linear or self._gradient is None:
             return found
         da, db = inputs
-        for i, other in enumerate((db, da)):
-            shape = self._shapes[i]
-            if other is not None and shape is not None:
-                extra = (self._gradient * other).sum_to_size(shape)
-                mine = found[i]
-                found[i] = extra if mine is None else mine + extra
-        return found
+        more = [None if t is None else self._gradient * t for t in (db, da)]
+        pairs = zip(found, self._fitted(more), strict=True)
+        return [a if b is None else b if a is None else a + b for a, b in pairs]
+
+
+class Quotient(Rule):
+    """y = a / b: dy = (da - y db) / b; the gradients are G = d / b by a, -y G by b."""
+
+    is_fresh = True
+
+    def __init__(self, node: Any, gradients: Some) -> None:
+        super().__init__(node, gradients)
+        self._b: Tensor = node._saved_other.detach()
+        self._has = [n is not None for n, _ in node.next_functions]
+        gradient = gradients[0]
+        assert gradient is not None
+        self.is_linear = not self._has[1]
+        self._gradient = gradient / self._b
+        if self._has[1]:
+            self._y: Tensor = node._saved_self.detach() / self._b
+        self._tangent: Tensor | None = None
+
+    def tangents(self, inputs: Some) -> Some:
+        da, db = inputs
+        out = None if da is None else da / self._b
+        if db is not None and self._has[1]:
+            less = self._y * db / self._b
+            out = -less if out is None else out - less
+        self._tangent = out
+        return [out]
+
+    def changes(
+        self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
+    ) -> Some:
+        change, db = changes[0], inputs[1]
+        tangent, self._tangent = self._tangent, None
+        if self.is_linear:
+            return self.backward(changes)
+        by_a = None if change is None else change / self._b
+        if db is not None:
+            less = self._gradient * db / self._b
+            by_a = -less if by_a is None else by_a - less
+        by_b = None if by_a is None else by_a * -self._y
+        if tangent is not None:
+            less = self._gradient * tangent
+            by_b = -less if by_b is None else by_b - less
+        return self._fitted([by_a, by_b])

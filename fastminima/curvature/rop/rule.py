@@ -44,6 +44,10 @@ class Rule(abc.ABC):
 
     def __init__(self, node: Any, gradients: Some) -> None:
         self.node = node
+        self._metas = [
+            None if upper is None else upper._input_metadata[number]
+            for upper, number in node.next_functions
+        ]
 
     @abc.abstractmethod
     def tangents(self, inputs: Some) -> Some:
@@ -64,7 +68,14 @@ class Rule(abc.ABC):
         if all(change is None for change in changes):
             return [None] * len(self.node.next_functions)
         found = self.node(*changes)
-        return found if isinstance(found, tuple) else (found,)
+        return self._fitted(found if isinstance(found, tuple) else (found,))
+
+    def _fitted(self, found: Some) -> Some:
+        """What a node gives, as the engine hands it on: as the inputs are."""
+        return [
+            None if g is None or meta is None else _fit(g, meta)
+            for g, meta in zip(found, self._metas, strict=False)
+        ]
 
 
 class Universal(Rule):
@@ -77,20 +88,22 @@ class Universal(Rule):
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
-        self._edges = edges_of(node)
         self._given = [
             None if g is None else g.detach().requires_grad_() for g in gradients
         ]
         with torch.enable_grad():
             found = node(*self._given)
-        self._found = found if isinstance(found, tuple) else (found,)
+            self._found = self._fitted(found if isinstance(found, tuple) else (found,))
         self._second: Some = ()
         made = [g for g in self._found if g is not None and g.requires_grad]
         ones = [torch.ones_like(g) for g in made]
+        self._edges = edges_of(node)
         by_inputs = differentiate(made, self._edges, ones, create_graph=False)
         self.is_linear = all(g is None for g in by_inputs)
         if self.is_linear:
             self._edges = []
+        else:
+            check_apart(node)
 
     def tangents(self, inputs: Some) -> Some:
         self._second = ()
@@ -126,29 +139,34 @@ class Universal(Rule):
 
 
 def edges_of(node: Any) -> list[GradientEdge]:
-    """Where the gradients by the inputs go, each place once.
+    """Where the gradients by the inputs go, each place once."""
+    ends = dict.fromkeys(end for end in node.next_functions if end[0] is not None)
+    return [GradientEdge(upper, number) for upper, number in ends]
 
-    Raises:
-        NotCovered: One of the inputs is made from another: a derivative by it would
-            hold what goes through the other.
+
+def check_apart(node: Any) -> None:
+    """NotCovered if one of the inputs is made from another.
+
+    A derivative by the other would hold what goes through the one.
     """
-    edges = list(dict.fromkeys(e for e in node.next_functions if e[0] is not None))
-    inner = [n for n, _ in edges if n.next_functions]
-    if len(edges) > 1 and inner:
-        ends = {n for n, _ in edges}
-        waiting = [c for n in ends for c, _ in n.next_functions]
-        seen = set(waiting)
-        while waiting:
-            upper = waiting.pop()
-            if upper is None:
-                continue
-            if upper in ends:
-                raise NotCovered(
-                    f"{node.name()} has an input that is made from another of its "
-                    "inputs, and no rule of its own."
-                )
-            for child, _ in upper.next_functions:
-                if child not in seen:
-                    seen.add(child)
-                    waiting.append(child)
-    return [GradientEdge(n, i) for n, i in edges]
+    ends = {upper for upper, _ in node.next_functions if upper is not None}
+    if len(ends) < 2:
+        return
+    waiting = list(dict.fromkeys(c for n in ends for c, _ in n.next_functions))
+    seen = set(waiting)
+    for upper in waiting:
+        if upper in ends:
+            raise NotCovered(
+                f"{node.name()} has an input that is made from another of its inputs, "
+                "and no rule of its own."
+            )
+        for child, _ in () if upper is None else upper.next_functions:
+            if child not in seen:
+                seen.add(child)
+                waiting.append(child)
+
+
+def _fit(gradient: Tensor, meta: Any) -> Tensor:
+    if tuple(gradient.shape) != tuple(meta.shape):
+        gradient = gradient.sum_to_size(tuple(meta.shape))
+    return gradient if gradient.dtype == meta.dtype else gradient.to(meta.dtype)

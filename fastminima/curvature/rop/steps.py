@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .._graph import Parts
+from .._graph import Parts, differentiate
 from .._nodes import nodes_of
-from .rule import NotCovered, Rule
+from .rule import Rule
 from .table import rule_of
 
 __all__ = ["LeafInput", "Step", "steps_of"]
@@ -35,28 +37,33 @@ class Step:
         inputs: For each, the step and the number of its output, a parameter, or None
             for what is constant.
         count: How many outputs it has.
-        is_wanted: Whether tangents of the outputs matter to anything after it.
+        scalar: The gradient by the output, where that is one number and an input more.
+        is_wanted: Whether tangents of the outputs matter to any change.
     """
 
     rule: Rule
     inputs: list[tuple[int, int] | LeafInput | None]
     count: int
-    is_wanted: bool = True
+    scalar: Tensor | None = None
+    is_wanted: bool = False
 
 
 def steps_of(
-    root: Tensor, differentiate: Any, parameters: Sequence[Tensor]
+    root: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[list[Step], Parts]:
-    """The steps in the order of evaluation, and the gradient.
+    """The steps in the order of evaluation, and the gradient, from one backward pass.
 
-    `differentiate` is that of `_graph`: one pass gives the gradients by all there is.
+    Raises:
+        NotCovered: For a node of which tangents would be wrong.
     """
     places = {id(p): i for i, p in enumerate(parameters)}
     nodes = _ordered(root)
     inner = [n for n in nodes if not _is_leaf(n) and _turned(n, places) is None]
     edges = [GradientEdge(n, i) for n in inner for i in range(len(n._input_metadata))]
-    found = differentiate((root,), (*edges, *parameters))
+    one = torch.ones_like(root)
+    found = differentiate((root,), (*edges, *parameters), (one,), create_graph=False)
     gradients, reached = iter(found[: len(edges)]), found[len(edges) :]
+    del found
     at: dict[Any, int] = {}
     steps: list[Step] = []
     for node in inner:
@@ -68,7 +75,8 @@ def steps_of(
             for upper, number in node.next_functions
         ]
         at[node] = len(steps)
-        steps.append(Step(rule_of(node, mine), inputs, len(mine)))
+        scalar = mine[0] if _narrows(node) else None
+        steps.append(Step(rule_of(node, mine), inputs, len(mine), scalar))
     return steps, reached
 
 
@@ -97,10 +105,21 @@ def _turned(node: Any, places: dict[int, int]) -> int | None:
     return places.get(id(upper.variable)) if _is_leaf(upper) else None
 
 
+def _narrows(node: Any) -> bool:
+    """Whether it makes one number of several."""
+    outputs = [math.prod(meta.shape) for meta in node._input_metadata]
+    inputs = [
+        math.prod(upper._input_metadata[number].shape)
+        for upper, number in node.next_functions
+        if upper is not None
+    ]
+    return outputs == [1] and any(size > 1 for size in inputs)
+
+
 def _ordered(root: Tensor) -> list[Any]:
     """The nodes, each after all those that it takes its inputs from."""
     nodes = list(nodes_of((root,)))
-    waiting = {node: 0 for node in nodes}
+    waiting = dict.fromkeys(nodes, 0)
     users: dict[Any, list[Any]] = {node: [] for node in nodes}
     for node in nodes:
         for upper, _ in node.next_functions:
@@ -113,6 +132,4 @@ def _ordered(root: Tensor) -> list[Any]:
             waiting[user] -= 1
             if not waiting[user]:
                 ready.append(user)
-    if len(ready) != len(nodes):
-        raise NotCovered("The graph has a cycle.")
     return ready
