@@ -19,8 +19,6 @@ _SMALL = 16  # elements of an image
 class Convolution(Rule):
     """x * W: bilinear as a product of matrices is, and with the same formulas."""
 
-    is_fresh = True
-
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         self._has = [n is not None for n, _ in node.next_functions]

@@ -28,8 +28,6 @@ class Product(Rule):
     Aᵀ (change) + dAᵀ G, with G the gradient of the product.
     """
 
-    is_fresh = True
-
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         self._first, a, b = _FACTORS[node.name()]

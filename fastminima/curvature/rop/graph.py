@@ -81,14 +81,13 @@ class TangentGraph(Graph):
         tangents: list[Some] = []
         terms = 0.0
         for at, step in enumerate(self._steps):
-            nothing = [None] * step.count
-            if step.is_wanted or self._eps is not None:
+            if step.is_wanted or step.rule.remembers or self._eps is not None:
                 inputs = _inputs(step, tangents, parts)
                 tangents.append(step.rule.tangents(inputs))
                 if self._eps is not None and step.scalar is not None:
                     terms += _size(step.rule.backward([step.scalar]), inputs)
             else:
-                tangents.append(nothing)
+                tangents.append([None] * step.count)
             for place in self._dying[at]:
                 tangents[place] = [None] * self._steps[place].count
         if self._eps is not None and tangents:

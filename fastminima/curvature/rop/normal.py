@@ -23,7 +23,7 @@ class LayerNorm(Rule):
         change = P (change of h - s h) - r (dn m + n mean(dn h))
     """
 
-    is_fresh = True
+    remembers = True
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)

@@ -28,8 +28,6 @@ class Activation(Rule):
     d φ'' is made once; to multiply with φ' is the node's own backward, one kernel.
     """
 
-    is_fresh = True
-
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         gradient = gradients[0]
@@ -62,7 +60,6 @@ class Relu(Rule):
     """What is kept is decided by the result, which is there anyway."""
 
     is_linear = True
-    is_fresh = True
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
@@ -84,8 +81,6 @@ class Relu(Rule):
 
 class Times(Rule):
     """a b, where one may be spread over the other."""
-
-    is_fresh = True
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
@@ -120,7 +115,7 @@ class Times(Rule):
 class Quotient(Rule):
     """y = a / b: dy = (da - y db) / b; the gradients are G = d / b by a, -y G by b."""
 
-    is_fresh = True
+    remembers = True
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)

@@ -35,12 +35,11 @@ class Rule(abc.ABC):
         node: The autograd node.
         is_linear: Whether the second part is zero whatever x, so that tangents of the
             inputs matter only for tangents of the outputs.
-        is_fresh: Whether the tangents of the outputs are new tensors that the rule
-            itself does not read again: the next may write over them.
+        remembers: Whether `changes` uses what `tangents` left in the rule.
     """
 
     is_linear = False
-    is_fresh = False
+    remembers = False
 
     def __init__(self, node: Any, gradients: Some) -> None:
         self.node = node
@@ -100,6 +99,7 @@ class Universal(Rule):
         self._edges = edges_of(node)
         by_inputs = differentiate(made, self._edges, ones, create_graph=False)
         self.is_linear = all(g is None for g in by_inputs)
+        self.remembers = not self.is_linear
         if self.is_linear:
             self._edges = []
         else:

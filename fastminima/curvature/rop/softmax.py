@@ -25,6 +25,8 @@ class Softmax(Rule):
     t = p (change of g) + e dp the change of it is t - p Σ t.
     """
 
+    remembers = True
+
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         self._p: Tensor = node._saved_result.detach()

@@ -48,9 +48,7 @@ class Step:
     is_wanted: bool = False
 
 
-def steps_of(
-    root: Tensor, parameters: Sequence[Tensor]
-) -> tuple[list[Step], Parts]:
+def steps_of(root: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Step], Parts]:
     """The steps in the order of evaluation, and the gradient, from one backward pass.
 
     Raises:
