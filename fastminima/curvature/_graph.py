@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 __all__ = ["Graph", "Parts", "check_graph", "check_mean", "combine", "differentiate"]
 
@@ -87,7 +88,7 @@ def combine(
 
 def differentiate(
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
     weights: Sequence[Tensor],
     *,
     create_graph: bool = True,

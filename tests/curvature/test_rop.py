@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from bytes_held import held
+from cases import CASES as MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
-from bytes_held import held
-from cases import CASES as MODELS
 from fastminima.curvature._guard import differentiable
 from fastminima.curvature.hessian import _GradientGraph
 from fastminima.curvature.rop import NotCovered, TangentGraph

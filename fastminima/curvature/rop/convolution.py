@@ -37,6 +37,7 @@ class Convolution(Rule):
         self._gradient = gradients[0]
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         dx, dw, db = inputs
         out = None
         if dw is not None:
@@ -54,6 +55,7 @@ class Convolution(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         change, (dx, dw, _) = changes[0], inputs
         of_x, of_w, of_bias = self._has
         found: list[Tensor | None] = [None, None, None]

@@ -33,8 +33,9 @@ class Product(Rule):
         self._first, a, b = _FACTORS[node.name()]
         self._is_first = node.next_functions[self._first][0] is not None
         self._is_second = node.next_functions[self._first + 1][0] is not None
-        self._a: Tensor = getattr(node, a).detach() if self._is_second else None
-        self._b: Tensor = getattr(node, b).detach() if self._is_first else None
+        # Each factor is kept for the sake of the other, by PyTorch too.
+        self._a: Tensor | None = getattr(node, a) if self._is_second else None
+        self._b: Tensor | None = getattr(node, b) if self._is_first else None
         self._gradient = gradients[0]
         # One factor constant: nothing is multiplied with two things that change.
         self.is_linear = not (self._is_first and self._is_second)
@@ -47,40 +48,34 @@ class Product(Rule):
         return True
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         da, db = inputs[self._first : self._first + 2]
         bias = inputs[0] if self._first else None
-        pairs = []
-        if db is not None:
-            pairs.append((self._a, db))
-        if da is not None:
-            pairs.append((da, self._b))
-        if not pairs:
-            shape = self.node._input_metadata[0].shape
-            return [None if bias is None else bias.expand(shape).clone()]
-        out = _product(*pairs[0], bias)
-        for a, b in pairs[1:]:
-            _add_product(out, a, b)
-        return [out]
+        pairs = _whole((self._a, db), (da, self._b))
+        if pairs:
+            return [_sum(pairs, bias)]
+        if bias is None:
+            return [None]
+        return [bias.expand(self.node._input_metadata[0].shape)]
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         change = changes[0]
         da, db = inputs[self._first : self._first + 2]
         found: list[Tensor | None] = [None] * len(self.node.next_functions)
         if self._first and self.node.next_functions[0][0] is not None:
             found[0] = self._bias(change, leaves[0])
         if self._is_first:
-            pairs = [(change, self._b), (self._gradient, db)]
-            found[self._first] = self._factor(
-                [(g, b.mT) for g, b in pairs if g is not None and b is not None],
-                leaves[self._first],
+            pairs = _whole((change, self._b), (self._gradient, db))
+            found[self._first] = _collect(
+                [(g, b.mT) for g, b in pairs], leaves[self._first]
             )
         if self._is_second:
-            pairs = [(self._a, change), (da, self._gradient)]
-            found[self._first + 1] = self._factor(
-                [(a.mT, g) for a, g in pairs if a is not None and g is not None],
-                leaves[self._first + 1],
+            pairs = _whole((self._a, change), (da, self._gradient))
+            found[self._first + 1] = _collect(
+                [(a.mT, g) for a, g in pairs], leaves[self._first + 1]
             )
         return found
 
@@ -90,32 +85,36 @@ class Product(Rule):
         if leaf is not None:
             leaf.add_sum(change)
             return None
-        node, output = self.node.next_functions[0]
-        return change.sum_to_size(tuple(node._input_metadata[output].shape))
-
-    def _factor(
-        self, pairs: list[tuple[Tensor, Tensor]], leaf: Leaf | None
-    ) -> Tensor | None:
-        if not pairs:
-            return None
-        if leaf is not None and pairs[0][0].dim() == 2:
-            for a, b in pairs:
-                leaf.add_product(a, b)
-            return None
-        out = _product(*pairs[0], None)
-        for a, b in pairs[1:]:
-            _add_product(out, a, b)
-        return out
+        return self._fitted([change])[0]
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None:
-        return torch.addmm(bias, a, b)
-    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+Pair = tuple[Tensor, Tensor]
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _whole(*pairs: tuple[Tensor | None, Tensor | None]) -> list[Pair]:
+    """The pairs of which nothing is missing."""
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def _collect(pairs: list[Pair], leaf: Leaf | None) -> Tensor | None:
+    """The sum of products, or None if there is nothing or a leaf has taken it."""
+    if leaf is not None and pairs and pairs[0][0].dim() == 2:
+        for a, b in pairs:
+            leaf.add_product(a, b)
+        return None
+    return _sum(pairs) if pairs else None
+
+
+def _sum(pairs: list[Pair], bias: Tensor | None = None) -> Tensor:
+    """The sum of products of matrices, or of stacks of them."""
+    (a, b), *more = pairs
     if a.dim() == 2:
-        out.addmm_(a, b)
+        out = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
     else:
-        out.baddbmm_(a, b)
+        out = torch.bmm(a, b)
+    for a, b in more:
+        if a.dim() == 2:
+            out.addmm_(a, b)
+        else:
+            out.baddbmm_(a, b)
+    return out

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._graph import Graph, Parts, differentiate
+from .._graph import Graph, Parts
 from .._nodes import survey
 from .leaves import Leaf, Leaves
-from .rule import NotCovered, Some
+from .rule import NotCovered, Some, total
 from .steps import LeafInput, Step, steps_of
 
 __all__ = ["TangentGraph"]
@@ -49,6 +49,7 @@ class TangentGraph(Graph):
         self._plan()
 
     def gradient(self) -> Parts:
+        """The gradient of the loss, of the recording."""
         return self._gradient
 
     def product(self, parts: Sequence[Tensor]) -> Parts:
@@ -115,9 +116,7 @@ class TangentGraph(Graph):
                     leaf.add(change)
                 elif isinstance(source, tuple):
                     place, number = source
-                    before = changes[place][number]
-                    after = change if before is None else before + change
-                    changes[place][number] = after
+                    changes[place][number] = total(changes[place][number], change)
 
     def _check(
         self, parts: Sequence[Tensor], slope: Tensor | None, terms: float, eps: float

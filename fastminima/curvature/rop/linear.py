@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaf
-from .rule import Rule, Some
+from .rule import Rule, Some, signed
 
-__all__ = ["MOVES", "Moved", "Sum", "Picked"]
+__all__ = ["MOVES", "Moved", "Picked", "Sum"]
 
 
 def _shape(node: Any) -> tuple[int, ...]:
     return tuple(node._input_metadata[0].shape)
 
 
-def _signed(dim: int) -> int:
-    """A dim as it was given; nodes keep negative ones without a sign."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
 def _transposed(node: Any) -> Callable[[Tensor], Tensor]:
-    a, b = _signed(node._saved_dim0), _signed(node._saved_dim1)
+    a, b = signed(node._saved_dim0), signed(node._saved_dim1)
     return lambda t: t.transpose(a, b)
 
 
@@ -39,7 +34,7 @@ def _expanded(node: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _split(node: Any) -> Callable[[Tensor], Sequence[Tensor]]:
-    size, dim = node._saved_split_size, _signed(node._saved_dim)
+    size, dim = node._saved_split_size, signed(node._saved_dim)
     return lambda t: t.split(size, dim)
 
 
@@ -49,7 +44,7 @@ def _scaled(node: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _embedded(node: Any) -> Callable[[Tensor], Tensor]:
-    indices, padding = node._saved_indices, _signed(node._saved_padding_idx)
+    indices, padding = node._saved_indices, signed(node._saved_padding_idx)
     if padding < 0:
         return lambda t: torch.embedding(t, indices)
     # No gradient goes to that row, as if it did not matter.
@@ -57,8 +52,8 @@ def _embedded(node: Any) -> Callable[[Tensor], Tensor]:
     return lambda t: torch.embedding(t, indices).masked_fill_(hidden, 0)
 
 
-# What a node does to its one differentiable input, as a function of it alone. `MulBackward1`
-# has a number for its other factor.
+# What a node does to its one differentiable input, as a function of it alone.
+# `MulBackward1` has a number for its other factor.
 MOVES: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
     "TBackward0": lambda node: torch.t,
     "TransposeBackward0": _transposed,
@@ -86,6 +81,7 @@ class Moved(Rule):
         self._count = len(gradients)
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         tangent = inputs[0]
         if tangent is None:
             return [None] * self._count
@@ -95,6 +91,7 @@ class Moved(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         return self.backward(changes)
 
 
@@ -108,6 +105,7 @@ class Sum(Rule):
         self._alpha, self._shape = node._saved_alpha, _shape(node)
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         a, b = (*inputs, None)[:2]
         if b is not None and a is not None:
             return [torch.add(a, b, alpha=self._alpha)]
@@ -121,7 +119,7 @@ class Sum(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
-        change = changes[0]
+        """The changes of the gradients by the inputs."""
         return self.backward(changes)
 
 
@@ -135,6 +133,7 @@ class Picked(Rule):
         self._places = node._saved_result1.flatten(-2)
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         tangent = inputs[0]
         if tangent is None:
             return [None]
@@ -144,4 +143,5 @@ class Picked(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         return self.backward(changes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaf
-from .rule import Rule, Some
+from .rule import Rule, Some, total
 
 __all__ = ["LayerNorm"]
 
@@ -42,6 +42,7 @@ class LayerNorm(Rule):
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         dx, dw, db = inputs
         out, self._kept, n = None, None, self._n()
         if dx is not None:
@@ -58,6 +59,7 @@ class LayerNorm(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         change, dw = changes[0], inputs[1]
         kept, self._kept = self._kept, None
         n = self._n()
@@ -65,10 +67,10 @@ class LayerNorm(Rule):
         if self._has[0]:
             found[0] = self._by_input(change, dw, kept, n)
         if self._has[1]:
-            terms = None if change is None else change * n
-            if kept is not None:
-                more = self._g * kept[0] if terms is None else None
-                terms = terms.addcmul_(self._g, kept[0]) if more is None else more
+            terms = total(
+                None if change is None else change * n,
+                None if kept is None else self._g * kept[0],
+            )
             found[1] = None if terms is None else terms.sum_to_size(self._shape)
         if self._has[2] and change is not None:
             found[2] = change.sum_to_size(self._shape)

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from .._graph import differentiate
 from .leaves import Leaf
-from .rule import Rule, Some, edges_of
+from .rule import Rule, Some, edges_of, total
 
-__all__ = ["ACTIVATIONS", "Activation", "Relu", "Quotient", "Times"]
+__all__ = ["ACTIVATIONS", "Activation", "Quotient", "Relu", "Times"]
 
 # Functions of one number, whose nodes have one input.
 ACTIVATIONS = frozenset(
     f"{word}Backward0"
-    for word in "Gelu Silu Mish Sigmoid Tanh Softplus Elu LeakyRelu LogSigmoid Exp Log "
-    "Sqrt Rsqrt Reciprocal Sin Cos Pow Square Log1P Expm1 Erf".split()
+    for word in (
+        *("Gelu", "Silu", "Mish", "Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Elu"),
+        *("LeakyRelu", "Exp", "Expm1", "Log", "Log1P", "Sqrt", "Rsqrt", "Pow", "Erf"),
+        *("Reciprocal", "Sin", "Cos"),
+    )
 )
 
 
@@ -43,11 +46,13 @@ class Activation(Rule):
         self.is_linear = self._bend is None
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         return self.backward(inputs)
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         found, tangent = self.backward(changes)[0], inputs[0]
         if self._bend is None or tangent is None:
             return [found]
@@ -66,11 +71,13 @@ class Relu(Rule):
         self._result: Tensor = node._saved_result.detach()
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         return [self._kept(inputs[0])]
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         return [self._kept(changes[0])]
 
     def _kept(self, t: Tensor | None) -> Tensor | None:
@@ -92,24 +99,22 @@ class Times(Rule):
         self.is_linear = self._a is None or self._b is None
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         da, db = inputs
-        out = None
-        if da is not None and self._b is not None:
-            out = da * self._b
-        if db is not None and self._a is not None:
-            out = self._a * db if out is None else out.addcmul(self._a, db)
-        return [out]
+        by_a = None if da is None or self._b is None else da * self._b
+        by_b = None if db is None or self._a is None else self._a * db
+        return [total(by_a, by_b)]
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         found = list(self.backward(changes))
         if self.is_linear or self._gradient is None:
             return found
         da, db = inputs
         more = [None if t is None else self._gradient * t for t in (db, da)]
-        pairs = zip(found, self._fitted(more), strict=True)
-        return [a if b is None else b if a is None else a + b for a, b in pairs]
+        return list(map(total, found, self._fitted(more)))
 
 
 class Quotient(Rule):
@@ -130,27 +135,27 @@ class Quotient(Rule):
         self._tangent: Tensor | None = None
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         da, db = inputs
-        out = None if da is None else da / self._b
-        if db is not None and self._has[1]:
-            less = self._y * db / self._b
-            out = -less if out is None else out - less
-        self._tangent = out
-        return [out]
+        by_a = None if da is None else da / self._b
+        by_b = None if db is None or not self._has[1] else -self._y * db / self._b
+        self._tangent = total(by_a, by_b)
+        return [self._tangent]
 
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         change, db = changes[0], inputs[1]
         tangent, self._tangent = self._tangent, None
         if self.is_linear:
             return self.backward(changes)
-        by_a = None if change is None else change / self._b
-        if db is not None:
-            less = self._gradient * db / self._b
-            by_a = -less if by_a is None else by_a - less
-        by_b = None if by_a is None else by_a * -self._y
-        if tangent is not None:
-            less = self._gradient * tangent
-            by_b = -less if by_b is None else by_b - less
+        by_a = total(
+            None if change is None else change / self._b,
+            None if db is None else -self._gradient * db / self._b,
+        )
+        by_b = total(
+            None if by_a is None else -self._y * by_a,
+            None if tangent is None else -self._gradient * tangent,
+        )
         return self._fitted([by_a, by_b])

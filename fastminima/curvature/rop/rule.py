@@ -13,12 +13,12 @@ from torch.autograd.graph import GradientEdge
 from .._graph import differentiate
 from .leaves import Leaf
 
-__all__ = ["NotCovered", "Rule", "Universal", "edges_of"]
+__all__ = ["NotCovered", "Rule", "Some", "Universal", "edges_of", "signed", "total"]
 
 Some = Sequence[Tensor | None]
 
 
-class NotCovered(Exception):  # noqa: N818 - what to do about it is the caller's to say
+class NotCovered(Exception):
     """A graph has something of which tangents would be wrong; its text says what."""
 
 
@@ -103,9 +103,10 @@ class Universal(Rule):
         if self.is_linear:
             self._edges = []
         else:
-            check_apart(node)
+            _check_apart(node)
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         self._second = ()
         used = [
             (g, t)
@@ -126,16 +127,29 @@ class Universal(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         found = list(self.backward(changes))
         ends = [(edge.node, edge.output_nr) for edge in self._edges]
         second = dict(zip(ends, self._second, strict=False))
         self._second = ()
         for i, end in enumerate(self.node.next_functions):
             extra = second.pop(end, None) if end[0] is not None else None
-            if extra is not None:
-                mine = found[i]
-                found[i] = extra if mine is None else mine + extra
+            found[i] = total(found[i], extra)
         return found
+
+
+def signed(number: int) -> int:
+    """A number as it was given; nodes keep negative ones without a sign."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of those that are there; itself where it is one."""
+    found: Tensor | None = None
+    for term in terms:
+        if term is not None:
+            found = term if found is None else found + term
+    return found
 
 
 def edges_of(node: Any) -> list[GradientEdge]:
@@ -144,7 +158,7 @@ def edges_of(node: Any) -> list[GradientEdge]:
     return [GradientEdge(upper, number) for upper, number in ends]
 
 
-def check_apart(node: Any) -> None:
+def _check_apart(node: Any) -> None:
     """NotCovered if one of the inputs is made from another.
 
     A derivative by the other would hold what goes through the one.

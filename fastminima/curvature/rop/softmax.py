@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaf
-from .rule import Rule, Some
+from .rule import Rule, Some, signed, total
 
 __all__ = ["LogSoftmax", "Softmax"]
-
-
-def _signed(dim: int) -> int:
-    return dim - 2**64 if dim >= 2**63 else dim
 
 
 class Softmax(Rule):
@@ -30,13 +26,14 @@ class Softmax(Rule):
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         self._p: Tensor = node._saved_result.detach()
-        self._dim = _signed(node._saved_dim)
+        self._dim = signed(node._saved_dim)
         g = gradients[0]
         assert g is not None
         self._e = g - (self._p * g).sum(self._dim, keepdim=True)
         self._tangent: Tensor | None = None
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         dx = inputs[0]
         if dx is None:
             self._tangent = None
@@ -49,15 +46,14 @@ class Softmax(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         change, tangent, self._tangent = changes[0], self._tangent, None
-        if change is None and tangent is None:
+        t = total(
+            None if change is None else self._p * change,
+            None if tangent is None else self._e * tangent,
+        )
+        if t is None:
             return [None]
-        if change is None:
-            t = tangent * self._e
-        else:
-            t = self._p * change
-            if tangent is not None:
-                t.addcmul_(self._e, tangent)
         return [t.addcmul_(self._p, t.sum(self._dim, keepdim=True), value=-1)]
 
 
@@ -70,13 +66,14 @@ class LogSoftmax(Rule):
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
-        self._dim = _signed(node._saved_dim)
+        self._dim = signed(node._saved_dim)
         self._p: Tensor = node._saved_result.detach().exp()
         g = gradients[0]
         assert g is not None
         self._sum = g.sum(self._dim, keepdim=True).neg_()
 
     def tangents(self, inputs: Some) -> Some:
+        """The tangents of the outputs."""
         dx = inputs[0]
         if dx is None:
             return [None]
@@ -85,6 +82,7 @@ class LogSoftmax(Rule):
     def changes(
         self, changes: Some, inputs: Some, leaves: Sequence[Leaf | None]
     ) -> Some:
+        """The changes of the gradients by the inputs."""
         (found,) = self.backward(changes)[:1]
         dx = inputs[0]
         if dx is None:
