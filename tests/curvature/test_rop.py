@@ -211,6 +211,50 @@ def test_losses():
         compare(loss, layer.parameters())
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 4), (5, 1), (5, 4)])
+def test_what_is_added_to_a_product(shape):
+    torch.manual_seed(0)
+    bias = nn.Parameter(torch.randn(shape).double())
+    weight = nn.Parameter(torch.randn(3, 4).double())
+    x = torch.randn(5, 3).double()
+    for turned in (False, True):
+        if turned and len(shape) != 2:
+            continue
+
+        def loss(turned=turned):
+            added = bias.t().contiguous().t() if turned else bias
+            return torch.addmm(added, x, weight).sin().square().sum()
+
+        compare(loss, [bias, weight])
+    if shape == (5, 4):
+        first, last = nn.Linear(5, 4).double(), nn.Parameter(torch.randn(4, 5).double())
+        compare(
+            lambda: torch.addmm(last.t(), x, weight).tanh().matmul(first.weight).sum(),
+            [last, weight, first.weight],
+        )
+
+
+def test_overwritten_tensors_are_noticed():
+    torch.manual_seed(0)
+    model, batch = cases.make("mlp")
+    factor = torch.ones(3).double()
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]) * factor, batch[1])
+
+    _, graph = graphs(lambda: loss(model, batch), tuple(model.parameters()))
+    parts = drawn(tuple(model.parameters()))
+    graph.product(parts)
+    factor.mul_(2)
+    with pytest.raises(RuntimeError, match=r"inplace operation.*MulBackward0"):
+        graph.product(parts)
+    v = torch.randn(38).double()
+    mine, other = ByTangents(model, loss, batch), fm.Hessian(model, loss, batch)
+    torch.testing.assert_close(mine @ v, other @ v)
+    factor.mul_(2)
+    torch.testing.assert_close(mine @ v, other @ v)
+
+
 def test_parameters_of_two_dtypes():
     torch.manual_seed(0)
     first, last = nn.Linear(3, 4).double(), nn.Linear(4, 2)

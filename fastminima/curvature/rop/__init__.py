@@ -3,6 +3,7 @@
 graph.py        the class that the rest is for: recorded once, multiplied often
 steps.py        the graph as a list of steps, each with its rule and its wiring
 leaves.py       where what belongs to a parameter is added up
+saved.py        what nodes have saved, and whether it is what it was
 rule.py         what a rule is, and the one that holds for every node
 linear.py       nodes that only move or add numbers
 dense.py        products of matrices

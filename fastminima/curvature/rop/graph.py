@@ -11,6 +11,7 @@ from .._graph import Graph, Parts
 from .._nodes import survey
 from .leaves import Leaf, Leaves
 from .rule import NotCovered, Some, total
+from .saved import Saved
 from .steps import LeafInput, Step, steps_of
 
 __all__ = ["TangentGraph"]
@@ -40,8 +41,9 @@ class TangentGraph(Graph):
         root = roots[-1]
         if root.numel() != 1:
             raise NotCovered(f"The root has {root.numel()} elements, not one.")
+        self._saved = Saved()
         with torch.no_grad():
-            self._steps, self._gradient = steps_of(root, parameters)
+            self._steps, self._gradient = steps_of(root, parameters, self._saved)
         super().__init__(roots, self._gradient)
         self._leaves = Leaves(parameters)
         self._dying: list[list[int]] = [[] for _ in self._steps]
@@ -53,7 +55,12 @@ class TangentGraph(Graph):
         return self._gradient
 
     def product(self, parts: Sequence[Tensor]) -> Parts:
-        """The product of the Hessian with a vector, given by its parts."""
+        """The product of the Hessian with a vector, given by its parts.
+
+        Raises:
+            RuntimeError: A tensor of the graph was overwritten since it was recorded.
+        """
+        self._saved.check()
         with torch.no_grad():
             tangents = self._forth(parts)
             self._leaves.start()

@@ -21,10 +21,13 @@ class Leaf:
         self._leaves.add(self._index, value.t() if self._is_turned else value)
 
     def add_sum(self, value: Tensor) -> None:
-        """Add the sum over the first dim of a matrix."""
-        target = self._leaves.unwritten(self._index)
-        if target is None or target.shape != value.shape[1:]:
-            self.add(value.sum(0).sum_to_size(self._leaves.shape(self._index)))
+        """Add the sum of a matrix over the dims that it was spread along."""
+        shape = self._leaves.shape(self._index)
+        is_plain = shape == value.shape[1:] and not self._is_turned
+        target = self._leaves.unwritten(self._index) if is_plain else None
+        if target is None:
+            shape = shape[::-1] if self._is_turned else shape
+            self.add(value.sum_to_size(shape))
         else:
             torch.sum(value, 0, out=target)
 

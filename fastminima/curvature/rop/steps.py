@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from .._graph import Parts, differentiate
 from .._nodes import nodes_of
 from .rule import Rule
+from .saved import Saved
 from .table import rule_of
 
 __all__ = ["LeafInput", "Step", "steps_of"]
@@ -48,8 +49,12 @@ class Step:
     is_wanted: bool = False
 
 
-def steps_of(root: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Step], Parts]:
+def steps_of(
+    root: Tensor, parameters: Sequence[Tensor], saved: Saved
+) -> tuple[list[Step], Parts]:
     """The steps in the order of evaluation, and the gradient, from one backward pass.
+
+    `saved` takes in what the nodes have saved.
 
     Raises:
         NotCovered: For a node of which tangents would be wrong.
@@ -74,7 +79,7 @@ def steps_of(root: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Step], Pa
         ]
         at[node] = len(steps)
         scalar = mine[0] if _narrows(node) else None
-        steps.append(Step(rule_of(node, mine), inputs, len(mine), scalar))
+        steps.append(Step(rule_of(node, mine, saved), inputs, len(mine), scalar))
     return steps, reached
 
 
