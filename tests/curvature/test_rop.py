@@ -234,6 +234,17 @@ def test_what_is_added_to_a_product(shape):
         )
 
 
+def test_scaled_product():
+    layer = nn.Linear(3, 4).double()
+    x = torch.randn(5, 3).double()
+    compare(
+        lambda: (
+            torch.addmm(layer.bias, x, layer.weight.t(), alpha=2, beta=3).sin().sum()
+        ),
+        layer.parameters(),
+    )
+
+
 def test_overwritten_tensors_are_noticed():
     torch.manual_seed(0)
     model, batch = cases.make("mlp")
@@ -271,7 +282,10 @@ def test_single_precision():
 
 def test_autocast():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    model = nn.Sequential(
+        *(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)),
+        nn.Softmax(-1),
+    )
     x = torch.randn(32, 8)
 
     def loss():

@@ -49,7 +49,18 @@ def rule_of(node: Any, gradients: Some, saved: Saved) -> Rule:
         raise NotCovered(f"{name} is no operation of PyTorch's own.")
     saved.note(node)
     known = RULES.get(name, Universal)
-    covers = getattr(known, "covers", None)
-    if covers is not None and not covers(node):
+    if _is_scaled(node, name) or not _is_of_one_dtype(node):
         known = Universal
     return known(node, gradients)
+
+
+def _is_scaled(node: Any, name: str) -> bool:
+    """Whether a product is multiplied with a number, as by `torch.addmm(alpha=2)`."""
+    return name == "AddmmBackward0" and (node._saved_alpha, node._saved_beta) != (1, 1)
+
+
+def _is_of_one_dtype(node: Any) -> bool:
+    """Whether inputs and outputs are; some nodes under autocast mix them."""
+    uppers = [end for end in node.next_functions if end[0] is not None]
+    dtypes = {upper._input_metadata[number].dtype for upper, number in uppers}
+    return len(dtypes | {node._input_metadata[0].dtype}) == 1
