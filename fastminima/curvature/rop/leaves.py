@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._flat import Joined
+
 __all__ = ["Leaf", "Leaves"]
 
 
@@ -49,6 +51,7 @@ class Leaves:
         self._parameters = parameters
         self._targets: list[Tensor] = []
         self._is_written: list[bool] = []
+        self._flat: Tensor | None = None
 
     def start(self) -> None:
         """New memory, nothing in it yet."""
@@ -62,6 +65,7 @@ class Leaves:
             return
         sizes = [p.numel() for p in self._parameters]
         flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        self._flat = flat
         self._targets = [
             part.view(p.shape)
             for part, p in zip(flat.split(sizes), self._parameters, strict=True)
@@ -97,5 +101,5 @@ class Leaves:
             self._targets, self._is_written, is_reached, strict=True
         ):
             found.append((target if written else target.zero_()) if reached else None)
-        self._targets = []
-        return found
+        self._targets, flat, self._flat = [], self._flat, None
+        return found if flat is None or not all(is_reached) else Joined(found, flat)
