@@ -61,7 +61,8 @@ class TangentGraph(Graph):
             RuntimeError: A tensor of the graph was overwritten since it was recorded.
         """
         self._saved.check()
-        with torch.no_grad():
+        # Function modes would see each of some hundred operations, to no end.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             tangents = self._forth(parts)
             self._leaves.start()
             self._back(tangents, parts)
