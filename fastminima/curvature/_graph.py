@@ -31,6 +31,10 @@ class Graph(abc.ABC):
         """The mean loss."""
         return self.roots[-1].detach().mean()
 
+    def product(self, parts: list[Tensor]) -> Parts:
+        """The product with a vector, given by its parts; where that is all it takes."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def gradient(self) -> Parts:
         """The gradient of the loss."""

@@ -1,5 +1,7 @@
 """Products by tangents against double backward over the same graph."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastminima as fm
 from fastminima.curvature._guard import differentiable
 from fastminima.curvature.hessian import _GradientGraph
-from fastminima.curvature.rop import NotCovered, TangentGraph
+from fastminima.curvature.rop import EitherGraph, NotCovered, TangentGraph
 
 from . import cases
 
@@ -373,6 +375,41 @@ def test_not_covered(act, said):
     x = torch.randn(5, 3)
     with pytest.raises(NotCovered, match=said):
         graphs(lambda: act(layer(x)).square().mean(), tuple(layer.parameters()))
+
+
+class WhereRight(fm.Hessian):
+    """The operator, by tangents where they are right."""
+
+    def _make(self, roots):
+        self.made = EitherGraph(roots, self._layout.parameters, _GradientGraph)
+        return self.made
+
+
+def halved(model, batch):
+    hidden = model[:2](batch[0])
+    hidden.register_hook(lambda grad: 0.5 * grad)
+    return F.cross_entropy(model[2](hidden), batch[1])
+
+
+def checkpointed(model, batch):
+    hidden = checkpoint(model[:2], batch[0], use_reentrant=False)
+    return F.cross_entropy(model[2](hidden), batch[1])
+
+
+@pytest.mark.parametrize("loss", [halved, checkpointed, cases.loss])
+def test_gives_way(loss):
+    model, batch = cases.make("mlp")
+    mine, other = WhereRight(model, loss, batch), fm.Hessian(model, loss, batch)
+    v = torch.randn(other.shape[0]).double()
+    try:
+        want = other @ v
+    except ValueError as problem:  # hooked gradients are those of no loss
+        with pytest.raises(ValueError, match=re.escape(str(problem)[:40])):
+            mine @ v
+    else:
+        torch.testing.assert_close(mine @ v, want)
+        torch.testing.assert_close(mine.gradient, other.gradient)
+    assert (mine.made.reason is None) == (loss is cases.loss)
 
 
 def test_several_roots_are_not_covered():

@@ -1,5 +1,6 @@
 """Hessian products by tangents: an R-operator over the recorded graph.
 
+either.py       what to use: tangents, or another graph where they would be wrong
 graph.py        the class that the rest is for: recorded once, multiplied often
 steps.py        the graph as a list of steps, each with its rule and its wiring
 leaves.py       where what belongs to a parameter is added up
@@ -14,7 +15,8 @@ softmax.py      softmax and its logarithm
 table.py        which rule is whose
 """
 
+from .either import EitherGraph
 from .graph import TangentGraph
 from .rule import NotCovered
 
-__all__ = ["NotCovered", "TangentGraph"]
+__all__ = ["EitherGraph", "NotCovered", "TangentGraph"]
