@@ -236,6 +236,25 @@ def test_what_is_added_to_a_product(shape):
         )
 
 
+@pytest.mark.parametrize(
+    "left_out", ["0.weight", "2.bias", "4.weight", "7", "8.weight"]
+)
+def test_frozen(left_out):
+    """Whatever does not require a gradient, by itself or alone among its layer's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 2), nn.GELU()),
+        *(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 6), nn.LayerNorm(6)),
+        nn.Linear(6, 2),
+    ).double()
+    x = torch.randn(5, 2, 4, 4).double()
+    for only in (False, True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith(left_out) == only)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        compare(lambda: model(x).square().sum().sqrt(), parameters)
+
+
 def test_scaled_product():
     layer = nn.Linear(3, 4).double()
     x = torch.randn(5, 3).double()
