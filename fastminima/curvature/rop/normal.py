@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaf
-from .rule import Rule, Some, total
+from .rule import Rule, Some, products
 
 __all__ = ["LayerNorm"]
 
@@ -67,10 +67,7 @@ class LayerNorm(Rule):
         if self._has[0]:
             found[0] = self._by_input(change, dw, kept, n)
         if self._has[1]:
-            terms = total(
-                None if change is None else change * n,
-                None if kept is None else self._g * kept[0],
-            )
+            terms = products((n, change), (self._g, None if kept is None else kept[0]))
             found[1] = None if terms is None else terms.sum_to_size(self._shape)
         if self._has[2] and change is not None:
             found[2] = change.sum_to_size(self._shape)

@@ -13,7 +13,16 @@ from torch.autograd.graph import GradientEdge
 from .._graph import differentiate
 from .leaves import Leaf
 
-__all__ = ["NotCovered", "Rule", "Some", "Universal", "edges_of", "signed", "total"]
+__all__ = [
+    "NotCovered",
+    "Rule",
+    "Some",
+    "Universal",
+    "edges_of",
+    "products",
+    "signed",
+    "total",
+]
 
 Some = Sequence[Tensor | None]
 
@@ -149,6 +158,15 @@ def total(*terms: Tensor | None) -> Tensor | None:
     for term in terms:
         if term is not None:
             found = term if found is None else found + term
+    return found
+
+
+def products(*pairs: tuple[Tensor, Tensor | None]) -> Tensor | None:
+    """The sum of products, element by element, of those pairs that are there."""
+    found: Tensor | None = None
+    for a, b in pairs:
+        if b is not None:
+            found = a * b if found is None else found.addcmul_(a, b)
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .leaves import Leaf
-from .rule import Rule, Some, signed, total
+from .rule import Rule, Some, products, signed
 
 __all__ = ["LogSoftmax", "Softmax"]
 
@@ -48,10 +48,7 @@ class Softmax(Rule):
     ) -> Some:
         """The changes of the gradients by the inputs."""
         change, tangent, self._tangent = changes[0], self._tangent, None
-        t = total(
-            None if change is None else self._p * change,
-            None if tangent is None else self._e * tangent,
-        )
+        t = products((self._p, change), (self._e, tangent))
         if t is None:
             return [None]
         return [t.addcmul_(self._p, t.sum(self._dim, keepdim=True), value=-1)]
