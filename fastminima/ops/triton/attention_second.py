@@ -1,0 +1,226 @@
+"""Kernels of the tangents of attention and of its gradients, in Triton.
+
+Tensors and programs are as in `attention_first`, names as in `ops.attention`. A head
+costs, of products,
+
+| kernel | operations | reads beside its own block |
+|---|---|---|
+| `tangent_kernel` | 2 T S (3 d + 2 p) | k, v, uk, uv for each block of rows |
+| `query_tangents_kernel` | 2 T S (5 d + 2 p) | the same |
+| `key_tangents_kernel` | 2 T S (5 d + 3 p) | q, g, uq for each block of keys |
+
+of which the least, with every matrix of scores made once, is 2 T S (7 d + 5 p).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import load_rows, probabilities, product, store_rows
+
+__all__ = ["key_tangents_kernel", "query_tangents_kernel", "tangent_kernel"]
+
+
+@triton.jit
+def tangent_kernel(
+    uq_ptr,  # [heads, time, d_in]
+    uk_ptr,  # [groups, steps, d_in]
+    uv_ptr,  # [groups, steps, d_out]
+    q_ptr, k_ptr, v_ptr,  # as their directions
+    o_ptr,  # [heads, time, d_out]
+    stats_ptr,  # [2, heads, time]
+    mask_ptr,  # [batch, heads of a sample, time, steps]; or None
+    out_ptr,  # [heads, time, d_out]
+    means_ptr,  # [heads, time]
+    heads, shared, time, steps, d_in, d_out, scale,
+    mask_b, mask_h, mask_t, mask_s, many,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """o' = P t v + P uv - e o, and e = sum_j P t of each row.
+
+    Floor: all inputs read once, o' and 4 bytes a row written.
+    """
+    blocks = tl.cdiv(time, ROWS)
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    i = first + tl.arange(0, ROWS)
+    k_ptr += z // shared * steps * d_in
+    uk_ptr += z // shared * steps * d_in
+    v_ptr += z // shared * steps * d_out
+    uv_ptr += z // shared * steps * d_out
+    if MASK:
+        mask_ptr += z // heads * mask_b + z % heads * mask_h
+    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
+    uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
+    row = z * time + i
+    largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
+    stats_ptr += many.to(tl.int64) * time
+    inverse = tl.load(stats_ptr + row, mask=i < time, other=0.0)
+    mean = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, OUT), tl.float32)
+    stop = tl.minimum(first + ROWS, steps) if CAUSAL else steps
+    for start in range(0, stop, KEYS):
+        j = start + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, j, steps, d_in, IN)
+        uk = load_rows(uk_ptr, j, steps, d_in, IN)
+        v = load_rows(v_ptr, j, steps, d_out, OUT)
+        uv = load_rows(uv_ptr, j, steps, d_out, OUT)
+        p = probabilities(
+            q, k, largest, inverse, mask_ptr, i, j, time, steps, scale,
+            mask_t, mask_s, CAUSAL, MASK, PRECISION,
+        )  # fmt: skip
+        t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
+        moved = p * (t * scale)
+        mean += tl.sum(moved, axis=1)
+        out = tl.dot(moved.to(v.dtype), v, out, input_precision=PRECISION)
+        out = tl.dot(p.to(uv.dtype), uv, out, input_precision=PRECISION)
+    o = load_rows(o_ptr + z * time * d_out, i, time, d_out, OUT).to(tl.float32)
+    out -= mean[:, None] * o
+    store_rows(out_ptr + z * time * d_out, out, i, time, d_out, OUT)
+    tl.store(means_ptr + row, mean, mask=i < time)
+
+
+@triton.jit
+def _scores_tangent(p, t, g, v, uv, mean, turn, PRECISION: tl.constexpr):
+    """ds and ds' of a tile, of P, t - e, D and D'."""
+    ds = p * (product(g, v, PRECISION) - mean[:, None])
+    return ds, t * ds + p * (product(g, uv, PRECISION) - turn[:, None])
+
+
+@triton.jit
+def query_tangents_kernel(
+    g_ptr,  # [heads, time, d_out]
+    uq_ptr,  # [heads, time, d_in]
+    uk_ptr,  # [groups, steps, d_in]
+    uv_ptr,  # [groups, steps, d_out]
+    q_ptr, k_ptr, v_ptr,  # as their directions
+    o_ptr,  # [heads, time, d_out]
+    stats_ptr,  # [2, heads, time]
+    moved_ptr,  # [heads, time, d_out]: o'
+    means_ptr,  # [heads, time]: e
+    mask_ptr,  # [batch, heads of a sample, time, steps]; or None
+    out_ptr,  # [heads, time, d_in]
+    rows_ptr,  # [2, heads, time]
+    heads, shared, time, steps, d_in, d_out, scale,
+    mask_b, mask_h, mask_t, mask_s, many,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq' = scale (ds' k + ds uk); and D = g . o, D' = g . o' of each row.
+
+    Floor: all inputs read once, dq' and 8 bytes a row written.
+    """
+    blocks = tl.cdiv(time, ROWS)
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * ROWS
+    i = first + tl.arange(0, ROWS)
+    k_ptr += z // shared * steps * d_in
+    uk_ptr += z // shared * steps * d_in
+    v_ptr += z // shared * steps * d_out
+    uv_ptr += z // shared * steps * d_out
+    if MASK:
+        mask_ptr += z // heads * mask_b + z % heads * mask_h
+    g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+    wide = g.to(tl.float32)
+    o = load_rows(o_ptr + z * time * d_out, i, time, d_out, OUT)
+    mean = tl.sum(wide * o.to(tl.float32), axis=1)
+    o = load_rows(moved_ptr + z * time * d_out, i, time, d_out, OUT)
+    turn = tl.sum(wide * o.to(tl.float32), axis=1)
+    row = z * time + i
+    span = many.to(tl.int64) * time
+    tl.store(rows_ptr + row, mean, mask=i < time)
+    tl.store(rows_ptr + span + row, turn, mask=i < time)
+    largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
+    inverse = tl.load(stats_ptr + span + row, mask=i < time, other=0.0)
+    shift = tl.load(means_ptr + row, mask=i < time, other=0.0)
+    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
+    uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
+    out = tl.zeros((ROWS, IN), tl.float32)
+    stop = tl.minimum(first + ROWS, steps) if CAUSAL else steps
+    for start in range(0, stop, KEYS):
+        j = start + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, j, steps, d_in, IN)
+        uk = load_rows(uk_ptr, j, steps, d_in, IN)
+        p = probabilities(
+            q, k, largest, inverse, mask_ptr, i, j, time, steps, scale,
+            mask_t, mask_s, CAUSAL, MASK, PRECISION,
+        )  # fmt: skip
+        t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
+        v = load_rows(v_ptr, j, steps, d_out, OUT)
+        uv = load_rows(uv_ptr, j, steps, d_out, OUT)
+        ds, moving = _scores_tangent(
+            p, t * scale - shift[:, None], g, v, uv, mean, turn, PRECISION
+        )
+        out = tl.dot(moving.to(k.dtype), k, out, input_precision=PRECISION)
+        out = tl.dot(ds.to(k.dtype), uk, out, input_precision=PRECISION)
+    store_rows(out_ptr + z * time * d_in, out * scale, i, time, d_in, IN)
+
+
+@triton.jit
+def key_tangents_kernel(
+    g_ptr,  # [heads, time, d_out]
+    uq_ptr,  # [heads, time, d_in]
+    uk_ptr,  # [groups, steps, d_in]
+    uv_ptr,  # [groups, steps, d_out]
+    q_ptr, k_ptr, v_ptr,  # as their directions
+    stats_ptr,  # [2, heads, time]
+    means_ptr,  # [heads, time]: e
+    rows_ptr,  # [2, heads, time]: D and D'
+    mask_ptr,  # [batch, heads of a sample, time, steps]; or None
+    dk_ptr,  # [groups, steps, d_in]
+    dv_ptr,  # [groups, steps, d_out]
+    heads, shared, time, steps, d_in, d_out, scale,
+    mask_b, mask_h, mask_t, mask_s, many,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk' = scale (ds'^T q + ds^T uq) and dv' = (P (t - e))^T g.
+
+    Floor: all inputs read once, dk' and dv' written.
+    """
+    blocks = tl.cdiv(steps, KEYS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * KEYS
+    j = first + tl.arange(0, KEYS)
+    k = load_rows(k_ptr + n * steps * d_in, j, steps, d_in, IN)
+    uk = load_rows(uk_ptr + n * steps * d_in, j, steps, d_in, IN)
+    v = load_rows(v_ptr + n * steps * d_out, j, steps, d_out, OUT)
+    uv = load_rows(uv_ptr + n * steps * d_out, j, steps, d_out, OUT)
+    dk = tl.zeros((KEYS, IN), tl.float32)
+    dv = tl.zeros((KEYS, OUT), tl.float32)
+    span = many.to(tl.int64) * time
+    begin = first // ROWS * ROWS if CAUSAL else 0
+    for head in range(0, shared):
+        z = n * shared + head
+        if MASK:
+            here = mask_ptr + z // heads * mask_b + z % heads * mask_h
+        else:
+            here = mask_ptr
+        for start in range(begin, time, ROWS):
+            i = start + tl.arange(0, ROWS)
+            q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
+            uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
+            g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+            row = z * time + i
+            largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
+            inverse = tl.load(stats_ptr + span + row, mask=i < time, other=0.0)
+            shift = tl.load(means_ptr + row, mask=i < time, other=0.0)
+            mean = tl.load(rows_ptr + row, mask=i < time, other=0.0)
+            turn = tl.load(rows_ptr + span + row, mask=i < time, other=0.0)
+            p = probabilities(
+                q, k, largest, inverse, here, i, j, time, steps, scale,
+                mask_t, mask_s, CAUSAL, MASK, PRECISION,
+            )  # fmt: skip
+            t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
+            t = t * scale - shift[:, None]
+            weights = tl.trans((p * t).to(g.dtype))
+            dv = tl.dot(weights, g, dv, input_precision=PRECISION)
+            ds, moving = _scores_tangent(p, t, g, v, uv, mean, turn, PRECISION)
+            weights = tl.trans(moving.to(q.dtype))
+            dk = tl.dot(weights, q, dk, input_precision=PRECISION)
+            weights = tl.trans(ds.to(q.dtype))
+            dk = tl.dot(weights, uq, dk, input_precision=PRECISION)
+    store_rows(dk_ptr + n * steps * d_in, dk * scale, j, steps, d_in, IN)
+    store_rows(dv_ptr + n * steps * d_out, dv, j, steps, d_out, OUT)
