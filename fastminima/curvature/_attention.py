@@ -75,7 +75,10 @@ def _fits(q: Any, k: Any, v: Any, mask: Any, enable_gqa: bool) -> bool:
     given = [x for x in (q, k, v, mask) if x is not None]
     if not all(type(x) in (Tensor, torch.nn.Parameter) for x in given):
         return False
-    if any(x.layout != torch.strided or x.is_nested for x in given) or _is_transformed():
+    if (
+        any(x.layout != torch.strided or x.is_nested for x in given)
+        or _is_transformed()
+    ):
         return False
     if not torch.backends.cuda.math_sdp_enabled():
         return False  # another form was asked for inside the closure
@@ -172,13 +175,16 @@ class AttentionGradients(Function):
             moved, means = ops.attention_tangent(*direction, *inputs, scores)
             found = (moved, None, None, None)
             if _asks_for_inputs(ctx):
-                found = moved, *ops.attention_gradients_tangent(
-                    g, *direction, *inputs, moved, means, scores
+                found = (
+                    moved,
+                    *ops.attention_gradients_tangent(
+                        g, *direction, *inputs, moved, means, scores
+                    ),
                 )
         if torch.is_grad_enabled():
             found = _Last.apply(found, g, *direction, *inputs[:3])
         return *found, None, None, None
-    
+
 
 class _Last(Function):
     """Passes second derivatives on, and refuses to be differentiated itself."""

@@ -181,14 +181,10 @@ class _Layout:
 
     def totals(self, *tensors: Tensor) -> list[Tensor]:
         """Zeros for sums over the pieces of rows, shaped as these."""
-        return [
-            x.new_zeros(x.shape, dtype=self.dtype).contiguous() for x in tensors
-        ]
+        return [x.new_zeros(x.shape, dtype=self.dtype).contiguous() for x in tensors]
 
 
-def _attention(
-    q: Queries, k: Keys, v: Values, scores: Scores
-) -> tuple[Outputs, Stats]:
+def _attention(q: Queries, k: Keys, v: Values, scores: Scores) -> tuple[Outputs, Stats]:
     """Outputs, and of each row its largest score and 1 / sum exp(s - largest).
 
     Both are zero for a row that sees nothing.
@@ -304,3 +300,11 @@ attention_tangent = Op("attention_tangent", _attention_tangent)
 attention_gradients_tangent = Op(
     "attention_gradients_tangent", _attention_gradients_tangent
 )
+# Not float16: gradients of probabilities, rounded to it, fall below its least number.
+for _op in (
+    attention,
+    attention_gradients,
+    attention_tangent,
+    attention_gradients_tangent,
+):
+    _op.add_triton(f"attention.{_op.name}", dtypes=(torch.float32, torch.bfloat16))

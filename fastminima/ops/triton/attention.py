@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import attention as ops
 from ..attention import Scores
 from ..recording import launch
 from ._launch import power_of_two
@@ -35,16 +36,28 @@ __all__ = [
 
 
 class _Tiles(NamedTuple):
-    """Rows and keys of a tile of scores, and warps."""
+    """Rows and keys of a tile of scores, columns of its operands at a time, and warps."""
 
     rows: int
     keys: int
-    warps: int = 4
+    inner: int
+    warps: int
 
 
-def _tiles(kernel: Any, dtype: torch.dtype, width: int) -> _Tiles:
-    """What fits the registers, for the wider of the two widths of heads."""
-    return _Tiles(32, 32)
+# By the width of a head, for kernels by rows and by keys: tiles that spill no registers
+# on an A100 or H100, in 99 KB of shared memory (what a block of a consumer's GPU has).
+# Without tensor cores the columns of an operand pass registers, 16 at a time.
+_WIDEST = 256
+_HALF = {
+    64: (_Tiles(32, 64, _WIDEST, 8), _Tiles(32, 32, _WIDEST, 4)),
+    128: (_Tiles(32, 64, _WIDEST, 8), _Tiles(32, 64, _WIDEST, 8)),
+    _WIDEST: (_Tiles(16, 32, _WIDEST, 8), _Tiles(16, 32, _WIDEST, 8)),
+}
+_FLOAT = {
+    64: (_Tiles(32, 16, 16, 4), _Tiles(16, 32, 16, 4)),
+    128: (_Tiles(32, 16, 16, 8), _Tiles(16, 32, 16, 8)),
+    _WIDEST: (_Tiles(16, 16, 16, 8), _Tiles(16, 16, 16, 8)),
+}
 
 
 class _Launches:
@@ -63,24 +76,27 @@ class _Launches:
             if mask.dtype == torch.bool:
                 mask, self._kind = mask.view(torch.uint8), SEEN
             self._mask = mask
-        shared, many = self._heads // self._groups, self._batch * self._heads
+        shared, many = self._heads // max(1, self._groups), self._batch * self._heads
         sizes = self._heads, shared, self._time, self._steps, self._in, self._out
         self._sizes = *sizes, scores.scale, *strides, many
 
     def by_rows(self, kernel: Any, *inputs: Tensor, to: tuple[Tensor, ...]) -> None:
         """One program a block of rows of a head of queries."""
-        cut = self._cut(kernel)
+        cut, _ = self._cuts
         blocks = -(-self._time // cut.rows)
         self._launch(kernel, cut, self._batch * self._heads * blocks, inputs, to)
 
     def by_keys(self, kernel: Any, *inputs: Tensor, to: tuple[Tensor, ...]) -> None:
         """One program a block of keys of a head of keys."""
-        cut = self._cut(kernel)
+        _, cut = self._cuts
         blocks = -(-self._steps // cut.keys)
         self._launch(kernel, cut, self._batch * self._groups * blocks, inputs, to)
 
-    def _cut(self, kernel: Any) -> _Tiles:
-        return _tiles(kernel, self._dtype, max(self._in, self._out))
+    @property
+    def _cuts(self) -> tuple[_Tiles, _Tiles]:
+        found = _FLOAT if self._dtype == torch.float32 else _HALF
+        widest = max(self._in, self._out)
+        return next(cuts for width, cuts in found.items() if widest <= width)
 
     def _launch(
         self,
@@ -90,6 +106,8 @@ class _Launches:
         inputs: tuple[Tensor, ...],
         outputs: tuple[Tensor, ...],
     ) -> None:
+        if not programs:
+            return
         launch(
             kernel,
             (programs,),
@@ -99,6 +117,7 @@ class _Launches:
             PRECISION=_precision(self._dtype),
             IN=max(16, power_of_two(self._in)),
             OUT=max(16, power_of_two(self._out)),
+            INNER=cut.inner,
             ROWS=cut.rows,
             KEYS=cut.keys,
             num_warps=cut.warps,
@@ -112,6 +131,11 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if asked and dtype == torch.float32 else "ieee"
 
 
+def _is_wide(q: Tensor, v: Tensor) -> bool:
+    """Whether a row of a head does not fit the registers."""
+    return max(q.shape[3], v.shape[3]) > _WIDEST
+
+
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
@@ -122,6 +146,8 @@ def _row_numbers(q: Tensor, *first: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Launch `attention_kernel`; see `ops.attention`."""
+    if _is_wide(q, v):
+        return ops.attention.reference(q, k, v, scores)
     q, k, v = _contiguous(q, k, v)
     out, stats = q.new_empty(*q.shape[:3], v.shape[3]), _row_numbers(q, 2)
     _Launches(q, k, v, scores).by_rows(attention_kernel, q, k, v, to=(out, stats))
@@ -132,6 +158,8 @@ def attention_gradients(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels by rows and by keys; see `ops.attention`."""
+    if _is_wide(q, v):
+        return ops.attention_gradients.reference(g, q, k, v, o, stats, scores)
     g, q, k, v, o = _contiguous(g, q, k, v, o)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     means = _row_numbers(q)
@@ -146,6 +174,8 @@ def attention_tangent(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scores: Scores,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch `tangent_kernel`; see `ops.attention`."""
+    if _is_wide(q, v):
+        return ops.attention_tangent.reference(uq, uk, uv, q, k, v, o, stats, scores)
     inputs = _contiguous(uq, uk, uv, q, k, v, o)
     out, means = o.new_empty(o.shape), _row_numbers(q)
     launches = _Launches(q, k, v, scores)
@@ -159,6 +189,10 @@ def attention_gradients_tangent(
     moved: Tensor, means: Tensor, scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the kernels by rows and by keys; see `ops.attention`."""
+    if _is_wide(q, v):
+        return ops.attention_gradients_tangent.reference(
+            g, uq, uk, uv, q, k, v, o, stats, moved, means, scores
+        )
     g, uq, uk, uv, q, k, v, o, moved = _contiguous(g, uq, uk, uv, q, k, v, o, moved)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     inputs = g, uq, uk, uv, q, k, v

@@ -40,7 +40,8 @@ def attention_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scale q k^T + mask) v, and its rows' statistics.
 
@@ -52,9 +53,10 @@ def attention_kernel(
     i = first + tl.arange(0, ROWS)
     k_ptr += z // shared * steps * d_in
     v_ptr += z // shared * steps * d_out
+    q_ptr += z * time * d_in
     if MASK:
         mask_ptr += z // heads * mask_b + z % heads * mask_h
-    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
+    q = load_rows(q_ptr, i, time, d_in, IN)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, OUT), tl.float32)
@@ -64,8 +66,8 @@ def attention_kernel(
         k = load_rows(k_ptr, j, steps, d_in, IN)
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         scores = seen_scores(
-            q, k, mask_ptr, i, j, time, steps, scale, mask_t, mask_s,
-            CAUSAL, MASK, PRECISION,
+            q, q_ptr, k, k_ptr, mask_ptr, i, j, time, steps, d_in, scale,
+            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         finite = tl.where(larger == float("-inf"), 0.0, larger)
@@ -98,7 +100,8 @@ def query_gradients_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq = scale ds k with ds = P (g v^T - D), and D = g . o of each row.
 
@@ -110,10 +113,12 @@ def query_gradients_kernel(
     i = first + tl.arange(0, ROWS)
     k_ptr += z // shared * steps * d_in
     v_ptr += z // shared * steps * d_out
+    q_ptr += z * time * d_in
+    g_ptr += z * time * d_out
     if MASK:
         mask_ptr += z // heads * mask_b + z % heads * mask_h
-    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
-    g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+    q = load_rows(q_ptr, i, time, d_in, IN)
+    g = load_rows(g_ptr, i, time, d_out, OUT)
     o = load_rows(o_ptr + z * time * d_out, i, time, d_out, OUT)
     mean = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
     row = z * time + i
@@ -128,10 +133,13 @@ def query_gradients_kernel(
         k = load_rows(k_ptr, j, steps, d_in, IN)
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         p = probabilities(
-            q, k, largest, inverse, mask_ptr, i, j, time, steps, scale,
-            mask_t, mask_s, CAUSAL, MASK, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
+            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
-        ds = p * (product(g, v, PRECISION) - mean[:, None])
+        dp = product(
+            g, g_ptr, i, time, v, v_ptr, j, steps, d_out, OUT, INNER, PRECISION
+        )
+        ds = p * (dp - mean[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + z * time * d_in, dq * scale, i, time, d_in, IN)
 
@@ -150,7 +158,8 @@ def key_gradients_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk = scale ds^T q and dv = P^T g, with D of each row given.
 
@@ -160,8 +169,10 @@ def key_gradients_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * KEYS
     j = first + tl.arange(0, KEYS)
-    k = load_rows(k_ptr + n * steps * d_in, j, steps, d_in, IN)
-    v = load_rows(v_ptr + n * steps * d_out, j, steps, d_out, OUT)
+    k_ptr += n * steps * d_in
+    v_ptr += n * steps * d_out
+    k = load_rows(k_ptr, j, steps, d_in, IN)
+    v = load_rows(v_ptr, j, steps, d_out, OUT)
     dk = tl.zeros((KEYS, IN), tl.float32)
     dv = tl.zeros((KEYS, OUT), tl.float32)
     begin = first // ROWS * ROWS if CAUSAL else 0
@@ -171,20 +182,24 @@ def key_gradients_kernel(
             here = mask_ptr + z // heads * mask_b + z % heads * mask_h
         else:
             here = mask_ptr
+        q_here, g_here = q_ptr + z * time * d_in, g_ptr + z * time * d_out
         for start in range(begin, time, ROWS):
             i = start + tl.arange(0, ROWS)
-            q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
-            g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+            q = load_rows(q_here, i, time, d_in, IN)
+            g = load_rows(g_here, i, time, d_out, OUT)
             row = z * time + i
             mean = tl.load(means_ptr + row, mask=i < time, other=0.0)
             largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
             row += many.to(tl.int64) * time
             inverse = tl.load(stats_ptr + row, mask=i < time, other=0.0)
             p = probabilities(
-                q, k, largest, inverse, here, i, j, time, steps, scale,
-                mask_t, mask_s, CAUSAL, MASK, PRECISION,
+                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in, scale,
+                mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
             )  # fmt: skip
-            ds = p * (product(g, v, PRECISION) - mean[:, None])
+            dp = product(
+                g, g_here, i, time, v, v_ptr, j, steps, d_out, OUT, INNER, PRECISION
+            )
+            ds = p * (dp - mean[:, None])
             weights = tl.trans(p.to(g.dtype))
             dv = tl.dot(weights, g, dv, input_precision=PRECISION)
             weights = tl.trans(ds.to(q.dtype))

@@ -17,7 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import load_rows, probabilities, product, store_rows
+from .attention_tiles import (
+    load_rows,
+    probabilities,
+    product,
+    score_tangents,
+    store_rows,
+)
 
 __all__ = ["key_tangents_kernel", "query_tangents_kernel", "tangent_kernel"]
 
@@ -36,7 +42,8 @@ def tangent_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """o' = P t v + P uv - e o, and e = sum_j P t of each row.
 
@@ -52,8 +59,10 @@ def tangent_kernel(
     uv_ptr += z // shared * steps * d_out
     if MASK:
         mask_ptr += z // heads * mask_b + z % heads * mask_h
-    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
-    uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
+    q_ptr += z * time * d_in
+    uq_ptr += z * time * d_in
+    q = load_rows(q_ptr, i, time, d_in, IN)
+    uq = load_rows(uq_ptr, i, time, d_in, IN)
     row = z * time + i
     largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
     stats_ptr += many.to(tl.int64) * time
@@ -68,11 +77,13 @@ def tangent_kernel(
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         uv = load_rows(uv_ptr, j, steps, d_out, OUT)
         p = probabilities(
-            q, k, largest, inverse, mask_ptr, i, j, time, steps, scale,
-            mask_t, mask_s, CAUSAL, MASK, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
+            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
-        t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
-        moved = p * (t * scale)
+        moved = p * score_tangents(
+            q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in, scale,
+            IN, INNER, PRECISION,
+        )  # fmt: skip
         mean += tl.sum(moved, axis=1)
         out = tl.dot(moved.to(v.dtype), v, out, input_precision=PRECISION)
         out = tl.dot(p.to(uv.dtype), uv, out, input_precision=PRECISION)
@@ -83,10 +94,17 @@ def tangent_kernel(
 
 
 @triton.jit
-def _scores_tangent(p, t, g, v, uv, mean, turn, PRECISION: tl.constexpr):
+def _scores_tangent(
+    p, t, g, g_ptr, v, v_ptr, uv, uv_ptr, mean, turn, i, j, time, steps, width,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """ds and ds' of a tile, of P, t - e, D and D'."""
-    ds = p * (product(g, v, PRECISION) - mean[:, None])
-    return ds, t * ds + p * (product(g, uv, PRECISION) - turn[:, None])
+    dp = product(g, g_ptr, i, time, v, v_ptr, j, steps, width, WIDTH, INNER, PRECISION)
+    ds = p * (dp - mean[:, None])
+    dp = product(
+        g, g_ptr, i, time, uv, uv_ptr, j, steps, width, WIDTH, INNER, PRECISION
+    )
+    return ds, t * ds + p * (dp - turn[:, None])
 
 
 @triton.jit
@@ -106,7 +124,8 @@ def query_tangents_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq' = scale (ds' k + ds uk); and D = g . o, D' = g . o' of each row.
 
@@ -122,7 +141,8 @@ def query_tangents_kernel(
     uv_ptr += z // shared * steps * d_out
     if MASK:
         mask_ptr += z // heads * mask_b + z % heads * mask_h
-    g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+    g_ptr += z * time * d_out
+    g = load_rows(g_ptr, i, time, d_out, OUT)
     wide = g.to(tl.float32)
     o = load_rows(o_ptr + z * time * d_out, i, time, d_out, OUT)
     mean = tl.sum(wide * o.to(tl.float32), axis=1)
@@ -135,8 +155,10 @@ def query_tangents_kernel(
     largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
     inverse = tl.load(stats_ptr + span + row, mask=i < time, other=0.0)
     shift = tl.load(means_ptr + row, mask=i < time, other=0.0)
-    q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
-    uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
+    q_ptr += z * time * d_in
+    uq_ptr += z * time * d_in
+    q = load_rows(q_ptr, i, time, d_in, IN)
+    uq = load_rows(uq_ptr, i, time, d_in, IN)
     out = tl.zeros((ROWS, IN), tl.float32)
     stop = tl.minimum(first + ROWS, steps) if CAUSAL else steps
     for start in range(0, stop, KEYS):
@@ -144,15 +166,19 @@ def query_tangents_kernel(
         k = load_rows(k_ptr, j, steps, d_in, IN)
         uk = load_rows(uk_ptr, j, steps, d_in, IN)
         p = probabilities(
-            q, k, largest, inverse, mask_ptr, i, j, time, steps, scale,
-            mask_t, mask_s, CAUSAL, MASK, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
+            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
-        t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
+        t = score_tangents(
+            q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in, scale,
+            IN, INNER, PRECISION,
+        )  # fmt: skip
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         uv = load_rows(uv_ptr, j, steps, d_out, OUT)
         ds, moving = _scores_tangent(
-            p, t * scale - shift[:, None], g, v, uv, mean, turn, PRECISION
-        )
+            p, t - shift[:, None], g, g_ptr, v, v_ptr, uv, uv_ptr, mean, turn,
+            i, j, time, steps, d_out, OUT, INNER, PRECISION,
+        )  # fmt: skip
         out = tl.dot(moving.to(k.dtype), k, out, input_precision=PRECISION)
         out = tl.dot(ds.to(k.dtype), uk, out, input_precision=PRECISION)
     store_rows(out_ptr + z * time * d_in, out * scale, i, time, d_in, IN)
@@ -174,7 +200,8 @@ def key_tangents_kernel(
     heads, shared, time, steps, d_in, d_out, scale,
     mask_b, mask_h, mask_t, mask_s, many,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk' = scale (ds'^T q + ds^T uq) and dv' = (P (t - e))^T g.
 
@@ -184,10 +211,14 @@ def key_tangents_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * KEYS
     j = first + tl.arange(0, KEYS)
-    k = load_rows(k_ptr + n * steps * d_in, j, steps, d_in, IN)
-    uk = load_rows(uk_ptr + n * steps * d_in, j, steps, d_in, IN)
-    v = load_rows(v_ptr + n * steps * d_out, j, steps, d_out, OUT)
-    uv = load_rows(uv_ptr + n * steps * d_out, j, steps, d_out, OUT)
+    k_ptr += n * steps * d_in
+    uk_ptr += n * steps * d_in
+    v_ptr += n * steps * d_out
+    uv_ptr += n * steps * d_out
+    k = load_rows(k_ptr, j, steps, d_in, IN)
+    uk = load_rows(uk_ptr, j, steps, d_in, IN)
+    v = load_rows(v_ptr, j, steps, d_out, OUT)
+    uv = load_rows(uv_ptr, j, steps, d_out, OUT)
     dk = tl.zeros((KEYS, IN), tl.float32)
     dv = tl.zeros((KEYS, OUT), tl.float32)
     span = many.to(tl.int64) * time
@@ -198,11 +229,13 @@ def key_tangents_kernel(
             here = mask_ptr + z // heads * mask_b + z % heads * mask_h
         else:
             here = mask_ptr
+        q_here, uq_here = q_ptr + z * time * d_in, uq_ptr + z * time * d_in
+        g_here = g_ptr + z * time * d_out
         for start in range(begin, time, ROWS):
             i = start + tl.arange(0, ROWS)
-            q = load_rows(q_ptr + z * time * d_in, i, time, d_in, IN)
-            uq = load_rows(uq_ptr + z * time * d_in, i, time, d_in, IN)
-            g = load_rows(g_ptr + z * time * d_out, i, time, d_out, OUT)
+            q = load_rows(q_here, i, time, d_in, IN)
+            uq = load_rows(uq_here, i, time, d_in, IN)
+            g = load_rows(g_here, i, time, d_out, OUT)
             row = z * time + i
             largest = tl.load(stats_ptr + row, mask=i < time, other=0.0)
             inverse = tl.load(stats_ptr + span + row, mask=i < time, other=0.0)
@@ -210,14 +243,19 @@ def key_tangents_kernel(
             mean = tl.load(rows_ptr + row, mask=i < time, other=0.0)
             turn = tl.load(rows_ptr + span + row, mask=i < time, other=0.0)
             p = probabilities(
-                q, k, largest, inverse, here, i, j, time, steps, scale,
-                mask_t, mask_s, CAUSAL, MASK, PRECISION,
+                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in, scale,
+                mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
             )  # fmt: skip
-            t = product(uq, k, PRECISION) + product(q, uk, PRECISION)
-            t = t * scale - shift[:, None]
+            t = score_tangents(
+                q, q_here, uq, uq_here, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in,
+                scale, IN, INNER, PRECISION,
+            ) - shift[:, None]  # fmt: skip
             weights = tl.trans((p * t).to(g.dtype))
             dv = tl.dot(weights, g, dv, input_precision=PRECISION)
-            ds, moving = _scores_tangent(p, t, g, v, uv, mean, turn, PRECISION)
+            ds, moving = _scores_tangent(
+                p, t, g, g_here, v, v_ptr, uv, uv_ptr, mean, turn,
+                i, j, time, steps, d_out, OUT, INNER, PRECISION,
+            )  # fmt: skip
             weights = tl.trans(moving.to(q.dtype))
             dk = tl.dot(weights, q, dk, input_precision=PRECISION)
             weights = tl.trans(ds.to(q.dtype))

@@ -11,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["NUMBERS", "SEEN", "load_rows", "probabilities", "product", "store_rows"]
+__all__ = [
+    "NUMBERS",
+    "SEEN",
+    "load_rows",
+    "probabilities",
+    "product",
+    "score_tangents",
+    "seen_scores",
+    "store_rows",
+]
 
 SEEN, NUMBERS = 1, 2  # kinds of masks: booleans, and what is added
 
@@ -35,20 +44,45 @@ def store_rows(ptr, x, i, count, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def product(x, y, PRECISION: tl.constexpr):
-    """x y^T."""
-    return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+def product(
+    x, x_ptr, i, rows, y, y_ptr, j, count, width,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x y^T of rows i and j, x and y as `load_rows` gives them.
+
+    Without tensor cores an operand lies in registers, where rows that are wider than
+    INNER do not fit: they are read again, so many columns at a time.
+    """
+    if INNER >= WIDTH:
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    for first in range(0, width, INNER):
+        left = _columns(x_ptr, i, rows, first, width, INNER)
+        right = _columns(y_ptr, j, count, first, width, INNER)
+        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _columns(ptr, i, count, first, width, INNER: tl.constexpr):
+    c = first + tl.arange(0, INNER)
+    places = i.to(tl.int64)[:, None] * width + c[None, :]
+    there = (i < count)[:, None] & (c < width)[None, :]
+    return tl.load(ptr + places, mask=there, other=0.0)
 
 
 @triton.jit
 def seen_scores(
-    q, k,
+    q, q_ptr, k, k_ptr,
     mask_ptr,  # [time, steps] of this head, or None
-    i, j, time, steps, scale, mask_t, mask_s,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    i, j, time, steps, width, scale, mask_t, mask_s,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scale q k^T and the mask, -inf where a key is not seen or there is none."""
-    scores = product(q, k, PRECISION) * scale
+    scores = scale * product(
+        q, q_ptr, i, time, k, k_ptr, j, steps, width, WIDTH, INNER, PRECISION
+    )
     seen = (i < time)[:, None] & (j < steps)[None, :]
     if CAUSAL:
         seen = seen & (j[None, :] <= i[:, None])
@@ -64,12 +98,27 @@ def seen_scores(
 
 @triton.jit
 def probabilities(
-    q, k, largest, inverse, mask_ptr, i, j, time, steps, scale, mask_t, mask_s,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_ptr, k, k_ptr, largest, inverse, mask_ptr,
+    i, j, time, steps, width, scale, mask_t, mask_s,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P of a tile, from the largest score and 1 / sum of its rows."""
     scores = seen_scores(
-        q, k, mask_ptr, i, j, time, steps, scale, mask_t, mask_s,
-        CAUSAL, MASK, PRECISION,
+        q, q_ptr, k, k_ptr, mask_ptr, i, j, time, steps, width, scale, mask_t, mask_s,
+        CAUSAL, MASK, WIDTH, INNER, PRECISION,
     )  # fmt: skip
     return tl.exp(scores - largest[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def score_tangents(
+    q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, width, scale,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """t = scale (uq k^T + q uk^T) of a tile."""
+    t = product(uq, uq_ptr, i, time, k, k_ptr, j, steps, width, WIDTH, INNER, PRECISION)
+    t += product(
+        q, q_ptr, i, time, uk, uk_ptr, j, steps, width, WIDTH, INNER, PRECISION
+    )
+    return t * scale
