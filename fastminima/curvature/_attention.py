@@ -40,12 +40,12 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, without its scores where that is worth it."""
     inputs = _cast(query, key, value, attn_mask)
-    if dropout_p == 0 and not (is_causal and attn_mask is not None):
-        if _fits(*inputs, enable_gqa) and _pays(*inputs[:2]):
-            q, k, v, mask = inputs
-            mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return SoftmaxAttention.apply(q, k, v, mask, scale, is_causal)
+    is_plain = dropout_p == 0 and not (is_causal and attn_mask is not None)
+    if is_plain and _fits(*inputs, enable_gqa) and _pays(*inputs[:2]):
+        q, k, v, mask = inputs
+        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return SoftmaxAttention.apply(q, k, v, mask, scale, is_causal)
     return F.scaled_dot_product_attention(
         *(query, key, value, attn_mask, dropout_p, is_causal),
         scale=scale,

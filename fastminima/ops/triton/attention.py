@@ -36,7 +36,7 @@ __all__ = [
 
 
 class _Tiles(NamedTuple):
-    """Rows and keys of a tile of scores, columns of its operands at a time, and warps."""
+    """Rows and keys of a tile of scores, columns of operands at a time, warps."""
 
     rows: int
     keys: int

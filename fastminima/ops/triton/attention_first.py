@@ -43,7 +43,7 @@ def attention_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(scale q k^T + mask) v, and its rows' statistics.
+    """Outputs o = softmax(scale q k^T + mask) v, and its rows' statistics.
 
     Floor: q, k and v read once, o and 8 bytes a row written.
     """
@@ -103,7 +103,7 @@ def query_gradients_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale ds k with ds = P (g v^T - D), and D = g . o of each row.
+    """By rows: dq = scale ds k with ds = P (g v^T - D), and D = g . o of each row.
 
     Floor: g, q, k, v, o and the statistics read once, dq and 4 bytes a row written.
     """
@@ -133,8 +133,8 @@ def query_gradients_kernel(
         k = load_rows(k_ptr, j, steps, d_in, IN)
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         p = probabilities(
-            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
-            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in,
+            scale, mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
         dp = product(
             g, g_ptr, i, time, v, v_ptr, j, steps, d_out, OUT, INNER, PRECISION
@@ -161,7 +161,7 @@ def key_gradients_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk = scale ds^T q and dv = P^T g, with D of each row given.
+    """By keys: dk = scale ds^T q and dv = P^T g, with D of each row given.
 
     Floor: g, q, k, v, D and the statistics read once, dk and dv written.
     """
@@ -176,12 +176,10 @@ def key_gradients_kernel(
     dk = tl.zeros((KEYS, IN), tl.float32)
     dv = tl.zeros((KEYS, OUT), tl.float32)
     begin = first // ROWS * ROWS if CAUSAL else 0
-    for head in range(0, shared):
+    for head in range(shared):
         z = n * shared + head
-        if MASK:
-            here = mask_ptr + z // heads * mask_b + z % heads * mask_h
-        else:
-            here = mask_ptr
+        place = z // heads * mask_b + z % heads * mask_h
+        here = mask_ptr + place if MASK else mask_ptr
         q_here, g_here = q_ptr + z * time * d_in, g_ptr + z * time * d_out
         for start in range(begin, time, ROWS):
             i = start + tl.arange(0, ROWS)
@@ -193,8 +191,8 @@ def key_gradients_kernel(
             row += many.to(tl.int64) * time
             inverse = tl.load(stats_ptr + row, mask=i < time, other=0.0)
             p = probabilities(
-                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in, scale,
-                mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
+                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in,
+                scale, mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
             )  # fmt: skip
             dp = product(
                 g, g_here, i, time, v, v_ptr, j, steps, d_out, OUT, INNER, PRECISION

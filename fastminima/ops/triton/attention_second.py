@@ -45,7 +45,7 @@ def tangent_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """o' = P t v + P uv - e o, and e = sum_j P t of each row.
+    """Outputs move by o' = P t v + P uv - e o, and e = sum_j P t of each row.
 
     Floor: all inputs read once, o' and 4 bytes a row written.
     """
@@ -77,8 +77,8 @@ def tangent_kernel(
         v = load_rows(v_ptr, j, steps, d_out, OUT)
         uv = load_rows(uv_ptr, j, steps, d_out, OUT)
         p = probabilities(
-            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
-            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in,
+            scale, mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
         moved = p * score_tangents(
             q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in, scale,
@@ -98,7 +98,7 @@ def _scores_tangent(
     p, t, g, g_ptr, v, v_ptr, uv, uv_ptr, mean, turn, i, j, time, steps, width,
     WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ds and ds' of a tile, of P, t - e, D and D'."""
+    """The tile of ds and of ds', from P, t - e, D and D'."""
     dp = product(g, g_ptr, i, time, v, v_ptr, j, steps, width, WIDTH, INNER, PRECISION)
     ds = p * (dp - mean[:, None])
     dp = product(
@@ -127,7 +127,7 @@ def query_tangents_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq' = scale (ds' k + ds uk); and D = g . o, D' = g . o' of each row.
+    """By rows: dq' = scale (ds' k + ds uk); and D = g . o, D' = g . o' of each row.
 
     Floor: all inputs read once, dq' and 8 bytes a row written.
     """
@@ -166,8 +166,8 @@ def query_tangents_kernel(
         k = load_rows(k_ptr, j, steps, d_in, IN)
         uk = load_rows(uk_ptr, j, steps, d_in, IN)
         p = probabilities(
-            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in, scale,
-            mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
+            q, q_ptr, k, k_ptr, largest, inverse, mask_ptr, i, j, time, steps, d_in,
+            scale, mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
         )  # fmt: skip
         t = score_tangents(
             q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in, scale,
@@ -203,7 +203,7 @@ def key_tangents_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk' = scale (ds'^T q + ds^T uq) and dv' = (P (t - e))^T g.
+    """By keys: dk' = scale (ds'^T q + ds^T uq) and dv' = (P (t - e))^T g.
 
     Floor: all inputs read once, dk' and dv' written.
     """
@@ -223,12 +223,10 @@ def key_tangents_kernel(
     dv = tl.zeros((KEYS, OUT), tl.float32)
     span = many.to(tl.int64) * time
     begin = first // ROWS * ROWS if CAUSAL else 0
-    for head in range(0, shared):
+    for head in range(shared):
         z = n * shared + head
-        if MASK:
-            here = mask_ptr + z // heads * mask_b + z % heads * mask_h
-        else:
-            here = mask_ptr
+        place = z // heads * mask_b + z % heads * mask_h
+        here = mask_ptr + place if MASK else mask_ptr
         q_here, uq_here = q_ptr + z * time * d_in, uq_ptr + z * time * d_in
         g_here = g_ptr + z * time * d_out
         for start in range(begin, time, ROWS):
@@ -243,8 +241,8 @@ def key_tangents_kernel(
             mean = tl.load(rows_ptr + row, mask=i < time, other=0.0)
             turn = tl.load(rows_ptr + span + row, mask=i < time, other=0.0)
             p = probabilities(
-                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in, scale,
-                mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
+                q, q_here, k, k_ptr, largest, inverse, here, i, j, time, steps, d_in,
+                scale, mask_t, mask_s, CAUSAL, MASK, IN, INNER, PRECISION,
             )  # fmt: skip
             t = score_tangents(
                 q, q_here, uq, uq_here, k, k_ptr, uk, uk_ptr, i, j, time, steps, d_in,

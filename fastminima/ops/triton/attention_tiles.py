@@ -48,7 +48,7 @@ def product(
     x, x_ptr, i, rows, y, y_ptr, j, count, width,
     WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x y^T of rows i and j, x and y as `load_rows` gives them.
+    """Products x y^T of rows i and j, x and y as `load_rows` gives them.
 
     Without tensor cores an operand lies in registers, where rows that are wider than
     INNER do not fit: they are read again, so many columns at a time.
@@ -79,7 +79,7 @@ def seen_scores(
     CAUSAL: tl.constexpr, MASK: tl.constexpr,
     WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale q k^T and the mask, -inf where a key is not seen or there is none."""
+    """Scores scale q k^T and the mask, -inf where there is none or none is seen."""
     scores = scale * product(
         q, q_ptr, i, time, k, k_ptr, j, steps, width, WIDTH, INNER, PRECISION
     )
@@ -116,7 +116,7 @@ def score_tangents(
     q, q_ptr, uq, uq_ptr, k, k_ptr, uk, uk_ptr, i, j, time, steps, width, scale,
     WIDTH: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """t = scale (uq k^T + q uk^T) of a tile."""
+    """How far the scores of a tile move, t = scale (uq k^T + q uk^T)."""
     t = product(uq, uq_ptr, i, time, k, k_ptr, j, steps, width, WIDTH, INNER, PRECISION)
     t += product(
         q, q_ptr, i, time, uk, uk_ptr, j, steps, width, WIDTH, INNER, PRECISION
