@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -39,15 +40,19 @@ def attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, without its scores where that is worth it."""
-    inputs = _cast(query, key, value, attn_mask)
+    q, k, v, mask = _cast(query, key, value, attn_mask)
     is_plain = dropout_p == 0 and not (is_causal and attn_mask is not None)
-    if is_plain and _fits(*inputs, enable_gqa) and _pays(*inputs[:2]):
-        q, k, v, mask = inputs
+    if is_plain and _fits(q, k, v, mask, enable_gqa) and _pays(q, k):
         mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return SoftmaxAttention.apply(q, k, v, mask, scale, is_causal)
     return F.scaled_dot_product_attention(
-        *(query, key, value, attn_mask, dropout_p, is_causal),
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
     )
@@ -108,7 +113,7 @@ def _is_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     """Whether `torch.func` or forward-mode derivatives look at what is computed."""
-    is_function = torch._C._functorch.peek_interpreter_stack() is not None
+    is_function = _functorch.peek_interpreter_stack() is not None
     return is_function or forward_ad._current_level >= 0
 
 
@@ -138,11 +143,11 @@ class SoftmaxAttention(Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, o, stats = ctx.saved_tensors
-        found = AttentionGradients.apply(
-            g, q, k, v, o.detach(), stats, Scores(*ctx.form, mask)
-        )
+        scale, is_causal = ctx.form
+        scores = Scores(scale, is_causal, mask)
+        found = AttentionGradients.apply(*gradients, q, k, v, o.detach(), stats, scores)
         return *found, None, None, None
 
 
@@ -170,7 +175,8 @@ class AttentionGradients(Function):
     def backward(ctx: Any, *direction: Tensor) -> tuple[Tensor | None, ...]:
         """Derivatives of <dq, uq> + <dk, uk> + <dv, uv>; see `ops.attention`."""
         g, *inputs, mask = ctx.saved_tensors
-        scores = Scores(*ctx.form, mask)
+        scale, is_causal = ctx.form
+        scores = Scores(scale, is_causal, mask)
         with torch.no_grad(), _plain(g):
             moved, means = ops.attention_tangent(*direction, *inputs, scores)
             found = (moved, None, None, None)

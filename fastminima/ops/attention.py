@@ -93,7 +93,8 @@ def _attention_gradients(
         ds = torch.bmm(grad, values.mT).sub_(mean).mul_(p)
         dq[rows] = torch.bmm(ds, keys).mul_(scores.scale)
         dk[columns].baddbmm_(ds.mT, queries, alpha=scores.scale)
-    return cut.of_queries(dq), *(cut.of_keys(x.to(k.dtype)) for x in (dk, dv))
+    dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    return cut.of_queries(dq), cut.of_keys(dk), cut.of_keys(dv)
 
 
 def _attention_tangent(
@@ -144,7 +145,8 @@ def _attention_gradients_tangent(
         dq[rows] = torch.bmm(moving, keys).baddbmm_(ds, pushed).mul_(scores.scale)
         dk[columns].baddbmm_(moving.mT, queries, alpha=scores.scale)
         dk[columns].baddbmm_(ds.mT, turned, alpha=scores.scale)
-    return cut.of_queries(dq), *(cut.of_keys(x.to(k.dtype)) for x in (dk, dv))
+    dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    return cut.of_queries(dq), cut.of_keys(dk), cut.of_keys(dv)
 
 
 def _scores_tangent(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ._pieces import LIMIT
+from ._pieces import step_of
 
 __all__ = ["Layout", "Piece", "Scores"]
 
@@ -49,7 +49,6 @@ class Piece(NamedTuple):
 
 # Matrices of the size of a piece that are there at a time, in the accumulation dtype.
 _COPIES = 8
-_SHARE = 2  # of the limit: half of it
 
 
 class Layout:
@@ -67,10 +66,10 @@ class Layout:
 
     def __iter__(self) -> Iterator[Piece]:
         each = _COPIES * self.dtype.itemsize * self.steps  # a row's
-        heads = max(1, LIMIT // _SHARE // max(1, each * self.rows))
-        rows = max(1, min(self.rows, LIMIT // _SHARE // max(1, each)))
-        if self.scores.is_causal and self.shared == 1:
+        rows = max(1, min(self.rows, step_of(each)))
+        if self.scores.is_causal and self.shared == 1:  # few that need no column
             rows = min(rows, max(64, -(-self.time // 8)))
+        heads = step_of(each * rows)
         for head in range(0, self.heads, heads):
             for row in range(0, self.rows, rows):
                 stop = min(row + rows, self.rows)
@@ -111,6 +110,8 @@ class Layout:
 
     def masked(self, piece: Piece, products: Tensor) -> Tensor:
         """The scores, of these products: they are written over."""
+        if not self.scores.is_causal and self.scores.mask is None:
+            return products
         row = torch.arange(piece.rows.start, piece.rows.stop, device=products.device)
         t = row % max(1, self.time)
         if self.scores.is_causal:
