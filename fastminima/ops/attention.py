@@ -81,19 +81,20 @@ def _attention_gradients(
     fg, fq, fo = cut.folded(g, q, o)
     fk, fv = cut.merged(k, v)
     stats = stats.view(2, cut.heads, cut.rows)
-    dq = fq.new_empty(fq.shape)
-    dk, dv = cut.totals(fk, fv)
-    for piece in cut:
-        p = cut.probabilities(piece, fq, fk, stats)
-        rows, columns = piece.queries, piece.keys
-        grad, queries, outputs = cut.wide(fg[rows], fq[rows], fo[rows])
-        keys, values = cut.wide(fk[columns], fv[columns])
-        dv[columns].baddbmm_(p.mT, grad)
-        mean = (grad * outputs).sum(dim=2, keepdim=True)
-        ds = torch.bmm(grad, values.mT).sub_(mean).mul_(p)
-        dq[rows] = torch.bmm(ds, keys).mul_(scores.scale)
-        dk[columns].baddbmm_(ds.mT, queries, alpha=scores.scale)
-    dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (fq, fk, fv))
+    for heads in cut.some_heads():
+        sum_k, sum_v = cut.totals(fk[heads], fv[heads])
+        for piece in cut.pieces(heads):
+            p = cut.probabilities(piece, fq, fk, stats)
+            rows, columns = piece.queries, piece.keys
+            grad, queries, outputs = cut.wide(fg[rows], fq[rows], fo[rows])
+            keys, values = cut.wide(fk[columns], fv[columns])
+            sum_v[:, piece.columns].baddbmm_(p.mT, grad)
+            mean = (grad * outputs).sum(dim=2, keepdim=True)
+            ds = torch.bmm(grad, values.mT).sub_(mean).mul_(p)
+            dq[rows] = torch.bmm(ds, keys).mul_(scores.scale)
+            sum_k[:, piece.columns].baddbmm_(ds.mT, queries, alpha=scores.scale)
+        dk[heads], dv[heads] = sum_k, sum_v
     return cut.of_queries(dq), cut.of_keys(dk), cut.of_keys(dv)
 
 
@@ -132,20 +133,21 @@ def _attention_gradients_tangent(
     fg, fuq, fq, fo, fmoved = cut.folded(g, uq, q, o, moved)
     fuk, fuv, fk, fv = cut.merged(uk, uv, k, v)
     stats, (fmeans,) = stats.view(2, cut.heads, cut.rows), cut.folded(means)
-    dq = fq.new_empty(fq.shape)
-    dk, dv = cut.totals(fk, fv)
-    for piece in cut:
-        rows, columns = piece.queries, piece.keys
-        p = cut.probabilities(piece, fq, fk, stats)
-        t = cut.tangents(piece, fq, fk, fuq, fuk).sub_(fmeans[rows][..., None])
-        grad, turned, queries = cut.wide(fg[rows], fuq[rows], fq[rows])
-        pushed, keys = cut.wide(fuk[columns], fk[columns])
-        dv[columns].baddbmm_((p * t).mT, grad)
-        ds, moving = _scores_tangent(cut, piece, p, t, (fg, fo, fmoved), (fv, fuv))
-        dq[rows] = torch.bmm(moving, keys).baddbmm_(ds, pushed).mul_(scores.scale)
-        dk[columns].baddbmm_(moving.mT, queries, alpha=scores.scale)
-        dk[columns].baddbmm_(ds.mT, turned, alpha=scores.scale)
-    dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (fq, fk, fv))
+    for heads in cut.some_heads():
+        sum_k, sum_v = cut.totals(fk[heads], fv[heads])
+        for piece in cut.pieces(heads):
+            rows, columns = piece.queries, piece.keys
+            p = cut.probabilities(piece, fq, fk, stats)
+            t = cut.tangents(piece, fq, fk, fuq, fuk).sub_(fmeans[rows][..., None])
+            grad, turned, queries = cut.wide(fg[rows], fuq[rows], fq[rows])
+            pushed, keys = cut.wide(fuk[columns], fk[columns])
+            sum_v[:, piece.columns].baddbmm_((p * t).mT, grad)
+            ds, moving = _scores_tangent(cut, piece, p, t, (fg, fo, fmoved), (fv, fuv))
+            dq[rows] = torch.bmm(moving, keys).baddbmm_(ds, pushed).mul_(scores.scale)
+            sum_k[:, piece.columns].baddbmm_(moving.mT, queries, alpha=scores.scale)
+            sum_k[:, piece.columns].baddbmm_(ds.mT, turned, alpha=scores.scale)
+        dk[heads], dv[heads] = sum_k, sum_v
     return cut.of_queries(dq), cut.of_keys(dk), cut.of_keys(dv)
 
 

@@ -65,19 +65,33 @@ class Layout:
         self.dtype = accumulation_dtype(q.dtype)
 
     def __iter__(self) -> Iterator[Piece]:
-        each = _COPIES * self.dtype.itemsize * self.steps  # a row's
-        rows = max(1, min(self.rows, step_of(each)))
-        if self.scores.is_causal and self.shared == 1:  # few that need no column
+        for heads in self.some_heads():
+            yield from self.pieces(heads)
+
+    def some_heads(self) -> Iterator[slice]:
+        """As many heads at a time as have pieces of the limit."""
+        step = step_of(self._each * self._rows)
+        for head in range(0, self.heads, step):
+            yield slice(head, min(head + step, self.heads))
+
+    def pieces(self, heads: slice) -> Iterator[Piece]:
+        """The pieces of some heads."""
+        for row in range(0, self.rows, self._rows):
+            stop = min(row + self._rows, self.rows)
+            yield Piece(heads, slice(row, stop), slice(self._seen(stop)))
+
+    @property
+    def _each(self) -> int:
+        """Bytes that are there of a row of scores."""
+        return _COPIES * self.dtype.itemsize * self.steps
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a piece; if causal, few of them have columns that they do not see."""
+        rows = max(1, min(self.rows, step_of(self._each)))
+        if self.scores.is_causal and self.shared == 1:
             rows = min(rows, max(64, -(-self.time // 8)))
-        heads = step_of(each * rows)
-        for head in range(0, self.heads, heads):
-            for row in range(0, self.rows, rows):
-                stop = min(row + rows, self.rows)
-                yield Piece(
-                    slice(head, min(head + heads, self.heads)),
-                    slice(row, stop),
-                    slice(self._seen(stop)),
-                )
+        return rows
 
     def _seen(self, stop: int) -> int:
         """How many keys the rows before `stop` see, at the most."""
@@ -148,4 +162,4 @@ class Layout:
 
     def totals(self, *tensors: Tensor) -> list[Tensor]:
         """Zeros for sums over the pieces of rows, shaped as these."""
-        return [x.new_zeros(x.shape, dtype=self.dtype).contiguous() for x in tensors]
+        return [x.new_zeros(x.shape, dtype=self.dtype) for x in tensors]

@@ -100,8 +100,12 @@ def by_math(given: Arguments, scores: Scores) -> Results:
     return Results(*(x.detach() for x in (o, *first, *second)))
 
 
+def _call(op: Op, *args: Any) -> Any:
+    return op(*args)
+
+
 def by_ops(
-    given: Arguments, scores: Scores, run=lambda op, *args: op(*args)
+    given: Arguments, scores: Scores, run: Callable[..., Any] = _call
 ) -> Results:
     """By the ops, each called by `run(op, *arguments)`."""
     g, *direction = given[:4]

@@ -82,7 +82,7 @@ def check(place, case, dtype):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 4, 2, 37, 37, 5, 20, True),  # widths past a tile, blocks past a row
+        Case(1, 2, 1, 37, 37, 5, 20, True),  # widths past a tile, blocks past a row
         Case(1, 1, 1, 19, 40, 3, 3, True),  # keys that nothing sees
         Case(1, 1, 1, 40, 19, 3, 3, True),
         Case(2, 2, 1, 5, 18, 5, 6, False, "seen"),
