@@ -126,15 +126,15 @@ class Layout:
         """The scores, of these products: they are written over."""
         if not self.scores.is_causal and self.scores.mask is None:
             return products
-        row = torch.arange(piece.rows.start, piece.rows.stop, device=products.device)
+        row = _counted(piece.rows, products)
         t = row % max(1, self.time)
         if self.scores.is_causal:
-            j = torch.arange(piece.columns.stop, device=products.device)
+            j = _counted(piece.columns, products)
             products.masked_fill_(j > t[:, None], -torch.inf)
         if self.scores.mask is None:
             return products
         shape = self.batch, self.groups * self.shared, self.time, self.steps
-        n = torch.arange(piece.heads.start, piece.heads.stop, device=products.device)
+        n = _counted(piece.heads, products)
         head = (n % self.groups * self.shared)[:, None] + row // max(1, self.time)
         seen = self.scores.mask.expand(shape)[..., piece.columns]
         seen = seen[(n // self.groups)[:, None], head, t]
@@ -163,3 +163,9 @@ class Layout:
     def totals(self, *tensors: Tensor) -> list[Tensor]:
         """Zeros for sums over the pieces of rows, shaped as these."""
         return [x.new_zeros(x.shape, dtype=self.dtype) for x in tensors]
+
+
+def _counted(places: slice, like: Tensor) -> Tensor:
+    """The numbers of a slice, where a tensor is."""
+    first = places.start or 0
+    return torch.arange(first, places.stop, dtype=torch.int64, device=like.device)
