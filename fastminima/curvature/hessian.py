@@ -45,8 +45,8 @@ class Hessian(MeanOperator):
             differentiated, the choice on a GPU; "recompute", it is recorded for each
             product, the choice where memory is short; "forward_over_reverse", the loss
             is evaluated with tangents and no graph of a gradient is made, which takes
-            the least memory; "finite_differences" of gradients, to repeat what was done so:
-            wrong near kinks, and not looked at for symmetry.
+            the least memory; "finite_differences" of gradients, to repeat what was done
+            so: wrong near kinks, and not looked at for symmetry.
         memory: Bytes that a kept graph may take; as many as are free beside it if None.
         step: Of finite differences: the length of the displacement over that of the
             parameters; the cube root of the machine precision if None.
@@ -117,7 +117,7 @@ class Hessian(MeanOperator):
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         parameters, again = self._layout.parameters, self._evaluated_again
-        if self._is_by_tangents and (self._checks.noise is not None or self._is_second):
+        if self._is_by_tangents and not self._is_second:
             return EitherGraph(roots, parameters, GradientGraph)
         if self._engine == "forward_over_reverse" and again is not None:
             return ForwardOverReverse(roots, parameters, self._model, again)
@@ -132,26 +132,30 @@ class Hessian(MeanOperator):
 
     @property
     def _is_by_tangents(self) -> bool:
-        """Whether products are made by tangents, once they have been compared.
+        """Whether products are made by tangents.
 
         On a GPU what the host does for each node would be what counts.
         """
-        is_default = self._engine == "auto" and self._layout.device.type == "cpu"
+        is_default = self._asked == "auto" and self._engine != "cached"
+        is_default &= self._layout.device.type == "cpu"
         return is_default or self._engine == "tangents"
 
     def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
-        """The first time by double backward and the second by tangents, if by those.
+        """The second time by double backward, which tangents are compared with.
 
-        Where the two are not the same, double backward has to be.
+        Where the two are not the same, double backward has to be, and is used.
         """
         if not self._is_by_tangents:
             super()._make_twice(columns, products)
             return
-        self._is_second = True
+        kept, self._is_second = self._kept, True
         try:
             super()._make_twice(columns, products)
+            if kept is not None and self._kept is not None:
+                self._kept.graph = kept.graph  # the other one has shown the same
         except ValueError:
-            self._engine, self._is_second = "cached", False
+            self._engine, self._kept = "cached", None
+            products[:] = self._multiply(columns)
             super()._make_twice(columns, products)
         finally:
             self._is_second = False

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastminima as fm
+from fastminima.curvature._graph import GradientGraph
 from fastminima.curvature._guard import differentiable
-from fastminima.curvature.hessian import _GradientGraph
 from fastminima.curvature.rop import EitherGraph, NotCovered, TangentGraph
 
 from . import cases
@@ -31,7 +31,7 @@ def graphs(loss, parameters):
     """Both graphs of `loss()`."""
     with differentiable(torch.device("cpu")):
         root = loss()
-        return _GradientGraph((root,), parameters), TangentGraph((root,), parameters)
+        return GradientGraph((root,), parameters), TangentGraph((root,), parameters)
 
 
 def drawn(parameters):
@@ -400,7 +400,7 @@ class WhereRight(fm.Hessian):
     """The operator, by tangents where they are right."""
 
     def _make(self, roots):
-        self.made = EitherGraph(roots, self._layout.parameters, _GradientGraph)
+        self.made = EitherGraph(roots, self._layout.parameters, GradientGraph)
         return self.made
 
 
