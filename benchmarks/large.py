@@ -27,7 +27,7 @@ __all__ = ["largest_eigenvalue", "main"]
 
 GB = 1e9
 ALLOWED = 12.0  # GB
-BATCH, TIME = 2, 64
+BATCH = 2
 DTYPES = {"bfloat16": torch.bfloat16, "float32": None}
 
 
@@ -63,13 +63,12 @@ class Watched(fm.Hessian):
         return product
 
 
-def largest_eigenvalue(depth: int, basis: str, rtol: float, most: int) -> dict:
-    """Runs it, and says what it took."""
+def largest_eigenvalue(model: GPT2, basis: str, rtol: float, most: int) -> dict:
+    """Runs it on random tokens, and says what it took."""
     start = time.perf_counter()
-    torch.manual_seed(0)
-    model = GPT2(depth=depth)
     count = sum(p.numel() for p in model.parameters())
-    ids = torch.randint(model.tokens.num_embeddings, (BATCH, TIME + 1))
+    length = model.positions.num_embeddings
+    ids = torch.randint(model.tokens.num_embeddings, (BATCH, length + 1))
     model_gb = resident() / GB
     print(f"{count / 1e6:.1f} million parameters, {model_gb:.2f} GB resident")
     hessian = Watched(model, loss_of, (ids[:, :-1].clone(), ids[:, 1:].clone()))
@@ -81,8 +80,8 @@ def largest_eigenvalue(depth: int, basis: str, rtol: float, most: int) -> dict:
     (value,), (residual,) = pairs.values.tolist(), pairs.residuals.tolist()
     return {
         "parameters": count,
-        "blocks": depth,
-        "tokens": [BATCH, TIME],
+        "blocks": len(model.blocks),
+        "tokens": [BATCH, length],
         "basis": basis,
         "rtol": rtol,
         "value": value,
@@ -109,8 +108,9 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     run = describe_run(torch.get_num_threads())
+    torch.manual_seed(0)
     found = largest_eigenvalue(
-        options.depth, options.basis, options.rtol, options.max_products
+        GPT2(depth=options.depth), options.basis, options.rtol, options.max_products
     )
     shown = {name: value for name, value in found.items() if name != "steps"}
     for name, value in shown.items():

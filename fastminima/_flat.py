@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from ._dtypes import accumulation_dtype
 from ._parameters import check_parameter
 
-__all__ = ["FlatLayout", "dense_values"]
+__all__ = ["FlatLayout", "Joined", "dense_values"]
+
+
+class Joined(list["Tensor | None"]):
+    """Parts that lie in one flat vector already, in the order of the parameters.
+
+    Whoever joins them is given that vector itself, so it must be nobody else's.
+    """
+
+    def __init__(self, parts: Sequence[Tensor | None], flat: Tensor) -> None:
+        super().__init__(parts)
+        self.flat = flat
 
 
 class FlatLayout:
@@ -97,6 +108,8 @@ class FlatLayout:
 
         Written into `out` where given.
         """
+        if isinstance(parts, Joined) and parts.flat.dtype == self.dtype:
+            return parts.flat if out is None else out.copy_(parts.flat)
         flat = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if part is None

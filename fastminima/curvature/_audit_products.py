@@ -62,7 +62,19 @@ def look_at_products(twin: CurvatureOperator, seed: int) -> list[CurvatureCheck]
         allowed = max(allowed, 10 * same_graph)  # as large as one graph's own
     lines.append(_repeated("product twice", "two recordings", apart, allowed))
     lines.append(_symmetry(twin, columns, products, noise))
+    quick = twin._quick()
+    if quick is not None:
+        apart = difference(products[0], quick._multiply(columns[:1])[0])
+        lines.append(_by_tangents(apart, noise.repeat))
     return lines
+
+
+def _by_tangents(error: float, allowed: float) -> CurvatureCheck:
+    looked_at = "a product by tangents and one by double backward"
+    if error <= allowed:
+        return CurvatureCheck("tangents", looked_at, "the same", error, allowed)
+    met = "not the same: products are made by double backward"
+    return CurvatureCheck("tangents", looked_at, met, error, allowed, "note")
 
 
 def _repeated(

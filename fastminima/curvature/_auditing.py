@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,12 @@ from ._audit_closures import (
     rewritten,
 )
 from ._audit_products import look_at_differences, look_at_products
-from ._checks import Checks
+from ._graph import Graph
 from ._nodes import faults_of, nodes_of, place_of, survey
-from ._rewrites import Rewrites
 from ._trust import Noise
 from .audit import CurvatureAudit, CurvatureCheck
 
 if TYPE_CHECKING:
-    from ._graph import Graph
     from ._operator import CurvatureOperator
 
 __all__ = ["audited"]
@@ -37,10 +34,7 @@ _NEEDED = ("loss twice", "products")
 
 def audited(operator: CurvatureOperator, seed: int) -> CurvatureAudit:
     """What there is to say of an operator; it stays as it was."""
-    twin = copy.copy(operator)
-    twin._checks = Checks(type(operator).__name__, operator._model)
-    twin._kept = twin._fresh = None
-    twin._rewrites = Rewrites()
+    twin = operator._for_audit()
     lines = _look_at_closures(twin)
     if all(line.ok for line in lines):
         lines += _look_at_graph(twin)
@@ -176,13 +170,12 @@ def _reach(twin: CurvatureOperator, graph: Graph) -> CurvatureCheck:
         for name, part in zip(layout.names, graph.reached, strict=True)
         if part is None
     ]
-    product = getattr(graph, "product", None)
     linear: list[str] = []
-    if product is not None:
+    if type(graph).product is not Graph.product:
         ones = [torch.ones_like(p) for p in layout.parameters]
         linear = [
             name
-            for name, part in zip(layout.names, product(ones), strict=True)
+            for name, part in zip(layout.names, graph.product(ones), strict=True)
             if part is None and name not in idle
         ]
     if not idle and not linear:

@@ -16,7 +16,7 @@ __all__ = ["ENGINES", "EVALUATING", "check_engine", "chosen_engine", "saved_byte
 
 # Those that evaluate the loss for each product.
 EVALUATING = ("forward_over_reverse", "finite_differences")
-ENGINES = ("auto", "cached", "recompute", *EVALUATING)
+ENGINES = ("auto", "tangents", "cached", "recompute", *EVALUATING)
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -38,15 +38,20 @@ def check_engine(engine: str, memory: int | None, step: float | None) -> None:
 
 def chosen_engine(graph: Graph, memory: int | None) -> str:
     """What there is memory for: by default as much as is free beside the graph."""
+    device = graph.roots[0].device
     if memory is None:
-        memory = _free_bytes(graph.roots[0].device)
-    return "cached" if memory is None or saved_bytes(graph) <= memory else "recompute"
+        memory = _free_bytes(device)
+    if memory is not None and saved_bytes(graph) > memory:
+        return "recompute"
+    return "tangents" if device.type == "cpu" else "cached"
 
 
 def saved_bytes(graph: Graph) -> int:
     """What the graph of a gradient holds, each tensor once, without the parameters.
 
-    What hooks have packed, as checkpoints do, is not unpacked, and not counted.
+    What hooks have packed, as checkpoints do, is not unpacked, and not counted. Where
+    the gradient has no graph, as by tangents, what stands for that is as large as what
+    the loss has.
     """
     found: dict[int, int] = {}
     gradients = [part for part in graph.reached if part is not None]
@@ -59,7 +64,9 @@ def saved_bytes(graph: Graph) -> int:
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
-    return sum(size for place, size in found.items() if place not in own)
+    is_half = not any(part.requires_grad for part in gradients)
+    total = sum(size for place, size in found.items() if place not in own)
+    return total * (2 if is_half else 1)
 
 
 def _saved(node: Any) -> Iterator[Tensor]:

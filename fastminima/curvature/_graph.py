@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 __all__ = [
     "GradientGraph",
@@ -37,6 +38,10 @@ class Graph(abc.ABC):
     def value(self) -> Tensor:
         """The mean loss."""
         return self.roots[-1].detach().mean()
+
+    def product(self, parts: list[Tensor]) -> Parts:
+        """The product with a vector, given by its parts; where that is all it takes."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def gradient(self) -> Parts:
@@ -124,7 +129,7 @@ def combine(
 
 def differentiate(
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
     weights: Sequence[Tensor],
     *,
     create_graph: bool = True,

@@ -22,6 +22,7 @@ __all__ = [
 
 # All functions made by `once_differentiable` share one code object.
 _ONCE = once_differentiable(lambda *_: None).__code__
+_OWN = f"{__package__}."  # whose functions have second derivatives, as tests say
 # Where 1 - p is computed from p near 1, or a logarithm from its argument near 1.
 _SATURATING = ("Softmax", "Sigmoid", "Softplus", "BinaryCrossEntropy", "Log", "Exp")
 
@@ -35,7 +36,8 @@ class Survey:
         dtype: That dtype.
         saturates: Whether a probability may come so near 1 that rounding is all that
             is left of its distance.
-        functions: Names of functions written in Python (`torch.autograd.Function`).
+        functions: Names of functions written in Python (`torch.autograd.Function`),
+            but for those of this package.
     """
 
     eps: float
@@ -81,7 +83,7 @@ def survey(roots: Sequence[Tensor]) -> Survey:
         saturates = saturates or any(word in node.name() for word in _SATURATING)
         has_convolution = has_convolution or "Convolution" in node.name()
         function = getattr(node, "_forward_cls", None)
-        if function is not None:
+        if function is not None and not function.__module__.startswith(_OWN):
             functions.append(function.__name__)
     if narrow == torch.float32:
         narrow = _of_products(roots, has_convolution)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ._auditing import audited
+from ._checks import Checks
 from ._guard import moved
 from ._joint import JointRecorder
 from ._matrix import FlatMatrix
+from ._rewrites import Rewrites
 from ._trust import Noise, Suspicion, difference
 from .audit import CurvatureAudit
 
@@ -120,6 +123,18 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
                 "(ddp.module) on one rank's batch."
             )
         return audited(self, seed)
+
+    def _for_audit(self) -> Self:
+        """A copy without a kept graph, and with nothing known."""
+        twin = copy.copy(self)
+        twin._checks = Checks(type(self).__name__, self._model)
+        twin._kept = twin._fresh = None
+        twin._rewrites = Rewrites()
+        return twin
+
+    def _quick(self) -> Self | None:
+        """For audits: one whose products are made in a quicker way than by default."""
+        return None
 
     @abc.abstractmethod
     def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:

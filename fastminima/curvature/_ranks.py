@@ -208,7 +208,9 @@ def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
     dist: Any = sys.modules.get("torch.distributed")
     is_ready = dist is not None and dist.is_available() and dist.is_initialized()
     if process_group is not None:
-        return Ranks(_group(process_group, dist if is_ready else None))
+        ranks = Ranks(_group(process_group, dist if is_ready else None))
+        _check_holders(ranks, shards)
+        return ranks
     if not is_ready:
         return None
     if shards is not None:
@@ -220,6 +222,16 @@ def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
             'process_group=, such as "world".'
         )
     return Ranks(*groups.values()) if groups else None
+
+
+def _check_holders(ranks: Ranks, shards: Any) -> None:
+    """ValueError if some of those that must put shards together are not asked."""
+    sizes = [] if shards is None else [mesh.size() for mesh in shards.meshes]
+    if any(size > ranks.size for size in sizes):
+        raise ValueError(
+            f"The parameters are sharded over {max(sizes)} ranks; process_group has "
+            f"{ranks.size}. Pass the group of all ranks that hold a part of them."
+        )
 
 
 def _group(process_group: Any, dist: Any) -> Any:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ._attention import attend, multi_head_attend
+
 __all__ = ["Rewrites"]
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -30,6 +32,7 @@ class Rewrites(TorchFunctionMode):
     - `embedding` with `max_norm` rescales rows of the weight itself. Here the rescaled
       weight is another tensor, which takes the place of the weight from there on; the
       gradient goes to the weight unchanged, as it does outside.
+    - Attention, where its scores are large or on a GPU, keeps none of them.
     - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
     - `hardsigmoid` has no second derivative; as a clamped line it has one, zero.
 
@@ -77,6 +80,10 @@ class Rewrites(TorchFunctionMode):
         is_embedding = func is F.embedding or func is F.embedding_bag
         if is_embedding and not self._is_training:
             return self._embedding(func, *args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return multi_head_attend(*args, **kwargs)
         if func in _RECURRENT:
             self.met[func.__name__] += 1
             with torch.backends.cudnn.flags(enabled=False):

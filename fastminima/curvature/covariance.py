@@ -59,6 +59,9 @@ class GradientCovariance(CurvatureOperator):
     @property
     def samples(self) -> int:
         """How many samples it is the covariance of; a pass over several batches."""
+        if self._ranks is not None:
+            self._gradient()
+            return self._checks.finished_pass()[1]
         with self._recorded() as recordings:
             return sum(graph.samples for graph, _ in recordings)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ._graph import GradientGraph, Graph, check_mean, differentiate
 from ._mean import MeanOperator
 from ._random import RandomState
 from ._trust import Suspicion
+from .rop import EitherGraph
 
 __all__ = ["Hessian"]
 
@@ -38,12 +40,15 @@ class Hessian(MeanOperator):
         data: One batch (a tensor, a mapping, a tuple or list that holds tensors) or any
             other re-iterable of batches.
         count: Number of samples of a batch; the leading size of its tensors if None.
-        engine: How products are made, "auto" for the first of two that has room:
-            "cached", the graph of the gradient is kept and differentiated; "recompute",
-            it is recorded for each product; "forward_over_reverse", the loss is
-            evaluated with tangents and no graph of a gradient is made, which takes the
-            least memory; "finite_differences" of gradients, to repeat what was done so:
-            wrong near kinks, and not looked at for symmetry.
+        engine: How products are made, "auto" for what is the fastest: "tangents", the
+            recorded graph is gone through forth and back with derivatives along the
+            vector, where each node is known to have them, else as the next, which it is
+            compared with at first; "cached", the graph of the gradient is kept and
+            differentiated, the choice on a GPU; "recompute", it is recorded for each
+            product, the choice where memory is short; "forward_over_reverse", the loss
+            is evaluated with tangents and no graph of a gradient is made, which takes
+            the least memory; "finite_differences" of gradients, to repeat what was done
+            so: wrong near kinks, and not looked at for symmetry.
         memory: Bytes that a kept graph may take; as many as are free beside it if None.
         step: Of finite differences: the length of the displacement over that of the
             parameters; the cube root of the machine precision if None.
@@ -88,6 +93,7 @@ class Hessian(MeanOperator):
         self._loss, self._memory, self._step = loss, memory, step
         self._asked = self._engine = engine
         self._evaluated_again: Callable[[], tuple[Tensor, ...]] | None = None
+        self._is_second = False  # whether a product is compared with the first
 
     @property
     def engine(self) -> str:
@@ -113,6 +119,8 @@ class Hessian(MeanOperator):
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         parameters, again = self._layout.parameters, self._evaluated_again
+        if self._is_by_tangents and not self._is_second:
+            return EitherGraph(roots, parameters, GradientGraph)
         if self._engine == "forward_over_reverse" and again is not None:
             return ForwardOverReverse(roots, parameters, self._model, again)
         if self._engine == "finite_differences" and again is not None:
@@ -123,6 +131,18 @@ class Hessian(MeanOperator):
         if self._engine == "auto":
             self._engine = chosen_engine(graph, self._memory)
         return self._engine != "recompute"
+
+    def _for_audit(self) -> Self:
+        twin = super()._for_audit()
+        twin._is_second = True  # by double backward, which tangents must agree with
+        return twin
+
+    def _quick(self) -> Self | None:
+        if not self._is_by_tangents:
+            return None
+        quick = copy.copy(self)
+        quick._kept, quick._is_second = None, False
+        return quick
 
     def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:
         one = torch.ones_like(roots[0])
@@ -135,6 +155,36 @@ class Hessian(MeanOperator):
         self, batch: Any, roots: tuple[Tensor, ...], difference: Tensor
     ) -> Tensor:
         return difference
+
+    @property
+    def _is_by_tangents(self) -> bool:
+        """Whether products are made by tangents.
+
+        On a GPU what the host does for each node would be what counts.
+        """
+        is_default = self._asked == "auto" and self._engine != "cached"
+        is_default &= self._layout.device.type == "cpu"
+        return is_default or self._engine == "tangents"
+
+    def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
+        """The second time by double backward, which tangents are compared with.
+
+        Where the two are not the same, double backward has to be, and is used.
+        """
+        if not self._is_by_tangents:
+            super()._make_twice(columns, products)
+            return
+        kept, self._is_second = self._kept, True
+        try:
+            super()._make_twice(columns, products)
+            if kept is not None and self._kept is not None:
+                self._kept.graph = kept.graph  # the other one has shown the same
+        except ValueError:
+            self._engine, self._kept = "cached", None
+            products[:] = self._multiply(columns)
+            super()._make_twice(columns, products)
+        finally:
+            self._is_second = False
 
     def _judge(self, suspicion: Suspicion | None) -> None:
         # Between kinks, differences of gradients are no symmetric matrix.

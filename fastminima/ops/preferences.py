@@ -28,6 +28,14 @@ _HALF, _FLOAT, _IDS = torch.bfloat16, torch.float32, torch.int64
 _MODELLED = "bounds for an H100, not measured"
 # float16 is as bfloat16; float64 as float32, where memory decides.
 ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
+    ("attention", _HALF): Preference("triton", 410, _MODELLED),
+    ("attention", _FLOAT): Preference("triton", 20, _MODELLED),
+    ("attention_gradients", _HALF): Preference("triton", 140, _MODELLED),
+    ("attention_gradients", _FLOAT): Preference("triton", 8.6, _MODELLED),
+    ("attention_gradients_tangent", _HALF): Preference("triton", 140, _MODELLED),
+    ("attention_gradients_tangent", _FLOAT): Preference("triton", 8.2, _MODELLED),
+    ("attention_tangent", _HALF): Preference("triton", 250, _MODELLED),
+    ("attention_tangent", _FLOAT): Preference("triton", 9.9, _MODELLED),
     ("channel_norm_gradients", _HALF): Preference("triton", 0.96),
     ("channel_norm_gradients", _FLOAT): Preference("triton", 4.1),
     ("conv_fused", _HALF): Preference("triton", 2.7),

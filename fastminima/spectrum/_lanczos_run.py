@@ -46,7 +46,6 @@ class LanczosRun:
     Scalars stay on the device until `ritz()` looks at them.
 
     Attributes:
-        deviation: Standard deviation of what the unit start has along a fixed vector.
         recurrence: How the basis follows from the start.
         gap: The largest |<A v_j, v_(j-1)> - <v_j, A v_(j-1)>| met. By rounding some eps
             of |A|; what makes it more is not one symmetric matrix.
@@ -87,9 +86,14 @@ class LanczosRun:
         self.recurrence = Recurrence()
         for _ in range(2):
             project_out(first, self._deflate)
-        size = float(length(first))
-        self.deviation = start.deviation / size
-        self.basis = Basis(first.div_(size), basis_dtype)
+        self._start = start.deviation, length(first)
+        self.basis = Basis(first.div_(self._start[1].to(first)), basis_dtype)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of what the unit start has along a fixed vector."""
+        deviation, size = self._start
+        return deviation / float(size)
 
     def step(self) -> None:
         """Extend the space by one product."""

@@ -160,7 +160,7 @@ class _FirstRun:
 
     def treat_exactly(self, steps: int) -> tuple[list[Tensor], _Part]:
         """The first vectors and the trace of f(A) there; the last are for precision."""
-        kept = max(self._size - steps, self._size // 2, 1)
+        kept = max(self._size - max(steps // 2, 1), self._size // 2, 1)
         counts = np.arange(kept + (self._size - kept) // 4, self._size + 1)
         values, vectors = self._eigensystems(counts)
         found = _evaluated(self._problem, self._function, values)
@@ -252,12 +252,14 @@ def _estimate(problem: Problem, within: _Part, samples: list[np.ndarray]) -> Est
     values, moved = _settled(np.stack(samples))
     count = len(values)
     error = values.std(ddof=1) / math.sqrt(count) if count > 1 else math.inf
+    mean = float(values.mean())
+    rounding = problem.smallest * (abs(within.value) + abs(mean))
     return Estimate(
-        within.value + float(values.mean()),
+        within.value + mean,
         float(error),
         problem.products,
         count - 1,
-        within.moved + moved,
+        within.moved + moved + rounding,
     )
 
 

@@ -50,7 +50,6 @@ print("the same", len(before))
     "change",
     [
         "torch.set_default_device('meta')",
-        "torch.set_default_dtype(torch.float64)",
         "torch.set_default_dtype(torch.bfloat16)",
     ],
 )

@@ -17,7 +17,7 @@ from benchmarks.workloads import WORKLOADS
 from fastminima.ops import _pieces
 from fastminima.ops.random import Noise
 from tools.kernels.capturable import CudaStandIn, cuda_ops
-from tools.kernels.cases import Tensors, all_ops, launchers
+from tools.kernels.cases import ARGUMENTS, Tensors, all_ops, launchers
 
 DTYPES = [torch.float32, torch.bfloat16]
 OPS = all_ops()
@@ -109,6 +109,25 @@ def vector_arguments(workload, dtype, times, device):
             yield "same_values", (w, v)
 
 
+# They have no layer of their own in a workload.
+ATTENTION = [name for name in OPS if name.startswith("attention")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, dtype):
+    from tools.kernels.capturable import capturing
+
+    for make in ARGUMENTS[name].values():
+        args = make(Tensors("meta", dtype))
+        check(OPS[name].reference, args, f"{name} by reference")
+        for backend in launchers(OPS[name], dtype):
+            with capturing():
+                check(
+                    OPS[name].on(backend, "cuda", dtype), args, f"{name} by {backend}"
+                )
+
+
 # A workload's own batch and the parameters of one model, and a limit that they pass.
 SMALL = {"W1": 1 << 18, "W2": 1 << 20, "W4": 1 << 20, "W5": 1 << 20}
 
@@ -140,7 +159,7 @@ def test_every_op_is_looked_at():
         name for w in NAMES for op, _ in calls(w, DTYPES[0], 1) for name in [op.name]
     }
     names |= {name for name, _ in vector_arguments("W1", DTYPES[0], 1, "cpu")}
-    assert names == set(OPS)
+    assert names | set(ATTENTION) == set(OPS)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastminima import ops
+from fastminima.ops.attention import Scores
 from fastminima.ops.conv_geometry import ConvGeometry
 from fastminima.ops.random import Noise
 from fastminima.ops.table import REGISTRY, Op
@@ -178,6 +179,38 @@ def _channel_norm(
     )
 
 
+# batch, heads of queries and of keys, time, width of a head
+_ATTENTIONS = {
+    "8x12x1024x64": (8, 12, 12, 1024, 64),
+    "2x32x2048x128, 8 of keys": (2, 32, 8, 2048, 128),
+}
+
+
+def _attention(
+    new: Tensors, *, size: tuple[int, ...], has_gradient: bool = False, order: int = 0
+) -> tuple[Any, ...]:
+    """Causal. Order 1 has outputs and statistics, 2 a direction before the inputs."""
+    batch, heads, groups, time, width = size
+    queries = [new.normal(batch, heads, time, width) for _ in range(4)]
+    keys = [new.normal(batch, groups, time, width) for _ in range(4)]
+    g, direction = queries[:1], (queries[1], *keys[:2])
+    inputs = (queries[2], *keys[2:])
+    rows = new.wide(2, batch, heads, time) if order else None
+    known = (queries[3], rows) if order else ()
+    moved = (queries[3], rows[0]) if order == 2 and has_gradient else ()
+    scores = Scores(width**-0.5, is_causal=True)
+    first = (*g,) if has_gradient else ()
+    first += direction if order == 2 else ()
+    return *first, *inputs, *known, *moved, scores
+
+
+def _attentions(**options: Any) -> dict[str, Make]:
+    return {
+        name: partial(_attention, size=size, **options)
+        for name, size in _ATTENTIONS.items()
+    }
+
+
 _LAYER_NORMS = {
     "16x512x768": partial(_layer_norm, mean=True),
     "16x512x768 rms": partial(_layer_norm, mean=False),
@@ -213,6 +246,10 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
     "conv_second_moment": _first(_convolutions()),
     "conv_gram": _convolutions(),
     "conv_dots": _convolutions(*_DIRECTION),
+    "attention": _first(_attentions()),
+    "attention_gradients": _attentions(has_gradient=True, order=1),
+    "attention_tangent": _first(_attentions(order=2)),
+    "attention_gradients_tangent": _attentions(has_gradient=True, order=2),
     "layer_norm_gradients": _LAYER_NORMS,
     "channel_norm_gradients": _CHANNEL_NORMS,
     "sum_over_time": _WIDE,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastminima.ops.attention import Scores
 from fastminima.ops.conv_geometry import ConvGeometry
 
 __all__ = ["FLOORS", "Work", "work_of"]
@@ -172,6 +173,47 @@ def _space_gradients(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Work:
     return Work(_size(g, x, mean, rstd) + 2 * len(g) * g.shape[1] * _wide(g))
 
 
+def _seen(q: Tensor, k: Tensor, scores: Scores) -> int:
+    """Pairs of a query and a key that it sees."""
+    (batch, heads, time, _), steps = q.shape, k.shape[2]
+    each = time * steps
+    if scores.is_causal:
+        least = min(time, steps)
+        each = least * (least + 1) // 2 + (time - least) * steps
+    return batch * heads * each
+
+
+def _row(x: Tensor) -> int:
+    """Bytes of one number in the accumulation dtype for each row."""
+    return x[..., 0].numel() * _wide(x)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Work:
+    d_in, d_out = q.shape[3], v.shape[3]
+    written = q[..., 0].numel() * d_out * q.element_size() + 2 * _row(q)
+    products = 2 * _seen(q, k, scores) * (d_in + d_out)
+    return Work(_size(q, k, v, scores) + written, products)
+
+
+def _attention_gradients(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rows: Tensor, scores: Scores
+) -> Work:
+    products = 2 * _seen(q, k, scores) * (3 * q.shape[3] + 2 * v.shape[3])
+    return Work(_size(g, q, k, v, o, rows, scores) + _size(q, k, v), products)
+
+
+def _attention_tangent(*arguments: Any) -> Work:
+    *_, q, k, v, o, _rows, scores = arguments
+    products = 2 * _seen(q, k, scores) * (3 * q.shape[3] + 2 * v.shape[3])
+    return Work(_size(arguments) + _size(o) + _row(q), products)
+
+
+def _attention_gradients_tangent(*arguments: Any) -> Work:
+    q, k, v = arguments[4:7]
+    products = 2 * _seen(q, k, arguments[-1]) * (7 * q.shape[3] + 3 * v.shape[3])
+    return Work(_size(arguments) + _size(q, k, v), products)
+
+
 def _over_time(g: Tensor, *more: Tensor) -> Work:
     return Work(_size(g, more) + len(g) * g.shape[2] * _wide(g))
 
@@ -211,6 +253,10 @@ FLOORS: dict[str, Callable[..., Work]] = {
     "conv_gradients": _conv_gradients,
     "conv_gram": _conv_gram,
     "conv_dots": _conv_dots,
+    "attention": _attention,
+    "attention_gradients": _attention_gradients,
+    "attention_tangent": _attention_tangent,
+    "attention_gradients_tangent": _attention_gradients_tangent,
     "layer_norm_gradients": _time_gradients,
     "channel_norm_gradients": _space_gradients,
     "sum_over_time": _over_time,

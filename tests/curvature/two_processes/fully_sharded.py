@@ -2,6 +2,7 @@
 
 import cases
 import torch
+import torch.distributed as dist
 from sharing import (
     assert_near,
     check,
@@ -184,7 +185,7 @@ def preconditioned_by_a_sharded_optimizer():
 
 
 @check
-def engines_under_fully_shard():
+def engines_and_groups_under_fully_shard():
     for engine in ("recompute", "forward_over_reverse"):
         model, copy, batch, own = sharded("mlp")
         H = fm.Hessian(model, cases.loss, batch)
@@ -192,6 +193,12 @@ def engines_under_fully_shard():
         for _ in range(2):
             assert_near(J @ vectors(H), H @ vectors(H))
     losses = cases.losses(copy, own)
+    mine = (dist.new_group([0]), dist.new_group([1]))[rank()]
+    raised(
+        lambda: fm.Hessian(copy, cases.loss, own, process_group=mine),
+        ValueError,
+        "over 2 ranks",
+    )
     raised(lambda: fm.SharpnessProbe(copy)(loss=losses), ValueError, "Pass the batch")
 
 

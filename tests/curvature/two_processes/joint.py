@@ -137,6 +137,22 @@ def spectra_are_those_of_one_process():
 
 
 @check
+def noise_scales_and_sums():
+    model, wrapped, batch, own = replicated("mlp")
+    one, all_ranks = operators(model, batch), operators(wrapped, own)
+    assert all_ranks["covariance"].samples == one["covariance"].samples == 10
+    for measure in (
+        lambda x: fm.hessian_noise_scale(x["hessian"], x["covariance"], products=30),
+        lambda x: fm.product_trace(x["hessian"], x["covariance"], products=30),
+        lambda x: fm.effective_dimension(x["gauss_newton"], 0.1, products=30),
+        lambda x: fm.trace(x["hessian"], 30, rtol=0.2),
+    ):
+        got, want = measure(all_ranks), measure(one)
+        assert abs(got.value - want.value) <= 1e-8 * abs(want.value)
+        assert got.products == want.products
+
+
+@check
 def quantities_along_steps():
     model, wrapped, batch, own = replicated("mlp")
     got = fm.critical_sharpness(wrapped, cases.loss, own)
