@@ -15,16 +15,20 @@ from ._rewrites import Rewrites
 from ._same import same
 
 __all__ = [
+    "buffers_of",
     "differentiable",
     "gradient_hooks_off",
     "moved",
     "parameters_kept",
+    "put_copies",
     "second_derivatives",
     "unchanged",
 ]
 
 # A module's hooks on gradients; they would be applied to second derivatives as well.
 _GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 @contextlib.contextmanager
@@ -40,15 +44,13 @@ def unchanged(model: nn.Module, random: RandomState) -> Iterator[None]:
     attributes = [(module, dict(module.__dict__)) for module in modules]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     hooks = _gradient_hooks(modules, [p for p, *_ in parameters])
-    buffers = [
-        (m, n, b) for m in modules for n, b in m._buffers.items() if b is not None
-    ]
+    buffers = buffers_of(model)
     try:
         for live, _ in hooks:
             live.clear()
         for parameter, *_ in parameters:
             parameter.grad = None
-        _put_copies(buffers)
+        put_copies(buffers)
         yield
     finally:
         random.restore()
@@ -74,7 +76,17 @@ def _gradient_hooks(
     return [(hooks, dict(hooks)) for hooks in live if hooks]
 
 
-def _put_copies(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+def buffers_of(model: nn.Module) -> Buffers:
+    """Each buffer with the module that has it, and its name there."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def put_copies(buffers: Buffers) -> None:
     """Put a copy in the place of each buffer; shared ones stay shared."""
     copies: dict[int, Tensor] = {}
     for owner, name, buffer in buffers:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Rewrites"]
@@ -24,7 +25,8 @@ class Rewrites(TorchFunctionMode):
     - `embedding` with `max_norm` rescales rows of the weight itself. Here the rescaled
       weight is another tensor, which takes the place of the weight from there on; the
       gradient goes to the weight unchanged, as it does outside.
-    - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
+    - Recurrent layers: cuDNN's have no second derivative, oneDNN's none forward;
+      PyTorch's own are used.
 
     Args:
         is_training: In a training step rows are rescaled as ever.
@@ -64,7 +66,7 @@ class Rewrites(TorchFunctionMode):
         if is_embedding and not self._is_training:
             return self._embedding(func, *args, **kwargs)
         if func in _RECURRENT:
-            with torch.backends.cudnn.flags(enabled=False):
+            with _own_recurrence():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -91,14 +93,28 @@ class Rewrites(TorchFunctionMode):
         return func(input, rescaled, *args, **kwargs)
 
 
+@contextlib.contextmanager
+def _own_recurrence() -> Iterator[None]:
+    is_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(is_enabled)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """V g / |v|, the norm over all dimensions but `dim`."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _rescaled(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """The weight with the rows in `ids` shortened, its gradient passed on as it is."""
-    with torch.no_grad():
+    """The weight with the rows in `ids` shortened, its gradient passed on as it is.
+
+    So is a tangent.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         shift = weight.detach().clone()
         torch.embedding_renorm_(shift, ids.contiguous(), max_norm, norm_type)
         shift.sub_(weight)
