@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from ._recorded_hooks import registered, retained
+
 __all__ = ["Rewrites"]
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -29,7 +31,8 @@ class Rewrites(TorchFunctionMode):
       PyTorch's own are used.
 
     Args:
-        is_training: In a training step rows are rescaled as ever.
+        is_training: In a training step rows are rescaled as ever, and hooks that are
+            put on activations are known to be hooks.
     """
 
     def __init__(self, *, is_training: bool = False) -> None:
@@ -60,6 +63,10 @@ class Rewrites(TorchFunctionMode):
         if self._rescaled:
             args = tuple(map(self._now, args))
             kwargs = {name: self._now(value) for name, value in kwargs.items()}
+        if self._is_training and func is Tensor.register_hook:
+            return registered(*args, **kwargs)
+        if self._is_training and func is Tensor.retain_grad:
+            return retained(*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         is_embedding = func is F.embedding or func is F.embedding_bag

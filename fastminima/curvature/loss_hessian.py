@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .._flat import FlatLayout
 from ._functions import look_at_given_functions
-from ._graph import GradientGraph, Parts, check_mean
+from ._graph import GradientGraph, Parts, accumulate, check_mean
 from ._guard import gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
 from ._ranks import Said, ranks_of
+from ._recorded_hooks import RecordedHooks
 from ._same import fingerprint
 from ._shards import is_sharded
 from ._trust import Noise
@@ -93,7 +94,7 @@ class LossHessian(FlatMatrix):
         self._layout = FlatLayout(model)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._ranks = ranks_of(model, process_group, None)
-        with self._together():
+        with self._together(), torch.enable_grad():
             self._record(losses, functions_known)
 
     def _record(self, losses: Tensor, functions_known: bool) -> None:
@@ -102,6 +103,7 @@ class LossHessian(FlatMatrix):
         self._noise = self._looked_at(functions_known)
         others = foreign_leaves(self._roots, self._names)
         self._others = [leaf for leaf in others if leaf.requires_grad]
+        self._hooks = RecordedHooks(self._model, self._roots)
         with self._bare():
             self._graph = GradientGraph(
                 self._roots, self._layout.parameters, self._others
@@ -141,8 +143,13 @@ class LossHessian(FlatMatrix):
         """Add to `.grad` what `loss.backward()` adds, with the hooks of parameters.
 
         The gradients of all leaves that the loss reaches, the model's or not, of the
-        loss as it was given, not divided by `scale`.
+        loss as it was given, not divided by `scale`. Where there are hooks in its
+        graph, it is one more backward pass, in which they run.
         """
+        if self._hooks.are_there:
+            with twice_differentiable():
+                accumulate(self._roots)
+            return
         leaves = [*self._layout.parameters, *self._others]
         found = [
             (leaf, grad.detach())
@@ -197,6 +204,7 @@ class LossHessian(FlatMatrix):
         """
         with (
             gradient_hooks_off(self._model, self._others),
+            self._hooks.off(),
             twice_differentiable(),
             torch.autocast(self._layout.device.type, enabled=False),
             explained(self._roots, self._names, "the loss"),

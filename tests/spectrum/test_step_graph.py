@@ -185,6 +185,35 @@ def test_leaves_of_others_get_their_gradients(device):
     assert torch.equal(shift.grad, plain)
 
 
+def test_losses_that_are_a_parameter_stay_one(device):
+    model, _ = dense(device)
+    pairs = fm.SharpnessProbe(model).backward(model[0].bias)
+    assert float(pairs.values[0]) == 0
+    assert model[0].bias.requires_grad
+    assert torch.equal(model[0].bias.grad, torch.full((16,), 1 / 16, device=device))
+
+
+def test_gradients_need_not_be_on(device):
+    """As for `backward` of a loss."""
+    model, batch = dense(device)
+    losses = losses_of(model, batch)
+    with torch.no_grad():
+        assert fm.SharpnessProbe(model).backward(losses).converged
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_vectors_of_other_parameters_are_not_followed(device):
+    """A call for parameters that are new, of as many numbers, is a cold one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(device)
+    x = torch.randn(32, 8, device=device)
+    sharpness = fm.SharpnessProbe(model)
+    for layer, other in ((0, 2), (2, 0)):
+        model[layer].requires_grad_(True)
+        model[other].requires_grad_(False)
+        assert sharpness.backward(model(x).square()).upper < float("inf")
+
+
 def test_gradient_is_there_after_a_failure(device):
     model, batch = dense(device)
     sharpness = fm.SharpnessProbe(model, max_products=1)
