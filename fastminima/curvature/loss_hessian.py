@@ -83,8 +83,8 @@ class LossHessian(FlatMatrix):
         functions_known: bool = False,
         process_group: Any = None,
     ) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}.")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {scale}.")
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
                 "The model's parameters are sharded (fully_shard): a step's graph does "
@@ -98,8 +98,7 @@ class LossHessian(FlatMatrix):
             self._record(losses, functions_known)
 
     def _record(self, losses: Tensor, functions_known: bool) -> None:
-        loss = losses.mean() if isinstance(losses, Tensor) else losses
-        self._roots = (check_mean(loss, "loss"),)
+        self._roots = (check_mean(_checked(losses).mean(), "loss"),)
         self._noise = self._looked_at(functions_known)
         others = foreign_leaves(self._roots, self._names)
         self._others = [leaf for leaf in others if leaf.requires_grad]
@@ -218,6 +217,24 @@ class LossHessian(FlatMatrix):
         if found.functions and not functions_known:
             look_at_given_functions(self._roots, self._names)
         return Noise.of(found, float(self._roots[0].detach()))
+
+
+def _checked(losses: Any) -> Tensor:
+    """The losses; ValueError unless they are numbers with a graph."""
+    is_tensor = isinstance(losses, Tensor)
+    if not is_tensor or not losses.is_floating_point() or not losses.numel():
+        met = f"{losses.dtype} of shape {tuple(losses.shape)}" if is_tensor else losses
+        raise ValueError(
+            "Losses must be a tensor of real numbers, at least one, with its graph; "
+            f"got {met}. Pass the losses of samples, or their mean."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "The losses are a tensor without a graph: they depend on no trainable "
+            "parameter, or a backward pass has been run for them already. Compute them "
+            "anew from the model's own parameters, without detach() or no_grad()."
+        )
+    return losses
 
 
 def _refuse_single(roots: Sequence[Tensor], names: dict[int, str]) -> None:

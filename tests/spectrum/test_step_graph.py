@@ -193,6 +193,15 @@ def test_losses_that_are_a_parameter_stay_one(device):
     assert torch.equal(model[0].bias.grad, torch.full((16,), 1 / 16, device=device))
 
 
+def test_losses_are_used_up(device):
+    model, batch = dense(device)
+    losses = losses_of(model, batch)
+    sharpness = fm.SharpnessProbe(model)
+    sharpness.backward(losses)
+    with pytest.raises(ValueError, match="backward pass has been run"):
+        sharpness.backward(losses)
+
+
 def test_gradients_need_not_be_on(device):
     """As for `backward` of a loss."""
     model, batch = dense(device)
@@ -321,6 +330,11 @@ def test_function_that_one_graph_cannot_judge(device):
     [
         ({}, "either a batch or loss="),
         ({"loss": torch.ones(3)}, "without a graph"),
+        ({"loss": 0.3}, "real numbers, at least one.*got 0.3"),
+        ({"loss": torch.ones(0, requires_grad=True)}, r"got torch.float32 of shape"),
+        ({"loss": torch.ones(2).long()}, "got torch.int64"),
+        ({"loss": torch.ones(2).cfloat()}, "got torch.complex64"),
+        ({"loss": torch.ones(1), "scale": float("inf")}, "positive and finite"),
         ({"loss": torch.ones(1, requires_grad=True) * float("nan")}, "non-finite"),
         ({"loss": torch.ones(4, requires_grad=True) * 2}, "reaches none"),
         ({"batch": 1}, "without a loss"),
