@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ._graph import Graph, Parts, differentiate
-from ._nodes import nodes_of
+from ._nodes import nodes_of, survey
 from ._scale import norm
 
 __all__ = ["FiniteDifferences", "ForwardOverReverse"]
@@ -109,7 +109,7 @@ class FiniteDifferences(_Evaluated):
         step: float | None,
     ) -> None:
         super().__init__(roots, parameters, again)
-        eps = max(torch.finfo(p.dtype).eps for p in parameters)
+        eps = max(survey(roots).eps, *(torch.finfo(p.dtype).eps for p in parameters))
         self.step = eps ** (1 / 3) if step is None else step
 
     def product(self, parts: list[Tensor]) -> Parts:

@@ -163,6 +163,8 @@ def differentiable(device: torch.device) -> Iterator[Rewrites]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(second_derivatives())
+        # Casts of weights that were moved must not meet an autocast around the call.
+        stack.callback(torch.clear_autocast_cache)
         yield stack.enter_context(Rewrites())
 
 

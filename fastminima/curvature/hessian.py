@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ._engines import EVALUATING, check_engine, chosen_engine
@@ -87,13 +88,26 @@ class Hessian(MeanOperator):
         check_engine(engine, memory, step)
         super().__init__(model, (loss,), data, count, process_group)
         self._loss, self._memory, self._step = loss, memory, step
-        self._asked = self._engine = engine
+        self._engine = engine
         self._evaluated_again: Callable[[], tuple[Tensor, ...]] | None = None
 
     @property
     def engine(self) -> str:
         """How products are made; "auto" as long as none has been."""
         return self._engine
+
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The same matrix by cheaper products; ValueError for differences.
+
+        A half precision would round them away.
+        """
+        if self._engine == "finite_differences":
+            raise ValueError(
+                f"Differences of gradients in {dtype} are mostly rounding: a Hessian "
+                'with engine="finite_differences" has no cheaper products. Leave out '
+                'precision="certified", or use engine="auto".'
+            )
+        return super().rough(dtype)
 
     @property
     def _first_order(self) -> int:

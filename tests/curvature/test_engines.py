@@ -274,6 +274,26 @@ def test_finite_differences(device):
     assert not zero.any()
 
 
+def test_step_of_differences_is_as_long_as_precision_asks(device):
+    """Of what is computed, not of the parameters."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(device)
+    x, y = torch.randn(16, 4, device=device), torch.zeros(16, device=device).long()
+
+    def low(model, batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            return F.cross_entropy(model(x).float(), y)
+
+    v = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
+    expected = fm.Hessian(model, loss, (x, y)) @ v
+    found = fm.Hessian(model, low, (x, y), engine="finite_differences") @ v
+    assert (found - expected).norm() < 0.2 * expected.norm()
+    with torch.autocast(device.type, torch.bfloat16):
+        before = model(x)
+        H = fm.Hessian(model, loss, (x, y), engine="finite_differences")
+        torch.testing.assert_close(H @ v, expected, rtol=0.1, atol=1e-3)
+        assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
