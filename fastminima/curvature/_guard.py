@@ -15,6 +15,7 @@ from ._rewrites import Rewrites
 from ._same import same
 
 __all__ = [
+    "buffers_kept",
     "buffers_of",
     "differentiable",
     "gradient_hooks_off",
@@ -93,6 +94,32 @@ def put_copies(buffers: Buffers) -> None:
         if id(buffer) not in copies:
             copies[id(buffer)] = buffer.detach().clone()
         owner._buffers[name] = copies[id(buffer)]
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within, buffers are copies: what is checkpointed moves them when it is run again.
+
+    Afterwards the list has each buffer of the modules that moved some, and its copy.
+    """
+    buffers = buffers_of(model)
+    moved: list[tuple[Tensor, Tensor]] = []
+    put_copies(buffers)
+    try:
+        yield moved
+    finally:
+        copies = [owner._buffers[name] for owner, name, _ in buffers]
+        pairs = list(zip(buffers, copies, strict=True))
+        # Batch norm moves its statistics without a word, and counts what it has seen.
+        movers = {id(owner) for (owner, *_), copy in pairs if _is_written(copy)}
+        for (owner, name, buffer), copy in pairs:
+            owner._buffers[name] = buffer
+            if id(owner) in movers and copy is not None:
+                moved.append((buffer, copy))
+
+
+def _is_written(copy: Tensor | None) -> bool:
+    return copy is not None and not copy.is_inference() and copy._version > 0
 
 
 def _put_back(module: nn.Module, before: dict) -> None:

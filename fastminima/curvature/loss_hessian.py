@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._functions import look_at_given_functions
 from ._graph import GradientGraph, Parts, accumulate, check_mean
-from ._guard import gradient_hooks_off
+from ._guard import buffers_kept, gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import explained, foreign_leaves, nodes_of, place_of, refuse_nodes, survey
 from ._ranks import Said, ranks_of
@@ -103,7 +103,7 @@ class LossHessian(FlatMatrix):
         others = foreign_leaves(self._roots, self._names)
         self._others = [leaf for leaf in others if leaf.requires_grad]
         self._hooks = RecordedHooks(self._model, self._roots)
-        with self._bare():
+        with self._bare(), buffers_kept(self._model) as self._moved:
             self._graph = GradientGraph(
                 self._roots, self._layout.parameters, self._others
             )
@@ -149,6 +149,9 @@ class LossHessian(FlatMatrix):
             with twice_differentiable():
                 accumulate(self._roots)
             return
+        with torch.no_grad():
+            for buffer, moved in self._moved:
+                buffer.copy_(moved)
         leaves = [*self._layout.parameters, *self._others]
         found = [
             (leaf, grad.detach())
@@ -169,7 +172,10 @@ class LossHessian(FlatMatrix):
 
     def _product(self, column: Tensor) -> Tensor:
         parts = self._layout.split(column)
-        return self._joined(lambda: self._graph.product(parts), (column,))
+        # Copies are for checkpoints that move buffers; the first pass has told.
+        kept = buffers_kept(self._model) if self._moved else contextlib.nullcontext()
+        with kept:
+            return self._joined(lambda: self._graph.product(parts), (column,))
 
     def _joined(self, make: Callable[[], Parts], columns: Sequence[Tensor]) -> Tensor:
         """The flat vector of what is made, of all ranks where there are several.

@@ -188,7 +188,8 @@ class SharpnessProbe:
                 Eigenvalues are divided by it; `.grad` is that of the losses as given.
 
         Raises:
-            ValueError: As `LossHessian`; `.grad` is untouched then.
+            ValueError: As `LossHessian` when it is made: `.grad` is untouched then. As
+                its products, and as `top_eigenpairs`: then it is there.
         """
         operator = self._of(losses, scale)
         try:

@@ -278,6 +278,31 @@ def test_checkpointed_attention(device):
     torch.testing.assert_close(plain.values, pairs.values, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["plain", "hooked"])
+def test_checkpointed_batch_norm_moves_as_in_a_plain_step(is_hooked, device):
+    """Once forward and once when it is run again, whatever products do."""
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4)
+    model = nn.Sequential(*layers).to(device)
+    twin = copy.deepcopy(model)
+    batch = torch.randn(32, 12, device=device), torch.zeros(32, device=device).long()
+    for net in (model, twin):
+        if is_hooked:
+            net[3].register_full_backward_hook(lambda *_: None)
+        torch.manual_seed(0)
+        outputs = torch.utils.checkpoint.checkpoint(net, batch[0], use_reentrant=False)
+        losses = F.cross_entropy(outputs, batch[1], reduction="none")
+        if net is model:
+            before = [b.clone() for b in net.buffers()]
+            assert fm.SharpnessProbe(net)(loss=losses).converged
+            assert all(map(torch.equal, before, net.buffers()))
+            fm.SharpnessProbe(net).backward(losses)
+        else:
+            losses.mean().backward()
+    assert all(map(torch.equal, model.buffers(), twin.buffers()))
+    assert all(map(torch.equal, gradients(model), gradients(twin)))
+
+
 def test_parameters_that_moved(device):
     model, batch = dense(device)
     H = fm.LossHessian(model, losses_of(model, batch))
