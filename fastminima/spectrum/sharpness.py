@@ -214,14 +214,11 @@ class SharpnessProbe:
         )
 
     def _pairs(self, operator: Hessian | LossHessian) -> Eigenpairs:
-        goal, size = self._goal, operator.shape[0]
-        is_cold = self._calls % self._cold_every == 0
-        is_cold |= len(self._course.vectors) < goal.k
-        is_cold |= self._followed != (operator.names, operator.sizes)
-        limit = self._max_products
-        is_limited = self._budget is not None and not is_cold
-        if self._budget is not None and is_limited:
-            limit = min(self._budget, limit)
+        goal, is_cold = self._goal, self._is_cold(operator)
+        limit, is_limited = self._max_products, False
+        if self._budget is not None and not is_cold:
+            limit, is_limited = min(self._budget, limit), True
+        size = operator.shape[0]
         check_arguments(
             size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
         )
@@ -236,6 +233,14 @@ class SharpnessProbe:
         self._followed = operator.names, operator.sizes
         self._calls += 1
         return pairs
+
+    def _is_cold(self, operator: Hessian | LossHessian) -> bool:
+        """Whether it is time to start anew, or there is nothing to follow."""
+        return (
+            self._calls % self._cold_every == 0
+            or len(self._course.vectors) < self._goal.k
+            or self._followed != (operator.names, operator.sizes)
+        )
 
     def _best(
         self, problem: Problem, rough: Problem | None, *, is_cold: bool
