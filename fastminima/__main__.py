@@ -91,11 +91,12 @@ def _ops() -> Iterator[str]:
     """For each device and op: what runs, and what does not and why; one a line."""
     for module in pkgutil.iter_modules(ops.__path__):
         importlib.import_module(f"{ops.__name__}.{module.name}")
+    width = max(map(len, REGISTRY)) + 2
     for device in dict.fromkeys(torch.device(d.split()[0]).type for d in _devices()):
         for name in sorted(REGISTRY):
             used = REGISTRY[name].backends(device, _dtype_of(REGISTRY[name]))[0]
             others = "; ".join(_others(REGISTRY[name], device))
-            yield f"  {name:<24}{device + ' ' + used:<15}{others}"
+            yield f"  {name:<{width}}{device + ' ' + used:<15}{others}"
 
 
 def _dtype_of(op: Op) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,20 +19,54 @@ from ._audit_closures import (
 from ._audit_products import look_at_differences, look_at_products
 from ._graph import Graph
 from ._nodes import faults_of, nodes_of, place_of, survey
+from ._operator import CurvatureOperator
 from ._trust import Noise
 from .audit import CurvatureAudit, CurvatureCheck
 
-if TYPE_CHECKING:
-    from ._operator import CurvatureOperator
-
-__all__ = ["audited"]
+__all__ = ["AuditedOperator"]
 
 # Nodes of a gradient's graph that raise when they are differentiated.
 _ENDS = ("torch::autograd::Error", "torch::autograd::NotImplemented")
 _NEEDED = ("loss twice", "products")
 
 
-def audited(operator: CurvatureOperator, seed: int) -> CurvatureAudit:
+class AuditedOperator(CurvatureOperator):
+    """An operator that looks at everything by which its products could be wrong."""
+
+    def audit(self, *, seed: int = 0) -> CurvatureAudit:
+        """Look at everything by which products could be wrong; prints as a table.
+
+        The loss and a product twice, symmetry between random vectors, the gradient and
+        a product beside central differences in double (of one batch, where no kink is
+        crossed), nodes without a second derivative, parameters not reached, what the
+        closures draw and change, and what is computed in another form. It costs about
+        a hundred gradients and a copy of the model in double, and changes nothing: not
+        the model, its gradients, the generators or the kept graph.
+
+        Args:
+            seed: Of the random vectors.
+
+        Raises:
+            ValueError: Where several ranks have the data between them.
+
+        Example:
+            >>> import torch
+            >>> import fastminima as fm
+            >>> model = torch.nn.Linear(2, 1)
+            >>> x = torch.ones(4, 2)
+            >>> H = fm.Hessian(model, lambda model, x: model(x).square().mean(), x)
+            >>> H.audit().ok
+            True
+        """
+        if self._ranks is not None:
+            raise ValueError(
+                "An audit looks at one process. Audit an operator of the plain model "
+                "(ddp.module) on one rank's batch."
+            )
+        return _audited(self, seed)
+
+
+def _audited(operator: CurvatureOperator, seed: int) -> CurvatureAudit:
     """What there is to say of an operator; it stays as it was."""
     twin = operator._for_audit()
     lines = _look_at_closures(twin)

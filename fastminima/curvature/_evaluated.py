@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from ._graph import Graph, Parts, differentiate
-from ._nodes import nodes_of
+from ._nodes import nodes_of, survey
 from ._scale import norm
 
 __all__ = ["FiniteDifferences", "ForwardOverReverse"]
@@ -62,7 +63,8 @@ class ForwardOverReverse(_Evaluated):
             try:
                 # What is checkpointed is evaluated in the backward pass.
                 with _in_place_of_parameters(self._model, duals):
-                    roots = self._again()
+                    with _ConstantWithoutGrad():
+                        roots = self._again()
                     self._look_at_reads(roots, duals)
                     found = _gradient(roots, self._parameters)
             except NotImplementedError as error:
@@ -107,7 +109,7 @@ class FiniteDifferences(_Evaluated):
         step: float | None,
     ) -> None:
         super().__init__(roots, parameters, again)
-        eps = max(torch.finfo(p.dtype).eps for p in parameters)
+        eps = max(survey(roots).eps, *(torch.finfo(p.dtype).eps for p in parameters))
         self.step = eps ** (1 / 3) if step is None else step
 
     def product(self, parts: list[Tensor]) -> Parts:
@@ -132,6 +134,21 @@ class FiniteDifferences(_Evaluated):
         finally:
             for p, data in zip(self._parameters, before, strict=True):
                 p.data = data
+
+
+class _ConstantWithoutGrad(TorchFunctionMode):
+    """Within, what is computed under `no_grad` has no tangent either."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, which keeps tangents only where gradients would be recorded."""
+        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            return func(*args, **(kwargs or {}))
 
 
 def _gradient(roots: tuple[Tensor, ...], parameters: Sequence[Tensor]) -> Parts:

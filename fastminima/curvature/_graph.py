@@ -14,6 +14,7 @@ __all__ = [
     "GradientGraph",
     "Graph",
     "Parts",
+    "accumulate",
     "check_graph",
     "check_mean",
     "combine",
@@ -148,4 +149,18 @@ def differentiate(
         tuple(inputs),
         allow_unreachable=True,
         accumulate_grad=False,
+    )
+
+
+def accumulate(roots: Sequence[Tensor]) -> None:
+    """`torch.autograd.backward` that keeps the graph, and function modes."""
+    weights = tuple(map(torch.ones_like, roots))
+    torch.autograd.graph._engine_run_backward(
+        tuple(roots),
+        weights,
+        True,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
     )

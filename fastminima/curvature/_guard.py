@@ -15,16 +15,21 @@ from ._rewrites import Rewrites
 from ._same import same
 
 __all__ = [
+    "buffers_kept",
+    "buffers_of",
     "differentiable",
     "gradient_hooks_off",
     "moved",
     "parameters_kept",
+    "put_copies",
     "second_derivatives",
     "unchanged",
 ]
 
 # A module's hooks on gradients; they would be applied to second derivatives as well.
 _GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 @contextlib.contextmanager
@@ -40,15 +45,13 @@ def unchanged(model: nn.Module, random: RandomState) -> Iterator[None]:
     attributes = [(module, dict(module.__dict__)) for module in modules]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     hooks = _gradient_hooks(modules, [p for p, *_ in parameters])
-    buffers = [
-        (m, n, b) for m in modules for n, b in m._buffers.items() if b is not None
-    ]
+    buffers = buffers_of(model)
     try:
         for live, _ in hooks:
             live.clear()
         for parameter, *_ in parameters:
             parameter.grad = None
-        _put_copies(buffers)
+        put_copies(buffers)
         yield
     finally:
         random.restore()
@@ -74,13 +77,49 @@ def _gradient_hooks(
     return [(hooks, dict(hooks)) for hooks in live if hooks]
 
 
-def _put_copies(buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+def buffers_of(model: nn.Module) -> Buffers:
+    """Each buffer with the module that has it, and its name there."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def put_copies(buffers: Buffers) -> None:
     """Put a copy in the place of each buffer; shared ones stay shared."""
     copies: dict[int, Tensor] = {}
     for owner, name, buffer in buffers:
         if id(buffer) not in copies:
             copies[id(buffer)] = buffer.detach().clone()
         owner._buffers[name] = copies[id(buffer)]
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Within, buffers are copies: what is checkpointed moves them when it is run again.
+
+    Afterwards the list has each buffer of the modules that moved some, and its copy.
+    """
+    buffers = buffers_of(model)
+    moved: list[tuple[Tensor, Tensor]] = []
+    put_copies(buffers)
+    try:
+        yield moved
+    finally:
+        copies = [owner._buffers[name] for owner, name, _ in buffers]
+        pairs = list(zip(buffers, copies, strict=True))
+        # Batch norm moves its statistics without a word, and counts what it has seen.
+        movers = {id(owner) for (owner, *_), copy in pairs if _is_written(copy)}
+        for (owner, name, buffer), copy in pairs:
+            owner._buffers[name] = buffer
+            if id(owner) in movers and copy is not None:
+                moved.append((buffer, copy))
+
+
+def _is_written(copy: Tensor | None) -> bool:
+    return copy is not None and not copy.is_inference() and copy._version > 0
 
 
 def _put_back(module: nn.Module, before: dict) -> None:
@@ -151,6 +190,8 @@ def differentiable(device: torch.device) -> Iterator[Rewrites]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(second_derivatives())
+        # Casts of weights that were moved must not meet an autocast around the call.
+        stack.callback(torch.clear_autocast_cache)
         yield stack.enter_context(Rewrites())
 
 

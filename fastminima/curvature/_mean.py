@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ._operator import CurvatureOperator
+from ._auditing import AuditedOperator
 from ._weights import check_weights
 
 __all__ = ["MeanOperator"]
 
 
-class MeanOperator(CurvatureOperator):
+class MeanOperator(AuditedOperator):
     """An operator over the data that is the mean of its samples' operators."""
 
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:

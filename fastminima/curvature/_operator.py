@@ -10,14 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._auditing import audited
 from ._checks import Checks
 from ._guard import moved
 from ._joint import JointRecorder
 from ._matrix import FlatMatrix
 from ._rewrites import Rewrites
 from ._trust import Noise, Suspicion, difference
-from .audit import CurvatureAudit
 
 __all__ = ["CurvatureOperator"]
 
@@ -91,38 +89,6 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
     def noise(self) -> Noise | None:
         """What rounding may do to products; None before the first."""
         return self._checks.noise
-
-    def audit(self, *, seed: int = 0) -> CurvatureAudit:
-        """Look at everything by which products could be wrong; prints as a table.
-
-        The loss and a product twice, symmetry between random vectors, the gradient and
-        a product beside central differences in double (of one batch, where no kink is
-        crossed), nodes without a second derivative, parameters not reached, what the
-        closures draw and change, and what is computed in another form. It costs about
-        a hundred gradients and a copy of the model in double, and changes nothing: not
-        the model, its gradients, the generators or the kept graph.
-
-        Args:
-            seed: Of the random vectors.
-
-        Raises:
-            ValueError: Where several ranks have the data between them.
-
-        Example:
-            >>> import torch
-            >>> import fastminima as fm
-            >>> model = torch.nn.Linear(2, 1)
-            >>> x = torch.ones(4, 2)
-            >>> H = fm.Hessian(model, lambda model, x: model(x).square().mean(), x)
-            >>> H.audit().ok
-            True
-        """
-        if self._ranks is not None:
-            raise ValueError(
-                "An audit looks at one process. Audit an operator of the plain model "
-                "(ddp.module) on one rank's batch."
-            )
-        return audited(self, seed)
 
     def _for_audit(self) -> Self:
         """A copy without a kept graph, and with nothing known."""

@@ -220,6 +220,8 @@ class Recorder(abc.ABC):
         device, dtype = self._layout.device.type, self._low
         is_low = dtype is not None
         low = torch.autocast(device, dtype, enabled=is_low)
+        # Weights may have moved since they were cast for the last evaluation.
+        torch.clear_autocast_cache()
         with self._rewrites.remembering(), low if is_low else contextlib.nullcontext():
             value = closure(*arguments)
         if any(p.is_leaf and p.grad is not None for p in self._model.parameters()):

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ._attention import attend, multi_head_attend
+from ._recorded_hooks import registered, retained
 
 __all__ = ["Rewrites"]
 
@@ -33,11 +35,13 @@ class Rewrites(TorchFunctionMode):
       weight is another tensor, which takes the place of the weight from there on; the
       gradient goes to the weight unchanged, as it does outside.
     - Attention, where its scores are large or on a GPU, keeps none of them.
-    - Recurrent layers: cuDNN's have no second derivative; PyTorch's own are used.
+    - Recurrent layers: cuDNN's have no second derivative, oneDNN's none forward;
+      PyTorch's own are used.
     - `hardsigmoid` has no second derivative; as a clamped line it has one, zero.
 
     Args:
-        is_training: In a training step rows are rescaled as ever.
+        is_training: In a training step rows are rescaled as ever, and hooks that are
+            put on activations are known to be hooks.
 
     Attributes:
         met: How often each function was called that is computed in another way.
@@ -72,6 +76,10 @@ class Rewrites(TorchFunctionMode):
         if self._rescaled:
             args = tuple(map(self._now, args))
             kwargs = {name: self._now(value) for name, value in kwargs.items()}
+        if self._is_training and func is Tensor.register_hook:
+            return registered(*args, **kwargs)
+        if self._is_training and func is Tensor.retain_grad:
+            return retained(*args, **kwargs)
         if func in _WRITTEN_OUT:
             self.met[func.__name__] += 1
             return _WRITTEN_OUT[func](*args, **kwargs)
@@ -86,7 +94,7 @@ class Rewrites(TorchFunctionMode):
             return multi_head_attend(*args, **kwargs)
         if func in _RECURRENT:
             self.met[func.__name__] += 1
-            with torch.backends.cudnn.flags(enabled=False):
+            with _own_recurrence():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -114,6 +122,17 @@ class Rewrites(TorchFunctionMode):
         return func(input, rescaled, *args, **kwargs)
 
 
+@contextlib.contextmanager
+def _own_recurrence() -> Iterator[None]:
+    is_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(is_enabled)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """V g / |v|, the norm over all dimensions but `dim`."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
@@ -138,8 +157,11 @@ _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _rescaled(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """The weight with the rows in `ids` shortened, its gradient passed on as it is."""
-    with torch.no_grad():
+    """The weight with the rows in `ids` shortened, its gradient passed on as it is.
+
+    So is a tangent.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         shift = weight.detach().clone()
         torch.embedding_renorm_(shift, ids.contiguous(), max_norm, norm_type)
         shift.sub_(weight)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._auditing import AuditedOperator
 from ._graph import Graph, Parts, check_graph, combine, differentiate
-from ._operator import CurvatureOperator
 from ._scale import dot
 
 __all__ = ["GradientCovariance"]
 
 
-class GradientCovariance(CurvatureOperator):
+class GradientCovariance(AuditedOperator):
     """Sigma, the unbiased covariance of the per-sample gradients g_n over the data.
 
     Sigma v = 1/(N - 1) sum_n (<g_n, v> - mean) g_n: all <g_n, v> at once by a

@@ -208,13 +208,13 @@ class _Walk:
                 self._parameters, self._here, self._parts, strict=True
             ):
                 p.data.copy_(here.to(part.dtype).sub(part, alpha=eta))
-            _reshard(self._model)
+            _forget_copies(self._model)
             try:
                 found = self._loss() - self.value
             finally:
                 for p, here in zip(self._parameters, self._here, strict=True):
                     p.data.copy_(here)
-                _reshard(self._model)
+                _forget_copies(self._model)
         return math.inf if math.isnan(found) else found
 
     def _loss(self) -> float:
@@ -222,6 +222,15 @@ class _Walk:
         self.evaluations += 1
         self.unit = self._joint.eps
         return value
+
+
+def _forget_copies(model: nn.Module) -> None:
+    """Let go of what was made from parameters before they were written.
+
+    That is their casts in an autocast around the call, and what `fully_shard` gathered.
+    """
+    torch.clear_autocast_cache()
+    _reshard(model)
 
 
 def _reshard(model: nn.Module) -> None:

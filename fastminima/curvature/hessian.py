@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._engines import EVALUATING, check_engine, chosen_engine
 from ._evaluated import FiniteDifferences, ForwardOverReverse
 from ._graph import GradientGraph, Graph, check_mean, differentiate
+from ._guard import Buffers, buffers_of, put_copies
 from ._mean import MeanOperator
 from ._random import RandomState
 from ._trust import Suspicion
@@ -48,7 +49,8 @@ class Hessian(MeanOperator):
             product, the choice where memory is short; "forward_over_reverse", the loss
             is evaluated with tangents and no graph of a gradient is made, which takes
             the least memory; "finite_differences" of gradients, to repeat what was done
-            so: wrong near kinks, and not looked at for symmetry.
+            so: wrong near kinks, not looked at for symmetry, and with the changes of
+            what the loss holds constant (`detach`, `no_grad`, `max_norm`).
         memory: Bytes that a kept graph may take; as many as are free beside it if None.
         step: Of finite differences: the length of the displacement over that of the
             parameters; the cube root of the machine precision if None.
@@ -100,6 +102,19 @@ class Hessian(MeanOperator):
         """How products are made; "auto" as long as none has been."""
         return self._engine
 
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The same matrix by cheaper products; ValueError for differences.
+
+        A half precision would round them away.
+        """
+        if self._engine == "finite_differences":
+            raise ValueError(
+                f"Differences of gradients in {dtype} are mostly rounding: a Hessian "
+                'with engine="finite_differences" has no cheaper products. Leave out '
+                'precision="certified", or use engine="auto".'
+            )
+        return super().rough(dtype)
+
     @property
     def _first_order(self) -> int:
         return 0
@@ -109,12 +124,19 @@ class Hessian(MeanOperator):
 
     def _record(self, batch: Any, weight: int) -> Graph:
         if self._engine in EVALUATING:
-            state = self._generators()
-            self._evaluated_again = functools.partial(self._again, batch, state)
+            state, buffers = self._generators(), buffers_of(self._model)
+            put_copies(buffers)
+            self._evaluated_again = functools.partial(
+                self._again, batch, state, buffers
+            )
         return super()._record(batch, weight)
 
-    def _again(self, batch: Any, state: RandomState) -> tuple[Tensor, ...]:
+    def _again(
+        self, batch: Any, state: RandomState, buffers: Buffers
+    ) -> tuple[Tensor, ...]:
+        """The loss once more, from the random numbers and buffers of the first time."""
         state.restore()
+        put_copies(buffers)
         return self._evaluate(batch)
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:

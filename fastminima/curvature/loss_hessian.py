@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._explained import explained
 from ._functions import look_at_given_functions
-from ._graph import GradientGraph, Parts, check_mean
-from ._guard import gradient_hooks_off
+from ._graph import GradientGraph, Parts, accumulate, check_mean
+from ._guard import buffers_kept, gradient_hooks_off
 from ._matrix import FlatMatrix
 from ._nodes import foreign_leaves, nodes_of, place_of, refuse_nodes, survey
 from ._ranks import Said, ranks_of
+from ._recorded_hooks import RecordedHooks
 from ._same import fingerprint
 from ._shards import is_sharded
 from ._trust import Noise
@@ -83,8 +84,8 @@ class LossHessian(FlatMatrix):
         functions_known: bool = False,
         process_group: Any = None,
     ) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}.")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {scale}.")
         if any(map(is_sharded, model.parameters())):
             raise ValueError(
                 "The model's parameters are sharded (fully_shard): a step's graph does "
@@ -94,16 +95,16 @@ class LossHessian(FlatMatrix):
         self._layout = FlatLayout(model)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._ranks = ranks_of(model, process_group, None)
-        with self._together():
+        with self._together(), torch.enable_grad():
             self._record(losses, functions_known)
 
     def _record(self, losses: Tensor, functions_known: bool) -> None:
-        loss = losses.mean() if isinstance(losses, Tensor) else losses
-        self._roots = (check_mean(loss, "loss"),)
+        self._roots = (check_mean(_checked(losses).mean(), "loss"),)
         self._noise = self._looked_at(functions_known)
         others = foreign_leaves(self._roots, self._names)
         self._others = [leaf for leaf in others if leaf.requires_grad]
-        with self._bare():
+        self._hooks = RecordedHooks(self._model, self._roots)
+        with self._bare(), buffers_kept(self._model) as self._moved:
             self._graph = GradientGraph(
                 self._roots, self._layout.parameters, self._others
             )
@@ -142,8 +143,16 @@ class LossHessian(FlatMatrix):
         """Add to `.grad` what `loss.backward()` adds, with the hooks of parameters.
 
         The gradients of all leaves that the loss reaches, the model's or not, of the
-        loss as it was given, not divided by `scale`.
+        loss as it was given, not divided by `scale`. Where there are hooks in its
+        graph, it is one more backward pass, in which they run.
         """
+        if self._hooks.are_there:
+            with twice_differentiable():
+                accumulate(self._roots)
+            return
+        with torch.no_grad():
+            for buffer, moved in self._moved:
+                buffer.copy_(moved)
         leaves = [*self._layout.parameters, *self._others]
         found = [
             (leaf, grad.detach())
@@ -164,7 +173,10 @@ class LossHessian(FlatMatrix):
 
     def _product(self, column: Tensor) -> Tensor:
         parts = self._layout.split(column)
-        return self._joined(lambda: self._graph.product(parts), (column,))
+        # Copies are for checkpoints that move buffers; the first pass has told.
+        kept = buffers_kept(self._model) if self._moved else contextlib.nullcontext()
+        with kept:
+            return self._joined(lambda: self._graph.product(parts), (column,))
 
     def _joined(self, make: Callable[[], Parts], columns: Sequence[Tensor]) -> Tensor:
         """The flat vector of what is made, of all ranks where there are several.
@@ -198,6 +210,7 @@ class LossHessian(FlatMatrix):
         """
         with (
             gradient_hooks_off(self._model, self._others),
+            self._hooks.off(),
             twice_differentiable(),
             torch.autocast(self._layout.device.type, enabled=False),
             explained(self._roots, self._names, "the loss"),
@@ -211,6 +224,24 @@ class LossHessian(FlatMatrix):
         if found.functions and not functions_known:
             look_at_given_functions(self._roots, self._names)
         return Noise.of(found, float(self._roots[0].detach()))
+
+
+def _checked(losses: Any) -> Tensor:
+    """The losses; ValueError unless they are numbers with a graph."""
+    is_tensor = isinstance(losses, Tensor)
+    if not is_tensor or not losses.is_floating_point() or not losses.numel():
+        met = f"{losses.dtype} of shape {tuple(losses.shape)}" if is_tensor else losses
+        raise ValueError(
+            "Losses must be a tensor of real numbers, at least one, with its graph; "
+            f"got {met}. Pass the losses of samples, or their mean."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "The losses are a tensor without a graph: they depend on no trainable "
+            "parameter, or a backward pass has been run for them already. Compute them "
+            "anew from the model's own parameters, without detach() or no_grad()."
+        )
+    return losses
 
 
 def _refuse_single(roots: Sequence[Tensor], names: dict[int, str]) -> None:

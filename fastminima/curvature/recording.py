@@ -18,7 +18,8 @@ def twice_differentiable() -> Iterator[None]:
     For a forward pass whose loss goes to `SharpnessProbe.backward`: attention is
     computed by its plain formula and not by a fused kernel, weight norm is written out,
     recurrent layers are PyTorch's own and not cuDNN's, compiled regions run eagerly.
-    Values are the same but for rounding; attention takes memory for its weights.
+    Values are the same but for rounding; attention takes memory for its weights. Hooks
+    on activations are called in the step's backward pass and not in those of products.
     Nothing else changes: autocast, modes, random numbers and buffers are the loop's.
 
     Example:

@@ -83,7 +83,7 @@ def top_eigenpairs(
             it with two or three exact ones: for k = 1, a `Hessian` or `GaussNewton`,
             and hardware that multiplies bfloat16 faster. `upper` then rests on how far
             the two kinds of products are apart along the vector found. All are counted
-            in `products`.
+            in `products`, and in `max_products`, of which finding may take half.
 
     Raises:
         ValueError: An argument out of its range, a product that is not finite, or a

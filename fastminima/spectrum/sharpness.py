@@ -125,6 +125,7 @@ class SharpnessProbe:
         self._process_group = process_group
         self._calls = 0
         self._course = Course()
+        self._followed: tuple[Any, ...] = ()  # the parameters that vectors are over
         self._noise: Noise | None = None
         self._checked: tuple[Any, ...] | None = None
         self._data: Any = None
@@ -169,9 +170,16 @@ class SharpnessProbe:
         """Run the backward pass of a training step, and return the eigenpairs.
 
         `.grad` is what `losses.mean().backward()` leaves, also if no eigenpairs can be
-        had; hooks of parameters run, those of DistributedDataParallel too. Attention
-        must have been computed within `fm.twice_differentiable()`. A GradientProbe
-        reads the same pass: `probe.attach(losses)` before, `probe.collect()` after.
+        had; bit for bit, but for layers whose gradient has another formula where it can
+        be differentiated (LSTM, group norm: to rounding). Attention must have been
+        computed within `fm.twice_differentiable()`. A GradientProbe reads the same
+        pass: `probe.attach(losses)` before, `probe.collect()` after.
+
+        Hooks run once, those of parameters (DistributedDataParallel's too), of modules
+        and of activations, and have no part in eigenvalues; of activations those that
+        were put there within `fm.twice_differentiable()`, as `retain_grad`: others,
+        and those on nodes of the graph, PyTorch runs at every product. Hooks of modules
+        and activations cost a backward pass of their own.
 
         Args:
             losses: The losses of samples, of which the mean counts, or that mean. Its
@@ -180,14 +188,15 @@ class SharpnessProbe:
                 Eigenvalues are divided by it; `.grad` is that of the losses as given.
 
         Raises:
-            ValueError: As `LossHessian`; `.grad` is untouched then.
+            ValueError: As `LossHessian` when it is made: `.grad` is untouched then. As
+                its products, and as `top_eigenpairs`: then it is there.
         """
         operator = self._of(losses, scale)
         try:
             return self._pairs(operator)
         finally:
             operator.deliver()
-            if not losses._is_view():
+            if not (losses._is_view() or losses.is_leaf):
                 losses.detach_()
 
     def reset(self) -> None:
@@ -205,14 +214,11 @@ class SharpnessProbe:
         )
 
     def _pairs(self, operator: Hessian | LossHessian) -> Eigenpairs:
-        goal, size = self._goal, operator.shape[0]
-        known = self._course.vectors
-        is_cold = self._calls % self._cold_every == 0
-        is_cold |= len(known) < goal.k or len(known[0]) != size
-        limit = self._max_products
-        is_limited = self._budget is not None and not is_cold
-        if self._budget is not None and is_limited:
-            limit = min(self._budget, limit)
+        goal, is_cold = self._goal, self._is_cold(operator)
+        limit, is_limited = self._max_products, False
+        if self._budget is not None and not is_cold:
+            limit, is_limited = min(self._budget, limit), True
+        size = operator.shape[0]
         check_arguments(
             size, goal.k, goal.which, "lanczos", goal.rtol, limit, goal.miss
         )
@@ -224,8 +230,17 @@ class SharpnessProbe:
         others = 0 if rough is None else rough.products
         pairs = finished(problem, goal, best, others, is_quiet=is_limited)
         self._course = self._course.after(goal, best, is_cold=is_cold)
+        self._followed = operator.names, operator.sizes
         self._calls += 1
         return pairs
+
+    def _is_cold(self, operator: Hessian | LossHessian) -> bool:
+        """Whether it is time to start anew, or there is nothing to follow."""
+        return (
+            self._calls % self._cold_every == 0
+            or len(self._course.vectors) < self._goal.k
+            or self._followed != (operator.names, operator.sizes)
+        )
 
     def _best(
         self, problem: Problem, rough: Problem | None, *, is_cold: bool

@@ -83,6 +83,19 @@ def test_along_any_direction(device):
         assert found.evaluations <= 12
 
 
+def test_within_an_autocast(classifier, device):
+    """Casts of weights are those of each point, and then of the present one again."""
+    model, (x, y) = classifier
+    batch = x.to(device), y.to(device)
+    plain = fm.critical_sharpness(model, cross_entropy, batch)
+    with torch.autocast(device.type, torch.bfloat16):
+        before = model(batch[0])
+        found = fm.critical_sharpness(model, cross_entropy, batch)
+        after = model(batch[0])
+    assert found.value == pytest.approx(plain.value, rel=0.1)
+    assert torch.equal(before, after)
+
+
 def test_few_evaluations_along_a_run(classifier):
     """As Kalra et al. count them, and without a gradient."""
     model, batch = classifier

@@ -170,6 +170,99 @@ def test_a_parameter_that_is_not_read_from_the_model_is_noticed(device):
         _ = H @ torch.ones(H.shape[0], dtype=torch.float64, device=device)
 
 
+class Held(nn.Module):
+    """A target that the loss holds constant, one tensor for each way to say so."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.body(x).tanh()
+        if self.way == "detach":
+            return x - x.detach().square()
+        with torch.no_grad() if self.way == "no_grad" else torch.inference_mode():
+            target = x.square()
+        return x - target.clone()
+
+
+class Scaled(nn.Module):
+    """Divides by a running size, which every evaluation moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.register_buffer("size", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        x = self.body(x).tanh()
+        self.size.mul_(0.5).add_(x.detach().norm())
+        return x / self.size
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.body(x[:, None])[0]
+
+
+class Rescaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4, max_norm=0.5)
+
+    def forward(self, x):
+        return self.table((x[:, :2] > 0).long()).tanh() * x[:, None]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda way=way: Held(way) for way in ("detach", "no_grad", "inference")),
+        Scaled,
+        Recurrent,
+        Rescaled,
+        lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)),
+    ],
+    ids=["detach", "no_grad", "inference", "moves", "lstm", "max_norm", "spectral"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tangents_follow_what_gradients_follow(make, dtype, device):
+    """What a loss holds constant or moves on is the same in each evaluation."""
+    torch.manual_seed(0)
+    model = make().to(device, dtype)
+    x = torch.randn(8, 4, device=device, dtype=dtype)
+    expected, H = (
+        fm.Hessian(model, lambda m, x: m(x).square().mean(), x, engine=engine)
+        for engine in ("cached", "forward_over_reverse")
+    )
+    v = torch.randn(H.shape[0], dtype=dtype, device=device)
+    buffers = [b.clone() for b in model.buffers()]
+    for _ in range(2):
+        torch.testing.assert_close(H @ v, expected @ v)
+    assert all(map(torch.equal, buffers, model.buffers()))
+
+
+def test_differences_are_of_one_buffer(device):
+    """An evaluation that moves a buffer does not change the next one."""
+    torch.manual_seed(0)
+    model = Scaled().to(device, torch.float64)
+    x = torch.randn(8, 4, device=device, dtype=torch.float64)
+
+    def fixed(model, x):
+        return (model(x) * model.size.detach()).square().mean()
+
+    expected = fm.Hessian(model, fixed, x)
+    H = fm.Hessian(model, fixed, x, engine="finite_differences")
+    v = torch.randn(H.shape[0], dtype=torch.float64, device=device)
+    torch.testing.assert_close(H @ v, expected @ v, rtol=1e-5, atol=1e-8)
+    assert torch.equal(H @ v, H @ v)
+
+
 def test_operation_without_a_forward_derivative(device):
     model = nn.EmbeddingBag(5, 3, mode="max").to(device)
     ids = torch.randint(5, (4, 2), device=device)
@@ -197,6 +290,26 @@ def test_finite_differences(device):
     assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
     zero = D @ torch.zeros_like(v)
     assert not zero.any()
+
+
+def test_step_of_differences_is_as_long_as_precision_asks(device):
+    """Of what is computed, not of the parameters."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(device)
+    x, y = torch.randn(16, 4, device=device), torch.zeros(16, device=device).long()
+
+    def low(model, batch):
+        with torch.autocast(device.type, torch.bfloat16):
+            return F.cross_entropy(model(x).float(), y)
+
+    v = torch.randn(sum(p.numel() for p in model.parameters()), device=device)
+    expected = fm.Hessian(model, loss, (x, y)) @ v
+    found = fm.Hessian(model, low, (x, y), engine="finite_differences") @ v
+    assert (found - expected).norm() < 0.2 * expected.norm()
+    with torch.autocast(device.type, torch.bfloat16):
+        before = model(x)
+        H = fm.Hessian(model, loss, (x, y), engine="finite_differences")
+        torch.testing.assert_close(H @ v, expected, rtol=0.1, atol=1e-3)
+        assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize(

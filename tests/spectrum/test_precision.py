@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastminima as fm
+from fastminima.spectrum import ConvergenceWarning
 
 
 def loss(model, batch):
@@ -138,3 +139,53 @@ def test_arguments(options, message):
     double = fm.Hessian(model, loss, (torch.randn(4, 2).double(), torch.ones(4).long()))
     with pytest.raises(ValueError, match="float64"):
         fm.top_eigenpairs(double, precision="certified")
+
+
+@pytest.mark.parametrize("most", [1, 4, 10, 60])
+def test_both_kinds_of_products_are_limited(most, device):
+    """The smallest of a matrix without negative ones is lost in rounding."""
+    model, batch = trained(device)
+    G = fm.GaussNewton(model, outputs, lambda p, b: F.cross_entropy(p, b[1]), batch)
+    with pytest.warns(ConvergenceWarning):
+        pairs = fm.top_eigenpairs(
+            G, which="smallest", precision="certified", max_products=most
+        )
+    assert pairs.products <= most + 4  # those of comparing, and of the last residual
+    assert not pairs.converged
+
+
+def test_differences_have_no_cheaper_form(device):
+    model, batch = trained(device, steps=0)
+    H = fm.Hessian(model, loss, batch, engine="finite_differences")
+    with pytest.raises(ValueError, match="mostly rounding"):
+        fm.top_eigenpairs(H, precision="certified")
+
+
+class Blind:
+    """The products of a matrix without its largest eigenvalue, as the cheap ones."""
+
+    def __init__(self, matrix, cheap):
+        self._matrix, self._cheap = matrix, cheap
+        self.shape, self.dtype = matrix.shape, matrix.dtype
+        self.device = matrix.device
+
+    def __matmul__(self, v):
+        return self._matrix @ v
+
+    def rough(self):
+        return self._cheap
+
+
+def test_bound_that_the_value_itself_is_beyond(device):
+    """Exact products show more than cheap ones allow: the bound is not believed."""
+    values = torch.linspace(0, 1, 200, device=device)
+    values[0] = 30.0
+    near = torch.zeros(200, device=device)
+    near[-1], near[0] = 1, 1e-2
+    cheap = values.clone()
+    cheap[0] = 0
+    rotation = torch.linalg.qr(torch.eye(200, device=device) + near[:, None] * near)[0]
+    exact = rotation @ torch.diag(values) @ rotation.T
+    pairs = fm.top_eigenpairs(Blind(exact, torch.diag(cheap)), precision="certified")
+    assert pairs.values.item() == pytest.approx(30, rel=1e-2)
+    assert pairs.upper >= pairs.values.item()

@@ -185,6 +185,44 @@ def test_leaves_of_others_get_their_gradients(device):
     assert torch.equal(shift.grad, plain)
 
 
+def test_losses_that_are_a_parameter_stay_one(device):
+    model, _ = dense(device)
+    pairs = fm.SharpnessProbe(model).backward(model[0].bias)
+    assert float(pairs.values[0]) == 0
+    assert model[0].bias.requires_grad
+    assert torch.equal(model[0].bias.grad, torch.full((16,), 1 / 16, device=device))
+
+
+def test_losses_are_used_up(device):
+    model, batch = dense(device)
+    losses = losses_of(model, batch)
+    sharpness = fm.SharpnessProbe(model)
+    sharpness.backward(losses)
+    with pytest.raises(ValueError, match="backward pass has been run"):
+        sharpness.backward(losses)
+
+
+def test_gradients_need_not_be_on(device):
+    """As for `backward` of a loss."""
+    model, batch = dense(device)
+    losses = losses_of(model, batch)
+    with torch.no_grad():
+        assert fm.SharpnessProbe(model).backward(losses).converged
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_vectors_of_other_parameters_are_not_followed(device):
+    """A call for parameters that are new, of as many numbers, is a cold one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(device)
+    x = torch.randn(32, 8, device=device)
+    sharpness = fm.SharpnessProbe(model)
+    for layer, other in ((0, 2), (2, 0)):
+        model[layer].requires_grad_(True)
+        model[other].requires_grad_(False)
+        assert sharpness.backward(model(x).square()).upper < float("inf")
+
+
 def test_gradient_is_there_after_a_failure(device):
     model, batch = dense(device)
     sharpness = fm.SharpnessProbe(model, max_products=1)
@@ -240,6 +278,31 @@ def test_checkpointed_attention(device):
     torch.testing.assert_close(plain.values, pairs.values, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["plain", "hooked"])
+def test_checkpointed_batch_norm_moves_as_in_a_plain_step(is_hooked, device):
+    """Once forward and once when it is run again, whatever products do."""
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4)
+    model = nn.Sequential(*layers).to(device)
+    twin = copy.deepcopy(model)
+    batch = torch.randn(32, 12, device=device), torch.zeros(32, device=device).long()
+    for net in (model, twin):
+        if is_hooked:
+            net[3].register_full_backward_hook(lambda *_: None)
+        torch.manual_seed(0)
+        outputs = torch.utils.checkpoint.checkpoint(net, batch[0], use_reentrant=False)
+        losses = F.cross_entropy(outputs, batch[1], reduction="none")
+        if net is model:
+            before = [b.clone() for b in net.buffers()]
+            assert fm.SharpnessProbe(net)(loss=losses).converged
+            assert all(map(torch.equal, before, net.buffers()))
+            fm.SharpnessProbe(net).backward(losses)
+        else:
+            losses.mean().backward()
+    assert all(map(torch.equal, model.buffers(), twin.buffers()))
+    assert all(map(torch.equal, gradients(model), gradients(twin)))
+
+
 def test_parameters_that_moved(device):
     model, batch = dense(device)
     H = fm.LossHessian(model, losses_of(model, batch))
@@ -292,6 +355,11 @@ def test_function_that_one_graph_cannot_judge(device):
     [
         ({}, "either a batch or loss="),
         ({"loss": torch.ones(3)}, "without a graph"),
+        ({"loss": 0.3}, "real numbers, at least one.*got 0.3"),
+        ({"loss": torch.ones(0, requires_grad=True)}, r"got torch.float32 of shape"),
+        ({"loss": torch.ones(2).long()}, "got torch.int64"),
+        ({"loss": torch.ones(2).cfloat()}, "got torch.complex64"),
+        ({"loss": torch.ones(1), "scale": float("inf")}, "positive and finite"),
         ({"loss": torch.ones(1, requires_grad=True) * float("nan")}, "non-finite"),
         ({"loss": torch.ones(4, requires_grad=True) * 2}, "reaches none"),
         ({"batch": 1}, "without a loss"),
