@@ -1,4 +1,20 @@
-"""Curvature operators: matrices over the parameters, known by their products."""
+"""Curvature operators: matrices over the parameters, known by their products.
+
+Public: `hessian`, `gauss_newton`, `covariance`, `loss_hessian` (of a training step,
+with `recording`), `derived` (made of others), `critical` (by losses alone), `audit`.
+
+What the others are for, from below:
+
+    numbers     _scale, _same, _trust: norms at any scale, bits, what rounding may do
+    evaluation  _random, _guard, _rewrites, _attention, _recorded_hooks, _replicas:
+                a closure is run so that it changes nothing and has two derivatives
+    graph       _graph, _nodes, _explained, _functions: what was recorded, and lacks
+    data        _data, _weights, _reads, _state: batches, their weights, what is read
+    engines     _engines, _evaluated, rop/: ways to make a product
+    ranks       _ranks, _shards, _joint, _joint_loss: of all processes' data
+    operators   _matrix, _recorder, _checks, _operator, _mean: what they all have
+    audits      _auditing, _audit_closures, _audit_products, _differences, _kinks
+"""
 
 from ._matrix import FlatMatrix
 from ._operator import CurvatureOperator

@@ -1,4 +1,14 @@
-"""What a symmetric matrix known by its products tells: eigenvalues, trace, density."""
+"""What a symmetric matrix known by its products tells: eigenvalues, trace, density.
+
+Public: `eigenpairs`, `sharpness` (along a run), `trace`, `sums`, `product`, `noise`,
+`density`, `along` (the steps of training), `results`.
+
+    matrix        _problem: what solvers ask of it; _start: where they begin
+    Lanczos       _lanczos_run, _basis, _bound: one run, and what it cannot have missed
+    eigenpairs    _pairs, _lanczos_pairs, _power, _certified, _finish
+    along a run   _warm, _space: pairs followed from matrix to matrix
+    estimates     _quadrature, _spectral_sum, _xtrace, _student
+"""
 
 from .along import batch_sharpness, directional_sharpness
 from .density import spectral_density

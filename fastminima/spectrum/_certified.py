@@ -47,8 +47,11 @@ def certified_pair(
             is_cold=True,
             with_challenger=with_challenger,
         )
-    if found.challenger is not None:
-        best.challenger, best.runner_up = found.challenger, found.runner_up
+    if found.challenger is not None and found.runner_up is not None:
+        value, residual = found.runner_up
+        ratio = rough.unit / problem.unit
+        best.challenger = found.challenger
+        best.runner_up = ratio * value, ratio * residual
     return best
 
 
