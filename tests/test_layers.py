@@ -19,6 +19,7 @@ LAYERS = (
         "_memory",
         "_optional",
         "_parameters",
+        "_processes",
     },
     {"ops"},
     {"capture", "curvature"},

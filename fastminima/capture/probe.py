@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from .._parameters import tracked_parameters
+from .._processes import find_group
 from ..statistics import GradientStatistics
 from .audit import Audit, audit_losses
 from .errors import CaptureError, explaining
 from .graph.passes import is_distributed
 from .graph.sharding import find_sharding, reshard
 from .options import Options, Request, check_direction
-from .ranks import Alone, Found, Ranks, find_group
+from .ranks import Alone, Found, Ranks
 from .reading.reader import Reader
 from .reading.tracked import TrackedModel
 from .session.attach import Attacher
@@ -131,7 +132,7 @@ class GradientProbe:
         tracked = TrackedModel(self._parameters, module, sharding, self._retrack)
         self._reader = Reader(tracked, batchnorm, options.check_every)
         self._ranks: Ranks | Alone = Alone()
-        group = find_group(process_group)
+        group = None if process_group is None else find_group(process_group)
         if group is not None:
             self._ranks = Ranks(
                 group,

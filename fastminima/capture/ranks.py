@@ -22,7 +22,7 @@ from ..statistics import GradientStatistics
 from .errors import CaptureError
 from .graph.sharding import Sharding, is_sharded, local_part
 
-__all__ = ["Alone", "Found", "Part", "Ranks", "find_group"]
+__all__ = ["Alone", "Found", "Part", "Ranks"]
 
 # Numbers at the head of a message.
 _TROUBLE, _COUNT, _BATCH, _FACTOR, _REPLICATED, _SHARDED, _FIRST_NAME = range(7)
@@ -393,30 +393,6 @@ class Ranks:
                 "directions or options; create the same probe on every rank of "
                 "process_group."
             )
-
-
-def find_group(process_group: object) -> dist.ProcessGroup | None:
-    """The group that the argument `process_group` of a probe means.
-
-    Raises:
-        ValueError: for anything but None, "world" and a group of this process.
-    """
-    if process_group is None:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"process_group={process_group!r}, but there is no process group. Call "
-            "torch.distributed.init_process_group() first (under torchrun), or leave "
-            "process_group out."
-        )
-    if isinstance(process_group, str) and process_group == "world":
-        return dist.group.WORLD
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise ValueError(
-            f'process_group must be None, "world" or a process group that this process '
-            f"belongs to, got {process_group!r}."
-        )
-    return process_group
 
 
 def _buckets(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._processes import find_group
 from ._replicas import replicas
 
 __all__ = ["Ranks", "Said", "ranks_of"]
@@ -208,7 +209,7 @@ def ranks_of(model: nn.Module, process_group: Any, shards: Any) -> Ranks | None:
     dist: Any = sys.modules.get("torch.distributed")
     is_ready = dist is not None and dist.is_available() and dist.is_initialized()
     if process_group is not None:
-        ranks = Ranks(_group(process_group, dist if is_ready else None))
+        ranks = Ranks(find_group(process_group))
         _check_holders(ranks, shards)
         return ranks
     if not is_ready:
@@ -232,20 +233,3 @@ def _check_holders(ranks: Ranks, shards: Any) -> None:
             f"The parameters are sharded over {max(sizes)} ranks; process_group has "
             f"{ranks.size}. Pass the group of all ranks that hold a part of them."
         )
-
-
-def _group(process_group: Any, dist: Any) -> Any:
-    if dist is None:
-        raise ValueError(
-            f"process_group={process_group!r}, but there is no process group. Call "
-            "torch.distributed.init_process_group() first (under torchrun), or leave "
-            "process_group out."
-        )
-    if isinstance(process_group, str) and process_group == "world":
-        return dist.group.WORLD
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise ValueError(
-            f'process_group must be None, "world" or a process group that this process '
-            f"belongs to, got {process_group!r}."
-        )
-    return process_group
