@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,7 +90,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
         """What rounding may do to products; None before the first."""
         return self._checks.noise
 
-    def _for_audit(self) -> Self:
+    def _for_audit(self) -> CurvatureOperator:
         """A copy without a kept graph, and with nothing known."""
         twin = copy.copy(self)
         twin._checks = Checks(type(self).__name__, self._model)
@@ -98,7 +98,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
         twin._rewrites = Rewrites()
         return twin
 
-    def _quick(self) -> Self | None:
+    def _quick(self) -> CurvatureOperator | None:
         """For audits: one whose products are made in a quicker way than by default."""
         return None
 

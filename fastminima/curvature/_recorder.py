@@ -7,7 +7,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Recorder(abc.ABC):
         self._rewrites = Rewrites()
         self._low: torch.dtype | None = None  # what products of matrices are rounded to
 
-    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Recorder:
         """The same operator with closures under autocast to a half precision.
 
         Its products are cheaper where there is hardware for them, and off by some

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Hessian(MeanOperator):
         """How products are made; "auto" as long as none has been."""
         return self._engine
 
-    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+    def rough(self, dtype: torch.dtype = torch.bfloat16) -> Hessian:
         """The same matrix by cheaper products; ValueError for differences.
 
         A half precision would round them away.
@@ -113,7 +113,7 @@ class Hessian(MeanOperator):
                 'with engine="finite_differences" has no cheaper products. Leave out '
                 'precision="certified", or use engine="auto".'
             )
-        return super().rough(dtype)
+        return cast(Hessian, super().rough(dtype))
 
     @property
     def _first_order(self) -> int:
@@ -154,12 +154,12 @@ class Hessian(MeanOperator):
             self._engine = chosen_engine(graph, self._memory)
         return self._engine != "recompute"
 
-    def _for_audit(self) -> Self:
-        twin = super()._for_audit()
+    def _for_audit(self) -> Hessian:
+        twin = cast(Hessian, super()._for_audit())
         twin._is_second = True  # by double backward, which tangents must agree with
         return twin
 
-    def _quick(self) -> Self | None:
+    def _quick(self) -> Hessian | None:
         if not self._is_by_tangents:
             return None
         quick = copy.copy(self)
