@@ -62,8 +62,8 @@ demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / b
 	@$(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## op tests with shapes checked, models on a device, the suite
-	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*' --ignore-glob='*/test_memory.py' -n 2
-	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider --device apart tests/capture/test_exact.py tests/capture/test_observe.py
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*' --ignore-glob='*/test_memory.py' -n 2
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -p no:cacheprovider --device apart tests/capture/test_exact.py tests/capture/test_observe.py -n 2
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables
