@@ -10,6 +10,8 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+# Run once, with shapes checked, and left out of the rest.
+CHECKED := $(filter-out tests/ops/test_triton_% tests/ops/test_memory.py,$(wildcard tests/ops/test_*.py))
 BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
 PIP := -m pip --disable-pip-version-check -qq
 # The pinned linters of pyproject.toml, without building the package once more.
@@ -62,9 +64,9 @@ demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / b
 	@$(VENV)/bin/python $(DEMO) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## op tests with shapes checked, models on a device, the suite
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype tests/ops --ignore-glob='*/test_triton_*' --ignore-glob='*/test_memory.py' -n 2
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -p no:cacheprovider --jaxtyping-packages=fastminima,beartype.beartype $(CHECKED) -n 2
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -p no:cacheprovider --device apart tests/capture/test_exact.py tests/capture/test_observe.py -n 2
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 $(addprefix --ignore=,$(CHECKED)) $(TEST_ARGS)
 
 bench: $(BENCH_VENV)/.installed  ## time the probes beside other libraries, print the tables
 	@$(BENCH_VENV)/bin/python -m benchmarks.tables $(BENCH_ARGS)
