@@ -1,7 +1,7 @@
 """No way of computing holds more than 64 MiB, or than its arguments, at a time.
 
 Sizes are known before anything is computed, so tensors without data will do: those of
-the benchmark workloads with 32 times their batch.
+the benchmark workloads with 32 times their batch, or 8 times where pieces are many.
 """
 
 import importlib.util
@@ -67,7 +67,8 @@ def calls(workload, dtype, times=32, device="meta"):
 @pytest.mark.parametrize("workload", LAYERED)
 def test_references(workload, dtype):
     checked = 0
-    for op, args in calls(workload, dtype):
+    times = 8 if workload == "W3" else 32  # still beyond what may be held
+    for op, args in calls(workload, dtype, times):
         if op.name not in BY_VALUE:
             check(op.reference, args, f"{op.name} by reference")
             checked += 1
