@@ -45,7 +45,7 @@ class Unlooked(fm.LossHessian):
     """Made without looks at the loss and at its nodes, which come before a capture."""
 
     def _record(self, losses, functions_known):
-        self._roots, self._others = (losses.mean(),), []
+        self._roots, self._others, self._moved = (losses.mean(),), [], []
         self._graph = GradientGraph(self._roots, self._layout.parameters)
         self._versions = [p._version for p in self._layout.parameters]
 
