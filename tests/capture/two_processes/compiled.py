@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from rank_checks import check
 from scenarios import check_training
-from setting import build_block, check, losses_of, share, words
+from setting import build_block, losses_of, share, words
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,13 +4,13 @@ import copy
 
 import torch
 import torch.distributed as dist
+from rank_checks import check
 from replicated import DDP_OPTIONS
 from scenarios import full, load, sgd
 from setting import (
     assert_close,
     assert_oracle,
     build_block,
-    check,
     data,
     losses_of,
     share,

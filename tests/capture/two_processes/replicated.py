@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.distributed as dist
+from rank_checks import check, raised
 from scenarios import build_normalised, check_batch_norm, check_cases, check_training
 from setting import (
     OPTIONS,
@@ -11,11 +12,9 @@ from setting import (
     assert_oracle,
     assert_same,
     build,
-    check,
     counted_collectives,
     data,
     losses_of,
-    raised,
     share,
 )
 from torch import nn

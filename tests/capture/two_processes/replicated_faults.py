@@ -4,16 +4,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from setting import (
-    assert_close,
-    assert_oracle,
-    build,
-    check,
-    data,
-    losses_of,
-    raised,
-    share,
-)
+from rank_checks import check, raised
+from setting import assert_close, assert_oracle, build, data, losses_of, share
 from torch.nn.parallel import DistributedDataParallel
 
 import fastminima as fm

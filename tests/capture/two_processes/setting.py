@@ -7,13 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
 
 def build(seed=0):
     torch.manual_seed(seed)
@@ -105,16 +98,6 @@ def assert_oracle(stats, model, x):
         stats.mean_grad_sq_norm.double(), mean.square().sum(), rtol=1e-4, atol=1e-6
     )
     assert_close(stats.covariance_trace.double(), g.var(0).sum(), rtol=1e-4, atol=1e-6)
-
-
-def raised(call, kind, match):
-    """That `call` raises on this rank."""
-    try:
-        call()
-    except kind as error:
-        assert match in str(error), str(error)
-        return error
-    raise AssertionError(f"no {kind.__name__}")
 
 
 @contextmanager

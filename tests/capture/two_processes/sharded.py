@@ -6,6 +6,7 @@ import functools
 import cases
 import torch
 import torch.distributed as dist
+from rank_checks import check, raised
 from scenarios import (
     build_normalised,
     check_batch_norm,
@@ -21,11 +22,9 @@ from setting import (
     assert_same,
     build,
     build_block,
-    check,
     counted_collectives,
     data,
     losses_of,
-    raised,
     share,
     words,
 )

@@ -2,17 +2,9 @@
 
 import torch
 import torch.distributed as dist
+from rank_checks import check, raised
 from scenarios import full
-from setting import (
-    assert_close,
-    assert_oracle,
-    build,
-    check,
-    data,
-    losses_of,
-    raised,
-    share,
-)
+from setting import assert_close, assert_oracle, build, data, losses_of, share
 from sharded import MIXED, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -3,16 +3,8 @@
 import cases
 import torch
 import torch.distributed as dist
-from sharing import (
-    assert_near,
-    check,
-    counted_collectives,
-    raised,
-    rank,
-    replicated,
-    share,
-    vectors,
-)
+from rank_checks import check, raised
+from sharing import assert_near, counted_collectives, rank, replicated, share, vectors
 
 import fastminima as fm
 

@@ -3,16 +3,8 @@
 import cases
 import torch
 import torch.distributed as dist
-from sharing import (
-    assert_near,
-    check,
-    counted_collectives,
-    operators,
-    raised,
-    rank,
-    share,
-    vectors,
-)
+from rank_checks import check, raised
+from sharing import assert_near, counted_collectives, operators, rank, share, vectors
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -3,9 +3,9 @@
 import cases
 import torch
 import torch.distributed as dist
+from rank_checks import check
 from sharing import (
     assert_near,
-    check,
     counted_collectives,
     operators,
     rank,

@@ -5,7 +5,8 @@ from tempfile import mkdtemp
 
 import cases
 import torch
-from sharing import assert_near, check, operators, raised, rank, replicated, vectors
+from rank_checks import check, raised
+from sharing import assert_near, operators, rank, replicated, vectors
 
 import fastminima as fm
 

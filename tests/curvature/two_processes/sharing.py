@@ -9,14 +9,8 @@ from torch import nn
 
 import fastminima as fm
 
-CHECKS = {}
 COUNTS = [7, 3]  # of ten samples
 EXACT = {"rtol": 1e-12, "atol": 1e-14}  # where parts are only added in another order
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
 
 
 def rank():
@@ -56,17 +50,6 @@ def assert_near(got, want, **tolerance):
     """Elementwise, beside the largest element: what is added up cancels in some."""
     largest = float(want.abs().max()) or 1.0
     torch.testing.assert_close(got / largest, want / largest, **(tolerance or EXACT))
-
-
-def raised(call, kind, *words):
-    """That `call` raises on this rank."""
-    try:
-        call()
-    except kind as error:
-        for word in words:
-            assert word in str(error), str(error)
-        return error
-    raise AssertionError(f"no {kind.__name__}")
 
 
 @contextmanager
