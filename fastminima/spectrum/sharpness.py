@@ -42,8 +42,8 @@ class SharpnessProbe:
 
     That the loss has one symmetric Hessian is looked at as `Hessian` does, in the first
     call, in every 50th, and when the kind of data or a module's mode is another; the
-    calls between pay nothing for it but two dot products. Of a step's own graph
-    symmetry is all that can be looked at.
+    calls between look at the symmetry of their products alone (some 0.2 gradients on an
+    MLP). Of a step's own graph that is all that can be looked at.
 
     Args:
         model: The model.
