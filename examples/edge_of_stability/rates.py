@@ -2,7 +2,7 @@
 
 What gradient descent and Adam have in common. A row has "sharpness" along the run, a
 share of the edge at its learning rate; the criteria, by seed and for each rate:
-1. its mean over the second half is within a tenth of the edge;
+1. its median over the second half is within a tenth of the edge;
 2. the loss at the end is below that on arrival there: it goes on falling.
 A run that does not come to the edge has no value; see `judging`.
 """
@@ -10,7 +10,7 @@ A run that does not come to the edge has no value; see `judging`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -143,22 +143,25 @@ def curves(
 
 
 def nulls(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
-    """One sharpness at all rates; no sharpening; a sharpness of another edge."""
-    first = rows[0]["rate"]
-    same = {row["seed"]: row for row in rows if row["rate"] == first}
-    return {
-        "the sharpness does not know the rate": [
-            {**row, "sharpness": [v and v * row["rate"] / first for v in own]}
-            for row in rows
-            if (own := same.get(row["seed"], row)["sharpness"])
-        ],
+    """No sharpening; no end of it; and, of several rates, one sharpness at all."""
+    least, most = (of(row["rate"] for row in rows) for of in (min, max))
+    found = {
         "it stays as it began": [
-            {**row, "sharpness": [row["sharpness"][0]] * len(row["sharpness"])}
+            {**row, "sharpness": row["sharpness"][:1] * len(row["sharpness"])}
             for row in rows
         ],
         "it goes on rising": [
-            {**row, "sharpness": [v and v * (1 + i / 40) for i, v in enumerate(own)]}
-            for row in rows
-            if (own := row["sharpness"])
+            _with(row, lambda at, v: v * (1 + at / 20)) for row in rows
         ],
     }
+    if least < most:
+        found["it does not know the rate"] = [
+            _with(row, lambda at, v, by=row["rate"] / least: v * by) for row in rows
+        ]
+    return found
+
+
+def _with(row: Row, change: Callable[[int, float], float]) -> Row:
+    """The row with its sharpness changed; what is missing stays so."""
+    own = enumerate(row["sharpness"])
+    return {**row, "sharpness": [v and change(at, v) for at, v in own]}
