@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
@@ -39,16 +39,8 @@ RATES = (0.0005, 0.001)
 
 
 def settings(preset: str, dataset: str) -> RateSettings:
-    same: dict[str, Any] = {"rates": RATES, "first": 50, "steps": 3000, "looks": 30}
-    same |= {"pool": 1, "skip": 0} if dataset == "digits" else {}
-    if preset == "quick":
-        same |= {"rates": RATES[1:], "samples": 256, "steps": 2000, "looks": 20}
-        return RateSettings(preset, dataset, tuple(range(100, 103)), **same)
-    if preset == "laptop":
-        return RateSettings(preset, dataset, tuple(range(110, 115)), **same)
-    same |= {"hidden": (200, 200), "steps": 20_000, "looks": 100, "pool": 1}
-    same |= {"samples": 1600 if dataset == "digits" else 5000}
-    return RateSettings(preset, dataset, tuple(range(110, 120)), **same)
+    made = rates.settings_of(preset, dataset, RATES, steps=3000, first=50)
+    return replace(made, seeds=made.seeds[:5])
 
 
 def run(settings: RateSettings, task: Task, watch: Watch) -> list[Row]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -34,16 +33,9 @@ RATES = (0.1, 0.15, 0.2)
 
 
 def settings(preset: str, dataset: str) -> RateSettings:
-    same: dict[str, Any] = {"rates": RATES}
-    same |= {"pool": 1, "skip": 0} if dataset == "digits" else {}
-    if preset == "quick":
-        same |= {"rates": RATES[1:], "samples": 256, "steps": 2400, "looks": 24}
-        return RateSettings(preset, dataset, tuple(range(100, 103)), **same)
-    if preset == "laptop":
-        return RateSettings(preset, dataset, tuple(range(110, 120)), **same)
-    same |= {"hidden": (200, 200), "steps": 20_000, "looks": 100, "pool": 1}
-    same |= {"samples": 1600 if dataset == "digits" else 5000}
-    return RateSettings(preset, dataset, tuple(range(110, 120)), **same)
+    # Digits are less curved.
+    factor = 2 if dataset == "digits" else 1
+    return rates.settings_of(preset, dataset, [factor * r for r in RATES], steps=4000)
 
 
 def run(settings: RateSettings, task: Task, watch: Watch) -> list[Row]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -30,6 +31,7 @@ __all__ = [
     "judged",
     "means",
     "nulls",
+    "settings_of",
     "tasks_of",
     "upheavals",
 ]
@@ -44,6 +46,26 @@ class RateSettings(EdgeSettings):
     """
 
     rates: tuple[float, ...] = (0.1, 0.2)
+
+
+def settings_of(
+    preset: str, dataset: str, rates: Sequence[float], *, steps: int, **more: Any
+) -> RateSettings:
+    """The presets; `steps` and `more` are those of laptop, a look every 100 steps.
+
+    quick has the rates but for the first, for which it is too short.
+    """
+    same: dict[str, Any] = {"rates": tuple(rates), "steps": steps, **more}
+    same |= {"pool": 1, "skip": 0} if dataset == "digits" else {}
+    seeds = tuple(range(110, 120))
+    if preset == "quick":
+        same |= {"rates": tuple(rates[1:]), "samples": 256, "steps": steps * 6 // 10}
+        seeds = tuple(range(100, 103))
+    same["looks"] = same["steps"] // 100
+    if preset == "paper":
+        same |= {"hidden": (200, 200), "steps": 20_000, "looks": 100, "pool": 1}
+        same |= {"samples": 1600 if dataset == "digits" else 5000}
+    return RateSettings(preset, dataset, seeds, **same)
 
 
 def tasks_of(settings: RateSettings) -> list[Task]:
