@@ -12,11 +12,12 @@ convolution.py  convolutions
 pointwise.py    activations and products, element by element
 normal.py       layer norm
 softmax.py      softmax and its logarithm
+losses.py       losses that are sums over numbers
 table.py        which rule is whose
 """
 
 from .either import EitherGraph
-from .graph import TangentGraph
+from .graph import ClosedForm, TangentGraph
 from .rule import NotCovered
 
-__all__ = ["EitherGraph", "NotCovered", "TangentGraph"]
+__all__ = ["ClosedForm", "EitherGraph", "NotCovered", "TangentGraph"]

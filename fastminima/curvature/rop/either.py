@@ -14,7 +14,7 @@ __all__ = ["EitherGraph"]
 
 
 class EitherGraph(Graph):
-    """A `TangentGraph`, or what `otherwise(roots, parameters)` makes.
+    """A `TangentGraph` (or `first`), or what `otherwise(roots, parameters)` makes.
 
     Attributes:
         reason: Why it is the other one; None as long as it is not.
@@ -25,11 +25,12 @@ class EitherGraph(Graph):
         roots: tuple[Tensor, ...],
         parameters: tuple[Tensor, ...],
         otherwise: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Graph],
+        first: type[TangentGraph] = TangentGraph,
     ) -> None:
         self._otherwise = lambda: otherwise(roots, parameters)
         self.reason: NotCovered | None = None
         try:
-            self._graph: Graph = TangentGraph(roots, parameters)
+            self._graph: Graph = first(roots, parameters)
         except NotCovered as reason:
             self._give_way(reason)
         super().__init__(roots, self._graph.reached)

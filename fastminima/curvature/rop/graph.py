@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._graph import Graph, Parts
 from .._nodes import survey
-from .leaves import Leaf, Leaves
-from .rule import NotCovered, Some, total
+from .leaves import Handed, Leaf, Leaves
+from .rule import NotCovered, Some, Universal, total
 from .saved import Saved
 from .steps import LeafInput, Step, steps_of
 
-__all__ = ["TangentGraph"]
+__all__ = ["ClosedForm", "TangentGraph"]
 
 _ROUNDINGS = 1e3  # that the slope of a loss may be off by, of the terms it is a sum of
 _COARSEST = 0.3  # what is said to agree in half precisions
@@ -35,6 +35,8 @@ class TangentGraph(Graph):
     Source: Pearlmutter (1994), "Fast exact multiplication by the Hessian".
     """
 
+    _kind: type[Leaves] = Leaves
+
     def __init__(
         self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
     ) -> None:
@@ -45,7 +47,7 @@ class TangentGraph(Graph):
         with torch.no_grad():
             self._steps, self._gradient = steps_of(root, parameters, self._saved)
         super().__init__(roots, self._gradient)
-        self._leaves = Leaves(parameters)
+        self._leaves = self._kind(parameters)
         self._dying: list[list[int]] = [[] for _ in self._steps]
         self._eps: float | None = survey(roots).eps  # None once it has been checked
         self._plan()
@@ -147,6 +149,26 @@ class TangentGraph(Graph):
                 "tensor."
             )
         self._eps = None
+
+
+class ClosedForm(TangentGraph):
+    """The same where each node is linear or has a formula of its own.
+
+    A product's parts may share memory with what rules keep: they are to be read.
+
+    Raises:
+        NotCovered: Also for a node that is neither.
+    """
+
+    _kind = Handed
+
+    def __init__(
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> None:
+        super().__init__(roots, parameters)
+        for step in self._steps:
+            if isinstance(step.rule, Universal) and not step.rule.is_linear:
+                raise NotCovered(f"{step.rule.node.name()} has no formula of its own.")
 
 
 def _inputs(

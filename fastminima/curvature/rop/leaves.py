@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._flat import Joined
 
-__all__ = ["Leaf", "Leaves"]
+__all__ = ["Handed", "Leaf", "Leaves"]
 
 
 class Leaf:
@@ -103,3 +103,31 @@ class Leaves:
             found.append((target if written else target.zero_()) if reached else None)
         self._targets, flat, self._flat = [], self._flat, None
         return found if flat is None or not all(is_reached) else Joined(found, flat)
+
+
+class Handed(Leaves):
+    """The sums as they come: what is handed on alone is not copied."""
+
+    def start(self) -> None:
+        """Nothing is there yet."""
+        self._found: list[Tensor | None] = [None] * len(self._parameters)
+
+    def target(self, index: int) -> Tensor:
+        """The sum so far, in memory of its own."""
+        found = self._found[index]
+        own = torch.zeros_like(self._parameters[index]) if found is None else found + 0
+        self._found[index] = own
+        return own
+
+    def unwritten(self, index: int) -> None:
+        """No memory is kept for it."""
+
+    def add(self, index: int, value: Tensor) -> None:
+        """Add a tensor of the parameter's shape."""
+        found = self._found[index]
+        self._found[index] = value if found is None else found + value
+
+    def finish(self, is_reached: Sequence[bool]) -> list[Tensor | None]:
+        """The sums; None for those that nothing was added to."""
+        found, self._found = self._found, []
+        return found
