@@ -10,10 +10,11 @@ Each is symmetric like its operators and known by its products, which are theirs
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -46,17 +47,41 @@ class Algebra:
         """
         return Block(self, names)
 
-    def blocks(self) -> dict[str, Block]:
-        """A block for each module that has trainable parameters itself, by name.
+    def blocks(
+        self, by: str | Mapping[str, Sequence[str]] = "layer"
+    ) -> dict[str, Block]:
+        """A block for each layer, parameter or group, by name.
 
         Their eigenvalues are layer by layer; what couples layers is in none of them.
+
+        Args:
+            by: "layer", each module that has trainable parameters itself; "parameter";
+                or groups of names of parameters or modules, each with a name.
+
+        Raises:
+            ValueError: for another word, or a name that no trainable parameter has.
         """
+        if isinstance(by, Mapping):
+            return {name: Block(self, chosen) for name, chosen in by.items()}
+        if by not in ("layer", "parameter"):
+            raise ValueError(
+                f"by must be 'layer', 'parameter' or groups of names, got {by!r}."
+            )
+        if by == "parameter":
+            return {name: Block(self, [name]) for name in self.names}
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.names)
         own = {
             owner: [n for n in self.names if n.rpartition(".")[0] == owner]
             for owner in owners
         }
         return {owner: Block(self, names) for owner, names in own.items()}
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        """The rows of some parameters of a product with what is zero elsewhere.
+
+        `only` are their numbers; the other rows are not to be read.
+        """
+        return cast(Any, self) @ other
 
     def preconditioned(self, diagonal: Float[Tensor, " params"]) -> Preconditioned:
         """D^-1/2 A D^-1/2 for a diagonal of positive numbers, as `preconditioner` has.
@@ -168,11 +193,17 @@ class Combination(DerivedOperator):
                 )
 
     def _multiply(self, other: Tensor) -> Tensor:
-        pairs = zip(self._factors, self._parts, strict=True)
-        factor, part = next(pairs)
-        total = (part @ other) * factor
-        for factor, part in pairs:
-            total = total.add_(part @ other, alpha=factor)
+        return self._total(part @ other for part in self._parts)
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        return self._total(part._within(other, only) for part in self._parts)
+
+    def _total(self, products: Iterator[Tensor]) -> Tensor:
+        pairs = zip(self._factors, products, strict=True)
+        factor, product = next(pairs)
+        total = product * factor
+        for factor, product in pairs:
+            total = total.add_(product, alpha=factor)
         return total
 
     @property
@@ -188,7 +219,8 @@ def _kind(part: Any) -> tuple[Any, ...]:
 class Block(DerivedOperator):
     """The rows and columns of some parameters, such as those of a layer.
 
-    A product costs one of the whole operator.
+    A product goes through the part of the graph that is made of them alone, and costs
+    less than one of the whole operator the further up the layers are.
 
     Args:
         whole: The operator.
@@ -203,12 +235,15 @@ class Block(DerivedOperator):
         ends = list(itertools.accumulate(whole.sizes))
         self._names: list[str] = []
         self._slices: list[slice] = []
+        self._numbers: list[int] = []
         met = set()
-        for name, end, size in zip(whole.names, ends, whole.sizes, strict=True):
+        places = zip(whole.names, ends, whole.sizes, strict=True)
+        for number, (name, end, size) in enumerate(places):
             found = {c for c in chosen if name == c or name.startswith(f"{c}.")}
             if found:
                 met |= found
                 self._names.append(name)
+                self._numbers.append(number)
                 self._slices.append(slice(end - size, end))
         if missing := [c for c in chosen if c not in met]:
             raise ValueError(
@@ -217,6 +252,7 @@ class Block(DerivedOperator):
                 f"{' and more' if len(whole.names) > 8 else ''}."
             )
         self._size = sum(s.stop - s.start for s in self._slices)
+        self._known: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -234,6 +270,12 @@ class Block(DerivedOperator):
         return tuple(place.stop - place.start for place in self._slices)
 
     def _multiply(self, other: Tensor) -> Tensor:
+        return self._inside(other, tuple(self._numbers))
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        return self._inside(other, tuple(self._numbers[index] for index in only))
+
+    def _inside(self, other: Tensor, numbers: tuple[int, ...]) -> Tensor:
         (whole,) = self._parts
         padded = other.new_zeros(whole.shape[0], *other.shape[1:])
         start = 0
@@ -241,7 +283,7 @@ class Block(DerivedOperator):
             size = place.stop - place.start
             padded[place] = other[start : start + size]
             start += size
-        return self._cut(whole @ padded)
+        return self._cut(whole._within(padded, numbers))
 
     def _cut(self, vector: Tensor) -> Tensor:
         return torch.cat([vector[place] for place in self._slices])
@@ -249,7 +291,15 @@ class Block(DerivedOperator):
     @property
     def gradient(self) -> Float[Tensor, " params"]:
         """The part of the whole one."""
+        if self._known is not None:
+            return self._known
         return self._cut(self._parts[0].gradient)
+
+    def starting_from(self, gradient: Float[Tensor, " params"]) -> Block:
+        """The same block for solvers, where the whole gradient is known."""
+        block = copy.copy(self)
+        block._known = self._cut(gradient)
+        return block
 
 
 class Preconditioned(DerivedOperator):
@@ -286,6 +336,10 @@ class Preconditioned(DerivedOperator):
     def _multiply(self, other: Tensor) -> Tensor:
         root = self._root if other.dim() == 1 else self._root[:, None]
         return (self._parts[0] @ (other * root)).mul_(root)
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        root = self._root if other.dim() == 1 else self._root[:, None]
+        return self._parts[0]._within(other * root, only).mul_(root)
 
     @property
     def gradient(self) -> Float[Tensor, " params"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from ._graph import (
     check_mean,
     combine,
     differentiate,
+    picked,
+    spread,
 )
 from ._scale import norm
 from .rop import ClosedForm, EitherGraph
@@ -155,21 +157,24 @@ class _OutputsGraph(Graph):
         )
         super().__init__(roots, self._pulled_back)
 
-    def product(self, parts: list[Tensor]) -> Parts:
-        (pushed,) = combine(self._pulled_back, [self._cotangent], parts)
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
+        chosen = range(len(parts)) if only is None else only
+        pulled, mine, v = picked(chosen, self._pulled_back, self._parameters, parts)
+        (pushed,) = combine(pulled, [self._cotangent], v)
         if pushed is None:
             return [None] * len(self._parameters)
         (curved,) = self._curvature.product([pushed])
         if curved is None:
             return [None] * len(self._parameters)
-        return combine([self._predictions], self._parameters, [curved])
+        found = combine([self._predictions], mine, [curved])
+        return found if only is None else spread(only, found, len(parts))
 
     def gradient(self) -> Parts:
         return combine([self._predictions], self._parameters, [self._slope])
 
 
 def _curvature(loss: Tensor, leaf: Tensor, *, is_closed: bool) -> Graph:
-    """The loss as a function of the predictions alone, for products with its Hessian."""
+    """The loss as a function of the predictions alone: products with its Hessian."""
     if is_closed:
         return EitherGraph((loss,), (leaf,), GradientGraph, ClosedForm)
     return GradientGraph((loss,), (leaf,))

@@ -116,6 +116,8 @@ class LossHessian(FlatMatrix):
             )
         self._versions = [p._version for p in self._layout.parameters]
 
+    _only: tuple[int, ...] | None = None  # parameters within which products are made
+
     def __matmul__(
         self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
     ) -> Float[Tensor, " params"] | Float[Tensor, "params probes"]:
@@ -128,6 +130,13 @@ class LossHessian(FlatMatrix):
         if not columns:
             return torch.zeros_like(other)
         return torch.stack([self._product(column) for column in columns], dim=1)
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        self._only = only
+        try:
+            return self @ other
+        finally:
+            self._only = None
 
     @property
     def gradient(self) -> Float[Tensor, " params"]:
@@ -176,7 +185,9 @@ class LossHessian(FlatMatrix):
         # Copies are for checkpoints that move buffers; the first pass has told.
         kept = buffers_kept(self._model) if self._moved else contextlib.nullcontext()
         with kept:
-            return self._joined(lambda: self._graph.product(parts), (column,))
+            return self._joined(
+                lambda: self._graph.product(parts, self._only), (column,)
+            )
 
     def _joined(self, make: Callable[[], Parts], columns: Sequence[Tensor]) -> Tensor:
         """The flat vector of what is made, of all ranks where there are several.

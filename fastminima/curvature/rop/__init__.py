@@ -3,6 +3,7 @@
 either.py       what to use: tangents, or another graph where they would be wrong
 graph.py        the class that the rest is for: recorded once, multiplied often
 steps.py        the graph as a list of steps, each with its rule and its wiring
+plan.py         which steps a product takes within some parameters
 leaves.py       where what belongs to a parameter is added up
 saved.py        what nodes have saved, and whether it is what it was
 rule.py         what a rule is, and the one that holds for every node

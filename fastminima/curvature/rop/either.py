@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -35,13 +35,18 @@ class EitherGraph(Graph):
             self._give_way(reason)
         super().__init__(roots, self._graph.reached)
 
-    def product(self, parts: list[Tensor]) -> Parts:
+    @property
+    def calls_closures(self) -> bool:  # type: ignore[override]
+        """Whether products may run what a user has written."""
+        return self._graph.calls_closures
+
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
         """The product of the Hessian with a vector, given by its parts."""
         try:
-            return self._graph.product(parts)
+            return self._graph.product(parts, only)
         except NotCovered as reason:
             self._give_way(reason)
-            return self._graph.product(parts)
+            return self._graph.product(parts, only)
 
     def gradient(self) -> Parts:
         """The gradient of the loss."""

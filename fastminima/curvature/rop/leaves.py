@@ -9,11 +9,17 @@ from torch import Tensor
 
 from ..._flat import Joined
 
-__all__ = ["Handed", "Leaf", "Leaves"]
+__all__ = ["Handed", "Leaf", "Leaves", "Nowhere", "wanted"]
 
 
 class Leaf:
-    """The sum for one parameter, or for its transpose."""
+    """The sum for one parameter, or for its transpose.
+
+    Attributes:
+        is_wanted: Whether what is added is asked for.
+    """
+
+    is_wanted = True
 
     def __init__(self, leaves: Leaves, index: int, is_turned: bool) -> None:
         self._leaves, self._index, self._is_turned = leaves, index, is_turned
@@ -42,6 +48,27 @@ class Leaf:
             self._leaves.target(self._index).addmm_(a, b)
         else:
             torch.mm(a, b, out=target)
+
+
+class Nowhere(Leaf):
+    """Where a product within some parameters needs nothing: rules leave it out."""
+
+    is_wanted = False
+
+    def add(self, value: Tensor) -> None:
+        """Nothing."""
+
+    def add_sum(self, value: Tensor) -> None:
+        """Nothing."""
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Nothing; the product is not made."""
+
+
+def wanted(has: Sequence[bool], leaves: Sequence[Leaf | None]) -> list[bool]:
+    """For each input whether the change of its gradient is asked for."""
+    pairs = zip(has, leaves, strict=True)
+    return [there and (leaf is None or leaf.is_wanted) for there, leaf in pairs]
 
 
 class Leaves:
