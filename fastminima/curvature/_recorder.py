@@ -135,8 +135,10 @@ class Recorder(abc.ABC):
     @property
     def _is_settled(self) -> bool:
         """Whether the next pass is through a graph that calls nothing of the user's."""
-        is_compared = self._compared is not None and self._compared is self._kept
-        return is_compared and not self._kept.graph.calls_closures
+        kept = self._kept
+        if kept is None or kept is not self._compared:
+            return False
+        return not kept.graph.calls_closures
 
     @contextlib.contextmanager
     def _bare(self) -> Iterator[None]:

@@ -193,8 +193,7 @@ def _inputs(step: Step, tangents: list[Some], parts: Some) -> list[Tensor | None
             found.append(None)
         elif isinstance(source, LeafInput):
             part = parts[source.index]
-            is_turned = source.is_turned and part is not None
-            found.append(part.t() if is_turned else part)
+            found.append(part.t() if part is not None and source.is_turned else part)
         else:
             place, number = source
             found.append(tangents[place][number] if tangents[place] else None)
