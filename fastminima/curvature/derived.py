@@ -14,14 +14,16 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._flat import FlatLayout
-from ._shards import whole
+from ._audit_products import repeated
+from ._trust import difference
+from .audit import CurvatureAudit, CurvatureCheck
 
 __all__ = [
     "Algebra",
@@ -29,7 +31,6 @@ __all__ = [
     "Combination",
     "DerivedOperator",
     "Preconditioned",
-    "preconditioner",
 ]
 
 
@@ -159,6 +160,33 @@ class DerivedOperator(Algebra, abc.ABC):
             )
         return self._multiply(other)
 
+    def audit(self, *, seed: int = 0) -> CurvatureAudit:
+        """The audits of the operators below, in one table that names each.
+
+        Of a block also: a product within it beside the rows of one with the whole.
+
+        Args:
+            seed: Of the random vectors.
+
+        Raises:
+            ValueError: As the audits of those operators.
+        """
+        lines: list[CurvatureCheck] = []
+        for number, operator in enumerate(self.operators, 1):
+            name = type(operator).__name__
+            name = f"{number}, {name}" if len(self.operators) > 1 else name
+            lines += [
+                replace(line, looked_at=f"{name}: {line.looked_at}")
+                for line in operator.audit(seed=seed).checks
+            ]
+        if all(line.ok for line in lines):
+            lines += self._own_lines(seed)
+        return CurvatureAudit(str(self), tuple(lines))
+
+    def _own_lines(self, seed: int) -> list[CurvatureCheck]:
+        """What an audit says beside that of the operators below."""
+        return [line for part in self._parts for line in _own_lines(part, seed)]
+
     @abc.abstractmethod
     def _multiply(self, other: Tensor) -> Tensor:
         """The product with a vector or a matrix."""
@@ -170,6 +198,10 @@ class DerivedOperator(Algebra, abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"
+
+
+def _own_lines(part: Any, seed: int) -> list[CurvatureCheck]:
+    return part._own_lines(seed) if isinstance(part, DerivedOperator) else []
 
 
 class Combination(DerivedOperator):
@@ -275,15 +307,30 @@ class Block(DerivedOperator):
     def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
         return self._inside(other, tuple(self._numbers[index] for index in only))
 
+    def _own_lines(self, seed: int) -> list[CurvatureCheck]:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(
+            self.shape[0], generator=generator, dtype=torch.float64, device="cpu"
+        )
+        v = drawn.to(self.device, self.dtype)
+        apart = difference(self @ v, self._cut(self._parts[0] @ self._padded(v)))
+        allowed = max(x.noise.repeat for x in self.operators if x.noise is not None)
+        looked_at = f"{self}: its product and the rows of one with the whole"
+        line = repeated("within", looked_at, apart, allowed)
+        return [line, *super()._own_lines(seed)]
+
     def _inside(self, other: Tensor, numbers: tuple[int, ...]) -> Tensor:
-        (whole,) = self._parts
-        padded = other.new_zeros(whole.shape[0], *other.shape[1:])
+        return self._cut(self._parts[0]._within(self._padded(other), numbers))
+
+    def _padded(self, other: Tensor) -> Tensor:
+        """Vectors of the whole operator, zero elsewhere."""
+        padded = other.new_zeros(self._parts[0].shape[0], *other.shape[1:])
         start = 0
         for place in self._slices:
             size = place.stop - place.start
             padded[place] = other[start : start + size]
             start += size
-        return self._cut(whole._within(padded, numbers))
+        return padded
 
     def _cut(self, vector: Tensor) -> Tensor:
         return torch.cat([vector[place] for place in self._slices])
@@ -345,53 +392,3 @@ class Preconditioned(DerivedOperator):
     def gradient(self) -> Float[Tensor, " params"]:
         """The gradient in the same coordinates, D^-1/2 g."""
         return self._parts[0].gradient * self._root
-
-
-def preconditioner(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Float[Tensor, " params"]:
-    """What an adaptive optimizer divides its steps by, for each parameter.
-
-    For Adam and AdamW after t steps (1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps), v
-    the running mean of squared gradients, or their largest under `amsgrad`: gradient
-    descent with momentum beta1 and this preconditioner takes the same steps as long as
-    it does not change. For RMSprop sqrt(v) + eps, for Adagrad sqrt(sum) + eps.
-
-    Raises:
-        ValueError: for another optimizer, and for parameters that it has not stepped.
-
-    Source: Cohen et al. (2022), "Adaptive gradient methods at the edge of stability",
-    arXiv:2207.14484; where the edge is says `theory.edge_of_stability`.
-    """
-    layout = FlatLayout(model)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    parts = []
-    for name, p in zip(layout.names, layout.parameters, strict=True):
-        state: Mapping[str, Any] = optimizer.state.get(p, {})
-        if id(p) not in groups or not state:
-            raise ValueError(
-                f"The optimizer has no state for {name!r}. Take a step with it first, "
-                "or freeze parameters that it does not train."
-            )
-        parts.append(whole(_divisor(optimizer, groups[id(p)], state)))
-    return layout.join(parts)
-
-
-def _divisor(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> Tensor:
-    eps = group.get("eps", 0.0)
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        first, second = group["betas"]
-        steps = float(state["step"])
-        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        root = (squares.double() / (1 - second**steps)).sqrt()
-        return (1 - first**steps) * (root + eps)
-    if isinstance(optimizer, torch.optim.RMSprop) and not group["centered"]:
-        return state["square_avg"].double().sqrt() + eps
-    if isinstance(optimizer, torch.optim.Adagrad):
-        return state["sum"].double().sqrt() + eps
-    raise ValueError(
-        f"What {type(optimizer).__name__} divides by is not known here. Pass the "
-        "diagonal as a vector: H.preconditioned(diagonal)."
-    )
