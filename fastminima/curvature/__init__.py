@@ -1,7 +1,8 @@
 """Curvature operators: matrices over the parameters, known by their products.
 
 Public: `hessian`, `gauss_newton`, `covariance`, `loss_hessian` (of a training step,
-with `recording`), `derived` (made of others), `preconditioner`, `critical` (by losses alone), `audit`.
+with `recording`), `derived` (made of others), `preconditioner`, `critical` (by losses
+alone), `audit`.
 
 What the others are for, from below:
 
@@ -14,8 +15,8 @@ What the others are for, from below:
     ranks       _ranks, _shards, _joint, _joint_loss: of all processes' data
     operators   _matrix, _recorder, _checks, _operator, _mean, _compared: what they all
                 have
-    audits      _auditing, _audit_closures, _audit_graph, _audit_products, _audit_loss,
-                _differences, _kinks
+    audits      _auditing, _audit_closures, _audit_graph, _audit_lines, _audit_loss,
+                _audit_products, _differences, _kinks
 """
 
 from ._matrix import FlatMatrix

@@ -11,7 +11,7 @@ from torch import nn
 from .._flat import FlatLayout
 from ._audit_closures import modes, precision
 from ._audit_graph import ends, reach
-from ._audit_products import (
+from ._audit_lines import (
     asymmetry,
     not_finite,
     not_symmetric,

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._audit_products import repeated
+from ._audit_lines import repeated
 from ._trust import difference
 from .audit import CurvatureAudit, CurvatureCheck
 

@@ -33,9 +33,9 @@ def block_eigenpairs(
     One recorded graph serves all layers, and one gradient is where all runs start. A
     product with a block goes through the part of the graph that is made of its layer,
     and leaves out the gradients of the other layers: that of all blocks of n like
-    layers costs about n/6 products with the whole, not n. Cheaper it cannot be exact: a
-    vector of all layers at once gives their sum with what couples them. Of several
-    batches each product records anew, which costs more than it.
+    layers costs about n/6 passes through the whole graph, not n. A vector of all layers
+    at once would give their products with what couples the layers added. Of several
+    batches each product records anew, which costs more than the product.
 
     Args:
         H: An operator, or what is made of operators: all that has `.blocks()`.

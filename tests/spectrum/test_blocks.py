@@ -3,7 +3,7 @@
 import pytest
 import torch
 from curvature import cases
-from torch import nn
+from curvature.faults import FAULTS, sample
 
 import fastminima as fm
 
@@ -133,24 +133,9 @@ def test_a_fresh_operator_is_compared_as_a_whole(monkeypatch):
     H.block("0") @ torch.ones(20).double()
     assert H.extra_products == 2
 
-    class Reversed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        def backward(ctx, grad):
-            (x,) = ctx.saved_tensors
-            return grad * x.detach()
-
-    def wrong(model, batch):
-        return nn.functional.mse_loss(
-            Reversed.apply(model[0](batch[0])), batch[0][:, :1]
-        )
-
-    H = fm.Hessian(nn.ModuleList([nn.Linear(3, 1)]).double(), wrong, batch)
-    with pytest.raises(ValueError):
+    fault = FAULTS["detached backward"]
+    H = fm.Hessian(fault.make(), fault.loss, sample(torch.device("cpu")))
+    with pytest.raises(ValueError, match=fault.says):
         fm.block_eigenpairs(H)
 
 

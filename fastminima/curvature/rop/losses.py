@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._graph import differentiate
 from .leaves import Leaf
-from .rule import Rule, Some, edges_of, total
+from .pointwise import bend_of
+from .rule import Rule, Some, total
 
 __all__ = ["ELEMENTWISE", "ElementwiseLoss"]
 
@@ -34,14 +33,7 @@ class ElementwiseLoss(Rule):
         super().__init__(node, gradients)
         gradient = gradients[0]
         assert gradient is not None
-        with torch.enable_grad():
-            found = node(gradient.detach())
-        found = found[0] if isinstance(found, tuple) else found
-        self._bend: Tensor | None = None
-        if found.requires_grad:
-            (self._bend,) = differentiate(
-                (found,), edges_of(node), (torch.ones_like(found),), create_graph=False
-            )
+        self._bend = bend_of(node, gradient)
         self.is_linear = self._bend is None
 
     @classmethod
