@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from jaxtyping import Float
 from torch import Tensor, device, dtype
 
@@ -54,6 +56,10 @@ class FlatMatrix(Algebra):
 
     def begin(self) -> None:
         """A solver starts."""
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Within, nothing changes of what the matrix is made of: looked at once."""
+        return contextlib.nullcontext()
 
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["CurvatureAudit", "CurvatureCheck"]
+__all__ = ["CurvatureAudit", "CurvatureCheck", "refuse_ranks"]
 
 _WIDTH = 88
 _ORDER = ("WRONG", "untold", "note", "ok")
@@ -83,6 +84,17 @@ class CurvatureAudit:
         verdict = f"{wrong} WRONG" if wrong else "nothing wrong"
         lines.append(f"{verdict}, {untold} untold" if untold else verdict)
         return "\n".join(lines)
+
+
+def refuse_ranks(ranks: Any) -> None:
+    """ValueError where several ranks have the data between them."""
+    if ranks is not None:
+        raise ValueError(
+            "Several ranks have the data of this operator between them, and an audit "
+            "looks at one process: it evaluates and moves parameters where the others "
+            "would have to as well. Audit an operator of the plain model (ddp.module) "
+            "on one rank's batch."
+        )
 
 
 def _number(value: float | None) -> str:
