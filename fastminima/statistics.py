@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -238,8 +238,12 @@ class GradientStatistics:
         mine = [(name, t.shape) for name, t in part.items()]
         dist.all_gather_object(names, mine, group=group)
         shapes = {name: shape for rank in names for name, shape in rank}
+        order: list[str] = []
+        for rank in names:
+            order = _merged(order, [name for name, _ in rank])
         result = {}
-        for name, shape in shapes.items():
+        for name in order:
+            shape = shapes[name]
             t = part[name] if name in part else self.mean_grad_sq_norm.new_zeros(shape)
             result[name] = t * weight
             dist.all_reduce(result[name], group=group)
@@ -301,12 +305,30 @@ def _concatenated(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _weighted(
     a: Mapping[str, Tensor], na: int, b: Mapping[str, Tensor], nb: int
 ) -> dict[str, Tensor]:
-    total = na + nb
-    mean = {name: t * (na / total) for name, t in a.items()}
-    for name, t in b.items():
-        part = t * (nb / total)
-        mean[name] = mean[name] + part if name in mean else part
+    mean, total = {}, na + nb
+    for name in _merged(a, b):
+        parts = [(t[name], n) for t, n in ((a, na), (b, nb)) if name in t]
+        first, n = parts[0]
+        mean[name] = first * (n / total)
+        for other, n in parts[1:]:
+            mean[name].add_(other, alpha=n / total)
     return mean
+
+
+def _merged(a: Iterable[str], b: Iterable[str]) -> list[str]:
+    """All names, in an order that both are in: that of the model, as far as is known.
+
+    A name that `a` does not have comes before the next one of `b` that it has.
+    """
+    merged, known, waiting = list(a), set(a), []
+    for name in b:
+        if name not in known:
+            waiting.append(name)
+        elif waiting:
+            at = merged.index(name)
+            merged[at:at] = waiting
+            waiting = []
+    return merged + waiting
 
 
 def _joined(
@@ -315,7 +337,7 @@ def _joined(
     if a is None or b is None:
         return None
     joined = {}
-    for name in dict.fromkeys([*a, *b]):
+    for name in _merged(a, b):
         like = a[name] if name in a else b[name]
         left = a[name] if name in a else like.new_zeros(na)
         right = b[name] if name in b else like.new_zeros(nb)

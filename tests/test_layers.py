@@ -35,7 +35,8 @@ FLOORS = (
     {"options", "reading"},
     {"rules"},
     {"session"},
-    {"audit", "minibatch", "ranks"},
+    {"accumulation", "audit", "minibatch", "ranks"},
+    {"stepping"},
     {"probe"},
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

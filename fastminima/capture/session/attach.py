@@ -62,7 +62,7 @@ class Attacher:
         self._may_repeat = (
             options.measure == {"norms"}
             and options.sample is None
-            and not (options.keep_mean or directions)
+            and not (options.needs_mean or directions)
             and not defer_errors
         )
 
@@ -116,7 +116,7 @@ class Attacher:
         # Ranks that join without the mean find it in .grad, when all have reduced it.
         hooks = not is_fresh
         if self._defer_errors:
-            hooks = self._options.keep_mean
+            hooks = self._options.needs_mean
         observed = Observed(target, chosen, reads_grad=not hooks)
         try:
             if waits:
@@ -186,7 +186,7 @@ class Attacher:
 
     def collector(self, fusion: Fusion | None = None) -> Collector:
         """Takes what the options ask for."""
-        measure, keep_grads = self._options.measure, self._options.keep_mean
+        measure, keep_grads = self._options.measure, self._options.needs_mean
         if fusion is None:
             return Collector(measure, self._directions, keep_grads=keep_grads)
         return FusedCollector(measure, self._directions, fusion, keep_grads=keep_grads)
