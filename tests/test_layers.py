@@ -20,6 +20,7 @@ LAYERS = (
         "_optional",
         "_parameters",
         "_processes",
+        "_sums",
     },
     {"ops"},
     {"capture", "curvature"},

@@ -49,6 +49,11 @@ class Accumulation:
         """Whether each pass is a step."""
         return self._size == 1
 
+    def restart(self, steps: int) -> None:
+        """Begin a step, after so many of them."""
+        self.end()
+        self.steps = steps
+
     def rests(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether `every` leaves out the pass that is about to run; counts it."""
         if self.is_single:

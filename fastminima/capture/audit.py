@@ -61,7 +61,7 @@ class AuditRow:
         return all(error <= self.tolerance for error in errors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """The result of `GradientProbe.audit`; prints as a table."""
 
@@ -78,6 +78,19 @@ class Audit:
     def cost(self) -> float:
         """Time of all norms, as a part of the plain backward pass."""
         return sum(row.cost for row in self.rows)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns of a table with a row a parameter: `pandas.DataFrame(...)`."""
+        columns: dict[str, list[Any]] = {
+            "parameter": [row.parameter for row in self.rows],
+            "rule": [", ".join(dict.fromkeys(row.rules)) for row in self.rows],
+        }
+        for name in ("sum_error", "norm_error", "tolerance", "cost", "ok"):
+            columns[name] = [getattr(row, name) for row in self.rows]
+        return columns
+
+    def __repr__(self) -> str:
+        return str(self)  # where a notebook shows the last value, the table is wanted
 
     def __str__(self) -> str:
         table = [("parameter", "rule", "sum error", "norm error", "cost", "")]

@@ -34,6 +34,19 @@ Reduction = Literal["mean", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
+_USUAL: dict[str, Any] = {
+    "per_parameter": False,
+    "keep_mean": False,
+    "mode": "observe",
+    "batchnorm": "error",
+    "batch_dim": 0,
+    "every": 1,
+    "accumulate": 1,
+    "sample": None,
+    "check_every": 200,
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """What a probe was told when it was made.
@@ -73,6 +86,16 @@ class Options:
         check_word("mode", others["mode"], get_args(Mode))
         check_dim(others["batch_dim"])
         return cls(frozenset(words), **others)
+
+    def said(self) -> list[str]:
+        """In words, what is not as by default; norms are always measured."""
+        more = sorted(self.measure - {"norms"})
+        words = [f"measure={('norms', *more)}"] if more else []
+        return words + [
+            f"{name}={getattr(self, name)!r}"
+            for name, usual in _USUAL.items()
+            if getattr(self, name) != usual
+        ]
 
     @property
     def needs_mean(self) -> bool:

@@ -34,7 +34,7 @@ Found = TypeVar(
     "Found",
     bound=GradientStatistics | None,
     covariant=True,
-    default=GradientStatistics | None,
+    default=GradientStatistics,
 )
 
 
@@ -314,6 +314,17 @@ class GradientProbe(Stepping, Generic[Found]):
             12
         """
         return self._steps.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on with: steps so far, and what `sample` draws next.
+
+        Which samples rows belong to is measured again by the probe that loads it.
+        """
+        return self._state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state, at the beginning of a step."""
+        self._restore(state_dict)
 
     def detach(self) -> None:
         """Take back an `attach` whose backward pass did not come: removes its hooks."""

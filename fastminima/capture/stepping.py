@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +81,30 @@ class Stepping:
         )
         self._pass: Pass = Nothing()
 
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        tensors, total = len(self._parameters), self._parameter_count
+        shown = f"{name}, {total} parameters in {tensors} tensors"
+        directions = [f"directions={list(self._directions)}"] * bool(self._directions)
+        words = "; ".join([shown, *self._options.said(), *directions])
+        return f"GradientProbe({words}; {self._steps.steps} steps)"
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """A copy is made anew: it has the arguments and the state, and no graphs."""
+        given = self._options, self._given_directions, self._process_group
+        return _made_anew, (type(self), self._model, *given), self._state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state)
+
+    def _state(self) -> dict[str, Any]:
+        """What a run goes on with."""
+        return {"steps": self._steps.steps, "random": self._attacher.random_state}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._steps.restart(state["steps"])
+        self._attacher.random_state = state["random"].cpu()
+
     def _retrack(self) -> Mapping[str, Tensor]:
         """Track the parameters that the model has now.
 
@@ -154,3 +178,11 @@ class Stepping:
     def _detach(self) -> None:
         self._pass.close()
         self._pass = Nothing()
+
+
+def _made_anew(
+    kind: type[Stepping], model: Any, options: Options, *others: Any
+) -> Stepping:
+    probe = kind.__new__(kind)
+    Stepping.__init__(probe, model, options, *others)
+    return probe

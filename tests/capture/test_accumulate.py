@@ -37,7 +37,7 @@ def micro_batches(seed, dtype=torch.float64):
 
 
 def truth(model, batches):
-    """`[N, P]` of all samples, each differentiated alone within its own batch's kind."""
+    """`[N, P]` of all samples, each differentiated alone in its batch."""
     rows = []
     for x in batches:
         found = {name: [] for name, _ in model.named_parameters()}

@@ -66,6 +66,15 @@ class Attacher:
             and not defer_errors
         )
 
+    @property
+    def random_state(self) -> Tensor:
+        """Of the generator that `sample` draws with."""
+        return self._generator.get_state()
+
+    @random_state.setter
+    def random_state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
     def note(self, loss: Tensor, stats: GradientStatistics) -> None:
         """Keep what a step brought, by which a jump is told."""
         self._jumps.note(loss, stats)
