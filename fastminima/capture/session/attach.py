@@ -27,7 +27,7 @@ from .hooks import Observer, Session
 from .program import program_of
 from .repeat import Repeat, new_repeat
 from .states import Frozen, Observed, Pass
-from .timed import TimedCollector, TimedSession
+from .timed import TimedCollector, TimedSession, stop_watch
 
 __all__ = ["Attacher"]
 
@@ -85,7 +85,7 @@ class Attacher:
             reading,
             self._parameters,
             count,
-            TimedCollector(),
+            TimedCollector(stop_watch(p.device for p in self._parameters.values())),
             hook_gradients=False,
             announce=self.announce,
             defer_errors=self._defer_errors,
