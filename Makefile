@@ -13,7 +13,10 @@ BENCH_VENV := .venv-bench
 # Run once, with shapes checked, and left out of the rest.
 CHECKED := $(filter-out tests/ops/test_triton_% tests/ops/test_memory.py,$(wildcard tests/ops/test_*.py))
 BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
-PIP := -m pip --disable-pip-version-check -qq
+PIP := -m pip --disable-pip-version-check
+# Of what pip says: large downloads, and that it goes on.
+SHOW := | sed -un -e 's/^ *\(Downloading [^ ]* ([0-9.]* [MG]B)\).*/  \1/p' \
+	-e 's/^ *\(Building [a-z]* for [^ ]*\).*/  \1/p' -e 's/^\(Installing\) collected.*/  \1/p'
 # The pinned linters of pyproject.toml, without building the package once more.
 LINTERS := import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
 	print(*found['project']['optional-dependencies']['lint'], sep='\n')
@@ -22,6 +25,8 @@ DEMO := -m examples run f1 --preset quick --seeds 0-7
 
 # PyTorch's threads sleep instead of spinning when another program wants the core.
 export OMP_WAIT_POLICY ?= PASSIVE
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint clean
@@ -34,16 +39,16 @@ define environment
 	@echo "set-up 1/3: Python environment in $(1)"
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@echo "set-up 2/3: $(TORCH)"
-	@$(1)/bin/python $(PIP) install $(TORCH) $(TORCH_ARGS)
+	@$(1)/bin/python $(PIP) install $(TORCH) $(TORCH_ARGS) $(SHOW)
 	@echo "set-up 3/3: fastminima with its native kernels (a minute or two)"
-	@$(1)/bin/python $(PIP) install -e '.[$(2)]'
+	@$(1)/bin/python $(PIP) install -e '.[$(2)]' $(SHOW)
 	@$(1)/bin/python -m fastminima | grep -E '^native'
 endef
 
 # timm wants torchvision, which its models do not need.
 $(VENV)/.installed: $(BUILD_INPUTS)
 	$(call environment,$(VENV),test)
-	@$(VENV)/bin/python $(PIP) install --no-deps timm==1.0.31
+	@$(VENV)/bin/python $(PIP) install -q --no-deps timm==1.0.31
 	@touch $@
 
 $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh benchmarks/requirements*.txt)
@@ -55,7 +60,7 @@ $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh
 $(VENV)/.linters: $(VENV)/.installed
 	@echo "set-up: linters"
 	@$(VENV)/bin/python -c "$(LINTERS)" > $(VENV)/linters.txt
-	@$(VENV)/bin/python $(PIP) install -r $(VENV)/linters.txt
+	@$(VENV)/bin/python $(PIP) install -r $(VENV)/linters.txt $(SHOW)
 	@touch $@
 
 setup: $(VENV)/.installed  ## the environment that demo and test use
