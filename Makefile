@@ -14,7 +14,10 @@ BENCH_VENV := .venv-bench
 CHECKED := $(filter-out tests/ops/test_triton_% tests/ops/test_memory.py,$(wildcard tests/ops/test_*.py))
 BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
 # Most of 19000 modules are never imported: bytecode is made of those that are.
-PIP := -m pip --disable-pip-version-check -qq install --no-compile
+PIP := -m pip --disable-pip-version-check install --no-compile
+# Of what pip says: large downloads, and that it goes on.
+SHOW := | sed -un -e 's/^ *\(Downloading [^ ]* ([0-9.]* [MG]B)\).*/  \1/p' \
+	-e 's/^ *\(Building [a-z]* for [^ ]*\).*/  \1/p' -e 's/^\(Installing\) collected.*/  \1/p'
 # Neighbours stay in one process, which makes what they share once.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # The claim on the width of minima, with seeds enough to decide it.
@@ -24,6 +27,8 @@ DEMO := -m examples run f1 --preset quick --seeds 0-7
 export OMP_WAIT_POLICY ?= PASSIVE
 # And what one process has compiled to bytecode, the next need not.
 unexport PYTHONDONTWRITEBYTECODE
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint clean
@@ -38,9 +43,9 @@ define environment
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(1)/bin/python tools/requirements.py $(2) > $(1)/requirements.txt
 	@echo "set-up 2/2: fastminima with its native kernels, and $(TORCH) (a minute or two)"
-	@$(1)/bin/python $(PIP) --no-deps -e . & built=$$!; \
-	$(1)/bin/python $(PIP) $(TORCH) $(TORCH_ARGS) && \
-	$(1)/bin/python $(PIP) -r $(1)/requirements.txt; installed=$$?; \
+	@$(1)/bin/python $(PIP) --no-deps -e . $(SHOW) & built=$$!; \
+	$(1)/bin/python $(PIP) $(TORCH) $(TORCH_ARGS) $(SHOW) && \
+	$(1)/bin/python $(PIP) -r $(1)/requirements.txt $(SHOW); installed=$$?; \
 	wait $$built && exit $$installed
 	@$(1)/bin/python -m fastminima | grep -E '^native'
 endef
@@ -48,7 +53,7 @@ endef
 # timm wants torchvision, which its models do not need.
 $(VENV)/.installed: $(BUILD_INPUTS)
 	$(call environment,$(VENV),test)
-	@$(VENV)/bin/python $(PIP) --no-deps timm==1.0.31
+	@$(VENV)/bin/python $(PIP) -q --no-deps timm==1.0.31
 	@touch $@
 
 $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh benchmarks/requirements*.txt)
@@ -60,7 +65,7 @@ $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh
 $(VENV)/.linters: $(VENV)/.installed
 	@echo "set-up: linters"
 	@$(VENV)/bin/python tools/requirements.py lint --alone > $(VENV)/linters.txt
-	@$(VENV)/bin/python $(PIP) -r $(VENV)/linters.txt
+	@$(VENV)/bin/python $(PIP) -r $(VENV)/linters.txt $(SHOW)
 	@touch $@
 
 setup: $(VENV)/.installed  ## the environment that demo and test use

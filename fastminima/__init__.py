@@ -1,10 +1,14 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
+import torch
+
 from . import callbacks, monitor, optim, theory
 from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
+from .capture.audit import AuditRow
 from .curvature import (
     CriticalSharpness,
     CurvatureAudit,
+    CurvatureCheck,
     GaussNewton,
     GradientCovariance,
     Hessian,
@@ -38,6 +42,14 @@ from .spectrum import (
 from .statistics import GradientStatistics
 
 __version__ = "0.1.0"
+
+# Results are data: `torch.load` may read them without being told so.
+torch.serialization.add_safe_globals(
+    [
+        *(Audit, AuditRow, CurvatureAudit, CurvatureCheck, GradientStatistics),
+        *(CriticalSharpness, Density, Eigenpairs, Estimate, NoiseAlong, ThreeFactors),
+    ]
+)
 
 __all__ = [
     "Audit",

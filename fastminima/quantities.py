@@ -31,7 +31,7 @@ class _Statistics(Protocol):
     def mean_grad_sq_norm(self) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ThreeFactors:
     """Learning rate, batch size and gradient variance: what decides where SGD ends.
 
@@ -91,6 +91,15 @@ class ThreeFactors:
                 f"{self.batch_size}. Give the number of training samples, or None "
                 "for a stream."
             )
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in vars(self).items()]
+        derived = f"ratio {self.ratio:.4g}, temperature {self.temperature:.4g}"
+        return f"ThreeFactors({', '.join(given)}; {derived})"
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Numbers for a log line, or a row of a table; ratio and temperature too."""
+        return {**vars(self), "ratio": self.ratio, "temperature": self.temperature}
 
     @property
     def ratio(self) -> float:

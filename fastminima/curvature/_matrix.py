@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from jaxtyping import Float
-from torch import Tensor, device, dtype
+from torch import Tensor, device, dtype, nn
 
 from .._flat import FlatLayout
 from ._trust import Noise
@@ -18,6 +18,16 @@ class FlatMatrix(Algebra):
     """A symmetric matrix [P, P] over the flat parameters of a model."""
 
     _layout: FlatLayout
+    _model: nn.Module
+    _products_made = 0  # that were asked for
+
+    def __repr__(self) -> str:
+        name, size = type(self).__name__, self.shape[0]
+        return (
+            f"{name}({size} x {size}, over the parameters of "
+            f"{type(self._model).__name__}; {self.dtype} on {self.device}; "
+            f"{self._products_made} products)"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -146,6 +146,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
 
     def _products(self, columns: list[Tensor]) -> list[Tensor]:
         self._ask_for_product()
+        self._products_made += len(columns)
         products = self._multiply(columns)
         if self._is_outdated:
             products = self._made_anew(columns, products)

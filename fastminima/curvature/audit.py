@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = ["CurvatureAudit", "CurvatureCheck", "refuse_ranks"]
@@ -41,7 +41,7 @@ class CurvatureCheck:
         return self.verdict != "WRONG"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CurvatureAudit:
     """The result of an operator's `audit()`; prints as a table.
 
@@ -65,6 +65,14 @@ class CurvatureAudit:
             known = ", ".join(dict.fromkeys(check.name for check in self.checks))
             raise KeyError(f"No line {name!r} in this audit. Its lines: {known}.")
         return min(found, key=lambda check: _ORDER.index(check.verdict))
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns of a table with a row a check: `pandas.DataFrame(...)`."""
+        names = [field.name for field in fields(CurvatureCheck)]
+        return {name: [getattr(c, name) for c in self.checks] for name in names}
+
+    def __repr__(self) -> str:
+        return str(self)  # where a notebook shows the last value, the table is wanted
 
     def __str__(self) -> str:
         table = [("check", "error", "allowed", "", "looked at")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compared import ComparedOperator
-from ._engines import EVALUATING, check_engine, chosen_engine
+from ._engines import EVALUATING, Engine, check_engine, chosen_engine
 from ._evaluated import FiniteDifferences, ForwardOverReverse
 from ._graph import GradientGraph, Graph, check_mean, differentiate
 from ._guard import Buffers, buffers_of, put_copies
@@ -85,7 +85,7 @@ class Hessian(ComparedOperator):
         count: Callable[[Any], int] | None = None,
         *,
         process_group: Any = None,
-        engine: str = "auto",
+        engine: Engine = "auto",
         memory: int | None = None,
         step: float | None = None,
     ) -> None:

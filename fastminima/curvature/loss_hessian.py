@@ -207,6 +207,7 @@ class LossHessian(FlatMatrix):
             )
 
     def _product(self, column: Tensor) -> Tensor:
+        self._products_made += 1
         parts = self._layout.split(column)
         # Copies are for checkpoints that move buffers; the first pass has told.
         kept = buffers_kept(self._model) if self._moved else contextlib.nullcontext()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._optional import INTEGRATIONS, require
 
@@ -47,7 +47,11 @@ class JsonLines(Logger):
         ValueError: for another mode.
     """
 
-    def __init__(self, path: str | PathLike[str], mode: str = "append") -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        mode: Literal["append", "overwrite"] = "append",
+    ) -> None:
         if mode not in ("append", "overwrite"):
             raise ValueError(
                 f"Unknown mode {mode!r}; choose from 'append', 'overwrite'."
