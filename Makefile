@@ -10,13 +10,14 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+DOCS_VENV := .venv-docs
 # Run once, with shapes checked, and left out of the rest.
 CHECKED := $(filter-out tests/ops/test_triton_% tests/ops/test_memory.py,$(wildcard tests/ops/test_*.py))
 BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
 PIP := -m pip --disable-pip-version-check -qq
-# The pinned linters of pyproject.toml, without building the package once more.
-LINTERS := import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
-	print(*found['project']['optional-dependencies']['lint'], sep='\n')
+# $(call pins,EXTRA): prints the pins of an extra, without building the package once more.
+pins = import tomllib; found = tomllib.load(open('pyproject.toml', 'rb')); \
+	print(*found['project']['optional-dependencies']['$(1)'], sep='\n')
 # The claim on the width of minima, with seeds enough to decide it.
 DEMO := -m examples run f1 --preset quick --seeds 0-7
 
@@ -24,7 +25,7 @@ DEMO := -m examples run f1 --preset quick --seeds 0-7
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -54,8 +55,16 @@ $(BENCH_VENV)/.installed: $(BUILD_INPUTS) $(wildcard benchmarks/install_peers.sh
 
 $(VENV)/.linters: $(VENV)/.installed
 	@echo "set-up: linters"
-	@$(VENV)/bin/python -c "$(LINTERS)" > $(VENV)/linters.txt
+	@$(VENV)/bin/python -c "$(call pins,lint)" > $(VENV)/linters.txt
 	@$(VENV)/bin/python $(PIP) install -r $(VENV)/linters.txt
+	@touch $@
+
+# Docstrings are read, not imported: neither torch nor the package is needed.
+$(DOCS_VENV)/.installed: pyproject.toml
+	@echo "set-up: what builds the documentation, in $(DOCS_VENV)"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -c "$(call pins,docs)" > $(DOCS_VENV)/docs.txt
+	@$(DOCS_VENV)/bin/python $(PIP) install -r $(DOCS_VENV)/docs.txt
 	@touch $@
 
 setup: $(VENV)/.installed  ## the environment that demo and test use
@@ -79,8 +88,12 @@ lint: $(VENV)/.linters  ## ruff, pyright, clang-format
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	@echo "lint: clean"
 
+docs: $(DOCS_VENV)/.installed  ## the documentation as a site, site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@$(DOCS_VENV)/bin/python -m tools.site.check site
+
 clean:  ## remove what the other targets made (results/ stays)
-	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) site build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fastminima/_native_ext*.so fastminima/_native_missing.txt fastminima/_cuda_missing.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

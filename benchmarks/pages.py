@@ -4,9 +4,9 @@
 
 The peers have to be installed. On such a page a block of the peer's code is fenced as
 `py`, one of ours as `python`; a pair lies in `<div class="beside" ...>`, and leaves its
-results in `theirs` and `ours`. They are compared to float32 rounding, or to the relative
-tolerance `data-rtol`, where either is an estimate. `data-raises` names the error that the
-peer's block ends with.
+results in `theirs` and `ours`. They are compared to float32 rounding, or to the
+relative tolerance `data-rtol`, where either is an estimate. `data-raises` names the
+error that the peer's block ends with.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ CODE = re.compile(r"^\s*(>>>|\.\.\.)")
 class AsMarkdown(griffe.Extension):
     """Rewrites the docstring of every object that is loaded."""
 
-    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """See `as_markdown`."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)

@@ -10,12 +10,17 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
+# With no other page in their part of the site.
+ALONE = ("docs/index.md", "docs/recipes.md")
 FENCE = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
+WIDE = re.compile(r'<div class="(beside|figures)"|<!-- results -->')
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -26,6 +31,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     assets = [name for name in tracked() if name.startswith("docs/assets/")]
     names = sorted({*pages, *assets, *linked(pages)})
     return Files([*theme, *(as_file(name, config) for name in names)])
+
+
+def on_page_markdown(markdown: str, page: Page, **others: Any) -> None:
+    """Two columns, or a table of many, have the room of the table of contents."""
+    if WIDE.search(markdown):
+        page.meta["hide"] = ["toc"]
+    if page.file.src_uri in ALONE:
+        page.meta["hide"] = ["navigation"]
 
 
 def tracked() -> list[str]:
