@@ -48,6 +48,8 @@ def site(folder, html, names=None):
         ("<p>the product <g_n, v> of</p>", "is no tag"),
         ('<script src="https://cdn.example/x.js"></script>', "loads https://cdn"),
         ('<link rel="stylesheet" href="//fonts.example/x.css">', "loads //fonts"),
+        ('<link rel="stylesheet" href="assets/gone.css">', "gone.css is not there"),
+        ('<img src="../gone.png#only-light">', "gone.png is not there"),
         ("<p>These:\n- one\n- two</p>", "'- one'"),
         ("<p>a table\n| a | b |\n|---|---|</p>", "'| a | b |'"),
         ("<li>and\n```python\nx = 1</li>", "'```python'"),
@@ -62,7 +64,7 @@ def test_what_went_wrong_in_a_page_is_found(tmp_path, html, wrong):
 def test_a_page_without_faults(tmp_path):
     html = (
         '<p>a - b, <a href="https://x.example">x</a> <code>| a |</code></p>'
-        '<img src="a.png"><ul><li>one</li></ul><p><strong>1. One.</strong></p>'
+        '<img src="page.html"><ul><li>one</li></ul><p><strong>1. One.</strong></p>'
     )
     assert site(tmp_path, html) == []
 

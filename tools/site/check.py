@@ -33,6 +33,7 @@ _TAGS = """
 TAGS = frozenset(_TAGS.split())
 VOID = frozenset(["br", "col", "hr", "img", "input", "link", "meta"])
 LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src"}
+ELSEWHERE = re.compile(r"(?:[a-z]+:|//)", re.IGNORECASE)
 PROSE = frozenset({"p", "li"})
 # Beside code, bold text may begin like a list.
 VERBATIM = frozenset({"pre", "code", "svg", "strong"})
@@ -68,6 +69,7 @@ class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.wrong: list[str] = []
+        self.needed: set[str] = set()  # files of the site, as written
         self._open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -77,7 +79,9 @@ class Page(HTMLParser):
             self._open.append(tag)
         given = dict(attrs)
         address = given.get(LOADED.get(tag, "")) or ""
-        if re.match(r"(?:https?:)?//", address) and given.get("rel") != "canonical":
+        if not ELSEWHERE.match(address):
+            self.needed.add(address.partition("#")[0].partition("?")[0])
+        elif not address.startswith("data:") and given.get("rel") != "canonical":
             self.wrong.append(f"loads {address}")
 
     def handle_endtag(self, tag: str) -> None:
@@ -100,9 +104,17 @@ def faults(folder: Path) -> Iterator[str]:
     if len(pages) < len(list((ROOT / "docs").rglob("*.md"))):
         yield f"{len(pages)} pages only"
     for path in pages:
-        page = Page()
-        page.feed(path.read_text(encoding="utf-8"))
-        yield from (f"{path.relative_to(folder)}: {wrong}" for wrong in page.wrong)
+        yield from (f"{path.relative_to(folder)}: {wrong}" for wrong in wrong_in(path))
+
+
+def wrong_in(path: Path) -> list[str]:
+    """What is wrong with one page, and which files of the site it needs and lacks."""
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    if path.name == "404.html":  # served from anywhere: its addresses are the site's
+        return page.wrong
+    gone = [name for name in sorted(page.needed) if not (path.parent / name).exists()]
+    return page.wrong + [f"{name} is not there" for name in gone]
 
 
 def main(folder: str) -> int:

@@ -26,7 +26,7 @@ LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The theme's own files, the pages and what they link to."""
-    theme = [f for f in files if not Path(f.src_dir or "/").is_relative_to(ROOT)]
+    theme = [file for file in files if file.src_dir != config.docs_dir]
     pages = [name for name in tracked() if name.endswith(".md") and name != "README.md"]
     assets = [name for name in tracked() if name.startswith("docs/assets/")]
     names = sorted({*pages, *assets, *linked(pages)})
