@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+DOCS_VENV := .venv-docs
 # Run once, with shapes checked, and left out of the rest.
 CHECKED := $(filter-out tests/ops/test_triton_% tests/ops/test_memory.py,$(wildcard tests/ops/test_*.py))
 BUILD_INPUTS := pyproject.toml setup.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.*)
@@ -31,7 +32,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -68,6 +69,14 @@ $(VENV)/.linters: $(VENV)/.installed
 	@$(VENV)/bin/python $(PIP) -r $(VENV)/linters.txt $(SHOW)
 	@touch $@
 
+# Docstrings are read, not imported: neither torch nor the package is needed.
+$(DOCS_VENV)/.installed: pyproject.toml
+	@echo "set-up: what builds the documentation, in $(DOCS_VENV)"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python tools/requirements.py docs --alone > $(DOCS_VENV)/docs.txt
+	@$(DOCS_VENV)/bin/python $(PIP) -r $(DOCS_VENV)/docs.txt $(SHOW)
+	@touch $@
+
 setup: $(VENV)/.installed  ## the environment that demo and test use
 
 demo: $(VENV)/.installed  ## rerun the experiment on width and learning rate / batch size
@@ -89,8 +98,12 @@ lint: $(VENV)/.linters  ## ruff, pyright, clang-format
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	@echo "lint: clean"
 
+docs: $(DOCS_VENV)/.installed  ## the documentation as a site, site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@$(DOCS_VENV)/bin/python -m tools.site.check site
+
 clean:  ## remove what the other targets made (results/ stays)
-	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) site build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fastminima/_native_ext*.so fastminima/_native_missing.txt fastminima/_cuda_missing.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
