@@ -99,12 +99,12 @@ class Space:
         values, coordinates = np.linalg.eigh(self._matrix)
         self.scale, self.least = float(np.abs(values).max()), float(values[0])
         order = self._goal.order(values)[:count]
-        chosen = coordinates[:, order]
+        found, chosen = values[order].tolist(), coordinates[:, order]
         residuals = [
             self._residual(value, weights)
-            for value, weights in zip(values[order], chosen.T, strict=True)
+            for value, weights in zip(found, chosen.T, strict=True)
         ]
-        return Ritz(values[order].tolist(), chosen, residuals)
+        return Ritz(found, chosen, residuals)
 
     def combined(
         self, of_vectors: np.ndarray, of_images: np.ndarray
