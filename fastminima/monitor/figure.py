@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._optional import require
+from .csv_file import read_csv
 
 __all__ = ["plot", "read"]
 
@@ -78,10 +79,12 @@ _PANELS = (
 
 
 def read(path: str | PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a file that `JsonLines` wrote; null comes back as NaN.
+    """The rows of a file that `JsonLines` or `CSV` wrote; null comes back as NaN.
 
     A last line that was cut off while it was written is left out.
     """
+    if str(path).endswith(".csv"):
+        return read_csv(path)
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: math.nan if v is None else v for k, v in r.items()} for r in rows]
