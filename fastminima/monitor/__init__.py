@@ -2,6 +2,7 @@
 
 from .csv_file import CSV
 from .figure import plot, read
+from .live import LiveFigure
 from .loggers import JsonLines, Logger, TensorBoard
 from .recorder import Monitor
 from .trackers import MLflow, Trackio, WandB
@@ -9,6 +10,7 @@ from .trackers import MLflow, Trackio, WandB
 __all__ = [
     "CSV",
     "JsonLines",
+    "LiveFigure",
     "Logger",
     "MLflow",
     "Monitor",

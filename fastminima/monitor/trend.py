@@ -11,6 +11,9 @@ __all__ = ["half_window", "trend"]
 
 _SHARE = 25  # of a curve's points, one in so many lies on each side of a window
 _LEAST = 4
+# In a longer curve the trend is fitted at so many of its points, and straight between.
+_POINTS = 1000
+_ELEMENTS = 1 << 20  # of windows at a time
 
 
 def half_window(count: int) -> int:
@@ -68,13 +71,26 @@ def _fitted(x: np.ndarray, y: np.ndarray, half: int, logarithmic: bool) -> np.nd
     if not used.any():
         return np.full(len(y), math.nan)
     at, over = x[used], np.log(y[used]) if logarithmic else y[used]
+    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).round())
+    where = x[chosen.astype(int)]
     width = min(2 * half + 1, len(at))
-    # The first neighbour of each point; a window does not pass the ends.
-    first = np.searchsorted(at, x) - half
-    first = np.clip(first, 0, len(at) - width)
-    index = first[:, None] + np.arange(width)
-    line = _intercepts(at[index] - x[:, None], over[index])
+    some = max(1, _ELEMENTS // width)
+    lines = [
+        _lines(at, over, where[begin : begin + some], half, width)
+        for begin in range(0, len(where), some)
+    ]
+    line = np.interp(x, where, np.concatenate(lines))
     return np.exp(line) if logarithmic else line
+
+
+def _lines(
+    at: np.ndarray, over: np.ndarray, where: np.ndarray, half: int, width: int
+) -> np.ndarray:
+    """What lines through the `width` neighbours of some places have there."""
+    first = np.searchsorted(at, where) - half
+    first = np.clip(first, 0, len(at) - width)  # a window does not pass the ends
+    index = first[:, None] + np.arange(width)
+    return _intercepts(at[index] - where[:, None], over[index])
 
 
 def _intercepts(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -72,5 +72,13 @@ def test_few_points_and_equal_steps():
     assert trend([3, 3, 3], [1.0, 2.0, 6.0], 4) == pytest.approx([3.0] * 3)
 
 
+def test_a_long_curve_is_fitted_at_some_of_its_points():
+    steps = [3 * step + step % 2 for step in range(50_000)]
+    decay = [2.3 * math.exp(-step / 30_000) for step in steps]
+    half = half_window(len(steps))
+    found = trend(steps, decay, half, logarithmic=True)
+    assert found == pytest.approx(decay)
+
+
 def test_the_window_grows_with_the_run():
     assert [half_window(n) for n in (0, 10, 100, 1000)] == [4, 4, 4, 40]
