@@ -1,7 +1,14 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
 from . import callbacks, monitor, optim, theory
-from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
+from .capture import (
+    Audit,
+    CaptureError,
+    GradientProbe,
+    MinibatchVariance,
+    compile,
+    sample_gradients,
+)
 from .curvature import (
     CriticalSharpness,
     CurvatureAudit,
@@ -13,7 +20,13 @@ from .curvature import (
     preconditioner,
     twice_differentiable,
 )
-from .quantities import ThreeFactors, noise_scale, three_factors
+from .quantities import (
+    BatchSizeAdvice,
+    ThreeFactors,
+    advise_batch_size,
+    noise_scale,
+    three_factors,
+)
 from .spectrum import (
     Density,
     Eigenpairs,
@@ -40,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Audit",
+    "BatchSizeAdvice",
     "CaptureError",
     "CriticalSharpness",
     "CurvatureAudit",
@@ -56,6 +70,7 @@ __all__ = [
     "NoiseAlong",
     "SharpnessProbe",
     "ThreeFactors",
+    "advise_batch_size",
     "batch_sharpness",
     "callbacks",
     "compile",
@@ -71,6 +86,7 @@ __all__ = [
     "optim",
     "preconditioner",
     "product_trace",
+    "sample_gradients",
     "spectral_density",
     "spectral_sum",
     "stability_ratio",

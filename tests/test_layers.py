@@ -35,7 +35,7 @@ FLOORS = (
     {"options", "reading"},
     {"rules"},
     {"session"},
-    {"audit", "minibatch", "ranks"},
+    {"audit", "minibatch", "ranks", "singles"},
     {"probe"},
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -47,8 +47,9 @@ def trend(
 
     Example:
         >>> from fastminima.monitor.trend import trend
-        >>> trend(range(5), [1.0, 2.0, 4.0, 8.0, 16.0], 2, logarithmic=True)[-1]
-        16.0
+        >>> decay = [16.0, 8.0, 4.0, 2.0, 1.0]
+        >>> round(trend(range(5), decay, 2, logarithmic=True)[-1], 6)
+        1.0
 
     Source: Cleveland (1979), JASA 74, 829-836, without its robust iterations.
     """
