@@ -1,5 +1,7 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
+import torch
+
 from . import callbacks, monitor, optim, theory
 from .capture import (
     Audit,
@@ -9,9 +11,11 @@ from .capture import (
     compile,
     sample_gradients,
 )
+from .capture.audit import AuditRow
 from .curvature import (
     CriticalSharpness,
     CurvatureAudit,
+    CurvatureCheck,
     GaussNewton,
     GradientCovariance,
     Hessian,
@@ -34,6 +38,7 @@ from .spectrum import (
     NoiseAlong,
     SharpnessProbe,
     batch_sharpness,
+    block_eigenpairs,
     directional_sharpness,
     effective_dimension,
     frobenius_norm,
@@ -50,6 +55,15 @@ from .spectrum import (
 from .statistics import GradientStatistics
 
 __version__ = "0.1.0"
+
+# Results are data: `torch.load` may read them without being told so.
+torch.serialization.add_safe_globals(
+    [
+        *(Audit, AuditRow, CurvatureAudit, CurvatureCheck, GradientStatistics),
+        BatchSizeAdvice,
+        *(CriticalSharpness, Density, Eigenpairs, Estimate, NoiseAlong, ThreeFactors),
+    ]
+)
 
 __all__ = [
     "Audit",
@@ -72,6 +86,7 @@ __all__ = [
     "ThreeFactors",
     "advise_batch_size",
     "batch_sharpness",
+    "block_eigenpairs",
     "callbacks",
     "compile",
     "critical_sharpness",

@@ -38,7 +38,7 @@ class _Statistics(Protocol):
     def mean_grad_sq_norm(self) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ThreeFactors:
     """Learning rate, batch size and gradient variance: what decides where SGD ends.
 
@@ -98,6 +98,15 @@ class ThreeFactors:
                 f"{self.batch_size}. Give the number of training samples, or None "
                 "for a stream."
             )
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in vars(self).items()]
+        derived = f"ratio {self.ratio:.4g}, temperature {self.temperature:.4g}"
+        return f"ThreeFactors({', '.join(given)}; {derived})"
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Numbers for a log line, or a row of a table; ratio and temperature too."""
+        return {**vars(self), "ratio": self.ratio, "temperature": self.temperature}
 
     @property
     def ratio(self) -> float:
@@ -234,6 +243,16 @@ class BatchSizeAdvice:
             f"{_percent(self.step_progress)} of that progress, and a sample is worth "
             f"{_percent(self.sample_worth)}. {self._advice()}"
         )
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a log line, or a row of a table; ends of pairs by `_low`, `_high`."""
+        found: dict[str, float] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, tuple):
+                found |= {f"{name}_low": value[0], f"{name}_high": value[1]}
+            else:
+                found[name] = value
+        return found
 
     def _size(self) -> str:
         low, high = self.half_efficient

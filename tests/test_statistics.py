@@ -96,6 +96,26 @@ def test_parameters_reached_by_one_part_only():
     torch.testing.assert_close(both.mean_grad["b.bias"], two.mean_grad["b.bias"] / 2)
 
 
+def test_sums_are_in_the_order_of_the_model():
+    def reached(*names):
+        parts = {name: torch.ones(2) for name in names}
+        return fm.GradientStatistics(
+            count=2,
+            parameter_count=8,
+            sq_norms=torch.ones(2),
+            mean_grad_sq_norm=torch.ones(()),
+            sq_norms_by_parameter=parts,
+            second_moments=parts,
+            mean_grad=parts,
+        )
+
+    total = reached("b", "d") + reached("a", "b", "c", "d", "e")
+    for part in (total.sq_norms_by_parameter, total.second_moments, total.mean_grad):
+        assert list(part) == ["a", "b", "c", "d", "e"]
+    assert total.mean_grad["d"].tolist() == [1, 1]
+    assert total.mean_grad["a"].tolist() == [0.5, 0.5]
+
+
 def test_to_dict_is_json():
     model, x = setup()
     stats = fm.GradientProbe(model, per_parameter=True).backward(losses(model, x))

@@ -8,14 +8,14 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .._optional import INTEGRATIONS, require
 from ..monitor import Logger
 from ..statistics import GradientStatistics
-from .observer import BatchSize, Destination, Observer
+from .observer import BatchSize, Destination, Observer, OnError
 
 __all__ = ["LightningProbe"]
 
@@ -24,8 +24,13 @@ _PACKAGES = ("lightning", "pytorch_lightning")
 _MODULES = ("lightning.pytorch", "pytorch_lightning")
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+    _Callback = object  # which library's it is turns out when one is made
 
-class LightningProbe:
+
+class LightningProbe(_Callback):
     """A Lightning callback that logs gradient statistics while the Trainer trains.
 
     Made for `lightning.pytorch` or `pytorch_lightning`, whichever is imported (for
@@ -68,7 +73,7 @@ class LightningProbe:
         *,
         every: int = 1,
         batch_size: BatchSize = None,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **options: Any,
     ) -> None:
         self._observer = Observer(to, every, batch_size, on_error, options)

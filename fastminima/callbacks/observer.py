@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from ..monitor import Logger, Monitor
 from ..statistics import GradientStatistics
 from .batches import leading_size
 
-__all__ = ["BatchSize", "Destination", "Observer"]
+__all__ = ["BatchSize", "Destination", "Observer", "OnError"]
 
 Destination = Monitor | Logger | str | PathLike[str] | None
 BatchSize = int | Callable[[Any], int] | None
+OnError = Literal["raise", "warn"]
 
 
 class _Relay(Logger):
@@ -51,12 +52,12 @@ class Observer:
         to: Destination,
         every: int,
         batch_size: BatchSize,
-        on_error: str,
+        on_error: OnError,
         options: Mapping[str, Any],
     ) -> None:
         if isinstance(every, bool) or int(every) != every or every < 1:
             raise ValueError(f"every must be a positive integer, got {every!r}.")
-        if on_error not in ("raise", "warn"):
+        if on_error not in get_args(OnError):
             raise ValueError(
                 f"Unknown on_error {on_error!r}; choose from 'raise', 'warn'."
             )
@@ -74,7 +75,7 @@ class Observer:
         self._batches = 0
         self._samples = 0
         self._passes = 0  # backward passes of the present batch
-        self._probe: GradientProbe | None = None
+        self._probe: GradientProbe[GradientStatistics | None] | None = None
         self._tracked: tuple[int, ...] = ()
         self._waiting: tuple[float, Tensor] | None = None
 
@@ -175,7 +176,7 @@ class Observer:
         if self._probe is not None:
             self._probe.detach()
 
-    def _probe_of(self, model: nn.Module) -> GradientProbe:
+    def _probe_of(self, model: nn.Module) -> GradientProbe[GradientStatistics | None]:
         """The probe, anew where other parameters are trained than before."""
         tracked = tuple(id(p) for p in model.parameters() if p.requires_grad)
         if self._probe is None or tracked != self._tracked:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..statistics import GradientStatistics
 from .accelerate import watch_accelerator
-from .observer import BatchSize, Destination, Observer
+from .observer import BatchSize, Destination, Observer, OnError
 from .transformers import watch_trainer
 
 __all__ = ["Watch", "watch"]
@@ -55,7 +55,7 @@ def watch(
     every: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     batch_size: BatchSize = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     **options: Any,
 ) -> Watch:
     """Log gradient statistics of a Hugging Face `Trainer` or accelerate `Accelerator`.

@@ -4,6 +4,8 @@ A step goes down once, when a graph is read, and comes up once, in its backward 
 Each room imports only those on the floors below it (`tests/test_layers.py`):
 
     probe.py         what users call: backward, or attach and collect; audit
+    stepping.py      one pass after another, and what is kept between them
+    accumulation.py  the passes of one step, counted and added up
     audit.py         the probe against plain autograd, parameter by parameter
     singles.py       whole gradients of a few samples, by plain autograd
     ranks.py         the statistics of all ranks, or of one alone

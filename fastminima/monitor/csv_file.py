@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 from .loggers import Logger, checked_mode
 
@@ -46,7 +47,11 @@ class CSV(Logger):
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | PathLike[str], mode: str = "append") -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        mode: Literal["append", "overwrite"] = "append",
+    ) -> None:
         self.path = Path(path)
         self._is_fresh = checked_mode(mode) == "overwrite"
         self._header: list[str] | None = None  # as in the file; None before the first

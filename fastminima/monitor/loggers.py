@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._optional import extra, require
 
@@ -70,7 +70,11 @@ class JsonLines(Logger):
         ValueError: for another mode.
     """
 
-    def __init__(self, path: str | PathLike[str], mode: str = "append") -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        mode: Literal["append", "overwrite"] = "append",
+    ) -> None:
         self.path = Path(path)
         self._open_as = "a" if checked_mode(mode) == "append" else "w"
 

@@ -139,6 +139,10 @@ class Monitor:
             replace(factors, batch_size=batch_size, dataset_size=self._dataset_size)
         )
 
+    def __repr__(self) -> str:
+        names = ", ".join(type(logger).__name__ for logger in self._loggers)
+        return f"Monitor({names or 'no logger'})"
+
     def close(self) -> None:
         """Close the loggers, which finishes a run of W&B that was started here."""
         for logger in self._loggers:

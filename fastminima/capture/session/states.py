@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
                 name: t.mul_(factor**2 / count)  # made for this pass alone
                 for name, t in _in_order(collected.second_moments, parameters).items()
             }
-        if options.keep_mean:
+        if options.needs_mean:
             mean = {
                 name: t.to(accumulation_dtype(t.dtype)) * to_mean
                 for name, t in _in_order(collected.grads, parameters).items()
