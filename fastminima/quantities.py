@@ -245,7 +245,7 @@ class BatchSizeAdvice:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """Numbers for a log line, or a row of a table; ends of pairs by `_low`, `_high`."""
+        """Numbers for a log line, or a row of a table; pairs by `_low` and `_high`."""
         found: dict[str, float] = {}
         for name, value in vars(self).items():
             if isinstance(value, tuple):
