@@ -42,8 +42,8 @@ expect() { # TEXT PATTERN
 }
 
 echo "the source distribution:"
-"$python" -m pip install -qq --target "$work/tools" build 'setuptools>=77' pybind11
-(cd "$work" && PYTHONPATH="$work/tools" "$python" -m build --sdist --no-isolation \
+"$python" -m pip install -qq --target "$work/builders" build 'setuptools>=77' pybind11
+(cd "$work" && PYTHONPATH="$work/builders" "$python" -m build --sdist --no-isolation \
   --outdir "$work/sdist" . > "$work/sdist.log" 2>&1) ||
   { tail -30 "$work/sdist.log"; echo "no source distribution"; exit 1; }
 bash "$root/tools/check_sdist.sh" "$work"/sdist/*.tar.gz

@@ -29,7 +29,9 @@ def main() -> None:
         return model(x).square().mean((1, 2))
 
     parameters = list(model.parameters())
-    singles = [torch.autograd.grad(one, parameters) for one in losses()]
+    singles = [
+        torch.autograd.grad(one, parameters, retain_graph=True) for one in losses()
+    ]
     want = torch.stack([sum(g.square().sum() for g in grads) for grads in singles])
     stats = fm.GradientProbe(model).backward(losses())
     torch.testing.assert_close(stats.sq_norms, want)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..curvature import DerivedOperator
-from .eigenpairs import top_eigenpairs
+from .eigenpairs import Criterion, Which, top_eigenpairs
 from .results import Eigenpairs
 
 __all__ = ["block_eigenpairs"]
@@ -19,13 +19,13 @@ def block_eigenpairs(
     H: Any,
     k: int = 1,
     by: str | Mapping[str, Sequence[str]] = "layer",
-    which: str = "largest",
+    which: Which = "largest",
     rtol: float = 1e-2,
     max_products: int = 200,
     seed: int = 0,
     *,
     miss: float = 0.002,
-    criterion: str = "residual",
+    criterion: Criterion = "residual",
     basis_dtype: torch.dtype | None = None,
 ) -> dict[str, Eigenpairs]:
     """The eigenpairs of each layer's diagonal block at one end of its spectrum.
