@@ -37,17 +37,21 @@ def test_rows_outlive_a_killed_process(tmp_path):
     code = (
         "import os, sys, fastminima as fm\n"
         "lines = fm.monitor.JsonLines(sys.argv[1] + '/x.jsonl')\n"
+        "table = fm.monitor.CSV(sys.argv[1] + '/x.csv')\n"
         "board = fm.monitor.TensorBoard(sys.argv[1])\n"
         "row = {f'gradient/{i}': i for i in range(20)}\n"
         "for step in range(3):\n"
         "    lines.write({'step': step, **row})\n"
+        "    table.write({'step': step, f'column {step}': step, **row})\n"
         "    board.write({'step': step, **row})\n"
-        "os._exit(1)"
+        "os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    assert subprocess.run(command, check=False).returncode == 1
+    assert subprocess.run(command, check=False).returncode == -9
     rows = fm.monitor.read(tmp_path / "x.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
+    for row, step in zip(fm.monitor.read(tmp_path / "x.csv"), rows, strict=True):
+        assert row == {**step, f"column {step['step']}": step["step"]}
     found = scalars(tmp_path)
     assert found["gradient/19"] == [(step, 19.0) for step in range(3)]
 
