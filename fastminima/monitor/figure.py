@@ -19,7 +19,7 @@ __all__ = ["plot", "read"]
 _BOLD, _THIN = {"lw": 1.8}, {"lw": 0.8, "alpha": 0.35}
 _FEW = 40  # points that get a marker each
 _LEGEND = {"fontsize": 8, "edgecolor": "none", "framealpha": 0.8}
-_TREND = "trend: a line fitted to 4 % of the rows on each side, at least 4"
+_TREND = "trend: a line fitted to 5 % of the rows on each side, at least 5"
 _LOG_TREND = ", to their logarithms where the axis is logarithmic"
 
 Rows = Sequence[Mapping[str, float]]
@@ -28,8 +28,11 @@ Rows = Sequence[Mapping[str, float]]
 def read(path: str | PathLike[str]) -> list[dict[str, float]]:
     """The rows of a file that `JsonLines` or `CSV` wrote; null comes back as NaN.
 
-    A last line that was cut off while it was written is left out.
+    Of a folder, those of the `rows.jsonl` in it. A last line that was cut off while it
+    was written is left out.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "rows.jsonl"
     if str(path).endswith(".csv"):
         return read_csv(path)
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -52,7 +55,7 @@ def plot(
     signal. A step that goes back (a second run in the file) starts a new line.
 
     Args:
-        rows: what `Monitor.log` returned, or a file of JSON lines or CSV.
+        rows: what `Monitor.log` returned, or what `read` takes.
         to: a file to save the figure in, by its ending.
         columns: more columns, a panel each; None for all that are your own.
 

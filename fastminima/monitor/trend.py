@@ -9,8 +9,8 @@ import numpy as np
 
 __all__ = ["half_window", "trend"]
 
-_SHARE = 25  # of a curve's points, one in so many lies on each side of a window
-_LEAST = 4
+_SHARE = 20  # of a curve's points, one in so many lies on each side of a window
+_LEAST = 5
 # In a longer curve the trend is fitted at so many of its points, and straight between.
 _POINTS = 1000
 _ELEMENTS = 1 << 20  # of windows at a time

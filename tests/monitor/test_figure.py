@@ -55,7 +55,7 @@ def test_values():
     drawn = panels(fm.monitor.plot(rows()))
     thin, bold = (one.get_ydata() for one in drawn["gradient norms"].lines)
     assert list(thin) == pytest.approx([2 * math.sqrt(1 + step) for step in range(10)])
-    assert list(bold) == trend(range(10), thin, 4, logarithmic=True)
+    assert list(bold) == trend(range(10), thin, 5, logarithmic=True)
     single = line(drawn["noise scale"], "single steps")
     assert [v for v in single if not math.isnan(v)] == [10.0] * 5
 
@@ -78,7 +78,7 @@ def test_legends_say_what_is_drawn():
     (legend,) = drawn.legends
     thin, bold = (text.get_text() for text in legend.get_texts())
     assert thin == "single rows"
-    assert bold.startswith("trend: a line fitted to 4 % of the rows on each side")
+    assert bold.startswith("trend: a line fitted to 5 % of the rows on each side")
     no_trend = fm.monitor.plot([{"step": 0, "sharpness/eigenvalue_1": 2.0}])
     assert not no_trend.legends
 
@@ -168,10 +168,11 @@ def test_columns_of_the_user():
 
 
 def test_file_in_and_file_out(tmp_path):
-    logger = fm.monitor.JsonLines(tmp_path / "x.jsonl")
+    logger = fm.monitor.JsonLines(tmp_path / "rows.jsonl")
     for row in rows():
         logger.write(row)
-    fm.monitor.plot(tmp_path / "x.jsonl", tmp_path / "x.png")
+    fm.monitor.plot(tmp_path / "rows.jsonl", tmp_path / "x.png")
+    assert fm.monitor.read(tmp_path) == rows()
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -81,4 +81,4 @@ def test_a_long_curve_is_fitted_at_some_of_its_points():
 
 
 def test_the_window_grows_with_the_run():
-    assert [half_window(n) for n in (0, 10, 100, 1000)] == [4, 4, 4, 40]
+    assert [half_window(n) for n in (0, 10, 100, 1000)] == [5, 5, 5, 50]
