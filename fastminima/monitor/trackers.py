@@ -153,6 +153,9 @@ class MLflow(Logger):
     is with the tracking server when `write` returns. Characters that MLflow does not
     take in the name of a metric become underscores. There are no histograms.
 
+    The extra `mlflow` brings mlflow-skinny, which writes to a server; for a database on
+    this machine (`sqlite:///mlflow.db`) install MLflow itself.
+
     Args:
         experiment: its name; made where there is none.
         run_id: of a run that is already there, in place of one of its own.
