@@ -3,7 +3,14 @@
 import torch
 
 from . import callbacks, monitor, optim, theory
-from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
+from .capture import (
+    Audit,
+    CaptureError,
+    GradientProbe,
+    MinibatchVariance,
+    compile,
+    sample_gradients,
+)
 from .capture.audit import AuditRow
 from .curvature import (
     CriticalSharpness,
@@ -17,7 +24,13 @@ from .curvature import (
     preconditioner,
     twice_differentiable,
 )
-from .quantities import ThreeFactors, noise_scale, three_factors
+from .quantities import (
+    BatchSizeAdvice,
+    ThreeFactors,
+    advise_batch_size,
+    noise_scale,
+    three_factors,
+)
 from .spectrum import (
     Density,
     Eigenpairs,
@@ -47,12 +60,14 @@ __version__ = "0.1.0"
 torch.serialization.add_safe_globals(
     [
         *(Audit, AuditRow, CurvatureAudit, CurvatureCheck, GradientStatistics),
+        BatchSizeAdvice,
         *(CriticalSharpness, Density, Eigenpairs, Estimate, NoiseAlong, ThreeFactors),
     ]
 )
 
 __all__ = [
     "Audit",
+    "BatchSizeAdvice",
     "CaptureError",
     "CriticalSharpness",
     "CurvatureAudit",
@@ -69,6 +84,7 @@ __all__ = [
     "NoiseAlong",
     "SharpnessProbe",
     "ThreeFactors",
+    "advise_batch_size",
     "batch_sharpness",
     "block_eigenpairs",
     "callbacks",
@@ -85,6 +101,7 @@ __all__ = [
     "optim",
     "preconditioner",
     "product_trace",
+    "sample_gradients",
     "spectral_density",
     "spectral_sum",
     "stability_ratio",

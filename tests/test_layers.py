@@ -36,7 +36,7 @@ FLOORS = (
     {"options", "reading"},
     {"rules"},
     {"session"},
-    {"accumulation", "audit", "minibatch", "ranks"},
+    {"accumulation", "audit", "minibatch", "ranks", "singles"},
     {"stepping"},
     {"probe"},
 )

@@ -25,20 +25,10 @@ def blocks(path):
         yield "\n" * text[: found.start(1)].count("\n") + found[1]
 
 
-class Display:
-    """What a notebook has built in, as far as pages use it."""
-
-    def __init__(self, figure, *, display_id=False):
-        self.update(figure)
-
-    def update(self, figure):
-        assert figure.axes
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_run(page, capsys):
     torch.manual_seed(0)
-    namespace = {"__name__": "__main__", "display": Display}
+    namespace = {"__name__": "__main__"}
     for code in blocks(page):
         exec(compile(code, str(page), "exec"), namespace)
 

@@ -7,6 +7,7 @@ Each room imports only those on the floors below it (`tests/test_layers.py`):
     stepping.py      one pass after another, and what is kept between them
     accumulation.py  the passes of one step, counted and added up
     audit.py         the probe against plain autograd, parameter by parameter
+    singles.py       whole gradients of a few samples, by plain autograd
     ranks.py         the statistics of all ranks, or of one alone
     minibatch.py     the variance of whole batches, which needs no graph
     session/         hooks on the uses of one graph, while a pass runs through it
@@ -42,5 +43,13 @@ from .compiled.backend import compile
 from .errors import CaptureError
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
+from .singles import sample_gradients
 
-__all__ = ["Audit", "CaptureError", "GradientProbe", "MinibatchVariance", "compile"]
+__all__ = [
+    "Audit",
+    "CaptureError",
+    "GradientProbe",
+    "MinibatchVariance",
+    "compile",
+    "sample_gradients",
+]

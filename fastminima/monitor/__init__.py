@@ -1,7 +1,22 @@
 """One row of named numbers a step, written where you look at your runs."""
 
+from .csv_file import CSV
 from .figure import plot, read
-from .loggers import JsonLines, Logger, TensorBoard, WandB
+from .live import LiveFigure
+from .loggers import JsonLines, Logger, TensorBoard
 from .recorder import Monitor
+from .trackers import MLflow, Trackio, WandB
 
-__all__ = ["JsonLines", "Logger", "Monitor", "TensorBoard", "WandB", "plot", "read"]
+__all__ = [
+    "CSV",
+    "JsonLines",
+    "LiveFigure",
+    "Logger",
+    "MLflow",
+    "Monitor",
+    "TensorBoard",
+    "Trackio",
+    "WandB",
+    "plot",
+    "read",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..quantities import three_factors
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
+from .csv_file import CSV
 from .loggers import JsonLines, Logger
 from .rows import Row, factors_row, gradient_row, is_finite, sharpness_row
 from .smoothing import SmoothedNoiseScale
@@ -30,8 +31,9 @@ class Monitor:
     is biased and noisy. "is_finite" says whether every number of the row is.
 
     Args:
-        loggers: `JsonLines`, `TensorBoard`, `WandB`, or a `Logger` of your own; a path
-            that ends in ".jsonl" is short for `JsonLines(path)`.
+        loggers: `JsonLines`, `CSV`, `TensorBoard`, `WandB`, `MLflow`, `Trackio`,
+            `LiveFigure`, or a `Logger` of your own; a path that ends in ".jsonl" is
+            short for `JsonLines(path)`, one in ".csv" for `CSV(path)`.
         smoothing: weight of the past in the running averages.
         dataset_size: number of training samples, where batches are drawn without
             replacement; it enters the ratio and the temperature.
@@ -163,15 +165,17 @@ def _logger(one: Logger | str | PathLike[str]) -> Logger:
         return one
     if not isinstance(one, (str, PathLike)):
         raise TypeError(
-            f"Expected a logger or a path, got {one!r}. Loggers are JsonLines, "
-            "TensorBoard, WandB, and subclasses of fm.monitor.Logger."
+            f"Expected a logger or a path, got {one!r}. Loggers are JsonLines, CSV, "
+            "TensorBoard, WandB, MLflow, Trackio, LiveFigure, and subclasses of "
+            "fm.monitor.Logger."
         )
-    if not str(one).endswith(".jsonl"):
-        raise ValueError(
-            f"The path {str(one)!r} does not say what to write: end it in '.jsonl' for "
-            "JSON lines, or pass fm.monitor.TensorBoard(folder)."
-        )
-    return JsonLines(one)
+    for ending, kind in ((".jsonl", JsonLines), (".csv", CSV)):
+        if str(one).endswith(ending):
+            return kind(one)
+    raise ValueError(
+        f"The path {str(one)!r} does not say what to write: end it in '.jsonl' for "
+        "JSON lines, in '.csv' for a table, or pass fm.monitor.TensorBoard(folder)."
+    )
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer) -> Row:
