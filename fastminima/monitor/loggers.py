@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,34 @@ __all__ = ["JsonLines", "Logger", "TensorBoard", "WandB"]
 class Logger:
     """Takes rows; an interface.
 
-    A row maps names to numbers and has a "step". Subclass it to log elsewhere.
+    A row maps names to numbers and has a "step". Subclass it to log elsewhere; what
+    is not a row (tables of samples, histograms) a logger takes if it has a way to show
+    it, and ignores otherwise.
     """
 
     def write(self, row: Mapping[str, float]) -> None:
         """Write one row, so that it outlives the process where possible."""
         raise NotImplementedError
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Take the samples with the largest gradients of a step, largest first.
+
+        Args:
+            step: of the training loop.
+            samples: each with "id", "index", "norm", and what else is known of it.
+        """
+
+    def write_histogram(
+        self, step: int, name: str, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Take a histogram.
+
+        Args:
+            step: of the training loop.
+            name: of what was counted, as "gradient/sample_norms".
+            edges: where the bins begin and end: one more than there are bins, rising.
+            counts: of each bin. What lies outside is in the first or the last.
+        """
 
     def close(self) -> None:
         """Release what is open; a later row opens it again."""
