@@ -3,5 +3,20 @@
 from .figure import plot, read
 from .loggers import JsonLines, Logger, TensorBoard, WandB
 from .recorder import Monitor
+from .run import RunFolder
+from .spikes import SpikeDetector
+from .watch import Watch, watch
 
-__all__ = ["JsonLines", "Logger", "Monitor", "TensorBoard", "WandB", "plot", "read"]
+__all__ = [
+    "JsonLines",
+    "Logger",
+    "Monitor",
+    "RunFolder",
+    "SpikeDetector",
+    "TensorBoard",
+    "WandB",
+    "Watch",
+    "plot",
+    "read",
+    "watch",
+]
