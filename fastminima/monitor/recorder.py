@@ -202,7 +202,7 @@ class Monitor:
         means = stats.mean_grad_sq_norms_by_parameter or {}
         if self._grouping.by is not None and each and each.keys() == means.keys():
             packed.add("layers/sq", torch.stack(list(each.values())).double().mean(1))
-            packed.add("layers/mean", torch.stack(list(means.values())))
+            packed.add("layers/mean", torch.stack([means[name] for name in each]))
         if stats.sq_norms is not None:
             if self._largest:
                 samples.ask_for(packed, stats, losses, self._largest)

@@ -65,9 +65,7 @@ def child(folder, told):
     columns = {f"layers/{i}/share": 0.1 for i in range(30)}
     for step in range(10**6):
         for logger in monitor._loggers:
-            logger.write(
-                {"step": step, **{f"layers/{i}/share": 0.1 for i in range(30)}}
-            )
+            logger.write({"step": step, **columns})
             logger.write_samples(step, [{"id": i, "norm": 1.0} for i in range(8)])
             if step % 5 == 0:
                 logger.write_spike({"step": step, "what": "loss", "samples": []})

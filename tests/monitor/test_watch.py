@@ -279,7 +279,7 @@ def test_spike_with_its_sample(tmp_path):
     w = fm.monitor.watch(model, optimizer, to=tmp_path)
     data = list(batches(34))
     train(model, optimizer, w, data[:33])
-    weights = torch.ones(8).index_fill(0, torch.tensor([5]), 1000.0)
+    weights = torch.ones(8).index_fill(0, torch.tensor([5]), 1e5)
     w.backward(losses(model, data[33]) * weights, ids=[f"33.{n}" for n in range(8)])
     found = lines(tmp_path / "spikes.jsonl")  # before it is closed
     assert [spike["what"] for spike in found] == ["loss", "norm"]
