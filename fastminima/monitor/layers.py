@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -12,12 +13,12 @@ from .smoothing import SmoothedNoiseScale
 
 __all__ = ["By", "Grouping", "LayerNumbers", "layer_of"]
 
-By = str | int | None
+By = Literal["layer", "block", "parameter"] | int | None
 OWN = "(own)"  # parameters that the model itself holds
 _WORDS = ("layer", "block", "parameter")
 
 
-def layer_of(parameter: str, by: str | int = "layer") -> str:
+def layer_of(parameter: str, by: By = "layer") -> str:
     """The group that a parameter belongs to.
 
     Args:
@@ -41,7 +42,7 @@ def layer_of(parameter: str, by: str | int = "layer") -> str:
         number = next((i for i, part in enumerate(path) if part.isdigit()), len(path))
         path = path[: number + 1]
     elif by != "layer":
-        path = path[: int(by)]
+        path = path[:by]
     return ".".join(path) or OWN
 
 
@@ -58,6 +59,7 @@ class Grouping:
     """
 
     def __init__(self, by: By = "layer", pattern: str | None = None) -> None:
+        self.by: By = by
         is_depth = isinstance(by, int) and not isinstance(by, bool) and by >= 1
         if not (by is None or by in _WORDS or is_depth):
             raise ValueError(
@@ -68,7 +70,6 @@ class Grouping:
             self._pattern = None if pattern is None else re.compile(pattern)
         except re.error as error:
             raise ValueError(f"layers={pattern!r} is no pattern: {error}.") from None
-        self.by = by
         self._known: tuple[tuple[str, ...], Groups] | None = None
 
     def groups(self, parameters: Iterable[str]) -> Groups | None:

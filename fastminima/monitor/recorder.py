@@ -106,7 +106,7 @@ class Monitor:
             spikes = SpikeDetector(spikes)
         self._detector = spikes
         self._model, self._about = precondition, about
-        self._has_begun = False
+        self._rows = 0  # written so far
 
     def log(
         self,
@@ -239,11 +239,11 @@ class Monitor:
         origin: Origin,
     ) -> None:
         """Give loggers the row and what belongs to it, spikes last."""
-        if self._about is not None and not self._has_begun:
+        if self._about is not None and not self._rows:
             about = self._about()
             for logger in self._loggers:
                 logger.write_run(about)
-        self._has_begun = True
+        self._rows += 1
         step, largest = int(row["step"]), []
         if "samples/numbers" in numbers:
             count, mean = int(row["gradient/count"]), row["gradient/mean_grad_sq_norm"]

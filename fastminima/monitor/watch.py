@@ -63,6 +63,10 @@ class Watch:
         self._ids: list[Any] = []
         self._passes = 0  # backward passes of the present step
 
+    def __repr__(self) -> str:
+        every = "" if self._every == 1 else f", every={self._every}"
+        return f"Watch({self._monitor!r}, {self._probe!r}{every}; {self.step} steps)"
+
     def backward(
         self,
         losses: Tensor,
@@ -272,7 +276,7 @@ def watch(
             mean gradient of each, so as much memory as two gradients.
         precondition: also the noise scale in the norm of an adaptive optimizer, and the
             temperature in the coordinates in which it is SGD. It measures second
-            moments: some 1.5 times the step.
+            moments.
         eigenvalues: how many.
         options: for `GradientProbe`, such as `batchnorm="rows"` or `mode="fused"`.
 

@@ -256,14 +256,17 @@ def test_the_optimizer_within_is_the_one_that_is_named():
     assert rows.rows[0]["factors/momentum"] == 0.9
 
 
-def test_every_counts_steps_and_state_goes_on():
+def test_every_counts_steps_and_state_goes_on(tmp_path):
     accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
     rows, more = Rows(), Rows()
     first = fm.callbacks.watch(accelerator, model, to=rows, every=2)
     train(accelerator, model, optimizer, loader)
     assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
     first.close()
+    accelerator.register_for_checkpointing(first)
+    accelerator.save_state(str(tmp_path))
     second = fm.callbacks.watch(accelerator, model, to=more, every=2)
-    second.load_state_dict(first.state_dict())
+    accelerator._custom_objects[:] = [second]
+    accelerator.load_state(str(tmp_path))
     train(accelerator, model, optimizer, loader)
     assert [row["batch"] for row in more.rows] == [4, 5]

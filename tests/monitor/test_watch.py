@@ -323,6 +323,15 @@ def test_adam_without_it_says_what_to_do():
     assert "sharpness/two_over_lr" not in row
 
 
+def test_what_is_printed_of_it():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, every=2)
+    train(model, optimizer, w, batches(3))
+    shown = repr(w)
+    assert shown.startswith("Watch(Monitor(no logger), GradientProbe(Sequential, ")
+    assert shown.endswith("every=2; 3 steps)")
+
+
 def test_clipping_is_counted():
     model, optimizer = setup()
     batch = next(batches(1))
