@@ -40,9 +40,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    run = describe_run(1)
     with tempfile.TemporaryDirectory() as folder:
         record = measure(options.rounds, Path(folder))
-    path = save({"run": describe_run(1), **record}, options.output)
+    path = save({"run": run, **record}, options.output)
     print(json.dumps(record, indent=1))
     print(f"Recorded in {path}")
 
