@@ -7,15 +7,18 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["concatenated", "joined", "merged", "sq_norm", "weighted"]
+__all__ = ["concatenated", "joined", "merged", "sq_norms", "weighted"]
 
 
-def sq_norm(vector: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """|v|^2 of a vector held by parameter, 0-d, in the dtype of `like`."""
+def sq_norms(
+    vector: Mapping[str, Tensor], like: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """|v|^2 of a vector held by parameter, whole and by parameter: 0-d, like `like`."""
     total = torch.zeros((), dtype=torch.float64, device=like.device)
-    for t in vector.values():
-        total = total + t.double().square().sum()
-    return total.to(like.dtype)
+    each = {name: t.double().square().sum() for name, t in vector.items()}
+    for square in each.values():
+        total = total + square
+    return total.to(like.dtype), {name: t.to(like.dtype) for name, t in each.items()}
 
 
 def concatenated(a: Tensor | None, b: Tensor | None) -> Tensor | None:

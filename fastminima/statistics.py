@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from ._sums import concatenated, joined, merged, sq_norm, weighted
+from ._sums import concatenated, joined, merged, sq_norms, weighted
 
 __all__ = ["GradientStatistics"]
 
@@ -35,6 +35,9 @@ class GradientStatistics:
         sq_norms: `[count]`, |g_n|^2, or None when norms were not measured.
         mean_grad_sq_norm: 0-d, squared norm of the mean of the g_n.
         sq_norms_by_parameter: `{name: [count]}`, with `per_parameter=True`.
+        mean_grad_sq_norms_by_parameter: `{name: 0-d}`, squared norm of each parameter's
+            part of the mean, with `per_parameter=True`; they add up to
+            `mean_grad_sq_norm`.
         second_moments: `{name: like the parameter}`, mean over n of g_n^2 elementwise.
         gram: `[count, count]`, <g_n, g_m>.
         dots: `{direction: [count]}`, <g_n, v>.
@@ -55,6 +58,7 @@ class GradientStatistics:
     mean_grad: dict[str, Tensor] | None = None
     mean_count: int | None = None
     samples: Tensor | None = None
+    mean_grad_sq_norms_by_parameter: dict[str, Tensor] | None = None
 
     def __repr__(self) -> str:
         of = "" if self.mean_count is None else f" of {self.mean_count}"
@@ -185,6 +189,11 @@ class GradientStatistics:
             row["sq_norms_by_parameter"] = {
                 name: t.tolist() for name, t in self.sq_norms_by_parameter.items()
             }
+        if self.mean_grad_sq_norms_by_parameter is not None:
+            row["mean_grad_sq_norms_by_parameter"] = {
+                name: t.item()
+                for name, t in self.mean_grad_sq_norms_by_parameter.items()
+            }
         if self.dots:
             row["dots"] = {name: t.tolist() for name, t in self.dots.items()}
         return row
@@ -226,11 +235,9 @@ class GradientStatistics:
         all_a, all_b = self.all_count, other.all_count
         mean = weighted(self._kept_mean(), all_a, other._kept_mean(), all_b)
         return replace(
-            self,
+            self._with_mean(mean),
             count=a + b,
             sq_norms=concatenated(self.sq_norms, other.sq_norms),
-            mean_grad=mean,
-            mean_grad_sq_norm=sq_norm(mean, self.mean_grad_sq_norm),
             second_moments=None
             if self.second_moments is None or other.second_moments is None
             else weighted(self.second_moments, a, other.second_moments, b),
@@ -264,11 +271,17 @@ class GradientStatistics:
         moments = self.second_moments
         if moments is not None:
             moments = self._reduced(moments, self.count / total.count, group)
+        return replace(total._with_mean(mean), second_moments=moments)
+
+    def _with_mean(self, mean: dict[str, Tensor]) -> GradientStatistics:
+        """With another mean gradient, and its norms."""
+        total, each = sq_norms(mean, self.mean_grad_sq_norm)
+        is_asked = self.sq_norms_by_parameter is not None
         return replace(
-            total,
+            self,
             mean_grad=mean,
-            mean_grad_sq_norm=sq_norm(mean, self.mean_grad_sq_norm),
-            second_moments=moments,
+            mean_grad_sq_norm=total,
+            mean_grad_sq_norms_by_parameter=each if is_asked else None,
         )
 
     def _reduced(
@@ -330,6 +343,9 @@ class GradientStatistics:
 
     def _tensors(self) -> list[Tensor]:
         tensors = [self.mean_grad_sq_norm, *self.dots.values()]
-        for part in (self.second_moments, self.mean_grad, self.sq_norms_by_parameter):
+        for part in (
+            *(self.second_moments, self.mean_grad),
+            *(self.sq_norms_by_parameter, self.mean_grad_sq_norms_by_parameter),
+        ):
             tensors += (part or {}).values()
         return tensors + [t for t in (self.sq_norms, self.gram) if t is not None]

@@ -44,7 +44,8 @@ class LightningProbe(_Callback):
     Args:
         to: a path ending in ".jsonl", a logger of `fm.monitor`, or a `Monitor`; None
             for the Trainer's own loggers.
-        every: probe one training batch in so many, the first one included.
+        every: probe one step of the optimizer in so many, the first one included, with
+            all batches that it accumulates.
         batch_size: the number of samples of a batch, or a function that says it of a
             batch; None takes the leading size of its first tensor.
         on_error: "raise", or "warn" and go on where the probe cannot read the graph.
@@ -83,6 +84,14 @@ class LightningProbe(_Callback):
         """Statistics of the last backward pass that was probed."""
         return self._observer.stats
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the Trainer keeps in a checkpoint: counters and running averages."""
+        return self._observer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._observer.load_state_dict(state_dict)
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be probed."""
         strategy = type(trainer.strategy).__name__
@@ -97,7 +106,8 @@ class LightningProbe(_Callback):
     ) -> None:
         """Note the size of the batch."""
         if trainer.is_global_zero:
-            self._observer.batch(lambda: self._observer.size_of(batch))
+            size = self._observer.size_of
+            self._observer.batch(lambda: size(batch), trainer.global_step)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Attach to a loss that has been scaled and divided already."""

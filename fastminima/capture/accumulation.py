@@ -102,6 +102,9 @@ class Accumulation:
         return replace(
             total,
             sq_norms_by_parameter=ordered(total.sq_norms_by_parameter),
+            mean_grad_sq_norms_by_parameter=ordered(
+                total.mean_grad_sq_norms_by_parameter
+            ),
             second_moments=ordered(total.second_moments),
             mean_grad=ordered(total.mean_grad) if self._keep_mean else None,
         )

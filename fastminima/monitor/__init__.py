@@ -5,7 +5,10 @@ from .figure import plot, read
 from .live import LiveFigure
 from .loggers import JsonLines, Logger, TensorBoard
 from .recorder import Monitor
+from .run import RunFolder
+from .spikes import SpikeDetector
 from .trackers import MLflow, Trackio, WandB
+from .watch import Watch, watch
 
 __all__ = [
     "CSV",
@@ -14,9 +17,13 @@ __all__ = [
     "Logger",
     "MLflow",
     "Monitor",
+    "RunFolder",
+    "SpikeDetector",
     "TensorBoard",
     "Trackio",
     "WandB",
+    "Watch",
     "plot",
     "read",
+    "watch",
 ]

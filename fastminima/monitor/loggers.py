@@ -52,6 +52,17 @@ class Logger:
             counts: of each bin. What lies outside is in the first or the last.
         """
 
+    def write_spike(self, spike: Mapping[str, Any]) -> None:
+        """Take a step that stands out, so that it outlives the process.
+
+        Args:
+            spike: "step", "what", "value", "usual", "scale", "z", and the "samples"
+                with the largest gradients.
+        """
+
+    def write_run(self, about: Mapping[str, Any]) -> None:
+        """Take what is known of the run as a whole, before its first row."""
+
     def close(self) -> None:
         """Release what is open; a later row opens it again."""
 

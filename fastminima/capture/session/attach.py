@@ -142,6 +142,7 @@ class Attacher:
                 program_of(reading, self._parameters, makes),
                 *(target, self._parameters, self.announce),
                 None if fusion is None else fusion.plan,
+                by_parameter=self._options.per_parameter,
             )
         return observed
 
@@ -195,10 +196,17 @@ class Attacher:
 
     def collector(self, fusion: Fusion | None = None) -> Collector:
         """Takes what the options ask for."""
-        measure, keep_grads = self._options.measure, self._options.needs_mean
+        measure, asked = self._options.measure, self._options
+        keep, by_parameter = asked.needs_mean, asked.per_parameter
         if fusion is None:
-            return Collector(measure, self._directions, keep_grads=keep_grads)
-        return FusedCollector(measure, self._directions, fusion, keep_grads=keep_grads)
+            return Collector(
+                measure, self._directions, keep_grads=keep, by_parameter=by_parameter
+            )
+        return FusedCollector(
+            *(measure, self._directions, fusion),
+            keep_grads=keep,
+            by_parameter=by_parameter,
+        )
 
     def session(
         self,
