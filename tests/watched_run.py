@@ -105,13 +105,17 @@ class Maker:
             "gradient/noise_scale": trace / signal,
             "gradient/noise_scale_smoothed": scale,
             "gradient/noise_scale_low": scale * 0.75,
-            "gradient/noise_scale_high": None if time > 0.92 else scale * 1.5,
+            "gradient/noise_scale_high": None
+            if number > 0.92 * self.rows
+            else scale * 1.5,
             "factors/learning_rate": rate,
             "factors/momentum": 0.9,
             "factors/weight_decay": 0.0,
             "factors/batch_size": batch,
             "factors/ratio": rate / 0.1 * (1 / batch - 1 / 50_000),
         }
+        if number > 0.92 * self.rows:
+            row["gradient/noise_scale_high"] = None
         variance = trace / about()["parameters"]
         row["factors/temperature"] = row["factors/ratio"] * variance / 2
         if number % 20 == 0:

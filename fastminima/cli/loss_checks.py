@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import accumulation_dtype
 from ..capture import CaptureError, GradientProbe
 from ..curvature import Hessian
 from .findings import Finding, some
@@ -157,10 +158,11 @@ def of_product(target: Target) -> Iterator[Finding]:
     """One Hessian-vector product, which is where curvature is refused."""
     count = sum(p.numel() for p in target.model.parameters() if p.requires_grad)
     first = next(p for p in target.model.parameters() if p.requires_grad)
+    dtype = accumulation_dtype(first.dtype)
     generator = torch.Generator("cpu").manual_seed(0)
     vector = torch.randn(
         count, generator=generator, dtype=torch.float32, device="cpu"
-    ).to(first)
+    ).to(first.device, dtype)
 
     def multiply() -> Hessian:
         hessian = Hessian(target.model, target.mean, target.batch)

@@ -20,6 +20,7 @@ __all__ = ["last_rows", "run"]
 _OTHERWISE = "`pip install 'fastminima[cli]'`, or ask for --json"
 _BAR = 12  # characters, of which the last but two is 2/eta
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_TRUTHS = ("is_finite", "sharpness/converged")
 _SHOWN = (  # heading, name of the column, digits; the first ones on narrow terminals
     ("loss", "loss", 4),
     ("tr Σ", "gradient/covariance_trace", 3),
@@ -56,7 +57,8 @@ def last_rows(run: Run, count: int) -> list[dict[str, float | None]]:
     for name, column in columns.items():
         kept = column.where(column.at >= first)
         for at, value in zip(kept.at.tolist(), kept.values.tolist(), strict=True):
-            rows[at - first][name] = value if math.isfinite(value) else None
+            known = value if math.isfinite(value) else None
+            rows[at - first][name] = bool(value) if name in _TRUTHS else known
     return rows
 
 

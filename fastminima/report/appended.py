@@ -65,7 +65,7 @@ class AppendedLines:
     def _size(self) -> int:
         try:
             return self.path.stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
 
 

@@ -8,7 +8,8 @@
   const config = {
     displaylogo: false,
     responsive: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    // By name: others send the chart to a server.
+    modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
   };
   const linear = new Set();  // figures whose axis the reader made linear
   let chosen = null;         // the look, once the reader has chosen one
