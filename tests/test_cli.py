@@ -8,14 +8,15 @@ import sys
 import pytest
 import torch
 
-from fastminima import __main__ as report
 from fastminima import __version__, _native
+from fastminima.cli import machine as report
+from fastminima.cli import main
 from fastminima.ops.table import REGISTRY, Op
 
 
 @pytest.fixture
 def lines(capsys):
-    assert report.main() == 0
+    assert main([]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -68,7 +69,8 @@ def op():
 
 
 def others(op):
-    return " ; ".join(report._others(op, "cpu"))
+    found = report._others(op, "cpu").items()
+    return " ; ".join(f"{', '.join(names)}: {reason}" for reason, names in found)
 
 
 def test_why_others_do_not_run(op, monkeypatch):

@@ -25,7 +25,8 @@ LAYERS = (
     {"ops"},
     {"capture", "curvature"},
     {"quantities", "spectrum", "theory"},
-    {"monitor", "optim", "callbacks"},
+    {"monitor", "optim", "callbacks", "report"},
+    {"cli"},
 )
 LAYER = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # The rooms of `capture`, from the ground up; its docstring is the map.
