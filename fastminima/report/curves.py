@@ -19,7 +19,6 @@ from .traces import (
     interval,
     layout,
     log_axis,
-    raw,
     smooth,
     steps,
 )
@@ -210,7 +209,8 @@ def _noise_scale_in(
     steady = [c for c in (smoothed, low, high, batch) if len(c)] or [single]
     shown = np.concatenate([c.values for c in steady])
     shown = shown[np.isfinite(shown) & (shown > 0)]
-    top = float(shown.max()) if len(shown) else 1.0
+    # A signal near zero makes a ratio as large as one likes; it need not be seen whole.
+    top = min(shown.max(), 10 * np.quantile(shown, 0.95)) if len(shown) else 1.0
     traces = [dots(_positive(single), "single steps", "blue")] if len(single) else []
     if len(low):
         traces.append(
@@ -317,7 +317,7 @@ def _sharpness(columns: Columns) -> Drawn | None:
         return None
     traces = [_eigenvalue(columns, 1, "λ₁ ± residual")]
     if _has(columns, "sharpness/upper"):
-        traces.append(raw(columns["sharpness/upper"], "upper bound", "green"))
+        traces.append(dots(columns["sharpness/upper"], "upper bound", "green"))
     limit = two_over_lr(columns)
     if len(limit):
         traces.append(dashed(limit, "2/η"))

@@ -162,7 +162,7 @@ def _name(value: object, most: int = 60) -> str:
 def _layers(shares: Mapping[str, Any], most: int = 3) -> str:
     known = sorted(shares.items(), key=lambda item: -finite(item[1]))[:most]
     return ", ".join(
-        f"{escape(str(name))} {finite(share):.0%}"
+        f"{escape(str(name))}: {finite(share):.0%}"
         for name, share in known
         if math.isfinite(finite(share))
     )
