@@ -10,9 +10,9 @@ from typing import Any
 
 from .._optional import require
 from ..report import Run, open_run
-from ..report.curves import two_over_lr
 from ..report.now import quantities
 from ..report.page import summary
+from ..report.sharpness import two_over_lr
 from .usage import UsageError
 
 __all__ = ["last_rows", "run"]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .columns import Columns
-from .curves import Drawn
+from .drawn import Drawn
 from .run import Run
 from .traces import layout, numbers
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .columns import Column
-from .curves import gradient_variance, two_over_lr
+from .factors import gradient_variance
 from .maps import layers_of, share_of_parameters
 from .run import Run
+from .sharpness import two_over_lr
 
 __all__ = ["Quantity", "quantities"]
 

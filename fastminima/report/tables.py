@@ -138,6 +138,8 @@ def _samples(samples: object, most: int = 3) -> str:
         words = [f"norm {number(sample.get('norm'))}"]
         if sample.get("loss") is not None:
             words.append(f"loss {number(sample['loss'])}")
+        if sample.get("share") is not None:
+            words.append(f"{finite(sample['share']):.0%} of the mean gradient")
         if sample.get("rank"):
             words.append(f"rank {sample['rank']}")
         layers = _layers(sample.get("layers") or {})
