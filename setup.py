@@ -29,7 +29,9 @@ import build_cuda  # noqa: E402
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
 HOST = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/host/*.cpp"))
 CUDA_KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-BASE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fopenmp"]
+# Apple's clang knows OpenMP, but not by this name.
+OPENMP = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+BASE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", *OPENMP]
 BASE_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 BASE_FLAGS += ["-g0"]  # Python's own flags may ask for -g, which keeps build paths
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}

@@ -54,6 +54,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .common.tables import fitted, terminal_width
     from .engine.conclude import of_folder
 
     if options.workers is not None and options.workers < 1:
@@ -88,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         if len(conclusions) > 1:
             print(f"{c.experiment.id}: {c.experiment.claim}")
         if c.verdict.table:
-            print(c.verdict.table + "\n")
+            print(fitted(c.verdict.table, terminal_width()) + "\n")
         for message, count in c.failures.items():
             print(f"failed, {count} x: {message}")
         print(f"Records: {folder.path}")

@@ -35,6 +35,9 @@ _MODULES: tuple[str, ...] = (
     "noise_and_sharpness.gap",
     "noise_and_sharpness.batch_sharpness",
     "noise_and_sharpness.covariance_end",
+    "edge_of_stability.gradient_descent",
+    "edge_of_stability.adam",
+    "edge_of_stability.sgd",
 )
 
 

@@ -1,10 +1,21 @@
 """Gradient statistics and sharpness inside your own PyTorch training loop."""
 
+import torch
+
 from . import callbacks, monitor, optim, theory
-from .capture import Audit, CaptureError, GradientProbe, MinibatchVariance, compile
+from .capture import (
+    Audit,
+    CaptureError,
+    GradientProbe,
+    MinibatchVariance,
+    compile,
+    sample_gradients,
+)
+from .capture.audit import AuditRow
 from .curvature import (
     CriticalSharpness,
     CurvatureAudit,
+    CurvatureCheck,
     GaussNewton,
     GradientCovariance,
     Hessian,
@@ -13,7 +24,13 @@ from .curvature import (
     preconditioner,
     twice_differentiable,
 )
-from .quantities import ThreeFactors, noise_scale, three_factors
+from .quantities import (
+    BatchSizeAdvice,
+    ThreeFactors,
+    advise_batch_size,
+    noise_scale,
+    three_factors,
+)
 from .spectrum import (
     Density,
     Eigenpairs,
@@ -21,6 +38,7 @@ from .spectrum import (
     NoiseAlong,
     SharpnessProbe,
     batch_sharpness,
+    block_eigenpairs,
     directional_sharpness,
     effective_dimension,
     frobenius_norm,
@@ -38,8 +56,18 @@ from .statistics import GradientStatistics
 
 __version__ = "0.1.0"
 
+# Results are data: `torch.load` may read them without being told so.
+torch.serialization.add_safe_globals(
+    [
+        *(Audit, AuditRow, CurvatureAudit, CurvatureCheck, GradientStatistics),
+        BatchSizeAdvice,
+        *(CriticalSharpness, Density, Eigenpairs, Estimate, NoiseAlong, ThreeFactors),
+    ]
+)
+
 __all__ = [
     "Audit",
+    "BatchSizeAdvice",
     "CaptureError",
     "CriticalSharpness",
     "CurvatureAudit",
@@ -56,7 +84,9 @@ __all__ = [
     "NoiseAlong",
     "SharpnessProbe",
     "ThreeFactors",
+    "advise_batch_size",
     "batch_sharpness",
+    "block_eigenpairs",
     "callbacks",
     "compile",
     "critical_sharpness",
@@ -71,6 +101,7 @@ __all__ = [
     "optim",
     "preconditioner",
     "product_trace",
+    "sample_gradients",
     "spectral_density",
     "spectral_sum",
     "stability_ratio",

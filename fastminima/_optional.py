@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["INTEGRATIONS", "require"]
+__all__ = ["INTEGRATIONS", "extra", "require"]
 
 INTEGRATIONS = "`pip install 'fastminima[integrations]'` for all of them"
+
+
+def extra(name: str) -> str:
+    """What installs fastminima with one of its extras."""
+    return f"`pip install 'fastminima[{name}]'`"
 
 
 def require(module: str, what: str, otherwise: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["ThreeFactors", "noise_scale", "three_factors"]
+__all__ = [
+    "BatchSizeAdvice",
+    "ThreeFactors",
+    "advise_batch_size",
+    "noise_scale",
+    "three_factors",
+]
 
 # Options that only optimizers have which rescale the gradient elementwise.
 _ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
@@ -31,7 +38,7 @@ class _Statistics(Protocol):
     def mean_grad_sq_norm(self) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ThreeFactors:
     """Learning rate, batch size and gradient variance: what decides where SGD ends.
 
@@ -91,6 +98,15 @@ class ThreeFactors:
                 f"{self.batch_size}. Give the number of training samples, or None "
                 "for a stream."
             )
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in vars(self).items()]
+        derived = f"ratio {self.ratio:.4g}, temperature {self.temperature:.4g}"
+        return f"ThreeFactors({', '.join(given)}; {derived})"
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Numbers for a log line, or a row of a table; ratio and temperature too."""
+        return {**vars(self), "ratio": self.ratio, "temperature": self.temperature}
 
     @property
     def ratio(self) -> float:
@@ -188,6 +204,133 @@ def noise_scale(
         [s.mean_grad_sq_norm - s.covariance_trace / _behind_mean(s) for s in steps]
     )
     return noise.mean() / signal.mean()
+
+
+@dataclass(frozen=True)
+class BatchSizeAdvice:
+    """What a noise scale says of a batch size; prints as a sentence or two.
+
+    Pairs are (low, high), from the interval that the noise scale came with: an end that
+    is not known is 0 or infinity there.
+
+    Attributes:
+        batch_size: S, samples in one step of the optimizer.
+        noise_scale: B, the batch size at which a step makes half the progress of one
+            without noise, and a sample is worth half of what it is in small batches.
+        half_efficient: the interval of that batch size.
+        step_progress: of a step at S, as a part of that of one without noise.
+        sample_worth: of a sample at S, as a part of what it is in small batches.
+    """
+
+    batch_size: int
+    noise_scale: float
+    half_efficient: tuple[float, float]
+    step_progress: tuple[float, float]
+    sample_worth: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.half_efficient
+        if low == 0 and math.isinf(high):
+            return (
+                "The noise scale is not known: its interval has no end. Average over "
+                "more steps, or measure larger batches."
+            )
+        return (
+            f"A step is half as efficient at a batch of {self._size()} samples: it "
+            "makes half the progress of one without noise, and a sample is worth half "
+            "of what it is in small batches. "
+            f"At {self.batch_size} samples a step makes "
+            f"{_percent(self.step_progress)} of that progress, and a sample is worth "
+            f"{_percent(self.sample_worth)}. {self._advice()}"
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a log line, or a row of a table; pairs by `_low` and `_high`."""
+        found: dict[str, float] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, tuple):
+                found |= {f"{name}_low": value[0], f"{name}_high": value[1]}
+            else:
+                found[name] = value
+        return found
+
+    def _size(self) -> str:
+        low, high = self.half_efficient
+        if math.isinf(high):
+            return f"at least {low:.3g}"
+        if not low:
+            return f"at most {high:.3g}"
+        return f"about {self.noise_scale:.3g} ({low:.3g} to {high:.3g})"
+
+    def _advice(self) -> str:
+        low, high = self.half_efficient
+        if self.batch_size < low:
+            return "A larger batch saves steps and wastes few samples."
+        if self.batch_size > high:
+            return "A smaller batch saves samples and takes few more steps."
+        return "This batch size is inside the interval: neither is sure to pay."
+
+
+def advise_batch_size(
+    noise_scale: float, low: float | None, high: float | None, batch_size: int
+) -> BatchSizeAdvice:
+    """The batch size at which a step is half as efficient, with its interval, in words.
+
+    With the noise scale B a step at batch size S makes S / (S + B) of the progress of
+    a step without noise, at the best learning rate of each: half of it at S = B. The
+    progress a sample is B / (S + B) of what it is in small batches. That holds for
+    plain SGD where the curvature is the same in all directions, at the parameters
+    where B was measured; B grows as training goes on.
+
+    Args:
+        noise_scale: an average over steps, as "gradient/noise_scale_smoothed".
+        low: of its interval ("gradient/noise_scale_low"); None or NaN has no end.
+        high: the other end.
+        batch_size: S, samples in one step of the optimizer.
+
+    Raises:
+        ValueError: for a batch size below one, or an interval without the noise scale
+            in it.
+
+    Example:
+        >>> import fastminima as fm
+        >>> advice = fm.advise_batch_size(120.0, 80.0, 190.0, batch_size=32)
+        >>> advice.half_efficient
+        (80.0, 190.0)
+        >>> [round(part, 2) for part in advice.step_progress]
+        [0.14, 0.29]
+        >>> print(str(advice).split(":")[0])
+        A step is half as efficient at a batch of about 120 (80 to 190) samples
+
+    Source: McCandlish et al. (2018), arXiv:1812.06162, equation 2.7, with the simple
+    noise scale for that of 2.8.
+    """
+    size = _index(batch_size, "batch_size")
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    # The trace in it is not negative; an end below zero is that of the estimate.
+    bottom = max(0.0, low) if low is not None and math.isfinite(low) else 0.0
+    top = math.inf if high is None or math.isnan(high) else float(high)
+    # Below zero the signal is lost in the noise: no batch is known to be large enough.
+    centre = noise_scale if noise_scale >= 0 else math.inf
+    if not bottom <= centre <= top:
+        raise ValueError(
+            f"The noise scale {noise_scale} is not in its interval [{low}, {high}]. "
+            "Give the three numbers of one row."
+        )
+    ends = (bottom, top)
+    progress = [1.0 if end == 0 else size / (size + end) for end in ends]
+    return BatchSizeAdvice(
+        size,
+        centre,
+        ends,
+        step_progress=(progress[1], progress[0]),
+        sample_worth=(1 - progress[0], 1 - progress[1]),
+    )
+
+
+def _percent(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.0%} to {ends[1]:.0%}".replace("% to", " to").replace("%", " %")
 
 
 def _behind_mean(stats: _Statistics) -> int:

@@ -12,10 +12,14 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from ._sums import concatenated, joined, merged, sq_norms, weighted
+
 __all__ = ["GradientStatistics"]
 
+_OPTIONAL = ("sq_norms_by_parameter", "second_moments", "gram", "mean_grad")
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class GradientStatistics:
     """Statistics of the per-sample gradients g_n of one batch.
 
@@ -31,6 +35,9 @@ class GradientStatistics:
         sq_norms: `[count]`, |g_n|^2, or None when norms were not measured.
         mean_grad_sq_norm: 0-d, squared norm of the mean of the g_n.
         sq_norms_by_parameter: `{name: [count]}`, with `per_parameter=True`.
+        mean_grad_sq_norms_by_parameter: `{name: 0-d}`, squared norm of each parameter's
+            part of the mean, with `per_parameter=True`; they add up to
+            `mean_grad_sq_norm`.
         second_moments: `{name: like the parameter}`, mean over n of g_n^2 elementwise.
         gram: `[count, count]`, <g_n, g_m>.
         dots: `{direction: [count]}`, <g_n, v>.
@@ -51,6 +58,23 @@ class GradientStatistics:
     mean_grad: dict[str, Tensor] | None = None
     mean_count: int | None = None
     samples: Tensor | None = None
+    mean_grad_sq_norms_by_parameter: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        of = "" if self.mean_count is None else f" of {self.mean_count}"
+        shown = f"{self.count}{of} samples, {self.parameter_count} parameters"
+        if self.sq_norms is None or self.all_count < 2 or self.sq_norms.is_meta:
+            numbers = {"mean_grad_sq_norm": self.mean_grad_sq_norm}
+        else:
+            names = ("covariance_trace", "signal", "noise_scale")
+            numbers = {name: getattr(self, name) for name in names}
+        if not self.mean_grad_sq_norm.is_meta:
+            listed = [f"{name} {value:.4g}" for name, value in numbers.items()]
+            shown += f"; {', '.join(listed)}"
+        held = [name for name in _OPTIONAL if getattr(self, name) is not None]
+        held += [f"dots[{name!r}]" for name in self.dots]
+        shown += f"; with {', '.join(held)}" if held else ""
+        return f"GradientStatistics({shown})"
 
     @property
     def all_count(self) -> int:
@@ -143,7 +167,9 @@ class GradientStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists for a log line; tensors of parameter size stay out.
 
-        Quantities that need two samples are left out when there is one.
+        Quantities that need two samples are left out when there is one. For tables:
+        `pandas.DataFrame([stats.to_dict() for stats in found])` has a row a step, and
+        `pandas.DataFrame(stats.to_columns())` a row a sample.
         """
         row: dict[str, Any] = {
             "count": self.count,
@@ -163,9 +189,36 @@ class GradientStatistics:
             row["sq_norms_by_parameter"] = {
                 name: t.tolist() for name, t in self.sq_norms_by_parameter.items()
             }
+        if self.mean_grad_sq_norms_by_parameter is not None:
+            row["mean_grad_sq_norms_by_parameter"] = {
+                name: t.item()
+                for name, t in self.mean_grad_sq_norms_by_parameter.items()
+            }
         if self.dots:
             row["dots"] = {name: t.tolist() for name, t in self.dots.items()}
         return row
+
+    def to_columns(self) -> dict[str, list[Any]]:
+        """What is known of each sample, a list of `count` numbers by name.
+
+        "sample", its number in the batch (of several batches in the order of adding);
+        "sq_norm", "sq_norm/" and a parameter, "dot/" and a direction.
+
+        Example:
+            >>> import torch, fastminima as fm
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+            >>> stats = fm.GradientProbe(model).backward(model(x).sum(1))
+            >>> stats.to_columns()
+            {'sample': [0, 1], 'sq_norm': [1.0, 4.0]}
+        """
+        numbers = range(self.count) if self.samples is None else self.samples.tolist()
+        columns = {} if self.sq_norms is None else {"sq_norm": self.sq_norms}
+        for name, norms in (self.sq_norms_by_parameter or {}).items():
+            columns[f"sq_norm/{name}"] = norms
+        columns |= {f"dot/{name}": dots for name, dots in self.dots.items()}
+        found = {name: column.tolist() for name, column in columns.items()}
+        return {"sample": list(numbers), **found}
 
     def __add__(self, other: GradientStatistics) -> GradientStatistics:
         """Statistics of both sets of samples, taken at the same parameters.
@@ -180,21 +233,19 @@ class GradientStatistics:
         self._check_same_kind(other)
         a, b = self.count, other.count
         all_a, all_b = self.all_count, other.all_count
-        mean = _weighted(self._kept_mean(), all_a, other._kept_mean(), all_b)
+        mean = weighted(self._kept_mean(), all_a, other._kept_mean(), all_b)
         return replace(
-            self,
+            self._with_mean(mean),
             count=a + b,
-            sq_norms=_concatenated(self.sq_norms, other.sq_norms),
-            mean_grad=mean,
-            mean_grad_sq_norm=_sq_norm(mean, self.mean_grad_sq_norm),
+            sq_norms=concatenated(self.sq_norms, other.sq_norms),
             second_moments=None
             if self.second_moments is None or other.second_moments is None
-            else _weighted(self.second_moments, a, other.second_moments, b),
-            sq_norms_by_parameter=_joined(
+            else weighted(self.second_moments, a, other.second_moments, b),
+            sq_norms_by_parameter=joined(
                 self.sq_norms_by_parameter, a, other.sq_norms_by_parameter, b
             ),
             gram=None,
-            dots=_joined(self.dots, a, other.dots, b) or {},
+            dots=joined(self.dots, a, other.dots, b) or {},
             mean_count=None if all_a + all_b == a + b else all_a + all_b,
             samples=None,
         )
@@ -220,11 +271,17 @@ class GradientStatistics:
         moments = self.second_moments
         if moments is not None:
             moments = self._reduced(moments, self.count / total.count, group)
+        return replace(total._with_mean(mean), second_moments=moments)
+
+    def _with_mean(self, mean: dict[str, Tensor]) -> GradientStatistics:
+        """With another mean gradient, and its norms."""
+        total, each = sq_norms(mean, self.mean_grad_sq_norm)
+        is_asked = self.sq_norms_by_parameter is not None
         return replace(
-            total,
+            self,
             mean_grad=mean,
-            mean_grad_sq_norm=_sq_norm(mean, self.mean_grad_sq_norm),
-            second_moments=moments,
+            mean_grad_sq_norm=total,
+            mean_grad_sq_norms_by_parameter=each if is_asked else None,
         )
 
     def _reduced(
@@ -238,8 +295,12 @@ class GradientStatistics:
         mine = [(name, t.shape) for name, t in part.items()]
         dist.all_gather_object(names, mine, group=group)
         shapes = {name: shape for rank in names for name, shape in rank}
+        order: list[str] = []
+        for rank in names:
+            order = merged(order, [name for name, _ in rank])
         result = {}
-        for name, shape in shapes.items():
+        for name in order:
+            shape = shapes[name]
             t = part[name] if name in part else self.mean_grad_sq_norm.new_zeros(shape)
             result[name] = t * weight
             dist.all_reduce(result[name], group=group)
@@ -282,42 +343,9 @@ class GradientStatistics:
 
     def _tensors(self) -> list[Tensor]:
         tensors = [self.mean_grad_sq_norm, *self.dots.values()]
-        for part in (self.second_moments, self.mean_grad, self.sq_norms_by_parameter):
+        for part in (
+            *(self.second_moments, self.mean_grad),
+            *(self.sq_norms_by_parameter, self.mean_grad_sq_norms_by_parameter),
+        ):
             tensors += (part or {}).values()
         return tensors + [t for t in (self.sq_norms, self.gram) if t is not None]
-
-
-def _sq_norm(vector: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=like.device)
-    for t in vector.values():
-        total = total + t.double().square().sum()
-    return total.to(like.dtype)
-
-
-def _concatenated(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.cat([a, b])
-
-
-def _weighted(
-    a: Mapping[str, Tensor], na: int, b: Mapping[str, Tensor], nb: int
-) -> dict[str, Tensor]:
-    total = na + nb
-    mean = {name: t * (na / total) for name, t in a.items()}
-    for name, t in b.items():
-        part = t * (nb / total)
-        mean[name] = mean[name] + part if name in mean else part
-    return mean
-
-
-def _joined(
-    a: Mapping[str, Tensor] | None, na: int, b: Mapping[str, Tensor] | None, nb: int
-) -> dict[str, Tensor] | None:
-    if a is None or b is None:
-        return None
-    joined = {}
-    for name in dict.fromkeys([*a, *b]):
-        like = a[name] if name in a else b[name]
-        left = a[name] if name in a else like.new_zeros(na)
-        right = b[name] if name in b else like.new_zeros(nb)
-        joined[name] = torch.cat([left, right])
-    return joined

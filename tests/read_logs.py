@@ -16,6 +16,15 @@ def scalars(folder):
     }
 
 
+def histograms(folder):
+    """Events with histograms, by name, as they were written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    guidance = {"histograms": 0}
+    found = EventAccumulator(str(folder), size_guidance=guidance).Reload()
+    return {name: found.Histograms(name) for name in found.Tags()["histograms"]}
+
+
 def records(path):
     """The records of a .wandb file: LevelDB's log format behind seven bytes."""
     data, block, where, record = path.read_bytes(), 32768, 7, b""
@@ -51,7 +60,18 @@ def history(folder, timeout=30.0):
     rows = []
     for record in found:
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in items}
+            row = nested(record.history.item)
             rows.append({k: v for k, v in row.items() if not k.startswith("_")})
     return rows
+
+
+def nested(items):
+    """A row from its items, which have either a key or the keys on the way to it."""
+    row = {}
+    for item in items:
+        *outer, last = item.nested_key or [item.key]
+        inside = row
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = json.loads(item.value_json)
+    return row

@@ -20,6 +20,7 @@ LAYERS = (
         "_optional",
         "_parameters",
         "_processes",
+        "_sums",
     },
     {"ops"},
     {"capture", "curvature"},
@@ -36,7 +37,8 @@ FLOORS = (
     {"options", "reading"},
     {"rules"},
     {"session"},
-    {"audit", "minibatch", "ranks"},
+    {"accumulation", "audit", "minibatch", "ranks", "singles"},
+    {"stepping"},
     {"probe"},
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,7 @@
 """The three factors and the noise scale, against hand-computed values."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +152,80 @@ def test_noise_scale_may_be_negative_but_needs_a_step():
     assert fm.noise_scale(statistics(count=2, trace=8.0, mean_sq=3.0)) < 0
     with pytest.raises(ValueError, match="at least one step"):
         fm.noise_scale([])
+
+
+@pytest.mark.parametrize(("trace", "size"), [(90.0, 8), (90.0, 200), (0.0, 8)])
+def test_advice_is_the_best_progress_of_a_quadratic(trace, size):
+    """L = |x|^2 / 2, gradient x + noise / sqrt(S): the best of all learning rates."""
+    signal = 3.0
+    rates = torch.logspace(-8, 0, 200_001, dtype=torch.float64)
+
+    def best(size):
+        progress = rates * signal - rates**2 / 2 * (signal + trace / size)
+        return progress.max().item()
+
+    scale, small = trace / signal, 1e-4
+    advice = fm.advise_batch_size(scale, scale, scale, size)
+    part = best(size) / best(math.inf)
+    assert advice.step_progress == pytest.approx((part, part), rel=1e-6)
+    if trace:
+        worth = best(size) / size / (best(small) / small)
+        assert advice.sample_worth == pytest.approx((worth, worth), rel=1e-4)
+
+
+UNBOUNDED = (64, math.inf), (0, 32 / 96)
+
+
+@pytest.mark.parametrize(
+    ("given", "half", "progress", "words"),
+    [
+        (
+            (120.0, 80.0, 190.0),
+            (80, 190),
+            (32 / 222, 32 / 112),
+            "about 120 (80 to 190) samples: .* At 32 samples a step makes 14 to 29 % "
+            ".* worth 71 to 86 %. A larger batch saves steps",
+        ),
+        (
+            (9.0, 4.0, 16.0),
+            (4, 16),
+            (32 / 48, 32 / 36),
+            "A smaller batch saves samples",
+        ),
+        (
+            (40.0, -3.0, 50.0),
+            (0, 50),
+            (32 / 82, 1.0),
+            "at most 50 samples.* neither is",
+        ),
+        (
+            (99.0, 64.0, None),
+            (64, math.inf),
+            (0, 32 / 96),
+            "at least 64 .*makes 0 to 33 %",
+        ),
+        ((-7.0, 64.0, math.nan), (64, math.inf), (0, 32 / 96), "A larger batch saves"),
+        (
+            (10.0, None, math.nan),
+            (0, math.inf),
+            (0, 1),
+            "^The noise scale is not known",
+        ),
+    ],
+)
+def test_advice_on_the_batch_size(given, half, progress, words):
+    advice = fm.advise_batch_size(*given, batch_size=32)
+    assert advice.half_efficient == half
+    assert advice.step_progress == pytest.approx(progress)
+    worth = (1 - progress[1], 1 - progress[0])
+    assert advice.sample_worth == pytest.approx(worth)
+    pattern = words.replace("(", r"\(").replace(")", r"\)")
+    assert re.search(pattern, str(advice)), str(advice)
+
+
+def test_advice_wants_a_batch_and_an_interval_around_the_estimate():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        fm.advise_batch_size(10.0, 5.0, 20.0, 0)
+    for given in ((10.0, 11.0, 20.0), (10.0, 5.0, 9.0), (math.nan, 5.0, 9.0)):
+        with pytest.raises(ValueError, match=r"is not in its interval \["):
+            fm.advise_batch_size(*given, 8)

@@ -34,7 +34,10 @@ def assert_same(a, b):
     assert a.count == b.count
     for name in ("sq_norms", "mean_grad_sq_norm", "covariance_trace", "signal"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name))
-    for name in ("sq_norms_by_parameter", "second_moments", "variance", "dots"):
+    for name in (
+        *("sq_norms_by_parameter", "mean_grad_sq_norms_by_parameter"),
+        *("second_moments", "variance", "dots"),
+    ):
         torch.testing.assert_close(getattr(a, name), getattr(b, name))
 
 
@@ -96,6 +99,26 @@ def test_parameters_reached_by_one_part_only():
     torch.testing.assert_close(both.mean_grad["b.bias"], two.mean_grad["b.bias"] / 2)
 
 
+def test_sums_are_in_the_order_of_the_model():
+    def reached(*names):
+        parts = {name: torch.ones(2) for name in names}
+        return fm.GradientStatistics(
+            count=2,
+            parameter_count=8,
+            sq_norms=torch.ones(2),
+            mean_grad_sq_norm=torch.ones(()),
+            sq_norms_by_parameter=parts,
+            second_moments=parts,
+            mean_grad=parts,
+        )
+
+    total = reached("b", "d") + reached("a", "b", "c", "d", "e")
+    for part in (total.sq_norms_by_parameter, total.second_moments, total.mean_grad):
+        assert list(part) == ["a", "b", "c", "d", "e"]
+    assert total.mean_grad["d"].tolist() == [1, 1]
+    assert total.mean_grad["a"].tolist() == [0.5, 0.5]
+
+
 def test_to_dict_is_json():
     model, x = setup()
     stats = fm.GradientProbe(model, per_parameter=True).backward(losses(model, x))
@@ -134,6 +157,40 @@ def test_all_reduce_over_two_processes(tmp_path):
     want = fm.GradientProbe(model, **OPTIONS).backward(losses(model, x))
     for rank in range(2):
         got = torch.load(f"{path}.{rank}")
-        for name in ("sq_norms", "covariance_trace", "noise_scale"):
+        for name in (
+            *("sq_norms", "covariance_trace", "noise_scale"),
+            "mean_grad_sq_norms_by_parameter",
+        ):
             assert got[name] == pytest.approx(want.to_dict()[name]), name
         torch.testing.assert_close(got["variance"], want.variance)
+
+
+@pytest.mark.parametrize("mode", ["observe", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_of_the_mean_by_parameter(mode, dtype):
+    """In steps that repeat, that add to `.grad`, and where the loop calls backward."""
+    model, x = setup()
+    model.to(dtype)
+    probe = fm.GradientProbe(model, per_parameter=True, mode=mode)
+
+    def check(stats, grads):
+        found = stats.mean_grad_sq_norms_by_parameter
+        assert list(found) == list(grads)
+        want = {name: g.double().square().sum() for name, g in grads.items()}
+        torch.testing.assert_close(found, {n: t.to(dtype) for n, t in want.items()})
+        torch.testing.assert_close(sum(found.values()), stats.mean_grad_sq_norm)
+
+    named = dict(model.named_parameters())
+    for _ in range(4):
+        model.zero_grad()
+        stats = probe.backward(losses(model, x.to(dtype)))
+        check(stats, {name: p.grad for name, p in named.items()})
+    before = {name: p.grad.clone() for name, p in named.items()}
+    stats = probe.backward(losses(model, 2 * x.to(dtype)))
+    check(stats, {name: p.grad - before[name] for name, p in named.items()})
+    if mode == "observe":
+        model.zero_grad()
+        loss = losses(model, x.to(dtype))
+        probe.attach(loss)
+        loss.mean().backward()
+        check(probe.collect(), {name: p.grad for name, p in named.items()})

@@ -27,7 +27,7 @@ install() { # NAME: the wheel of that name, into the folder of that name
 build() { # NAME, then environment settings
   local name="$1"
   shift
-  (cd "$work" && rm -rf build && env "$@" "$python" -m pip wheel -v --no-deps \
+  (cd "$work/source" && rm -rf build && env "$@" "$python" -m pip wheel -v --no-deps \
     -w "$work/wheels/$name" . > "$work/$name.log" 2>&1) ||
     { tail -30 "$work/$name.log"; echo "the build '$name' failed"; return 1; }
 }
@@ -40,6 +40,15 @@ expect() { # TEXT PATTERN
   grep -q -- "$2" <<< "$1" || { echo "expected '$2', got: $1"; exit 1; }
   echo "  $1"
 }
+
+echo "the source distribution:"
+"$python" -m pip install -qq --target "$work/builders" build 'setuptools>=77' pybind11
+(cd "$work" && PYTHONPATH="$work/builders" "$python" -m build --sdist --no-isolation \
+  --outdir "$work/sdist" . > "$work/sdist.log" 2>&1) ||
+  { tail -30 "$work/sdist.log"; echo "no source distribution"; exit 1; }
+bash "$root/tools/check_sdist.sh" "$work"/sdist/*.tar.gz
+# What follows is built from it.
+mkdir "$work/source" && tar -xzf "$work"/sdist/*.tar.gz --strip-components 1 -C "$work/source"
 
 echo "without a compiler:"
 build none CC=/nonexistent CXX=/nonexistent

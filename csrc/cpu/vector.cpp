@@ -162,22 +162,28 @@ void power_step(const scalar_t* w, const scalar_t* v, double shift, int64_t n, s
   result[2] = norm;
 }
 
-// w <- w - sum_i result[i] row_i with result[i] = <w, row_i>; `rows` are addresses.
+// result[i] = <w, row_i>; `rows` are addresses.
 template <typename scalar_t>
-void project_out(scalar_t* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
-                 double* result, int threads) {
+void dots(const scalar_t* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+          double* result, int threads) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   if (n * count < kMinParallel) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t k = 0; k < blocks; k++) {
     const int64_t at = k * kBlock, m = min(kBlock, n - at);
-    for (int64_t i = 0; i < count; i++) {
-      const scalar_t* row = reinterpret_cast<const scalar_t*>(rows[i]) + at;
-      partials[i * blocks + k] =
-          subtract_and_dot(w + at, row, static_cast<const scalar_t*>(nullptr), scalar_t(0), m);
-    }
+    for (int64_t i = 0; i < count; i++)
+      partials[i * blocks + k] = dot(w + at, reinterpret_cast<const scalar_t*>(rows[i]) + at, m);
   }
   for (int64_t i = 0; i < count; i++) result[i] = add_up(partials + i * blocks, blocks);
+}
+
+// w <- w - sum_i result[i] row_i with result[i] = <w, row_i>.
+template <typename scalar_t>
+void project_out(scalar_t* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+                 double* result, int threads) {
+  dots(w, rows, count, n, partials, result, threads);
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  if (n * count < kMinParallel) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t k = 0; k < blocks; k++) {
     const int64_t at = k * kBlock, m = min(kBlock, n - at);
@@ -232,6 +238,10 @@ bool same_bytes(const char* a, const char* b, int64_t n, int threads) {
                            scalar_t* next, double* partials, double* result, int threads) {      \
     power_step(w, v, shift, n, next, partials, result, threads);                                 \
   }                                                                                              \
+  void dots_##suffix(const scalar_t* w, const int64_t* rows, int64_t count, int64_t n,           \
+                     double* partials, double* result, int threads) {                            \
+    dots(w, rows, count, n, partials, result, threads);                                          \
+  }                                                                                              \
   void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,          \
                             double* partials, double* result, int threads) {                     \
     project_out(w, rows, count, n, partials, result, threads);                                   \
@@ -258,6 +268,7 @@ static int64_t vector_partials(int64_t n, int64_t sums) { return sums * ((n + 40
 void bind_vector(py::module_& m) {
   FM_BIND(m, lanczos_step);
   FM_BIND(m, power_step);
+  FM_BIND(m, dots);
   FM_BIND(m, project_out);
   FM_BIND(m, linear_combinations);
   FM_EACH_ISA(FM_DEFINE_ONE, m, same_bytes);

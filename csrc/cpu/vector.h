@@ -12,6 +12,8 @@
                              int threads);                                                       \
   void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,        \
                            scalar_t* next, double* partials, double* result, int threads);       \
+  void dots_##suffix(const scalar_t* w, const int64_t* rows, int64_t count, int64_t n,           \
+                     double* partials, double* result, int threads);                             \
   void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,          \
                             double* partials, double* result, int threads);                      \
   void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights, \

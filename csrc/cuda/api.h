@@ -31,6 +31,8 @@ int64_t embedding_dot_partials(int64_t batch, int64_t time, int64_t width);
   void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,          \
                            scalar_t* next, double* partials, double* result, Stream stream);       \
   /* `rows`: addresses, on the host. */                                                            \
+  void dots_##suffix(const scalar_t* w, const int64_t* rows, int64_t count, int64_t n,             \
+                     double* partials, double* result, Stream stream);                             \
   void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,            \
                             double* partials, double* result, Stream stream);                      \
   void linear_combinations_##suffix(const int64_t* rows, int64_t count, const scalar_t* weights,   \
@@ -88,6 +90,7 @@ FM_DECLARE(BFloat16, bf16, float)
 #define FM_EACH_OF_VECTOR(X, suffix) \
   X(lanczos_step_##suffix)           \
   X(power_step_##suffix)             \
+  X(dots_##suffix)                   \
   X(project_out_##suffix)            \
   X(linear_combinations_##suffix)
 #define FM_EACH_OF_TENSORS(X, suffix) \

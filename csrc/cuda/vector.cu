@@ -81,8 +81,8 @@ dim3 grid_of(int64_t blocks, int64_t count, int tile) {
 }
 
 template <typename T>
-void project_out(T* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
-                 double* result, Stream stream) {
+void dots(const T* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+          double* result, Stream stream) {
   if (!count) return;
   const int64_t each = elements_per_block(n), blocks = blocks_for(n, each);
   with_width<T>(is_aligned(w) && all_aligned(rows, count), [&](auto width) {
@@ -95,6 +95,17 @@ void project_out(T* w, const int64_t* rows, int64_t count, int64_t n, double* pa
                 some, n, each, blocks, here);
     }
     launch_add_partials(partials, blocks, result, int(count), 1, 0, stream);
+  });
+}
+
+template <typename T>
+void project_out(T* w, const int64_t* rows, int64_t count, int64_t n, double* partials,
+                 double* result, Stream stream) {
+  if (!count) return;
+  dots(w, rows, count, n, partials, result, stream);
+  const int64_t each = elements_per_block(n), blocks = blocks_for(n, each);
+  with_width<T>(is_aligned(w) && all_aligned(rows, count), [&](auto width) {
+    constexpr int V = decltype(width)::value;
     for (int64_t first = 0; n && first < count; first += kRows) {
       const int some = group_size(count, first);
       const Rows<T> table = some_rows<T>(rows, first, some);
@@ -140,6 +151,10 @@ int64_t vector_partials(int64_t n, int64_t sums) {
   void power_step_##suffix(const scalar_t* w, const scalar_t* v, double shift, int64_t n,          \
                            scalar_t* next, double* partials, double* result, Stream stream) {      \
     power_step(w, v, shift, n, next, partials, result, stream);                                    \
+  }                                                                                                \
+  void dots_##suffix(const scalar_t* w, const int64_t* rows, int64_t count, int64_t n,             \
+                     double* partials, double* result, Stream stream) {                            \
+    dots(w, rows, count, n, partials, result, stream);                                             \
   }                                                                                                \
   void project_out_##suffix(scalar_t* w, const int64_t* rows, int64_t count, int64_t n,            \
                             double* partials, double* result, Stream stream) {                     \

@@ -15,8 +15,10 @@ from .folder import Folder
 __all__ = ["check", "minutes", "publish", "published", "status", "tables"]
 
 EXAMPLES = Path(__file__).resolve().parents[1]
+_GALLERY_PAGE = EXAMPLES.parent / "docs/gallery.md"
 KEPT = "laptop"
 _REPOSITORY_TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.S)
+_GALLERY = re.compile(r"(<!-- gallery -->\n).*?(<!-- end -->)", re.S)
 _BLOCK = re.compile(r"(<!-- results:([\w.-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -72,20 +74,21 @@ def minutes(experiment: Experiment) -> dict[str, float]:
 
 
 def tables() -> dict[Path, str]:
-    """Every README, its tables made anew from the committed records."""
-    paths = [EXAMPLES / "README.md"]
+    """Every page of examples, its tables made anew from the committed records."""
+    paths = [EXAMPLES / "README.md", _GALLERY_PAGE]
     folders = {EXAMPLES / e.folder for e in EXPERIMENTS.values()}
     paths += sorted(path for at in folders for path in at.glob("README*.md"))
     return {path: _rewritten(path.read_text()) for path in paths if path.exists()}
 
 
 def check() -> list[Path]:
-    """READMEs whose tables are not those of the records."""
+    """Pages whose tables are not those of the records."""
     return [path for path, text in tables().items() if text != path.read_text()]
 
 
 def _rewritten(text: str) -> str:
     text = _REPOSITORY_TABLE.sub(lambda m: m[1] + _table() + m[2], text)
+    text = _GALLERY.sub(lambda m: m[1] + _gallery() + m[2], text)
     return _BLOCK.sub(lambda m: m[1] + _block(EXPERIMENTS[m[2]]) + m[3], text)
 
 
@@ -114,6 +117,31 @@ def _table() -> str:
         ]
         lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _gallery() -> str:
+    """A figure for each experiment, with its claim, verdict and command."""
+    return "".join(_picture(e) for e in EXPERIMENTS.values() if published(e))
+
+
+def _picture(e: Experiment) -> str:
+    conclusion = published(e)
+    assert conclusion is not None
+    folder = f"../examples/{e.folder}"
+    outcome = conclusion.verdict.outcome + " (exploratory)" * bool(e.exploratory)
+    return (
+        f"<div markdown>\n\n[![{e.id}]({folder}/figures/{e.id}.png)]"
+        f"({folder}/{_page(e)})\n\n"
+        f"**{outcome}.** {e.claim} ({e.paper})\n\n"
+        f"`python -m examples run {e.id} --preset {KEPT}`\n\n</div>\n"
+    )
+
+
+def _page(e: Experiment) -> str:
+    """The file with the results of an experiment, in its folder."""
+    pages = sorted((EXAMPLES / e.folder).glob("README*.md"))
+    mark = f"<!-- results:{e.id} -->"
+    return next(page.name for page in pages if mark in page.read_text())
 
 
 def _block(e: Experiment) -> str:

@@ -392,8 +392,8 @@ def draw(s: Width, found: Sequence[Row]) -> Figure:
     fig, axes = plots.figure(3)
     sizes = sorted({r["batch_size"] for r in good})
     panels = (
-        ("frobenius", "‖H‖$_F$", True),
-        ("lambda_max", "λ$_{max}$", True),
+        ("frobenius", "‖H‖$_F$ (lower: wider)", True),
+        ("lambda_max", "λ$_{max}$ (lower: wider)", True),
         ("val_accuracy", "validation accuracy", False),
     )
     for ax, (name, label, is_log) in zip(axes[0], panels, strict=True):

@@ -48,7 +48,7 @@ def watch_accelerator(
 
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
         nonlocal steps
-        if accelerator.is_main_process and observer.batch(samples):
+        if accelerator.is_main_process and observer.batch(samples, steps):
             observer.before(module, loss, 1.0)
         try:
             result = original(loss, **kwargs)

@@ -8,14 +8,14 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .._optional import INTEGRATIONS, require
 from ..monitor import Logger
 from ..statistics import GradientStatistics
-from .observer import BatchSize, Destination, Observer
+from .observer import BatchSize, Destination, Observer, OnError
 
 __all__ = ["LightningProbe"]
 
@@ -24,8 +24,13 @@ _PACKAGES = ("lightning", "pytorch_lightning")
 _MODULES = ("lightning.pytorch", "pytorch_lightning")
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+    _Callback = object  # which library's it is turns out when one is made
 
-class LightningProbe:
+
+class LightningProbe(_Callback):
     """A Lightning callback that logs gradient statistics while the Trainer trains.
 
     Made for `lightning.pytorch` or `pytorch_lightning`, whichever is imported (for
@@ -39,7 +44,8 @@ class LightningProbe:
     Args:
         to: a path ending in ".jsonl", a logger of `fm.monitor`, or a `Monitor`; None
             for the Trainer's own loggers.
-        every: probe one training batch in so many, the first one included.
+        every: probe one step of the optimizer in so many, the first one included, with
+            all batches that it accumulates.
         batch_size: the number of samples of a batch, or a function that says it of a
             batch; None takes the leading size of its first tensor.
         on_error: "raise", or "warn" and go on where the probe cannot read the graph.
@@ -68,7 +74,7 @@ class LightningProbe:
         *,
         every: int = 1,
         batch_size: BatchSize = None,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **options: Any,
     ) -> None:
         self._observer = Observer(to, every, batch_size, on_error, options)
@@ -77,6 +83,14 @@ class LightningProbe:
     def stats(self) -> GradientStatistics | None:
         """Statistics of the last backward pass that was probed."""
         return self._observer.stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the Trainer keeps in a checkpoint: counters and running averages."""
+        return self._observer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._observer.load_state_dict(state_dict)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be probed."""
@@ -92,7 +106,8 @@ class LightningProbe:
     ) -> None:
         """Note the size of the batch."""
         if trainer.is_global_zero:
-            self._observer.batch(lambda: self._observer.size_of(batch))
+            size = self._observer.size_of
+            self._observer.batch(lambda: size(batch), trainer.global_step)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Attach to a loss that has been scaled and divided already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from ..monitor import Logger, Monitor
 from ..statistics import GradientStatistics
 from .batches import leading_size
 
-__all__ = ["BatchSize", "Destination", "Observer"]
+__all__ = ["BatchSize", "Destination", "Observer", "OnError"]
 
 Destination = Monitor | Logger | str | PathLike[str] | None
 BatchSize = int | Callable[[Any], int] | None
+OnError = Literal["raise", "warn"]
 
 
 class _Relay(Logger):
@@ -32,11 +33,12 @@ class _Relay(Logger):
 
 
 class Observer:
-    """Probes the backward passes of every k-th training batch and writes their rows.
+    """Probes the backward passes of every k-th training step and writes their rows.
 
     Args:
         to: a monitor, a logger or a path ending in ".jsonl".
-        every: one training batch in so many is probed, the first one included.
+        every: one step of the optimizer in so many is probed, the first one included,
+            with all batches that it accumulates.
         batch_size: samples of a batch, or a function that says it of a batch.
         on_error: what to do about a `CaptureError`: "raise", or "warn" and go on
             without that row.
@@ -51,12 +53,12 @@ class Observer:
         to: Destination,
         every: int,
         batch_size: BatchSize,
-        on_error: str,
+        on_error: OnError,
         options: Mapping[str, Any],
     ) -> None:
         if isinstance(every, bool) or int(every) != every or every < 1:
             raise ValueError(f"every must be a positive integer, got {every!r}.")
-        if on_error not in ("raise", "warn"):
+        if on_error not in get_args(OnError):
             raise ValueError(
                 f"Unknown on_error {on_error!r}; choose from 'raise', 'warn'."
             )
@@ -71,10 +73,11 @@ class Observer:
         self._batch_size = batch_size
         self._is_strict = on_error == "raise"
         self._options = dict(options)
-        self._batches = 0
+        self._batches = self._steps = 0
+        self._step: int | None = None  # of the batch before
         self._samples = 0
         self._passes = 0  # backward passes of the present batch
-        self._probe: GradientProbe | None = None
+        self._probe: GradientProbe[GradientStatistics | None] | None = None
         self._tracked: tuple[int, ...] = ()
         self._waiting: tuple[float, Tensor] | None = None
 
@@ -84,10 +87,18 @@ class Observer:
             return self._batch_size(batch)
         return leading_size(batch) if self._batch_size is None else self._batch_size
 
-    def batch(self, samples: Callable[[], int]) -> bool:
-        """A training batch of so many samples begins; says whether it is probed."""
+    def batch(self, samples: Callable[[], int], step: int) -> bool:
+        """A training batch of so many samples begins; says whether it is probed.
+
+        Args:
+            samples: says how many.
+            step: optimizer steps done so far.
+        """
         self.abandon()
-        self.is_due = self._batches % self._every == 0
+        if step != self._step:  # another one than the batch before is part of
+            self.is_due = self._steps % self._every == 0
+            self._steps += 1
+            self._step = step
         self._batches += 1
         self._passes = 0
         if self.is_due:
@@ -155,6 +166,20 @@ class Observer:
             extra={"batch": self._batches - 1, "backward": self._passes - 1},
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs: counters and running averages."""
+        return {
+            "batches": self._batches,
+            "steps": self._steps,
+            "monitor": self._monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where an earlier observer was when it gave its `state_dict`."""
+        self._batches, self._steps = state["batches"], state["steps"]
+        self._step = None
+        self._monitor.load_state_dict(state["monitor"])
+
     def missed(self) -> None:
         """A batch that is probed is over: complain if no backward pass was seen.
 
@@ -175,7 +200,7 @@ class Observer:
         if self._probe is not None:
             self._probe.detach()
 
-    def _probe_of(self, model: nn.Module) -> GradientProbe:
+    def _probe_of(self, model: nn.Module) -> GradientProbe[GradientStatistics | None]:
         """The probe, anew where other parameters are trained than before."""
         tracked = tuple(id(p) for p in model.parameters() if p.requires_grad)
         if self._probe is None or tracked != self._tracked:

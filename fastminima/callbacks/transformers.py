@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         is_probed = trainer.is_world_process_zero() and observer.batch(
-            lambda: observer.size_of(inputs)
+            lambda: observer.size_of(inputs), trainer.state.global_step
         )
         if not is_probed:
             return original(model, inputs, *args, **kwargs)
@@ -71,7 +72,34 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         observer.missed()
         return result
 
-    return [around(trainer, "training_step", training_step)]
+    kept = _kept_in_checkpoints(observer)
+    trainer.add_callback(kept)
+    return [
+        around(trainer, "training_step", training_step),
+        lambda: trainer.remove_callback(kept),
+    ]
+
+
+def _kept_in_checkpoints(observer: Observer) -> type:
+    """A callback by which a Trainer keeps an observer's state in its checkpoints.
+
+    A Trainer that resumes has the state of the checkpoint when training begins; one
+    that starts anew has what was asked of the callback when it was made.
+    """
+    callbacks = importlib.import_module("transformers.trainer_callback")
+
+    class FastminimaState(callbacks.TrainerCallback, callbacks.ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"kept": observer.state_dict()}}
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
+            found = state.stateful_callbacks.get(type(self).__name__)
+            if state.global_step and isinstance(found, Mapping):
+                observer.load_state_dict(found["attributes"]["kept"])
+
+    return FastminimaState
 
 
 def _is_divided(loss: Tensor, numbers: Sequence[Any]) -> bool:
@@ -100,4 +128,6 @@ class _TrainerLog(Logger):
         self._trainer = trainer
 
     def write(self, row: Mapping[str, float]) -> None:
-        self._trainer.log({k: float(v) for k, v in row.items() if k != "step"})
+        # The Trainer has a loss of its own, over the steps since it last logged.
+        named = {"gradient/loss" if k == "loss" else k: v for k, v in row.items()}
+        self._trainer.log({k: float(v) for k, v in named.items() if k != "step"})

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..statistics import GradientStatistics
 from .accelerate import watch_accelerator
-from .observer import BatchSize, Destination, Observer
+from .observer import BatchSize, Destination, Observer, OnError
 from .transformers import watch_trainer
 
 __all__ = ["Watch", "watch"]
@@ -28,6 +28,18 @@ class Watch:
     def stats(self) -> GradientStatistics | None:
         """Statistics of the last backward pass that was probed."""
         return self._observer.stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and running averages, for a run that goes on.
+
+        A Trainer keeps them in its checkpoints by itself; an Accelerator does once it
+        is told to: `accelerator.register_for_checkpointing(watch)`.
+        """
+        return self._observer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what an earlier watch's `state_dict` gave."""
+        self._observer.load_state_dict(state_dict)
 
     def close(self) -> None:
         """Leave the object and the model as they were."""
@@ -55,7 +67,7 @@ def watch(
     every: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     batch_size: BatchSize = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     **options: Any,
 ) -> Watch:
     """Log gradient statistics of a Hugging Face `Trainer` or accelerate `Accelerator`.
@@ -71,7 +83,8 @@ def watch(
         model: of an accelerator: the model, prepared or not. A Trainer has its own.
         to: a path ending in ".jsonl", a logger of `fm.monitor`, or a `Monitor`; None
             for what the target itself logs to.
-        every: probe one batch in so many, the first one included.
+        every: probe one step of the optimizer in so many, the first one included, with
+            all batches that it accumulates.
         optimizer: of an accelerator: adds learning rate, ratio and temperature.
         batch_size: the number of samples of a batch, or a function that says it: of a
             Trainer's inputs, of the arguments that an accelerator's model is called

@@ -4,7 +4,10 @@ A step goes down once, when a graph is read, and comes up once, in its backward 
 Each room imports only those on the floors below it (`tests/test_layers.py`):
 
     probe.py         what users call: backward, or attach and collect; audit
+    stepping.py      one pass after another, and what is kept between them
+    accumulation.py  the passes of one step, counted and added up
     audit.py         the probe against plain autograd, parameter by parameter
+    singles.py       whole gradients of a few samples, by plain autograd
     ranks.py         the statistics of all ranks, or of one alone
     minibatch.py     the variance of whole batches, which needs no graph
     session/         hooks on the uses of one graph, while a pass runs through it
@@ -40,5 +43,13 @@ from .compiled.backend import compile
 from .errors import CaptureError
 from .minibatch import MinibatchVariance
 from .probe import GradientProbe
+from .singles import sample_gradients
 
-__all__ = ["Audit", "CaptureError", "GradientProbe", "MinibatchVariance", "compile"]
+__all__ = [
+    "Audit",
+    "CaptureError",
+    "GradientProbe",
+    "MinibatchVariance",
+    "compile",
+    "sample_gradients",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from .graph.passes import run_pass
 from .graph.saved import frames_of
 from .reading import mixing as batch_norms
 from .reading.reader import Reading
-from .session.timed import TimedCollector, TimedSession
+from .session.timed import TimedCollector, TimedSession, stop_watch
 
 __all__ = ["Audit", "AuditRow", "audit_losses"]
 
@@ -61,7 +60,7 @@ class AuditRow:
         return all(error <= self.tolerance for error in errors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """The result of `GradientProbe.audit`; prints as a table."""
 
@@ -78,6 +77,19 @@ class Audit:
     def cost(self) -> float:
         """Time of all norms, as a part of the plain backward pass."""
         return sum(row.cost for row in self.rows)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns of a table with a row a parameter: `pandas.DataFrame(...)`."""
+        columns: dict[str, list[Any]] = {
+            "parameter": [row.parameter for row in self.rows],
+            "rule": [", ".join(dict.fromkeys(row.rules)) for row in self.rows],
+        }
+        for name in ("sum_error", "norm_error", "tolerance", "cost", "ok"):
+            columns[name] = [getattr(row, name) for row in self.rows]
+        return columns
+
+    def __repr__(self) -> str:
+        return str(self)  # where a notebook shows the last value, the table is wanted
 
     def __str__(self) -> str:
         table = [("parameter", "rule", "sum error", "norm error", "cost", "")]
@@ -97,9 +109,13 @@ class Audit:
         verdict = "all agree" if self.ok else f"{wrong} WRONG"
         lines.append(
             f"{len(self.rows)} parameters, samples {list(self.samples)}: {verdict}; "
-            f"norms cost {self.cost:.0%} of the plain backward pass"
+            f"norms cost {_percent(self.cost)} of the plain backward pass"
         )
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1%"
 
 
 def audit_losses(
@@ -170,12 +186,11 @@ def _plain_pass(
     """The gradients, and the seconds of the fastest of some passes."""
     fastest = math.inf
     grads: tuple[Tensor | None, ...] = ()
+    now = stop_watch([losses.device, *(t.device for t in tensors)])
     for _ in range(_TIMED):
-        started = time.perf_counter()
+        started = now()
         grads = run_pass(losses.mean(), tensors, None, frames=frames)
-        if losses.is_cuda:
-            torch.cuda.synchronize(losses.device)
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, now() - started)
     return grads, fastest
 
 

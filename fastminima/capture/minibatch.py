@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,54 @@ class MinibatchVariance:
             spread = total_of(change.double().square())
             spread *= batch_size * before / self._samples
             self._spread = spread if self._spread is None else self._spread + spread
+
+    def __repr__(self) -> str:
+        shown = f"{self._batches} batches, {self._samples} samples"
+        if self._batches > 1:
+            shown += f"; covariance_trace {self.covariance_trace:.4g}, "
+            shown += f"signal {self.signal:.4g}, noise_scale {self.noise_scale:.4g}"
+        return f"MinibatchVariance({shown})"
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a log line; those that need two batches only where there are."""
+        row: dict[str, float] = {"batches": self._batches, "samples": self._samples}
+        if self._batches > 1:
+            for name in ("covariance_trace", "signal", "noise_scale"):
+                row[name] = getattr(self, name).item()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was taken in so far: counts, and one vector of parameter size."""
+        return {
+            "batches": self._batches,
+            "samples": self._samples,
+            "mean": {name: mean.clone() for name, mean in self._mean.items()},
+            "spread": None if self._spread is None else self._spread.clone(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: for one of another model.
+        """
+        mean: dict[str, Tensor] = {}
+        for name, saved in state_dict["mean"].items():
+            mine = self._parameters.get(name)
+            if mine is None or mine.shape != saved.shape:
+                met = "no such parameter" if mine is None else f"{tuple(mine.shape)}"
+                raise ValueError(
+                    f"The state has a mean gradient for {name!r} of shape "
+                    f"{tuple(saved.shape)}, and this model has {met}. Load a state of "
+                    "the same model."
+                )
+            dtype = accumulation_dtype(mine.dtype)
+            mean[name] = saved.to(mine.device, dtype, copy=True)
+        spread = state_dict["spread"]
+        if spread is not None and mean:
+            spread = spread.to(next(iter(mean.values())).device, copy=True)
+        self._mean, self._spread = mean, spread
+        self._batches, self._samples = state_dict["batches"], state_dict["samples"]
 
     @property
     def covariance_trace(self) -> Tensor:

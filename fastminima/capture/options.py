@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from .rows.samples import Batch, Samples, Segments
 
 __all__ = [
     "REDUCTIONS",
+    "BatchNorm",
+    "Measure",
+    "Mode",
     "Options",
+    "Reduction",
     "Request",
     "Target",
     "check_dim",
@@ -23,8 +27,24 @@ __all__ = [
     "positive",
 ]
 
-REDUCTIONS = ("mean", "sum")
-_MEASURES = ("norms", "second_moments", "gram")
+Measure = Literal["norms", "second_moments", "gram"]
+Mode = Literal["observe", "fused"]
+BatchNorm = Literal["error", "rows", "frozen"]
+Reduction = Literal["mean", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+_USUAL: dict[str, Any] = {
+    "per_parameter": False,
+    "keep_mean": False,
+    "mode": "observe",
+    "batchnorm": "error",
+    "batch_dim": 0,
+    "every": 1,
+    "accumulate": 1,
+    "sample": None,
+    "check_every": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -46,20 +66,41 @@ class Options:
     every: int
     sample: int | None
     check_every: int
+    accumulate: int | None = 1
 
     @classmethod
     def of(cls, measure: str | Iterable[str], **others: Any) -> Options:
         """The options, with one measure or several."""
         words = (measure,) if isinstance(measure, str) else tuple(measure)
         for word in words:
-            check_word("measure", word, _MEASURES)
-        for what in ("every", "sample", "check_every"):
+            check_word("measure", word, get_args(Measure))
+        for what in ("every", "sample", "check_every", "accumulate"):
             if others[what] is not None:
                 others[what] = positive(what, others[what])
-        check_word("batchnorm", others["batchnorm"], ("error", "rows", "frozen"))
-        check_word("mode", others["mode"], ("observe", "fused"))
+        if others["accumulate"] != 1 and "gram" in words:
+            raise ValueError(
+                'measure="gram" does not go with accumulate: the inner products of '
+                "samples of different passes are never seen. Leave one of them out."
+            )
+        check_word("batchnorm", others["batchnorm"], get_args(BatchNorm))
+        check_word("mode", others["mode"], get_args(Mode))
         check_dim(others["batch_dim"])
         return cls(frozenset(words), **others)
+
+    def said(self) -> list[str]:
+        """In words, what is not as by default; norms are always measured."""
+        more = sorted(self.measure - {"norms"})
+        words = [f"measure={('norms', *more)}"] if more else []
+        return words + [
+            f"{name}={getattr(self, name)!r}"
+            for name, usual in _USUAL.items()
+            if getattr(self, name) != usual
+        ]
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether passes keep the mean gradient: statistics of several add it up."""
+        return self.keep_mean or self.accumulate != 1
 
     @property
     def is_fused(self) -> bool:
@@ -70,7 +111,7 @@ class Options:
         """Raise ValueError for what does not go with a process group, or with none."""
         if self.is_fused:
             self._check_fused(group)
-        if group is not None and self.batchnorm == "frozen" and not self.keep_mean:
+        if group is not None and self.batchnorm == "frozen" and not self.needs_mean:
             raise ValueError(
                 'batchnorm="frozen" takes another gradient than the one in .grad, so '
                 "with process_group it needs keep_mean=True."

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
-from .._parameters import tracked_parameters
-from .._processes import find_group
 from ..statistics import GradientStatistics
 from .audit import Audit, audit_losses
-from .errors import CaptureError, explaining
+from .errors import explaining
 from .graph.passes import is_distributed
-from .graph.sharding import find_sharding, reshard
-from .options import Options, Request, check_direction
-from .ranks import Alone, Found, Ranks
-from .reading.reader import Reader
-from .reading.tracked import TrackedModel
-from .session.attach import Attacher
+from .options import (
+    BatchNorm,
+    Measure,
+    Mode,
+    Options,
+    Reduction,
+    Request,
+)
 from .session.held import have_no_gradient
-from .session.states import Failed, Nothing, Pass, Resting
+from .session.states import Resting
+from .stepping import Stepping
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["GradientProbe"]
 
+# What a pass gives: with `every` or `accumulate`, on some passes nothing.
+Found = TypeVar(
+    "Found",
+    bound=GradientStatistics | None,
+    covariant=True,
+    default=GradientStatistics,
+)
 
-class GradientProbe:
+
+class GradientProbe(Stepping, Generic[Found]):
     """Reads exact per-sample gradient statistics off a training loop's backward pass.
 
     g_n is the gradient of sample n's own loss, not divided by the batch size; for a
@@ -62,6 +72,10 @@ class GradientProbe:
         every: probe only every so many steps, the first one included. On the others
             `backward` is a plain backward pass, `attach` does nothing, and `backward`
             and `collect` return None.
+        accumulate: how many backward passes make up a step, where gradients are
+            accumulated; None for as many as come before `end_step`. `every` then counts
+            whole steps, and the last pass of a step returns the statistics of all its
+            samples. Holds the mean gradient in between, a vector of parameter size.
         sample: look at so many samples of each batch, drawn anew in each step by a
             generator of the probe's own. The statistics of single samples are theirs;
             the mean gradient is that of all.
@@ -91,27 +105,62 @@ class GradientProbe:
         torch.Size([5])
     """
 
+    @overload
     def __init__(
-        self,
+        self: GradientProbe[GradientStatistics],
         model: nn.Module | Mapping[str, nn.Parameter],
-        measure: str | Iterable[str] = ("norms",),
+        measure: Measure | Iterable[Measure] = ("norms",),
         directions: Mapping[str, Tensor | Mapping[str, Tensor]] | None = None,
         per_parameter: bool = False,
         keep_mean: bool = False,
-        mode: str = "observe",
-        batchnorm: str = "error",
+        mode: Mode = "observe",
+        batchnorm: BatchNorm = "error",
+        *,
+        batch_dim: int = 0,
+        every: Literal[1] = 1,
+        accumulate: Literal[1] = 1,
+        sample: int | None = None,
+        check_every: int = 200,
+        process_group: ProcessGroup | Literal["world"] | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: GradientProbe[GradientStatistics | None],
+        model: nn.Module | Mapping[str, nn.Parameter],
+        measure: Measure | Iterable[Measure] = ("norms",),
+        directions: Mapping[str, Tensor | Mapping[str, Tensor]] | None = None,
+        per_parameter: bool = False,
+        keep_mean: bool = False,
+        mode: Mode = "observe",
+        batchnorm: BatchNorm = "error",
         *,
         batch_dim: int = 0,
         every: int = 1,
+        accumulate: int | None = 1,
+        sample: int | None = None,
+        check_every: int = 200,
+        process_group: ProcessGroup | Literal["world"] | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Parameter],
+        measure: Measure | Iterable[Measure] = ("norms",),
+        directions: Mapping[str, Tensor | Mapping[str, Tensor]] | None = None,
+        per_parameter: bool = False,
+        keep_mean: bool = False,
+        mode: Mode = "observe",
+        batchnorm: BatchNorm = "error",
+        *,
+        batch_dim: int = 0,
+        every: int = 1,
+        accumulate: int | None = 1,
         sample: int | None = None,
         check_every: int = 200,
         process_group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        sharded_modules = reshard(model)
-        self._owned = tracked_parameters(model)  # they have .grad after a pass
-        sharding = find_sharding(sharded_modules, model, self._owned)
-        self._parameters = self._owned if sharding is None else sharding.whole
-        self._options = options = Options.of(
+        options = Options.of(
             measure,
             per_parameter=per_parameter,
             keep_mean=keep_mean,
@@ -119,54 +168,27 @@ class GradientProbe:
             batchnorm=batchnorm,
             batch_dim=batch_dim,
             every=every,
+            accumulate=accumulate,
             sample=sample,
             check_every=check_every,
         )
-        options.check_group(process_group)
-        self._steps = 0  # backward passes announced so far, probed or not
-        self._parameter_count = sum(p.numel() for p in self._parameters.values())
-        self._given_directions = dict(directions or {})
-        self._directions = self._checked_directions(self._parameters)
-        self._model = model
-        module = model if isinstance(model, nn.Module) else None
-        tracked = TrackedModel(self._parameters, module, sharding, self._retrack)
-        self._reader = Reader(tracked, batchnorm, options.check_every)
-        self._ranks: Ranks | Alone = Alone()
-        group = None if process_group is None else find_group(process_group)
-        if group is not None:
-            self._ranks = Ranks(
-                group,
-                self._parameters,
-                list(self._directions),
-                per_parameter=per_parameter,
-                second_moments="second_moments" in options.measure,
-                keep_mean=keep_mean,
-                sharding=sharding,
-            )
-            self._ranks.check_model(model)
-        self._attacher = Attacher(
-            options,
-            self._parameters,
-            self._directions,
-            self._reader,
-            defer_errors=self._ranks.waits_for_others,
-        )
-        self._pass: Pass = Nothing()
+        super().__init__(model, options, directions or {}, process_group)
 
     def backward(
         self,
         loss: Tensor,
         batch_size: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         *,
         scale: float = 1.0,
         retain_graph: bool = False,
         batch_dim: int | None = None,
         segment_ids: Tensor | None = None,
-    ) -> GradientStatistics | None:
+    ) -> Found:
         """Run the backward pass and return the statistics of its samples.
 
-        None on the steps that `every` leaves out.
+        None on the steps that `every` leaves out; with `accumulate`, the statistics of
+        the whole step with its last pass, and None before.
 
         Args:
             loss: the vector `[batch]` of per-sample losses, whose mean is
@@ -194,10 +216,12 @@ class GradientProbe:
                 with `process_group`, when `.grad` is not the mean over all samples.
         """
         request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
-        if self._rests():
+        found: Any  # the overloads of __init__ say which it can be
+        if self._steps.rests(self._owned):
             request.checked(self._options.batch_dim)
             request.mean().backward(retain_graph=retain_graph)
-            return None
+            found = self._steps.add(None)
+            return found
         # With no gradient there before, what is there afterwards is this pass'. (Under
         # DistributedDataParallel it is the mean over ranks by then.)
         is_fresh = not is_distributed() and have_no_gradient(self._parameters)
@@ -210,7 +234,8 @@ class GradientProbe:
             self._pass.deliver()
             if is_fresh:
                 self._pass.read_gradients()
-            return self._collected()
+            found = self._collected()
+            return found
         finally:
             self._detach()
 
@@ -218,7 +243,7 @@ class GradientProbe:
         self,
         loss: Tensor,
         batch_size: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         *,
         scale: float = 1.0,
         batch_dim: int | None = None,
@@ -245,105 +270,65 @@ class GradientProbe:
                 "loss.backward()."
             )
         request = Request(loss, batch_size, reduction, scale, batch_dim, segment_ids)
-        if self._rests():
+        if self._steps.rests(self._owned):
             self._detach()
             self._pass = Resting()
             request.checked(self._options.batch_dim)
         else:
             self._attach(request, is_fresh=False, waits=True)
 
-    def _retrack(self) -> Mapping[str, Tensor]:
-        """Track the parameters that the model has now.
-
-        Raises:
-            CaptureError: where a probe cannot follow.
-        """
-        if not isinstance(self._model, nn.Module) or self._ranks.waits_for_others:
-            raise CaptureError(
-                "Parameters were added, replaced, frozen or unfrozen since this probe "
-                "was made with a process_group. Make a new probe, on every rank."
-            )
-        tracked = tracked_parameters(self._model)
-        directions = self._checked_directions(tracked)
-        self._parameters.clear()
-        self._parameters.update(tracked)
-        self._parameter_count = sum(p.numel() for p in tracked.values())
-        self._directions.clear()
-        self._directions.update(directions)
-        return self._parameters
-
-    def _checked_directions(
-        self, parameters: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: check_direction(name, v, parameters)
-            for name, v in self._given_directions.items()
-        }
-
-    def _rests(self) -> bool:
-        """Whether `every` leaves this step out; counts the step."""
-        step, self._steps = self._steps, self._steps + 1
-        return step % self._options.every != 0
-
-    def _attach(self, request: Request, *, is_fresh: bool, waits: bool) -> None:
-        """Hook the graph of a loss.
-
-        Where other ranks wait for this one's gradients and message, the pass runs in
-        any case, and then all of them raise.
-
-        Args:
-            request: the loss.
-            is_fresh: whether `.grad` will be that of this pass alone.
-            waits: whether the pass is the user's own.
-        """
-        self._detach()
-        earlier = self._ranks.found_earlier(self._owned)
-        try:
-            self._pass = self._attacher.attach(request, is_fresh=is_fresh, waits=waits)
-        except (CaptureError, ValueError) as error:
-            if not self._ranks.waits_for_others:
-                raise
-            self._pass = Failed(earlier or error)
-        if earlier is not None:
-            self._detach()
-            self._pass = Failed(earlier)
-
-    def collect(self) -> GradientStatistics | None:
+    def collect(self) -> Found:
         """Statistics of the backward pass that ran since `attach`; hooks are removed.
 
-        None on the steps that `every` leaves out. Of a loss that was multiplied by zero
-        there are none: an error on the CPU, NaN on a device, for which nothing waits.
+        None as from `backward`. Of a loss that was multiplied by zero there are none:
+        an error on the CPU, NaN on a device, for which nothing waits.
 
         Raises:
             CaptureError: when nothing was attached, or no backward pass reached it.
             ValueError: with `process_group`, as `backward`.
         """
+        found: Any
         if isinstance(self._pass, Resting):
             self._detach()
-            return None
-        return self._collected()
+            found = self._steps.add(None)
+            return found
+        found = self._collected()
+        return found
+
+    def end_step(self) -> GradientStatistics | None:
+        """The step has had all its passes: the statistics of their samples.
+
+        For steps of fewer passes than `accumulate` says, as at the end of an epoch, and
+        for `accumulate=None`. Call it before the parameters change. None on the steps
+        that `every` leaves out, where a pass was not collected, and where there was
+        none since the last step.
+
+        Example:
+            >>> import torch, fastminima as fm
+            >>> model = torch.nn.Linear(3, 1)
+            >>> probe = fm.GradientProbe(model, accumulate=None)
+            >>> for size in (4, 8):
+            ...     losses = model(torch.randn(size, 3)).square().mean(1)
+            ...     _ = probe.backward(losses / 2, scale=1 / 2)
+            >>> probe.end_step().count
+            12
+        """
+        return self._steps.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on with: steps so far, and what `sample` draws next.
+
+        Which samples rows belong to is measured again by the probe that loads it.
+        """
+        return self._state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state, at the beginning of a step."""
+        self._restore(state_dict)
 
     def detach(self) -> None:
         """Take back an `attach` whose backward pass did not come: removes its hooks."""
         self._detach()
-
-    def _collected(self) -> GradientStatistics:
-        return self._ranks.collect(self._finished, self._owned)
-
-    def _finished(self) -> Found:
-        waiting, self._pass = self._pass, Nothing()
-        outcome = waiting.finish()
-        if not waiting.is_repeated:  # parameters may have been given another shape
-            sizes = (p.numel() for p in self._parameters.values())
-            self._parameter_count = sum(sizes)
-        stats = outcome.statistics(
-            self._options,
-            self._parameters,
-            self._parameter_count,
-            list(self._directions),
-        )
-        self._attacher.note(outcome.target.loss, stats)
-        return Found(stats, outcome.collected.sq_norms.keys(), outcome.factor)
 
     def audit(
         self,
@@ -390,7 +375,3 @@ class GradientProbe:
                     reading=reading,
                     batchnorm=self._options.batchnorm,
                 )
-
-    def _detach(self) -> None:
-        self._pass.close()
-        self._pass = Nothing()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -53,12 +53,15 @@ class Part:
         factor: a sample's gradient is this times its part of the backward pass.
         grad_sq_norms: of `.grad` after the pass, of what this rank holds as a whole
             and of its pieces of sharded parameters; None with `keep_mean`.
+        grad_sq_norms_by_parameter: parts of the same of single parameters, which add
+            up over the ranks.
     """
 
     stats: GradientStatistics
     reached: Collection[str]
     factor: float
     grad_sq_norms: tuple[Tensor, Tensor] | None
+    grad_sq_norms_by_parameter: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Alone:
@@ -112,7 +115,10 @@ class Ranks:
         self._sharding = sharding
         self._capacity = 0  # samples a message has room for: the most seen so far
         rows = 1 + len(directions) + (len(parameters) if per_parameter else 0)
-        self._rows, self._head = rows, _FIRST_NAME + len(parameters)
+        self._rows = rows
+        self._first_square = _FIRST_NAME + len(parameters)
+        squares = len(parameters) if per_parameter and not keep_mean else 0
+        self._head = self._first_square + squares
         self._check_alike()
 
     waits_for_others = True
@@ -170,7 +176,8 @@ class Ranks:
             found = finish()
             reached = frozenset(found.reached)
             grads = self.grad_sq_norms(owned, reached)
-            part = Part(found.stats, reached, float(found.factor), grads)
+            each = self._each_sq_norm(owned)
+            part = Part(found.stats, reached, float(found.factor), grads, each)
         except (CaptureError, ValueError) as error:
             trouble = error
         return self.join(part, trouble)
@@ -203,6 +210,20 @@ class Ranks:
         if not whole:
             return zero, pieces
         return multi.multi_sq_norm(whole), pieces
+
+    def _each_sq_norm(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each parameter's |grad|^2, in parts that add up to it over the ranks."""
+        if self._keep_mean or not self._per_parameter:
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, p in owned.items():
+            if p.grad is not None and is_sharded(p.grad):
+                local, replicas = local_part(p.grad)
+                found[name] = reduce.sq_norm(local).double() / replicas
+            elif p.grad is not None:
+                square = multi.multi_sq_norm([dense_values(p.grad)])
+                found[name] = square / self.size
+        return found
 
     def join(
         self, part: Part | None, trouble: Exception | None = None
@@ -254,7 +275,11 @@ class Ranks:
             mean_count=None if batch == total else batch,
             samples=None,
         )
-        return replace(joint, mean_grad_sq_norm=self._mean_sq_norm(joint, head))
+        return replace(
+            joint,
+            mean_grad_sq_norm=self._mean_sq_norm(joint, head),
+            mean_grad_sq_norms_by_parameter=self._mean_sq_norms(joint, head, reached),
+        )
 
     def _exchange(self, part: Part | None) -> tuple[Tensor, Tensor]:
         """Heads `[ranks, head]` and bodies `[ranks, rows, capacity]` of messages."""
@@ -268,7 +293,11 @@ class Ranks:
             if part.grad_sq_norms is not None:
                 head[_REPLICATED], head[_SHARDED] = part.grad_sq_norms
             was_reached = [float(name in part.reached) for name in self._shapes]
-            head[_FIRST_NAME:] = head.new_tensor(was_reached)
+            head[_FIRST_NAME : self._first_square] = head.new_tensor(was_reached)
+            for i, name in enumerate(self._shapes):
+                if name in part.grad_sq_norms_by_parameter:
+                    square = part.grad_sq_norms_by_parameter[name]
+                    head[self._first_square + i] = square
             rows = self._numbers(part.stats)
         heads, body = self._gather(head, rows)
         most = int(heads[:, _COUNT].max())
@@ -314,6 +343,24 @@ class Ranks:
         to_mean = head[0][_FACTOR] * self.size / joint.all_count
         total = head[0][_REPLICATED] + sum(h[_SHARDED] for h in head)
         return like.new_tensor(total * to_mean**2)
+
+    def _mean_sq_norms(
+        self,
+        joint: GradientStatistics,
+        head: Sequence[Sequence[float]],
+        reached: Sequence[str],
+    ) -> dict[str, Tensor] | None:
+        """The same by parameter."""
+        like = joint.sq_norms
+        if not self._per_parameter or like is None:
+            return None
+        if joint.mean_grad is not None:
+            squares = {n: t.double().square() for n, t in joint.mean_grad.items()}
+            return {name: t.sum().to(like.dtype) for name, t in squares.items()}
+        to_mean = head[0][_FACTOR] * self.size / joint.all_count
+        squares = [sum(at) for at in zip(*head, strict=True)][self._first_square :]
+        totals = dict(zip(self._shapes, squares, strict=True))
+        return {name: like.new_tensor(totals[name] * to_mean**2) for name in reached}
 
     def _check_weights(self, head: Sequence[Sequence[float]]) -> None:
         if len({h[_FACTOR] for h in head}) == 1:

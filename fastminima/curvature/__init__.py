@@ -1,7 +1,8 @@
 """Curvature operators: matrices over the parameters, known by their products.
 
 Public: `hessian`, `gauss_newton`, `covariance`, `loss_hessian` (of a training step,
-with `recording`), `derived` (made of others), `critical` (by losses alone), `audit`.
+with `recording`), `derived` (made of others), `preconditioner`, `critical` (by losses
+alone), `audit`.
 
 What the others are for, from below:
 
@@ -12,8 +13,10 @@ What the others are for, from below:
     data        _data, _weights, _reads, _state: batches, their weights, what is read
     engines     _engines, _evaluated, rop/: ways to make a product
     ranks       _ranks, _shards, _joint, _joint_loss: of all processes' data
-    operators   _matrix, _recorder, _checks, _operator, _mean: what they all have
-    audits      _auditing, _audit_closures, _audit_products, _differences, _kinks
+    operators   _matrix, _recorder, _checks, _operator, _mean, _compared: what they all
+                have
+    audits      _auditing, _audit_closures, _audit_graph, _audit_lines, _audit_loss,
+                _audit_products, _differences, _kinks
 """
 
 from ._matrix import FlatMatrix
@@ -22,10 +25,11 @@ from ._trust import Noise, Suspicion, SymmetryWatch
 from .audit import CurvatureAudit, CurvatureCheck
 from .covariance import GradientCovariance
 from .critical import CriticalSharpness, critical_sharpness
-from .derived import DerivedOperator, preconditioner
+from .derived import DerivedOperator
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 from .loss_hessian import LossHessian
+from .preconditioner import preconditioner
 from .recording import twice_differentiable
 
 __all__ = [

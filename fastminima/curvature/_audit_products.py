@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._audit_lines import (
+    asymmetry,
+    not_finite,
+    not_symmetric,
+    random_columns,
+    repeated,
+)
 from ._differences import Comparison, compared, in_double, of_one_batch
-from ._scale import dot, norm
-from ._trust import Noise, SymmetryWatch, difference
+from ._scale import norm
+from ._trust import Noise, difference
 from .audit import CurvatureCheck
 
 if TYPE_CHECKING:
@@ -28,7 +35,7 @@ _ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 def look_at_products(twin: CurvatureOperator, seed: int) -> list[CurvatureCheck]:
     """The loss and a product twice, and symmetry between random vectors."""
-    columns = list(_random(twin, 2 * _PAIRS, seed))
+    columns = list(random_columns(twin, 2 * _PAIRS, seed))
     noise = twin._checks.noise
     assert noise is not None
     try:
@@ -45,22 +52,16 @@ def look_at_products(twin: CurvatureOperator, seed: int) -> list[CurvatureCheck]
             )
         ]
     if not all(bool(torch.isfinite(p).all()) for p in products):
-        return [
-            CurvatureCheck(
-                *("products", "random vectors", "not finite", None, None, "WRONG"),
-                "Check the parameters and the batch. Roots, norms and quotients have "
-                "no second derivative at zero: add something small inside.",
-            )
-        ]
+        return [not_finite()]
     gap = abs(before[0] - after[0]) / max(abs(before[0]), abs(after[0]), 1e-300)
     looked_at = f"two passes: {before[0]:.7g} and {after[0]:.7g}"
-    lines = [_repeated("loss twice", looked_at, gap, _LOSSES * noise.repeat)]
+    lines = [repeated("loss twice", looked_at, gap, _LOSSES * noise.repeat)]
     apart = difference(products[0], again)
     allowed = noise.repeat
     if apart > allowed and lines[0].ok and twin._batches.is_single:
         same_graph = difference(again, twin._multiply(columns[:1])[0])
         allowed = max(allowed, 10 * same_graph)  # as large as one graph's own
-    lines.append(_repeated("product twice", "two recordings", apart, allowed))
+    lines.append(repeated("product twice", "two recordings", apart, allowed))
     lines.append(_symmetry(twin, columns, products, noise))
     quick = twin._quick()
     if quick is not None:
@@ -77,33 +78,12 @@ def _by_tangents(error: float, allowed: float) -> CurvatureCheck:
     return CurvatureCheck("tangents", looked_at, met, error, allowed, "note")
 
 
-def _repeated(
-    name: str, looked_at: str, error: float, allowed: float
-) -> CurvatureCheck:
-    if error <= allowed:
-        return CurvatureCheck(name, looked_at, "the same", error, allowed)
-    return CurvatureCheck(
-        *(name, looked_at, "not the same", error, allowed, "WRONG"),
-        "Each pass must see the same batches and random numbers: pass list(loader) in "
-        "place of a loader that shuffles or augments; draw from the global generators, "
-        "or once, outside the closure; keep no state in the model between calls.",
-    )
-
-
 def _symmetry(
     twin: CurvatureOperator, columns: list[Tensor], products: list[Tensor], noise: Noise
 ) -> CurvatureCheck:
-    looked_at = f"<u, A v> and <A u, v>, {_PAIRS} random pairs"
-    pairs = list(zip(columns, products, strict=True))
-    scale = max(norm(image) / norm(v) for v, image in pairs)
-    watch, worst, suspicion = SymmetryWatch(), 0.0, None
-    for first, second in zip(pairs[::2], pairs[1::2], strict=True):
-        (u, image_u), (v, image_v) = first, second
-        left, right = float(dot(u, image_v)), float(dot(image_u, v))
-        floor = max(abs(left), abs(right), noise.floor * scale * norm(u) * norm(v))
-        worst = max(worst, abs(left - right) / (floor or 1.0))
-        suspicion = suspicion or watch.between(first, second, noise)
-    name, numbers = "symmetry", (worst, noise.symmetry)
+    suspicion, worst = asymmetry(columns, products, noise)
+    name, looked_at = "symmetry", f"<u, A v> and <A u, v>, {_PAIRS} random pairs"
+    numbers = worst, noise.symmetry
     if suspicion is None:
         return CurvatureCheck(name, looked_at, "symmetric", *numbers)
     if getattr(twin, "engine", "") == "finite_differences":
@@ -114,12 +94,7 @@ def _symmetry(
         return CurvatureCheck(
             *(name, looked_at, met, *numbers, "untold"), "Use float64 here."
         )
-    return CurvatureCheck(
-        *(name, looked_at, "not symmetric", *numbers, "WRONG"),
-        "Some backward pass is not the derivative of its forward pass: functions in "
-        "Python whose backward detaches, reverses or clips, hooks on activations, "
-        "layers with in-place state. torch.autograd.gradgradcheck tests one.",
-    )
+    return not_symmetric(looked_at, *numbers)
 
 
 def look_at_differences(
@@ -214,13 +189,6 @@ def _told(name: str, looked_at: str, found: Comparison) -> CurvatureCheck:
     return CurvatureCheck(name, looked_at, met, *numbers)
 
 
-def _random(one: CurvatureOperator, count: int, seed: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (count, one.shape[0])
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(one.device, one.dtype)
-
-
 def _scaled(one: CurvatureOperator, seed: int) -> Tensor:
     """A random direction that moves every parameter by the same share of its size."""
     parameters = one._layout.parameters
@@ -228,7 +196,7 @@ def _scaled(one: CurvatureOperator, seed: int) -> Tensor:
         norm(p.detach().reshape(-1)) / max(p.numel(), 1) ** 0.5 for p in parameters
     ]
     small = _SMALL * max(sizes) or 1.0
-    parts = one._layout.split(_random(one, 1, seed + 1)[0])
+    parts = one._layout.split(random_columns(one, 1, seed + 1)[0])
     return one._layout.join(
         [part * (size or small) for part, size in zip(parts, sizes, strict=True)]
     )

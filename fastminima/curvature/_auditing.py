@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ._audit_closures import (
     buffers,
     drawn,
-    listed,
     modes,
     precision,
     randomness,
     rewritten,
 )
+from ._audit_graph import ends, missing, reach
 from ._audit_products import look_at_differences, look_at_products
-from ._graph import Graph
-from ._nodes import faults_of, nodes_of, place_of, survey
+from ._nodes import faults_of, survey
 from ._operator import CurvatureOperator
 from ._trust import Noise
-from .audit import CurvatureAudit, CurvatureCheck
+from .audit import CurvatureAudit, CurvatureCheck, refuse_ranks
 
 __all__ = ["AuditedOperator"]
 
-# Nodes of a gradient's graph that raise when they are differentiated.
-_ENDS = ("torch::autograd::Error", "torch::autograd::NotImplemented")
 _NEEDED = ("loss twice", "products")
 
 
@@ -58,11 +53,7 @@ class AuditedOperator(CurvatureOperator):
             >>> H.audit().ok
             True
         """
-        if self._ranks is not None:
-            raise ValueError(
-                "An audit looks at one process. Audit an operator of the plain model "
-                "(ddp.module) on one rank's batch."
-            )
+        refuse_ranks(self._ranks)
         return _audited(self, seed)
 
 
@@ -106,7 +97,7 @@ def _look_at_closures(twin: CurvatureOperator) -> list[CurvatureCheck]:
             lines.append(randomness(twin, before))
             lines.append(buffers(copies))
             faults = list(faults_of(roots, twin._checks.names()))
-            lines += [_missing(fault) for fault in faults]
+            lines += [missing(fault) for fault in faults]
             found = survey(roots)
             noise = Noise.of(found, float(roots[-1].detach().mean()))
             lines += [precision(noise), rewritten(twin._rewrites)]
@@ -126,19 +117,6 @@ def _refused(name: str, looked_at: str, error: ValueError) -> CurvatureCheck:
     """A line of what an operator says itself."""
     return CurvatureCheck(
         name, looked_at, "refused", verdict="WRONG", remedy=str(error)
-    )
-
-
-def _missing(fault: str) -> CurvatureCheck:
-    met, _, remedy = fault.partition(". ")
-    return CurvatureCheck(
-        "second derivatives",
-        "nodes of the graph",
-        f"{met}.",
-        None,
-        None,
-        "WRONG",
-        remedy,
     )
 
 
@@ -171,53 +149,9 @@ def _look_at_graph(twin: CurvatureOperator) -> list[CurvatureCheck]:
             twin._random.restore()
             batch, weight = next(iter(twin._batches))
             graph = twin._record(batch, weight)
-            lines = _ends(twin, graph)
+            lines = ends(twin._checks.names(), graph)
             with twin._explained(graph.roots):
-                lines.append(_reach(twin, graph))
+                lines.append(reach(twin._layout, graph))
     except ValueError as error:
         return [_refused("recording", looked_at, error)]
     return lines
-
-
-def _ends(twin: CurvatureOperator, graph: Graph) -> list[CurvatureCheck]:
-    reached = [part for part in graph.reached if part is not None]
-    nodes = list(nodes_of(reached))
-    names = twin._checks.names()
-    found = [node for node in nodes if node.name() in _ENDS]
-    looked_at = f"{len(nodes)} nodes of the gradient's graph"
-    if not found:
-        return [CurvatureCheck("second derivatives", looked_at, "all have one")]
-    places = dict.fromkeys(place_of(node, names) for node in found)
-    met = f"{len(found)} end in an error: {listed(list(places))}"
-    return [
-        CurvatureCheck(
-            *("second derivatives", looked_at, met, None, None, "WRONG"),
-            "Use other operations in the functions there; a product names the node.",
-        )
-    ]
-
-
-def _reach(twin: CurvatureOperator, graph: Graph) -> CurvatureCheck:
-    layout, looked_at = twin._layout, "which parameters the loss reaches"
-    idle = [
-        name
-        for name, part in zip(layout.names, graph.reached, strict=True)
-        if part is None
-    ]
-    linear: list[str] = []
-    if type(graph).product is not Graph.product:
-        ones = [torch.ones_like(p) for p in layout.parameters]
-        linear = [
-            name
-            for name, part in zip(layout.names, graph.product(ones), strict=True)
-            if part is None and name not in idle
-        ]
-    if not idle and not linear:
-        return CurvatureCheck("reach", looked_at, f"all {len(layout.names)}, twice")
-    parts = [f"not reached: {listed(idle)}"] if idle else []
-    parts += [f"reached at first order only: {listed(linear)}"] if linear else []
-    return CurvatureCheck(
-        *("reach", looked_at, "; ".join(parts), None, None, "note"),
-        "Their rows are zero. Freeze with requires_grad_(False) what is idle; where "
-        "more was expected, look for detach() and no_grad().",
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -31,12 +32,28 @@ class Checks:
         self._operator, self._model = operator, model
         self.noise: Noise | None = None
         self.symmetry = SymmetryWatch()
+        self._watches: dict[tuple[int, ...], SymmetryWatch] = {}  # within parameters
         self.products = 0
         self.functions_known, self.weights_known = False, False
         self._survey: Survey | None = None
         self._noted: list[tuple[int, Tensor]] = []
         self._known: tuple[Pass, list[int]] | None = None
         self._joint: Pass | None = None  # of all ranks
+
+    @contextlib.contextmanager
+    def within(self, only: tuple[int, ...]) -> Iterator[None]:
+        """Products within some parameters, which are compared with each other alone."""
+        before = self.symmetry
+        self.symmetry = self._watches.setdefault(only, SymmetryWatch())
+        try:
+            yield
+        finally:
+            self.symmetry = before
+
+    def start(self) -> None:
+        """A solver starts: look at the symmetry of its first products."""
+        self.symmetry.reset()
+        self._watches.clear()
 
     def names(self) -> dict[int, str]:
         """The parameters' names by identity."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,11 +12,26 @@ from torch import Tensor
 from ._graph import Graph
 from ._nodes import nodes_of
 
-__all__ = ["ENGINES", "EVALUATING", "check_engine", "chosen_engine", "saved_bytes"]
+__all__ = [
+    "ENGINES",
+    "EVALUATING",
+    "Engine",
+    "check_engine",
+    "chosen_engine",
+    "saved_bytes",
+]
 
 # Those that evaluate the loss for each product.
 EVALUATING = ("forward_over_reverse", "finite_differences")
-ENGINES = ("auto", "tangents", "cached", "recompute", *EVALUATING)
+Engine = Literal[
+    "auto",
+    "tangents",
+    "cached",
+    "recompute",
+    "forward_over_reverse",
+    "finite_differences",
+]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 _MEMINFO = Path("/proc/meminfo")
 
 

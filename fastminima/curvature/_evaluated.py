@@ -55,8 +55,8 @@ class ForwardOverReverse(_Evaluated):
         super().__init__(roots, parameters, again)
         self._model = model
 
-    def product(self, parts: list[Tensor]) -> Parts:
-        """The product with a vector, in parts."""
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
+        """The product with a vector, in parts; of all parameters."""
         with forward_ad.dual_level():
             pairs = zip(self._parameters, parts, strict=True)
             duals = {id(p): forward_ad.make_dual(p, part) for p, part in pairs}
@@ -112,8 +112,8 @@ class FiniteDifferences(_Evaluated):
         eps = max(survey(roots).eps, *(torch.finfo(p.dtype).eps for p in parameters))
         self.step = eps ** (1 / 3) if step is None else step
 
-    def product(self, parts: list[Tensor]) -> Parts:
-        """The product with a vector, in parts."""
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
+        """The product with a vector, in parts; of all parameters."""
         length = math.hypot(*(norm(part) for part in parts))
         if not length:
             return [None] * len(self._parameters)

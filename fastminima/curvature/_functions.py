@@ -121,7 +121,7 @@ def _functions(roots: Sequence[Tensor]) -> list[Any]:
         node
         for node in nodes_of(roots)
         if (function := getattr(node, "_forward_cls", None)) is not None
-        and not function.__module__.startswith(_RERUN)
+        and not (function.__module__ or "").startswith(_RERUN)
     ]
 
 

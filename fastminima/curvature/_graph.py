@@ -19,6 +19,8 @@ __all__ = [
     "check_mean",
     "combine",
     "differentiate",
+    "picked",
+    "spread",
 ]
 
 Parts = Sequence[Tensor | None]
@@ -30,7 +32,11 @@ class Graph(abc.ABC):
     Attributes:
         roots: What the closures returned, first by the model, last the loss.
         reached: The first derivative by each parameter; None for those not reached.
+        calls_closures: Whether products may run what a user has written: functions in
+            Python, checkpointed regions, hooks.
     """
+
+    calls_closures = True
 
     def __init__(self, roots: tuple[Tensor, ...], reached: Parts) -> None:
         self.roots, self.reached = roots, reached
@@ -40,8 +46,12 @@ class Graph(abc.ABC):
         """The mean loss."""
         return self.roots[-1].detach().mean()
 
-    def product(self, parts: list[Tensor]) -> Parts:
-        """The product with a vector, given by its parts; where that is all it takes."""
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
+        """The product with a vector, given by its parts; where that is all it takes.
+
+        With `only`, the numbers of some parameters: their rows, where the vector is
+        zero for all others. What else is returned then means nothing.
+        """
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -69,9 +79,12 @@ class GradientGraph(Graph):
         self.all_gradients = differentiate(roots, [*parameters, *others], [one])
         super().__init__(roots, self.all_gradients[: len(parameters)])
 
-    def product(self, parts: list[Tensor]) -> Parts:
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
         """The product with a vector, in parts."""
-        return combine(self.reached, self._parameters, parts)
+        if only is None:
+            return combine(self.reached, self._parameters, parts)
+        chosen = picked(only, self.reached, self._parameters, parts)
+        return spread(only, combine(*chosen), len(parts))
 
     def gradient(self) -> Parts:
         """The gradient, with its graph."""
@@ -126,6 +139,17 @@ def combine(
         return [None] * len(inputs)
     outputs, weights = zip(*used, strict=True)
     return list(differentiate(outputs, inputs, weights, create_graph=False))
+
+
+def picked(only: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
+    """Of each list the entries of those numbers."""
+    return [[entries[index] for index in only] for entries in lists]
+
+
+def spread(only: Sequence[int], found: Parts, count: int) -> list[Tensor | None]:
+    """So many parts, those of some numbers found, the others None."""
+    parts = dict(zip(only, found, strict=True))
+    return [parts.get(index) for index in range(count)]
 
 
 def differentiate(

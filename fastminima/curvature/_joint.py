@@ -55,6 +55,8 @@ class JointRecorder(Recorder):
             self._is_asked = True
 
     def _drop_if_outdated(self) -> None:
+        if self._kept is not None and self._kept is self._compared:
+            return
         if self._is_kept() and self._kept is not None and not self._says_the_same():
             self._kept = None
             self._checks.forget()

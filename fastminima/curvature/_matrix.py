@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from jaxtyping import Float
-from torch import Tensor, device, dtype
+from torch import Tensor, device, dtype, nn
 
 from .._flat import FlatLayout
 from ._trust import Noise
@@ -16,6 +18,16 @@ class FlatMatrix(Algebra):
     """A symmetric matrix [P, P] over the flat parameters of a model."""
 
     _layout: FlatLayout
+    _model: nn.Module
+    _products_made = 0  # that were asked for
+
+    def __repr__(self) -> str:
+        name, size = type(self).__name__, self.shape[0]
+        return (
+            f"{name}({size} x {size}, over the parameters of "
+            f"{type(self._model).__name__}; {self.dtype} on {self.device}; "
+            f"{self._products_made} products)"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,6 +66,10 @@ class FlatMatrix(Algebra):
 
     def begin(self) -> None:
         """A solver starts."""
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Within, nothing changes of what the matrix is made of: looked at once."""
+        return contextlib.nullcontext()
 
     def named(self, vector: Float[Tensor, " params"]) -> dict[str, Tensor]:
         """A flat vector as tensors shaped like the parameters, by name."""

@@ -19,7 +19,8 @@ class MeanOperator(AuditedOperator):
     def _multiply(self, columns: list[Tensor]) -> list[Tensor]:
         split = [self._layout.split(column) for column in columns]
         return self._mean(
-            lambda graph: [graph.product(parts) for parts in split], columns
+            lambda graph: [graph.product(parts, self._only) for parts in split],
+            columns,
         )
 
     def _gradient(self) -> Tensor:

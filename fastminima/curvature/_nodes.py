@@ -83,7 +83,7 @@ def survey(roots: Sequence[Tensor]) -> Survey:
         saturates = saturates or any(word in node.name() for word in _SATURATING)
         has_convolution = has_convolution or "Convolution" in node.name()
         function = getattr(node, "_forward_cls", None)
-        if function is not None and not function.__module__.startswith(_OWN):
+        if function is not None and not (function.__module__ or "").startswith(_OWN):
             functions.append(function.__name__)
     if narrow == torch.float32:
         narrow = _of_products(roots, has_convolution)
@@ -122,7 +122,7 @@ def faults_of(roots: Sequence[Tensor], names: Mapping[int, str]) -> Iterator[str
 def _fault(node: Any) -> str | None:
     function = getattr(node, "_forward_cls", None)
     if function is not None:
-        if function.__module__.startswith("torch.utils.checkpoint"):
+        if (function.__module__ or "").startswith("torch.utils.checkpoint"):
             return (
                 "is a reentrant checkpoint: the parameters inside are not in the "
                 "graph. Pass use_reentrant=False to checkpoint()."

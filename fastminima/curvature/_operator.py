@@ -36,6 +36,8 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
     products must be those of a symmetric matrix.
     """
 
+    _only: tuple[int, ...] | None = None  # parameters within which products are made
+
     @property
     def extra_products(self) -> int:
         """Products made so far to compare evaluations, beside those asked for."""
@@ -62,7 +64,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
 
         That finds what no comparison can, such as a file that the closure reads.
         """
-        self._checks.symmetry.reset()
+        self._checks.start()
         self._start()
 
     def look_at_mixtures(self) -> None:
@@ -70,16 +72,38 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
 
         What is met instead may hardly be coupled: columns of the identity.
         """
-        generator = torch.Generator("cpu").manual_seed(1)
-        drawn = torch.randn(
-            (2, self.shape[0]), generator=generator, dtype=torch.float64, device="cpu"
-        )
-        columns = list(drawn.to(self.device, self.dtype))
+        columns = self._mixtures(2)
         self._checks.products += 2
         products = self._multiply(columns)
         watch = self._checks.symmetry
         first, second = zip(columns, products, strict=True)
         self._judge(watch.between(first, second, self._checks.noise))
+
+    def _mixtures(self, count: int) -> list[Tensor]:
+        """Vectors of random numbers, always the same."""
+        generator = torch.Generator("cpu").manual_seed(1)
+        shape = (count, self.shape[0])
+        drawn = torch.randn(
+            shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
+        return list(drawn.to(self.device, self.dtype))
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        """The rows of some parameters of a product with what is zero elsewhere.
+
+        The other rows are not to be read. What the graph of that does not go through
+        has been looked at before, with a vector of all parameters.
+        """
+        self._check(other)
+        if self._checks.noise is None:
+            self._checks.products += 1
+            self._products(self._mixtures(1))
+        self._only = only
+        try:
+            with self._checks.within(only):
+                return self @ other
+        finally:
+            self._only = None
 
     def trust(self, noise: Noise | None) -> None:
         """Take as checked what has been checked with another operator."""
@@ -122,6 +146,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
 
     def _products(self, columns: list[Tensor]) -> list[Tensor]:
         self._ask_for_product()
+        self._products_made += len(columns)
         products = self._multiply(columns)
         if self._is_outdated:
             products = self._made_anew(columns, products)
@@ -131,7 +156,7 @@ class CurvatureOperator(JointRecorder, FlatMatrix):
             self._make_twice(columns, products)
         is_first = self._checks.symmetry.is_fresh
         self._judge(self._checks.look_at_symmetry(columns, products))
-        if is_first and len(columns) >= _MANY:
+        if is_first and len(columns) >= _MANY and self._only is None:
             self.look_at_mixtures()
         return products
 

@@ -177,7 +177,7 @@ class Reads:
     def _function(self, function: types.FunctionType, depth: int) -> None:
         self.marks.append(id(function.__code__))
         self.held.append(function.__code__)
-        if _is_library(function.__module__):
+        if _is_library(function.__module__ or ""):
             return
         for part in (function.__defaults__, function.__kwdefaults__):
             self.value(part, depth - 1)

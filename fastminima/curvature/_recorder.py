@@ -66,6 +66,8 @@ class Recorder(abc.ABC):
         self._checks = Checks(type(self).__name__, model)
         self._kept: _Kept | None = None
         self._fresh: tuple[Graph, int] | None = None
+        self._is_held = False
+        self._compared: _Kept | None = None  # while held, the graph that is current
         self._rewrites = Rewrites()
         self._low: torch.dtype | None = None  # what products of matrices are rounded to
 
@@ -89,10 +91,23 @@ class Recorder(abc.ABC):
         """The graph of what `_evaluate` returned, ready for products."""
 
     @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, nothing changes of what a graph is recorded from.
+
+        A kept graph is compared once in place of before each product. For what makes
+        many products in one call.
+        """
+        before, self._is_held, self._compared = self._is_held, True, None
+        try:
+            yield
+        finally:
+            self._is_held, self._compared = before, None
+
+    @contextlib.contextmanager
     def _recorded(self) -> Iterator[Iterator[tuple[Any, int]]]:
         """Within, each batch's recorded graph with its number of samples."""
         self._is_kept()
-        with self._context():
+        with self._bare() if self._is_settled else self._context():
             try:
                 yield self._recordings()
                 fresh = self._fresh
@@ -115,6 +130,23 @@ class Recorder(abc.ABC):
             if self._checks.noise is None:
                 stack.enter_context(parameters_kept(named, self._closure))
             self._rewrites = stack.enter_context(differentiable(self._layout.device))
+            yield
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether the next pass is through a graph that calls nothing of the user's."""
+        kept = self._kept
+        if kept is None or kept is not self._compared:
+            return False
+        return not kept.graph.calls_closures
+
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Where nothing of the user's runs: as `_context` for derivatives alone."""
+        with (
+            torch.inference_mode(False),
+            torch.autocast(self._layout.device.type, enabled=False),
+        ):
             yield
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
@@ -195,7 +227,10 @@ class Recorder(abc.ABC):
         """Whether there is a kept graph, of what is there now."""
         if self._kept is None:
             return False
+        if self._kept is self._compared:
+            return True
         if self._kept.snapshot.is_current():
+            self._compared = self._kept if self._is_held else None
             return True
         if not self._kept.snapshot.is_same_kind:
             self._checks.forget()

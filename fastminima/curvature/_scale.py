@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-__all__ = ["dot", "exponent", "length", "norm", "ordinary"]
+from ..ops import vector
+
+__all__ = ["dot", "dots", "exponent", "length", "norm", "ordinary"]
 
 _ORDINARY = 30  # binary orders of magnitude on each side of 1 that squares stand
 _BLOCK = 1 << 12  # elements of which float32 adds up the squares
-_PIECE = 1 << 17  # elements that are copied to double at a time
 _LARGEST = 120  # a power of two that float32 has, with its reciprocal
 
 
@@ -57,7 +60,11 @@ def length(x: Tensor) -> Tensor:
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """<x, y> of flat vectors, in double."""
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.linalg.vecdot(x, y).double()
-    pieces = zip(x.split(_PIECE), y.split(_PIECE), strict=True)
-    return torch.stack([torch.dot(a.double(), b.double()) for a, b in pieces]).sum()
+    return dots(x, [y])[0]
+
+
+def dots(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """<x, y> of flat vectors [others], in double, whatever their dtypes."""
+    dtype = reduce(torch.promote_types, (y.dtype for y in others), x.dtype)
+    first, *rest = (one.to(dtype).contiguous() for one in (x, *others))
+    return vector.dots(first, rest)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._nodes import Survey
-from ._scale import dot, length, norm, ordinary
+from ._scale import dots, norm, ordinary
 
 __all__ = ["Noise", "Suspicion", "SymmetryWatch", "difference"]
 
@@ -168,10 +168,11 @@ def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]
     """<u, A v>, <A u, v>, <u, v>, |u|, |v|, |A u|, |A v|, whatever their scales."""
     (u, of_u), (v, of_v) = ordinary(u), ordinary(v)
     (image_u, of_image_u), (image_v, of_image_v) = ordinary(image_u), ordinary(image_v)
-    pairs = ((u, image_v), (image_u, v), (u, v))
-    dots = [dot(a, b) for a, b in pairs]
-    norms = [length(x) for x in (u, v, image_u, image_v)]
+    found = [dots(u, [image_v, v, u]), dots(v, [image_u, v])]
+    found += [dots(x, [x]) for x in (image_u, image_v)]
+    left, own, uu, right, vv, image_uu, image_vv = torch.cat(found).unbind()
+    norms = torch.stack([uu, vv, image_uu, image_vv]).sqrt()
+    read = [*torch.stack([left, right, own]).tolist(), *norms.tolist()]
     scales = (of_u * of_image_v, of_image_u * of_v, of_u * of_v)
     scales += (of_u, of_v, of_image_u, of_image_v)
-    read = torch.stack([*dots, *norms]).tolist()
     return [number * scale for number, scale in zip(read, scales, strict=True)]

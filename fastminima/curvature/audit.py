@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-__all__ = ["CurvatureAudit", "CurvatureCheck"]
+__all__ = ["CurvatureAudit", "CurvatureCheck", "refuse_ranks"]
 
 _WIDTH = 88
 _ORDER = ("WRONG", "untold", "note", "ok")
@@ -40,7 +41,7 @@ class CurvatureCheck:
         return self.verdict != "WRONG"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CurvatureAudit:
     """The result of an operator's `audit()`; prints as a table.
 
@@ -65,6 +66,14 @@ class CurvatureAudit:
             raise KeyError(f"No line {name!r} in this audit. Its lines: {known}.")
         return min(found, key=lambda check: _ORDER.index(check.verdict))
 
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns of a table with a row a check: `pandas.DataFrame(...)`."""
+        names = [field.name for field in fields(CurvatureCheck)]
+        return {name: [getattr(c, name) for c in self.checks] for name in names}
+
+    def __repr__(self) -> str:
+        return str(self)  # where a notebook shows the last value, the table is wanted
+
     def __str__(self) -> str:
         table = [("check", "error", "allowed", "", "looked at")]
         table += [
@@ -83,6 +92,17 @@ class CurvatureAudit:
         verdict = f"{wrong} WRONG" if wrong else "nothing wrong"
         lines.append(f"{verdict}, {untold} untold" if untold else verdict)
         return "\n".join(lines)
+
+
+def refuse_ranks(ranks: Any) -> None:
+    """ValueError where several ranks have the data between them."""
+    if ranks is not None:
+        raise ValueError(
+            "Several ranks have the data of this operator between them, and an audit "
+            "looks at one process: it evaluates and moves parameters where the others "
+            "would have to as well. Audit an operator of the plain model (ddp.module) "
+            "on one rank's batch."
+        )
 
 
 def _number(value: float | None) -> str:

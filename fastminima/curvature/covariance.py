@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._auditing import AuditedOperator
-from ._graph import Graph, Parts, check_graph, combine, differentiate
+from ._graph import Graph, Parts, check_graph, combine, differentiate, picked, spread
 from ._scale import dot
 
 __all__ = ["GradientCovariance"]
@@ -124,7 +124,7 @@ class GradientCovariance(AuditedOperator):
         The shift is the mean over the first batch if none is given; where that is all
         there is, the sums `is_centred` and nothing is left to correct.
         """
-        split = [self._layout.split(column) for column in columns]
+        split, only = [self._layout.split(c) for c in columns], self._only
         sums = [torch.zeros_like(column) for column in columns]
         excess = [column.new_zeros(()) for column in columns]
         gradient = None if is_centred else torch.zeros_like(columns[0])
@@ -132,13 +132,13 @@ class GradientCovariance(AuditedOperator):
         with self._recorded() as recordings:
             for graph, _ in recordings:
                 with self._explained(graph.roots):
-                    slopes = [graph.directional(parts) for parts in split]
+                    slopes = [graph.directional(parts, only) for parts in split]
                 # Subtracting something near the mean at once avoids cancellation
                 # between sum_n <g_n, v> g_n and N times the mean gradient's part of it.
                 shifts = shifts or [slope.mean() for slope in slopes]
                 for i, slope in enumerate(slopes):
                     centred = slope - shifts[i]
-                    sums[i] += self._layout.join(graph.weighted(centred))
+                    sums[i] += self._layout.join(graph.weighted(centred, only))
                     excess[i] = excess[i] + centred.sum()
                 if gradient is not None:
                     gradient += self._layout.join(graph.weighted(None))
@@ -213,16 +213,27 @@ class _LossesGraph(Graph):
         self.samples = len(self._losses)
         super().__init__(roots, self._weighted)
 
-    def directional(self, parts: list[Tensor]) -> Tensor:
-        """<g_n, v> of every sample, [batch]."""
-        (slopes,) = combine(self._weighted, [self._weights], parts)
+    def directional(
+        self, parts: list[Tensor], only: Sequence[int] | None = None
+    ) -> Tensor:
+        """<g_n, v> of every sample, [batch], v zero for parameters not in `only`."""
+        weighted = self._weighted
+        if only is not None:
+            weighted, parts = picked(only, weighted, parts)
+        (slopes,) = combine(weighted, [self._weights], parts)
         return torch.zeros_like(self._losses) if slopes is None else slopes
 
-    def weighted(self, weights: Tensor | None) -> Parts:
+    def weighted(
+        self, weights: Tensor | None, only: Sequence[int] | None = None
+    ) -> Parts:
         """sum_n weights_n g_n; the sum of the gradients without weights."""
         if weights is None:
             weights = torch.ones_like(self._losses)
-        return combine([self._losses], self._parameters, [weights])
+        if only is None:
+            return combine([self._losses], self._parameters, [weights])
+        (mine,) = picked(only, self._parameters)
+        found = combine([self._losses], mine, [weights])
+        return spread(only, found, len(self._parameters))
 
     def gradient(self) -> Parts:
         """The sum of the gradients."""

@@ -58,6 +58,10 @@ class CriticalSharpness:
             f"{self.upper:.4g}], {self.evaluations} evaluations{how})"
         )
 
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a log line, or a row of a table."""
+        return dict(vars(self))
+
 
 def critical_sharpness(
     model: nn.Module,

@@ -10,17 +10,20 @@ Each is symmetric like its operators and known by its products, which are theirs
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._flat import FlatLayout
-from ._shards import whole
+from ._audit_lines import repeated
+from ._trust import difference
+from .audit import CurvatureAudit, CurvatureCheck
 
 __all__ = [
     "Algebra",
@@ -28,7 +31,6 @@ __all__ = [
     "Combination",
     "DerivedOperator",
     "Preconditioned",
-    "preconditioner",
 ]
 
 
@@ -46,17 +48,41 @@ class Algebra:
         """
         return Block(self, names)
 
-    def blocks(self) -> dict[str, Block]:
-        """A block for each module that has trainable parameters itself, by name.
+    def blocks(
+        self, by: str | Mapping[str, Sequence[str]] = "layer"
+    ) -> dict[str, Block]:
+        """A block for each layer, parameter or group, by name.
 
         Their eigenvalues are layer by layer; what couples layers is in none of them.
+
+        Args:
+            by: "layer", each module that has trainable parameters itself; "parameter";
+                or groups of names of parameters or modules, each with a name.
+
+        Raises:
+            ValueError: for another word, or a name that no trainable parameter has.
         """
+        if isinstance(by, Mapping):
+            return {name: Block(self, chosen) for name, chosen in by.items()}
+        if by not in ("layer", "parameter"):
+            raise ValueError(
+                f"by must be 'layer', 'parameter' or groups of names, got {by!r}."
+            )
+        if by == "parameter":
+            return {name: Block(self, [name]) for name in self.names}
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.names)
         own = {
             owner: [n for n in self.names if n.rpartition(".")[0] == owner]
             for owner in owners
         }
         return {owner: Block(self, names) for owner, names in own.items()}
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        """The rows of some parameters of a product with what is zero elsewhere.
+
+        `only` are their numbers; the other rows are not to be read.
+        """
+        return cast(Any, self) @ other
 
     def preconditioned(self, diagonal: Float[Tensor, " params"]) -> Preconditioned:
         """D^-1/2 A D^-1/2 for a diagonal of positive numbers, as `preconditioner` has.
@@ -134,6 +160,33 @@ class DerivedOperator(Algebra, abc.ABC):
             )
         return self._multiply(other)
 
+    def audit(self, *, seed: int = 0) -> CurvatureAudit:
+        """The audits of the operators below, in one table that names each.
+
+        Of a block also: a product within it beside the rows of one with the whole.
+
+        Args:
+            seed: Of the random vectors.
+
+        Raises:
+            ValueError: As the audits of those operators.
+        """
+        lines: list[CurvatureCheck] = []
+        for number, operator in enumerate(self.operators, 1):
+            name = type(operator).__name__
+            name = f"{number}, {name}" if len(self.operators) > 1 else name
+            lines += [
+                replace(line, looked_at=f"{name}: {line.looked_at}")
+                for line in operator.audit(seed=seed).checks
+            ]
+        if all(line.ok for line in lines):
+            lines += self._own_lines(seed)
+        return CurvatureAudit(str(self), tuple(lines))
+
+    def _own_lines(self, seed: int) -> list[CurvatureCheck]:
+        """What an audit says beside that of the operators below."""
+        return [line for part in self._parts for line in _own_lines(part, seed)]
+
     @abc.abstractmethod
     def _multiply(self, other: Tensor) -> Tensor:
         """The product with a vector or a matrix."""
@@ -145,6 +198,10 @@ class DerivedOperator(Algebra, abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"
+
+
+def _own_lines(part: Any, seed: int) -> list[CurvatureCheck]:
+    return part._own_lines(seed) if isinstance(part, DerivedOperator) else []
 
 
 class Combination(DerivedOperator):
@@ -168,11 +225,17 @@ class Combination(DerivedOperator):
                 )
 
     def _multiply(self, other: Tensor) -> Tensor:
-        pairs = zip(self._factors, self._parts, strict=True)
-        factor, part = next(pairs)
-        total = (part @ other) * factor
-        for factor, part in pairs:
-            total = total.add_(part @ other, alpha=factor)
+        return self._total(part @ other for part in self._parts)
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        return self._total(part._within(other, only) for part in self._parts)
+
+    def _total(self, products: Iterator[Tensor]) -> Tensor:
+        pairs = zip(self._factors, products, strict=True)
+        factor, product = next(pairs)
+        total = product * factor
+        for factor, product in pairs:
+            total = total.add_(product, alpha=factor)
         return total
 
     @property
@@ -188,7 +251,8 @@ def _kind(part: Any) -> tuple[Any, ...]:
 class Block(DerivedOperator):
     """The rows and columns of some parameters, such as those of a layer.
 
-    A product costs one of the whole operator.
+    A product goes through the part of the graph that is made of them alone, and costs
+    less than one of the whole operator the further up the layers are.
 
     Args:
         whole: The operator.
@@ -203,12 +267,15 @@ class Block(DerivedOperator):
         ends = list(itertools.accumulate(whole.sizes))
         self._names: list[str] = []
         self._slices: list[slice] = []
+        self._numbers: list[int] = []
         met = set()
-        for name, end, size in zip(whole.names, ends, whole.sizes, strict=True):
+        places = zip(whole.names, ends, whole.sizes, strict=True)
+        for number, (name, end, size) in enumerate(places):
             found = {c for c in chosen if name == c or name.startswith(f"{c}.")}
             if found:
                 met |= found
                 self._names.append(name)
+                self._numbers.append(number)
                 self._slices.append(slice(end - size, end))
         if missing := [c for c in chosen if c not in met]:
             raise ValueError(
@@ -217,6 +284,7 @@ class Block(DerivedOperator):
                 f"{' and more' if len(whole.names) > 8 else ''}."
             )
         self._size = sum(s.stop - s.start for s in self._slices)
+        self._known: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -234,14 +302,35 @@ class Block(DerivedOperator):
         return tuple(place.stop - place.start for place in self._slices)
 
     def _multiply(self, other: Tensor) -> Tensor:
-        (whole,) = self._parts
-        padded = other.new_zeros(whole.shape[0], *other.shape[1:])
+        return self._inside(other, tuple(self._numbers))
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        return self._inside(other, tuple(self._numbers[index] for index in only))
+
+    def _own_lines(self, seed: int) -> list[CurvatureCheck]:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(
+            self.shape[0], generator=generator, dtype=torch.float64, device="cpu"
+        )
+        v = drawn.to(self.device, self.dtype)
+        apart = difference(self @ v, self._cut(self._parts[0] @ self._padded(v)))
+        allowed = max(x.noise.repeat for x in self.operators if x.noise is not None)
+        looked_at = f"{self}: its product and the rows of one with the whole"
+        line = repeated("within", looked_at, apart, allowed)
+        return [line, *super()._own_lines(seed)]
+
+    def _inside(self, other: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        return self._cut(self._parts[0]._within(self._padded(other), numbers))
+
+    def _padded(self, other: Tensor) -> Tensor:
+        """Vectors of the whole operator, zero elsewhere."""
+        padded = other.new_zeros(self._parts[0].shape[0], *other.shape[1:])
         start = 0
         for place in self._slices:
             size = place.stop - place.start
             padded[place] = other[start : start + size]
             start += size
-        return self._cut(whole @ padded)
+        return padded
 
     def _cut(self, vector: Tensor) -> Tensor:
         return torch.cat([vector[place] for place in self._slices])
@@ -249,7 +338,15 @@ class Block(DerivedOperator):
     @property
     def gradient(self) -> Float[Tensor, " params"]:
         """The part of the whole one."""
+        if self._known is not None:
+            return self._known
         return self._cut(self._parts[0].gradient)
+
+    def starting_from(self, gradient: Float[Tensor, " params"]) -> Block:
+        """The same block for solvers, where the whole gradient is known."""
+        block = copy.copy(self)
+        block._known = self._cut(gradient)
+        return block
 
 
 class Preconditioned(DerivedOperator):
@@ -287,57 +384,11 @@ class Preconditioned(DerivedOperator):
         root = self._root if other.dim() == 1 else self._root[:, None]
         return (self._parts[0] @ (other * root)).mul_(root)
 
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        root = self._root if other.dim() == 1 else self._root[:, None]
+        return self._parts[0]._within(other * root, only).mul_(root)
+
     @property
     def gradient(self) -> Float[Tensor, " params"]:
         """The gradient in the same coordinates, D^-1/2 g."""
         return self._parts[0].gradient * self._root
-
-
-def preconditioner(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Float[Tensor, " params"]:
-    """What an adaptive optimizer divides its steps by, for each parameter.
-
-    For Adam and AdamW after t steps (1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps), v
-    the running mean of squared gradients, or their largest under `amsgrad`: gradient
-    descent with momentum beta1 and this preconditioner takes the same steps as long as
-    it does not change. For RMSprop sqrt(v) + eps, for Adagrad sqrt(sum) + eps.
-
-    Raises:
-        ValueError: for another optimizer, and for parameters that it has not stepped.
-
-    Source: Cohen et al. (2022), "Adaptive gradient methods at the edge of stability",
-    arXiv:2207.14484; where the edge is says `theory.edge_of_stability`.
-    """
-    layout = FlatLayout(model)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    parts = []
-    for name, p in zip(layout.names, layout.parameters, strict=True):
-        state: Mapping[str, Any] = optimizer.state.get(p, {})
-        if id(p) not in groups or not state:
-            raise ValueError(
-                f"The optimizer has no state for {name!r}. Take a step with it first, "
-                "or freeze parameters that it does not train."
-            )
-        parts.append(whole(_divisor(optimizer, groups[id(p)], state)))
-    return layout.join(parts)
-
-
-def _divisor(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> Tensor:
-    eps = group.get("eps", 0.0)
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        first, second = group["betas"]
-        steps = float(state["step"])
-        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        root = (squares.double() / (1 - second**steps)).sqrt()
-        return (1 - first**steps) * (root + eps)
-    if isinstance(optimizer, torch.optim.RMSprop) and not group["centered"]:
-        return state["square_avg"].double().sqrt() + eps
-    if isinstance(optimizer, torch.optim.Adagrad):
-        return state["sum"].double().sqrt() + eps
-    raise ValueError(
-        f"What {type(optimizer).__name__} divides by is not known here. Pass the "
-        "diagonal as a vector: H.preconditioned(diagonal)."
-    )

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._graph import Graph, Parts, check_graph, check_mean, combine, differentiate
-from ._mean import MeanOperator
+from ._compared import ComparedOperator
+from ._graph import (
+    GradientGraph,
+    Graph,
+    Parts,
+    check_graph,
+    check_mean,
+    combine,
+    differentiate,
+    picked,
+    spread,
+)
 from ._scale import norm
+from .rop import ClosedForm, EitherGraph
 
 __all__ = ["GaussNewton"]
 
 
-class GaussNewton(MeanOperator):
+class GaussNewton(ComparedOperator):
     """G = J^T (d^2 loss / d outputs^2) J over the data, J = d outputs / d theta.
 
     Positive semi-definite for a loss convex in the outputs, and then the Fisher matrix
     of softmax cross-entropy and squared losses. A product is J v (the vector-Jacobian
     product differentiated by its vector), the loss's own Hessian, and J^T: no second
-    derivative of the model is formed.
+    derivative of the model is formed. The loss's own Hessian is in closed form where
+    the nodes of its graph say that it is cross-entropy, squared error or another sum of
+    functions of one prediction, whatever weighs and adds up their terms, and by double
+    backward otherwise. The first product is made in both ways.
 
     Args:
         model: The model; its parameters that require grad are the variables.
@@ -64,6 +78,7 @@ class GaussNewton(MeanOperator):
         super().__init__(model, (outputs, loss), data, count, process_group)
         self._outputs = outputs
         self._loss = loss
+        self._is_closed = True
 
     @property
     def _closure(self) -> str:
@@ -105,38 +120,61 @@ class GaussNewton(MeanOperator):
         return torch.zeros_like(leaf) if slope is None else slope
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
-        return _OutputsGraph(roots, self._layout.parameters)
+        parameters = self._layout.parameters
+        return _OutputsGraph(roots, parameters, is_closed=self._goes_by_tangents)
+
+    @property
+    def _is_by_tangents(self) -> bool:
+        return self._is_closed
+
+    def _give_up_tangents(self) -> None:
+        self._is_closed = False
 
 
 class _OutputsGraph(Graph):
-    """Predictions, the loss's gradient by them, and J^T u as a function of u."""
+    """Predictions, the loss as a function of them, and J^T u as a function of u."""
 
     def __init__(
-        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+        self,
+        roots: tuple[Tensor, ...],
+        parameters: tuple[Tensor, ...],
+        *,
+        is_closed: bool,
     ) -> None:
-        self._predictions, self._leaf, loss = roots
+        self._predictions, leaf, loss = roots
         self._parameters = parameters
-        (slope,) = differentiate([loss], [self._leaf], [torch.ones_like(loss)])
+        self._curvature = _curvature(loss, leaf, is_closed=is_closed)
+        (slope,) = self._curvature.gradient()
         if slope is None:
             raise ValueError(
                 "loss(predictions, batch) does not use its predictions: its derivative "
                 "by them is missing. Compute the loss from the first argument."
             )
-        self._slope = slope
+        self._slope = slope.detach()
         self._cotangent = torch.zeros_like(self._predictions, requires_grad=True)
         self._pulled_back = differentiate(
             [self._predictions], parameters, [self._cotangent]
         )
         super().__init__(roots, self._pulled_back)
 
-    def product(self, parts: list[Tensor]) -> Parts:
-        (pushed,) = combine(self._pulled_back, [self._cotangent], parts)
+    def product(self, parts: list[Tensor], only: Sequence[int] | None = None) -> Parts:
+        chosen = range(len(parts)) if only is None else only
+        pulled, mine, v = picked(chosen, self._pulled_back, self._parameters, parts)
+        (pushed,) = combine(pulled, [self._cotangent], v)
         if pushed is None:
             return [None] * len(self._parameters)
-        (curved,) = combine([self._slope], [self._leaf], [pushed])
+        (curved,) = self._curvature.product([pushed])
         if curved is None:
             return [None] * len(self._parameters)
-        return combine([self._predictions], self._parameters, [curved])
+        found = combine([self._predictions], mine, [curved])
+        return found if only is None else spread(only, found, len(parts))
 
     def gradient(self) -> Parts:
-        return combine([self._predictions], self._parameters, [self._slope.detach()])
+        return combine([self._predictions], self._parameters, [self._slope])
+
+
+def _curvature(loss: Tensor, leaf: Tensor, *, is_closed: bool) -> Graph:
+    """The loss as a function of the predictions alone: products with its Hessian."""
+    if is_closed:
+        return EitherGraph((loss,), (leaf,), GradientGraph, ClosedForm)
+    return GradientGraph((loss,), (leaf,))

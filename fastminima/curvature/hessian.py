@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._engines import EVALUATING, check_engine, chosen_engine
+from ._compared import ComparedOperator
+from ._engines import EVALUATING, Engine, check_engine, chosen_engine
 from ._evaluated import FiniteDifferences, ForwardOverReverse
 from ._graph import GradientGraph, Graph, check_mean, differentiate
 from ._guard import Buffers, buffers_of, put_copies
-from ._mean import MeanOperator
 from ._random import RandomState
 from ._trust import Suspicion
 from .rop import EitherGraph
@@ -22,7 +21,7 @@ from .rop import EitherGraph
 __all__ = ["Hessian"]
 
 
-class Hessian(MeanOperator):
+class Hessian(ComparedOperator):
     """H, the matrix of second derivatives of the mean loss over the data.
 
     `H @ v` is exact (double backward), for a vector [P] or each column of [P, k]. For
@@ -86,7 +85,7 @@ class Hessian(MeanOperator):
         count: Callable[[Any], int] | None = None,
         *,
         process_group: Any = None,
-        engine: str = "auto",
+        engine: Engine = "auto",
         memory: int | None = None,
         step: float | None = None,
     ) -> None:
@@ -95,7 +94,6 @@ class Hessian(MeanOperator):
         self._loss, self._memory, self._step = loss, memory, step
         self._asked = self._engine = engine
         self._evaluated_again: Callable[[], tuple[Tensor, ...]] | None = None
-        self._is_second = False  # whether a product is compared with the first
 
     @property
     def engine(self) -> str:
@@ -141,7 +139,7 @@ class Hessian(MeanOperator):
 
     def _make(self, roots: tuple[Tensor, ...]) -> Graph:
         parameters, again = self._layout.parameters, self._evaluated_again
-        if self._is_by_tangents and not self._is_second:
+        if self._goes_by_tangents:
             return EitherGraph(roots, parameters, GradientGraph)
         if self._engine == "forward_over_reverse" and again is not None:
             return ForwardOverReverse(roots, parameters, self._model, again)
@@ -153,18 +151,6 @@ class Hessian(MeanOperator):
         if self._engine == "auto":
             self._engine = chosen_engine(graph, self._memory)
         return self._engine != "recompute"
-
-    def _for_audit(self) -> Hessian:
-        twin = cast(Hessian, super()._for_audit())
-        twin._is_second = True  # by double backward, which tangents must agree with
-        return twin
-
-    def _quick(self) -> Hessian | None:
-        if not self._is_by_tangents:
-            return None
-        quick = copy.copy(self)
-        quick._kept, quick._is_second = None, False
-        return quick
 
     def _differenced(self, roots: tuple[Tensor, ...]) -> Tensor:
         one = torch.ones_like(roots[0])
@@ -188,25 +174,8 @@ class Hessian(MeanOperator):
         is_default &= self._layout.device.type == "cpu"
         return is_default or self._engine == "tangents"
 
-    def _make_twice(self, columns: list[Tensor], products: list[Tensor]) -> None:
-        """The second time by double backward, which tangents are compared with.
-
-        Where the two are not the same, double backward has to be, and is used.
-        """
-        if not self._is_by_tangents:
-            super()._make_twice(columns, products)
-            return
-        kept, self._is_second = self._kept, True
-        try:
-            super()._make_twice(columns, products)
-            if kept is not None and self._kept is not None:
-                self._kept.graph = kept.graph  # the other one has shown the same
-        except ValueError:
-            self._engine, self._kept = "cached", None
-            products[:] = self._multiply(columns)
-            super()._make_twice(columns, products)
-        finally:
-            self._is_second = False
+    def _give_up_tangents(self) -> None:
+        self._engine = "cached"
 
     def _judge(self, suspicion: Suspicion | None) -> None:
         # Between kinks, differences of gradients are no symmetric matrix.

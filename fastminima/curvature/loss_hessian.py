@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._flat import FlatLayout
+from ._audit_loss import look_at_loss
 from ._explained import explained
 from ._functions import look_at_given_functions
 from ._graph import GradientGraph, Parts, accumulate, check_mean
@@ -22,6 +23,7 @@ from ._recorded_hooks import RecordedHooks
 from ._same import fingerprint
 from ._shards import is_sharded
 from ._trust import Noise
+from .audit import CurvatureAudit, refuse_ranks
 from .recording import twice_differentiable
 
 __all__ = ["LossHessian"]
@@ -116,6 +118,8 @@ class LossHessian(FlatMatrix):
             )
         self._versions = [p._version for p in self._layout.parameters]
 
+    _only: tuple[int, ...] | None = None  # parameters within which products are made
+
     def __matmul__(
         self, other: Float[Tensor, " params"] | Float[Tensor, "params probes"]
     ) -> Float[Tensor, " params"] | Float[Tensor, "params probes"]:
@@ -128,6 +132,37 @@ class LossHessian(FlatMatrix):
         if not columns:
             return torch.zeros_like(other)
         return torch.stack([self._product(column) for column in columns], dim=1)
+
+    def audit(self, *, seed: int = 0) -> CurvatureAudit:
+        """Look at what one graph tells of its products; prints as a table.
+
+        Its precision, nodes without a second derivative, what it reaches, a product
+        twice, and symmetry between random vectors. What takes another evaluation is
+        untold: the gradient, and products beside central differences.
+
+        Args:
+            seed: Of the random vectors.
+
+        Raises:
+            ValueError: Where several ranks have the data between them.
+        """
+        refuse_ranks(self._ranks)
+        self._check(torch.zeros(self.shape[0], dtype=self.dtype, device=self.device))
+        with self._bare():
+            lines = look_at_loss(
+                *(self, self._model, self._graph, self._layout, self._names),
+                *(self._noise, seed),
+            )
+        return CurvatureAudit(
+            f"LossHessian {self.shape[0]} x {self.shape[1]}", tuple(lines)
+        )
+
+    def _within(self, other: Tensor, only: tuple[int, ...]) -> Tensor:
+        self._only = only
+        try:
+            return self @ other
+        finally:
+            self._only = None
 
     @property
     def gradient(self) -> Float[Tensor, " params"]:
@@ -172,11 +207,14 @@ class LossHessian(FlatMatrix):
             )
 
     def _product(self, column: Tensor) -> Tensor:
+        self._products_made += 1
         parts = self._layout.split(column)
         # Copies are for checkpoints that move buffers; the first pass has told.
         kept = buffers_kept(self._model) if self._moved else contextlib.nullcontext()
         with kept:
-            return self._joined(lambda: self._graph.product(parts), (column,))
+            return self._joined(
+                lambda: self._graph.product(parts, self._only), (column,)
+            )
 
     def _joined(self, make: Callable[[], Parts], columns: Sequence[Tensor]) -> Tensor:
         """The flat vector of what is made, of all ranks where there are several.

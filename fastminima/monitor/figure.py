@@ -5,83 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from .._optional import require
+from .csv_file import read_csv
+from .panels import Line, Panel, panels_of, series, with_limit
+from .trend import half_window, trend
 
 __all__ = ["plot", "read"]
 
-_DECAY = 0.9  # of the bold line, an average over some ten rows
 _BOLD, _THIN = {"lw": 1.8}, {"lw": 0.8, "alpha": 0.35}
-_DOTS = {"lw": 0, "marker": ".", "ms": 4, "alpha": 0.45}
-_DASHED = {"lw": 1.2, "ls": "--", "color": "0.4"}
+_FEW = 40  # points that get a marker each
+_LEGEND = {"fontsize": 8, "edgecolor": "none", "framealpha": 0.8}
+_TREND = "trend: a line fitted to 5 % of the rows on each side, at least 5"
+_LOG_TREND = ", to their logarithms where the axis is logarithmic"
 
-
-@dataclass(frozen=True)
-class _Line:
-    """One column of the rows; without a style, thin with its running average bold.
-
-    What is averaged is the column over the one named `per`, if any: where that one
-    jumps, so does the bold line.
-    """
-
-    name: str
-    label: str
-    style: Mapping[str, Any] | None = None
-    per: str | None = None
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """Drawn if the rows have the first of its lines."""
-
-    title: str
-    lines: Sequence[_Line]
-    scale: str = "log"
-
-
-_PANELS = (
-    _Panel("loss", [_Line("loss", "loss")]),
-    _Panel(
-        "gradient norms",
-        [
-            _Line("gradient/mean_grad_sq_norm", "of the mean gradient"),
-            _Line("gradient/norm_median", "of samples: median"),
-            _Line("gradient/norm_max", "of samples: largest", _DOTS),
-        ],
-    ),
-    _Panel(
-        "tr Σ, variance of the gradient over samples",
-        [_Line("gradient/covariance_trace", "tr Σ")],
-    ),
-    _Panel(
-        "noise scale, in samples",
-        [
-            _Line("gradient/noise_scale", "single steps", _DOTS),
-            _Line("gradient/noise_scale_smoothed", "ratio of averages", _BOLD),
-            _Line("factors/batch_size", "batch size", _DASHED),
-        ],
-    ),
-    _Panel(
-        "temperature, in units of the loss",
-        [_Line("factors/temperature", "", per="factors/ratio")],
-    ),
-    _Panel(
-        "sharpness, largest eigenvalue of the Hessian",
-        [_Line("sharpness/eigenvalue_1", "", {**_BOLD, "marker": "."})],
-        scale="linear",
-    ),
-)
+Rows = Sequence[Mapping[str, float]]
 
 
 def read(path: str | PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a file that `JsonLines` wrote; null comes back as NaN.
+    """The rows of a file that `JsonLines` or `CSV` wrote; null comes back as NaN.
 
-    A last line that was cut off while it was written is left out.
+    Of a folder, those of the `rows.jsonl` in it. A last line that was cut off while it
+    was written is left out.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "rows.jsonl"
+    if str(path).endswith(".csv"):
+        return read_csv(path)
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: math.nan if v is None else v for k, v in r.items()} for r in rows]
@@ -90,114 +43,138 @@ def read(path: str | PathLike[str]) -> list[dict[str, float]]:
 def plot(
     rows: str | PathLike[str] | Iterable[Mapping[str, float]],
     to: str | PathLike[str] | None = None,
+    *,
+    columns: Sequence[str] | None = None,
 ) -> Any:
     """Draw rows against their step, a panel for each group that they have.
 
-    Bold lines are running averages of the thin ones. On logarithmic axes what is not
+    Bold lines are trends of the thin ones: straight lines fitted around each row, which
+    do not lag behind. The sharpness stands beside 2/eta, with residuals as its error
+    bars, and the noise scale in its interval. On logarithmic axes what is not
     positive is not drawn, such as the noise scale of a batch too small to see the
     signal. A step that goes back (a second run in the file) starts a new line.
 
     Args:
-        rows: what `Monitor.log` returned, or a file of JSON lines.
+        rows: what `Monitor.log` returned, or what `read` takes.
         to: a file to save the figure in, by its ending.
+        columns: more columns, a panel each; None for all that are your own.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is nothing to draw.
+        ValueError: there is nothing to draw, or no such column.
     """
-    found = read(rows) if isinstance(rows, (str, PathLike)) else list(rows)
-    names = {name for row in found for name in row}
-    panels = [panel for panel in _PANELS if panel.lines[0].name in names]
+    found = with_limit(read(rows) if isinstance(rows, (str, PathLike)) else rows)
+    panels = panels_of(found, columns)
     if not panels:
-        raise ValueError(
-            f"Nothing to draw in {len(found)} rows; their names: {sorted(names)}."
-        )
-    height = (len(panels) + 1) // 2
-    otherwise = "`pip install 'fastminima[examples]'`"
-    matplotlib = require("matplotlib.figure", "fm.monitor.plot", otherwise)
-    figure = matplotlib.Figure(figsize=(10, 2.5 * height), layout="constrained")
-    axes = list(figure.subplots(height, 2, sharex=True, squeeze=False).flat)
-    for ax, panel in zip(axes, panels, strict=False):
-        _fill(ax, panel, [line for line in panel.lines if line.name in names], found)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    for ax in axes[max(0, len(panels) - 2) : len(panels)]:
-        ax.xaxis.set_tick_params(labelbottom=True)
-        ax.set_xlabel("step")
+        names = sorted({name for row in found for name in row})
+        raise ValueError(f"Nothing to draw in {len(found)} rows; their names: {names}.")
+    figure, axes = _axes(len(panels))
+    drawn = [_fill(ax, panel, found) for ax, panel in zip(axes, panels, strict=True)]
+    if any(drawn):
+        _explain(figure)
     if to is not None:
         figure.savefig(Path(to), dpi=120)
     return figure
 
 
-def _fill(
-    ax: Any,
-    panel: _Panel,
-    lines: Sequence[_Line],
-    rows: Sequence[Mapping[str, float]],
-) -> None:
-    ax.set_yscale(panel.scale)
+def _axes(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, two in a row."""
+    height, width = (count + 1) // 2, min(count, 2)
+    otherwise = "`pip install 'fastminima[examples]'`"
+    matplotlib = require("matplotlib.figure", "fm.monitor.plot", otherwise)
+    size = (5 * width, 2.5 * height + 0.3)
+    figure = matplotlib.Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(height, width, sharex=True, squeeze=False).flat)
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    for ax in axes[max(0, count - 2) : count]:
+        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.set_xlabel("step")
+    return figure, axes[:count]
+
+
+def _fill(ax: Any, panel: Panel, rows: Rows) -> bool:
+    """Draw a panel; says whether there is a trend in it."""
+    names = {name for row in rows for name in row}
+    lines = [line for line in panel.lines if line.name in names]
+    ax.set_yscale(_scale(panel, lines, rows))
     for number, line in enumerate(lines):
-        steps, values = _series(rows, line.name)
         color = {"color": f"C{number}"}
         if line.style is None:
-            _curve(ax, panel, steps, values, **_THIN, **color)
-            values = _bold(values, line, rows)
-        style = color | dict(line.style or _BOLD)
-        _curve(ax, panel, steps, values, **style, label=line.label)
+            _thin_and_bold(ax, line, rows, color)
+        else:
+            _styled(ax, line, rows, color | dict(line.style))
+    for number, line in enumerate(lines):
+        if line.low in names or line.high in names:
+            _band(ax, line, rows, f"C{number}")
     ax.set_title(panel.title, fontsize=10, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        ax.legend(fontsize=8, edgecolor="none", framealpha=0.8)
+    if any(line.label for line in lines):
+        ax.legend(**_LEGEND)
+    return any(line.style is None for line in lines)
 
 
-def _curve(
-    ax: Any, panel: _Panel, steps: list[float], values: list[float], **style: Any
-) -> None:
-    if panel.scale == "log":
+def _scale(panel: Panel, lines: Sequence[Line], rows: Rows) -> str:
+    if panel.scale != "auto":
+        return panel.scale
+    values = [v for line in lines for v in series(rows, line.name)[1]]
+    finite = [value for value in values if math.isfinite(value)]
+    is_wide = bool(finite) and 0 < 10 * min(finite) <= max(finite)
+    return "log" if is_wide else "linear"
+
+
+def _thin_and_bold(ax: Any, line: Line, rows: Rows, color: dict[str, str]) -> None:
+    steps, values, units = series(rows, line.name, line.per)
+    marker = {"marker": ".", "ms": 4} if len(values) <= _FEW else {}
+    _curve(ax, steps, values, **_THIN, **marker, **color)
+    if line.per is None:
+        units = [1.0] * len(values)
+    each = [v / u if u else math.nan for v, u in zip(values, units, strict=True)]
+    is_log = ax.get_yscale() == "log"
+    smooth = trend(steps, each, half_window(len(each)), logarithmic=is_log)
+    bold = [v * u for v, u in zip(smooth, units, strict=True)]
+    _curve(ax, steps, bold, **_BOLD, **color, label=line.label or None)
+
+
+def _styled(ax: Any, line: Line, rows: Rows, style: dict[str, Any]) -> None:
+    steps, values, errors = series(rows, line.name, line.error)
+    if line.error is None:
+        _curve(ax, steps, values, **style, label=line.label)
+    else:
+        ax.errorbar(steps, values, yerr=errors, **style, label=line.label)
+
+
+def _curve(ax: Any, steps: Any, values: Sequence[float], **style: Any) -> None:
+    if ax.get_yscale() == "log":
         values = [v if v > 0 else math.nan for v in values]
     ax.plot(steps, values, **style)
 
 
-def _series(
-    rows: Sequence[Mapping[str, float]], name: str
-) -> tuple[list[float], list[float]]:
-    """Steps and values, with a gap where the step goes back; norms as their roots."""
-    steps: list[float] = []
-    values: list[float] = []
-    for row in rows:
-        if name in row:
-            if steps and row["step"] < steps[-1]:
-                steps.append(math.nan)
-                values.append(math.nan)
-            value = row[name]
-            steps.append(row["step"])
-            values.append(math.sqrt(value) if name.endswith("_sq_norm") else value)
-    return steps, values
+def _band(ax: Any, line: Line, rows: Rows, color: str) -> None:
+    """An interval around a line; a side of it that has no end reaches the edge."""
+    steps, _, low, high = series(rows, line.name, line.low, line.high)
+    bottom, top = ax.get_ylim()
+    ends = zip(low, high, strict=True)
+    known = [math.isfinite(a) or math.isfinite(b) for a, b in ends]
+    low = [max(a, bottom) if math.isfinite(a) else bottom for a in low]
+    high = [min(b, top) if math.isfinite(b) else top for b in high]
+    look = {"color": color, "alpha": 0.2, "lw": 0, "label": "95 % interval"}
+    ax.fill_between(steps, low, high, where=known, **look)
+    ax.set_ylim(bottom, top)
 
 
-def _bold(
-    values: Sequence[float], line: _Line, rows: Sequence[Mapping[str, float]]
-) -> list[float]:
-    if line.per is None:
-        return _averages(values)
-    units = _series([row for row in rows if line.name in row], line.per)[1]
-    each = [v / u if u else math.nan for v, u in zip(values, units, strict=True)]
-    return [v * u for v, u in zip(_averages(each), units, strict=True)]
-
-
-def _averages(values: Sequence[float]) -> list[float]:
-    """Exponential averages, each over the values since the last gap."""
-    found: list[float] = []
-    total = weight = 0.0
-    for value in values:
-        if math.isfinite(value):
-            total = _DECAY * total + value
-            weight = _DECAY * weight + 1
-        else:
-            total = weight = 0.0
-        found.append(total / weight if weight else math.nan)
-    return found
+def _explain(figure: Any) -> None:
+    """What thin and bold lines are, under all panels."""
+    lines = require("matplotlib.lines", "fm.monitor.plot", "")
+    is_log = any(ax.get_yscale() == "log" for ax in figure.axes)
+    keys = [
+        lines.Line2D([], [], color="0.3", **_THIN, label="single rows"),
+        lines.Line2D(
+            [], [], color="0.3", **_BOLD, label=_TREND + (_LOG_TREND if is_log else "")
+        ),
+    ]
+    figure.legend(handles=keys, loc="outside lower left", ncols=2, **_LEGEND)

@@ -1,4 +1,4 @@
-"""Where rows go: JSON lines, TensorBoard, Weights & Biases.
+"""Where rows go: the interface, JSON lines, TensorBoard.
 
 Nothing is opened before the first row: in a distributed run every process makes the
 loggers and only one writes.
@@ -9,25 +9,59 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .._optional import INTEGRATIONS, require
+from .._optional import extra, require
 
-__all__ = ["JsonLines", "Logger", "TensorBoard", "WandB"]
+__all__ = ["JsonLines", "Logger", "TensorBoard", "checked_mode", "occupied"]
 
 
 class Logger:
     """Takes rows; an interface.
 
-    A row maps names to numbers and has a "step". Subclass it to log elsewhere.
+    A row maps names to numbers and has a "step". Subclass it to log elsewhere; what
+    is not a row (tables of samples, histograms) a logger takes if it has a way to show
+    it, and ignores otherwise.
     """
 
     def write(self, row: Mapping[str, float]) -> None:
         """Write one row, so that it outlives the process where possible."""
         raise NotImplementedError
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Take the samples with the largest gradients of a step, largest first.
+
+        Args:
+            step: of the training loop.
+            samples: each with "id", "index", "norm", and what else is known of it.
+        """
+
+    def write_histogram(
+        self, step: int, name: str, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Take a histogram.
+
+        Args:
+            step: of the training loop.
+            name: of what was counted, as "gradient/sample_norms".
+            edges: where the bins begin and end: one more than there are bins, rising.
+            counts: of each bin. What lies outside is in the first or the last.
+        """
+
+    def write_spike(self, spike: Mapping[str, Any]) -> None:
+        """Take a step that stands out, so that it outlives the process.
+
+        Args:
+            spike: "step", "what", "value", "usual", "scale", "z", and the "samples"
+                with the largest gradients.
+        """
+
+    def write_run(self, about: Mapping[str, Any]) -> None:
+        """Take what is known of the run as a whole, before its first row."""
 
     def close(self) -> None:
         """Release what is open; a later row opens it again."""
@@ -47,13 +81,13 @@ class JsonLines(Logger):
         ValueError: for another mode.
     """
 
-    def __init__(self, path: str | PathLike[str], mode: str = "append") -> None:
-        if mode not in ("append", "overwrite"):
-            raise ValueError(
-                f"Unknown mode {mode!r}; choose from 'append', 'overwrite'."
-            )
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        mode: Literal["append", "overwrite"] = "append",
+    ) -> None:
         self.path = Path(path)
-        self._open_as = "a" if mode == "append" else "w"
+        self._open_as = "a" if checked_mode(mode) == "append" else "w"
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add one line."""
@@ -79,19 +113,46 @@ class TensorBoard(Logger):
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        require("tensorboard", "TensorBoard logging", INTEGRATIONS)
+        require("tensorboard", "TensorBoard logging", extra("tensorboard"))
         self.folder = Path(folder)
         self._writer: Any = None
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add each number as a scalar at the row's step, and flush."""
+        writer = self._opened()
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, float(value), int(row["step"]))
+        writer.flush()
+
+    def write_histogram(
+        self, step: int, name: str, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Add a histogram, without the empty bins at its ends, and flush."""
+        edges, counts = occupied(edges, counts)
+        if not counts:
+            return
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        weighed = list(zip(counts, middles, strict=True))
+        writer = self._opened()
+        writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(count * middle for count, middle in weighed),
+            sum_squares=sum(count * middle**2 for count, middle in weighed),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
+        writer.flush()
+
+    def _opened(self) -> Any:
         if self._writer is None:
             tensorboard = importlib.import_module("torch.utils.tensorboard")
             self._writer = tensorboard.SummaryWriter(str(self.folder))
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, float(value), int(row["step"]))
-        self._writer.flush()
+        return self._writer
 
     def close(self) -> None:
         """Close the event file."""
@@ -100,54 +161,28 @@ class TensorBoard(Logger):
             self._writer = None
 
 
-class WandB(Logger):
-    """A run of Weights & Biases.
-
-    Rows carry their step as a column, which is made the x axis: several rows may share
-    a step, and other code may log to the same run. A process of wandb's writes them
-    when it sees fit; a training process that is killed may lose its last rows.
-
-    Args:
-        project: its project; None leaves the choice to wandb.
-        run: a run that is already there, in place of one of its own.
-        options: for `wandb.init`, such as `mode="offline"`, `name` and `dir`.
+def occupied(
+    edges: Sequence[float], counts: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """A histogram from its first bin that is not empty to the last one.
 
     Raises:
-        ImportError: wandb is not installed.
-        ValueError: for options beside a run.
+        ValueError: there is not one edge more than there are bins.
     """
+    if len(edges) != len(counts) + 1:
+        raise ValueError(
+            f"A histogram of {len(counts)} bins has {len(counts) + 1} edges, got "
+            f"{len(edges)}."
+        )
+    filled = [at for at, count in enumerate(counts) if count]
+    if not filled:
+        return [], []
+    first, last = filled[0], filled[-1] + 1
+    return list(edges[first : last + 1]), list(counts[first:last])
 
-    def __init__(
-        self, project: str | None = None, *, run: Any = None, **options: Any
-    ) -> None:
-        self._wandb = require("wandb", "Logging to Weights & Biases", INTEGRATIONS)
-        if run is not None and (options or project is not None):
-            given = sorted(options) + ([] if project is None else ["project"])
-            raise ValueError(
-                f"A run that is already there takes no options, got {given}. Give them "
-                "to wandb.init, or leave `run` out."
-            )
-        self._options = {"project": project, **options}
-        self._run = run
-        self._is_mine = run is None
-        self._has_axis = False
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Log one row; the first one starts the run."""
-        if self._run is None:
-            self._run = self._wandb.init(**self._options)
-        if not self._has_axis:
-            self._run.define_metric("step", hidden=True)
-            # Other names in somebody else's run may be theirs.
-            ours = ("gradient/*", "factors/*", "sharpness/*")
-            for names in ("*",) if self._is_mine else ours:
-                self._run.define_metric(names, step_metric="step")
-            self._has_axis = True
-        self._run.log(dict(row))
-
-    def close(self) -> None:
-        """Finish the run if it was started here."""
-        if self._is_mine and self._run is not None:
-            self._run.finish()
-            self._run = None
-            self._has_axis = False
+def checked_mode(mode: str) -> str:
+    """`mode`, if it is a word that loggers of files know."""
+    if mode not in ("append", "overwrite"):
+        raise ValueError(f"Unknown mode {mode!r}; choose from 'append', 'overwrite'.")
+    return mode

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..quantities import three_factors
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
+from . import rows, samples
+from .csv_file import CSV
+from .factors import Factors, Step, stability_limit
+from .layers import By, Grouping, Groups, LayerNumbers
 from .loggers import JsonLines, Logger
-from .rows import Row, factors_row, gradient_row, is_finite, sharpness_row
+from .packing import Packed
+from .preconditioned import preconditioned_moments
+from .rows import Row
+from .samples import Origin
 from .smoothing import SmoothedNoiseScale
+from .spikes import Spike, SpikeDetector
 
 __all__ = ["Monitor"]
 
@@ -25,20 +31,40 @@ class Monitor:
     """Writes one flat row of named numbers a step to one or more loggers.
 
     Names are grouped by a slash: "gradient/noise_scale", "factors/temperature",
-    "sharpness/eigenvalue_1". "gradient/noise_scale_smoothed" is the ratio of running
-    averages of tr Sigma and |E g|^2, which is what to look at: a single step's ratio
-    is biased and noisy. "is_finite" says whether every number of the row is.
+    "sharpness/eigenvalue_1", "layers/encoder.0/share". "gradient/noise_scale_smoothed"
+    is the ratio of running averages of tr Sigma and |E g|^2, which is what to look at,
+    with its 95 % interval beside it: a single step's ratio is biased and noisy.
+    "is_finite" says whether every number measured is. All that a row needs of a device
+    is copied at once.
 
     Args:
-        loggers: `JsonLines`, `TensorBoard`, `WandB`, or a `Logger` of your own; a path
-            that ends in ".jsonl" is short for `JsonLines(path)`.
+        loggers: `JsonLines`, `CSV`, `TensorBoard`, `WandB`, `MLflow`, `Trackio`,
+            `LiveFigure`, a `RunFolder`, or a `Logger` of your own; a path that ends in
+            ".jsonl" is short for `JsonLines(path)`, one in ".csv" for `CSV(path)`.
         smoothing: weight of the past in the running averages.
         dataset_size: number of training samples, where batches are drawn without
             replacement; it enters the ratio and the temperature.
+        by: how parameters are grouped to layers, where the probe has
+            `per_parameter=True`: "layer", the module that holds them; "block", the path
+            up to its first number; so many steps of the path; "parameter"; or None.
+        layers: a regular expression; layers in whose name it is not found have no
+            columns.
+        layer_intervals: rows have the smoothed noise scale of layers and its interval.
+        largest: hand so many samples of each step, those with the largest gradients, to
+            loggers that take them.
+        histograms: hand histograms of the samples' norms to loggers that take them.
+        spikes: finds steps that stand out; a number is short for
+            `SpikeDetector(threshold)`.
+        max_norm: what the loop gives `clip_grad_norm_`: rows have the factor by which
+            it clips, and the ratio and the temperature are those of the clipped step.
+        precondition: the model, for the noise scale in the norm of an adaptive
+            optimizer; the probe needs `measure=("norms", "second_moments")` and
+            `keep_mean=True`.
+        about: what is known of the run, written before its first row.
 
     Raises:
-        TypeError, ValueError: for something that is not a logger, or a smoothing
-            outside [0, 1).
+        TypeError, ValueError: for something that is not a logger, or an option outside
+            its range.
 
     Example:
         >>> import tempfile, torch, fastminima as fm
@@ -60,11 +86,29 @@ class Monitor:
         *loggers: Logger | str | PathLike[str],
         smoothing: float = 0.95,
         dataset_size: int | None = None,
+        by: By = "layer",
+        layers: str | None = None,
+        layer_intervals: bool = False,
+        largest: int = 0,
+        histograms: bool = False,
+        spikes: SpikeDetector | float | None = None,
+        max_norm: float | None = None,
+        precondition: nn.Module | None = None,
+        about: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self._loggers = [_logger(one) for one in loggers]
         self._smoothed = SmoothedNoiseScale(smoothing)
-        self._dataset_size = dataset_size
-        self._has_announced = False
+        self._preconditioned = SmoothedNoiseScale(smoothing)
+        is_adaptive = precondition is not None
+        self._factors = Factors(dataset_size, max_norm, is_quiet=is_adaptive)
+        self._grouping = Grouping(by, layers)
+        self._layers = LayerNumbers(smoothing, is_written=layer_intervals)
+        self._largest, self._histograms = largest, histograms
+        if spikes is not None and not isinstance(spikes, SpikeDetector):
+            spikes = SpikeDetector(spikes)
+        self._detector = spikes
+        self._model, self._about = precondition, about
+        self._rows = 0  # written so far
 
     def log(
         self,
@@ -75,67 +119,176 @@ class Monitor:
         optimizer: torch.optim.Optimizer | None = None,
         batch_size: int | None = None,
         sharpness: Eigenpairs | None = None,
-        extra: Mapping[str, float] | None = None,
+        extra: Mapping[str, float | Tensor] | None = None,
+        ids: Sequence[Any] | None = None,
+        microbatches: Sequence[int] = (),
     ) -> Row | None:
         """Write a row and return it; None, and no row, where nothing was measured.
 
         Args:
             step: of the training loop, the x axis.
             stats: what the probe gave; None on the steps that it leaves out.
-            loss: of this step.
+            loss: of this step; or the losses of its samples, whose mean the row has and
+                the table of samples the largest ones'.
             optimizer: adds learning rate, batch size, ratio and temperature.
             batch_size: samples behind one step of the optimizer, where that is not
                 the count of `stats`: gradient accumulation, data parallelism.
             sharpness: what a `SharpnessProbe` gave.
-            extra: more numbers, by name.
+            extra: more numbers, by name; tensors of one number too.
+            ids: what identifies each sample of the batch, for the table of the largest
+                and for spikes; their index otherwise.
+            microbatches: sizes of the batches whose statistics were added up.
+
+        Raises:
+            TypeError: for a column of `extra` that is not a number.
         """
         if stats is None and sharpness is None:
             return None
+        losses = loss if isinstance(loss, Tensor) and loss.dim() else None
+        groups = self._groups(stats)
+        packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
+        numbers = packed.read()
         row: Row = {"step": step}
         if loss is not None:
-            row["loss"] = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            row["loss"] = numbers["loss"][0] if "loss" in numbers else float(loss)
         if stats is not None:
-            row |= self._gradient(stats)
+            row |= self._gradient(numbers, stats)
             if optimizer is not None:
-                row |= self._factors(optimizer, stats, batch_size or stats.all_count)
+                size = batch_size or stats.all_count
+                row |= self._factors.row(optimizer, _step_of(row, numbers, stats, size))
         if sharpness is not None:
-            row |= sharpness_row(sharpness)
-        row |= extra or {}
-        row["is_finite"] = is_finite(row)
+            row |= rows.sharpness_row(sharpness, numbers)
+            limit = None if optimizer is None else stability_limit(optimizer)
+            if limit is not None:
+                row["sharpness/two_over_lr"] = limit
+        if stats is not None and groups is not None and "layers/sq" in numbers:
+            row |= self._layers.row(
+                *(groups, numbers["layers/sq"], numbers["layers/mean"]),
+                stats.all_count,
+            )
+        row |= rows.extra_row(extra or {}, numbers)
+        row["is_finite"] = rows.is_finite(row)
+        self._write(row, numbers, groups, Origin(ids, microbatches))
+        return row
+
+    def _asked(
+        self,
+        stats: GradientStatistics | None,
+        loss: float | Tensor | None,
+        losses: Tensor | None,
+        sharpness: Eigenpairs | None,
+        extra: Mapping[str, float | Tensor],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Packed:
+        """All that is copied for a row."""
+        packed = Packed()
+        if isinstance(loss, Tensor):
+            packed.add("loss", loss if losses is None else losses.detach().mean())
+        if stats is not None:
+            rows.ask_for_gradient(packed, stats)
+            self._ask_for_parts(packed, stats, losses, optimizer)
+        if sharpness is not None:
+            rows.ask_for_sharpness(packed, sharpness)
+        rows.ask_for_extra(packed, extra)
+        return packed
+
+    def _ask_for_parts(
+        self,
+        packed: Packed,
+        stats: GradientStatistics,
+        losses: Tensor | None,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        """What is copied of layers and samples."""
+        each = stats.sq_norms_by_parameter or {}
+        means = stats.mean_grad_sq_norms_by_parameter or {}
+        if self._grouping.by is not None and each and each.keys() == means.keys():
+            packed.add("layers/sq", torch.stack(list(each.values())).double().mean(1))
+            packed.add("layers/mean", torch.stack([means[name] for name in each]))
+        if stats.sq_norms is not None:
+            if self._largest:
+                samples.ask_for(packed, stats, losses, self._largest)
+            if self._histograms:
+                samples.ask_for_counts(packed, stats)
+        if self._model is not None and optimizer is not None and stats.all_count > 1:
+            found = preconditioned_moments(stats, self._model, optimizer)
+            if found is not None:
+                packed.add("preconditioned", found)
+
+    def _groups(self, stats: GradientStatistics | None) -> Groups | None:
+        if stats is None or not stats.sq_norms_by_parameter:
+            return None
+        return self._grouping.groups(stats.sq_norms_by_parameter)
+
+    def _gradient(
+        self, numbers: Mapping[str, Sequence[float]], stats: GradientStatistics
+    ) -> Row:
+        row = rows.gradient_row(numbers, stats.count, stats.all_count)
+        if "gradient/signal" in row:
+            row |= _smoothed_columns("gradient/", self._smoothed, row)
+        if "preconditioned" in numbers:
+            group = "gradient/preconditioned_"
+            trace, power = numbers["preconditioned"]
+            found = rows.noise_columns(group, trace, power, stats.all_count)
+            row |= found | _smoothed_columns(group, self._preconditioned, found)
+        return row
+
+    def _write(
+        self,
+        row: Row,
+        numbers: Mapping[str, Sequence[float]],
+        groups: Groups | None,
+        origin: Origin,
+    ) -> None:
+        """Give loggers the row and what belongs to it, spikes last."""
+        if self._about is not None and not self._rows:
+            about = self._about()
+            for logger in self._loggers:
+                logger.write_run(about)
+        self._rows += 1
+        step, largest = int(row["step"]), []
+        if "samples/numbers" in numbers:
+            count, mean = int(row["gradient/count"]), row["gradient/mean_grad_sq_norm"]
+            largest = samples.table(numbers, count, mean, groups, origin)
+        counts = [int(count) for count in numbers.get("histogram", ())]
         for logger in self._loggers:
             logger.write(row)
-        return row
+            if largest:
+                logger.write_samples(step, largest)
+            if counts:
+                logger.write_histogram(step, samples.HISTOGRAM, samples.EDGES, counts)
+        for spike in self._spikes(row):
+            for logger in self._loggers:
+                logger.write_spike({**spike.to_dict(), "samples": largest})
 
-    def _gradient(self, stats: GradientStatistics) -> Row:
-        row = gradient_row(stats)
-        if "gradient/signal" in row:
-            row["gradient/noise_scale_smoothed"] = self._smoothed.update(
-                row["gradient/covariance_trace"], row["gradient/signal"]
-            )
-        return row
+    def _spikes(self, row: Row) -> list[Spike]:
+        if self._detector is None:
+            return []
+        square = row.get("gradient/mean_grad_sq_norm")
+        norm = None if square is None or square < 0 else square**0.5
+        return self._detector.update(int(row["step"]), loss=row.get("loss"), norm=norm)
 
-    def _factors(
-        self,
-        optimizer: torch.optim.Optimizer,
-        stats: GradientStatistics,
-        batch_size: int,
-    ) -> Row:
-        """All three factors, or what is known of them."""
-        row = _learning_rates(optimizer) | {"factors/batch_size": batch_size}
-        if stats.all_count < 2 or stats.sq_norms is None:
-            return row
-        try:
-            factors = three_factors(optimizer, stats)
-        except ValueError as error:
-            if not self._has_announced:
-                self._has_announced = True
-                warnings.warn(
-                    f"Rows have no ratio and no temperature: {error}", stacklevel=4
-                )
-            return row
-        return factors_row(
-            replace(factors, batch_size=batch_size, dataset_size=self._dataset_size)
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """Running averages and windows, for `load_state_dict` of a run that goes on."""
+        detector = self._detector
+        return {
+            "smoothed": self._smoothed.state_dict(),
+            "preconditioned": self._preconditioned.state_dict(),
+            "layers": self._layers.state_dict(),
+            "spikes": None if detector is None else detector.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` of an earlier monitor gave."""
+        self._smoothed.load_state_dict(state["smoothed"])
+        self._preconditioned.load_state_dict(state["preconditioned"])
+        self._layers.load_state_dict(state["layers"])
+        if self._detector is not None and state["spikes"] is not None:
+            self._detector.load_state_dict(state["spikes"])
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(logger).__name__ for logger in self._loggers)
+        return f"Monitor({names or 'no logger'})"
 
     def close(self) -> None:
         """Close the loggers, which finishes a run of W&B that was started here."""
@@ -154,25 +307,47 @@ class Monitor:
         self.close()
 
 
+def _smoothed_columns(group: str, smoothed: SmoothedNoiseScale, row: Row) -> Row:
+    """The ratio of running averages, and its interval."""
+    ratio = smoothed.update(row[f"{group}covariance_trace"], row[f"{group}signal"])
+    low, high = smoothed.interval()
+    return {
+        f"{group}noise_scale_smoothed": ratio,
+        f"{group}noise_scale_low": low,
+        f"{group}noise_scale_high": high,
+    }
+
+
+def _step_of(
+    row: Row,
+    numbers: Mapping[str, Sequence[float]],
+    stats: GradientStatistics,
+    batch_size: int,
+) -> Step:
+    return Step(
+        count=stats.all_count,
+        parameter_count=stats.parameter_count,
+        covariance_trace=row.get("gradient/covariance_trace"),
+        mean_grad_sq_norm=row["gradient/mean_grad_sq_norm"],
+        batch_size=batch_size,
+        preconditioned_trace=numbers.get("preconditioned", [None])[0],
+    )
+
+
 def _logger(one: Logger | str | PathLike[str]) -> Logger:
     if isinstance(one, Logger):
         return one
     if not isinstance(one, (str, PathLike)):
         raise TypeError(
-            f"Expected a logger or a path, got {one!r}. Loggers are JsonLines, "
-            "TensorBoard, WandB, and subclasses of fm.monitor.Logger."
+            f"Expected a logger or a path, got {one!r}. Loggers are JsonLines, CSV, "
+            "TensorBoard, WandB, MLflow, Trackio, LiveFigure, and subclasses of "
+            "fm.monitor.Logger."
         )
-    if not str(one).endswith(".jsonl"):
-        raise ValueError(
-            f"The path {str(one)!r} does not say what to write: end it in '.jsonl' for "
-            "JSON lines, or pass fm.monitor.TensorBoard(folder)."
-        )
-    return JsonLines(one)
-
-
-def _learning_rates(optimizer: torch.optim.Optimizer) -> Row:
-    """One number if all groups agree, else one for each."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if len(set(rates)) == 1:
-        return {"factors/learning_rate": rates[0]}
-    return {f"factors/learning_rate_{i}": rate for i, rate in enumerate(rates)}
+    for ending, kind in ((".jsonl", JsonLines), (".csv", CSV)):
+        if str(one).endswith(ending):
+            return kind(one)
+    raise ValueError(
+        f"The path {str(one)!r} does not say what to write: end it in '.jsonl' for "
+        "JSON lines, in '.csv' for a table, or pass fm.monitor.TensorBoard(folder) or "
+        "fm.monitor.RunFolder(folder)."
+    )

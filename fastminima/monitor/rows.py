@@ -1,59 +1,99 @@
-"""From statistics to flat rows: named numbers, in groups as TensorBoard shows them."""
+"""From statistics to flat rows: named numbers, in groups as TensorBoard shows them.
+
+What a row needs of tensors is asked for first (`ask_for_...`), copied together, and
+then put together on the host.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from ..quantities import ThreeFactors
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
+from .packing import Packed
 
-__all__ = ["Row", "factors_row", "gradient_row", "is_finite", "sharpness_row"]
+__all__ = [
+    "Row",
+    "ask_for_gradient",
+    "ask_for_sharpness",
+    "gradient_row",
+    "is_finite",
+    "sharpness_row",
+]
 
 Row = dict[str, float]
+Numbers = Mapping[str, Sequence[float]]
+
+# Ratios and their intervals, which have no value where the denominator may be zero.
+_RATIOS = ("noise_scale", "_smoothed", "_low", "_high", "/share")
 
 
-def gradient_row(stats: GradientStatistics) -> Row:
-    """The "gradient/" group; what needs two samples is left out when there is one."""
-    values: dict[str, Tensor] = {"mean_grad_sq_norm": stats.mean_grad_sq_norm}
+def ask_for_gradient(packed: Packed, stats: GradientStatistics) -> None:
+    """Add to a copy what the "gradient/" group needs."""
+    packed.add("mean_grad_sq_norm", stats.mean_grad_sq_norm)
     if stats.sq_norms is not None:
         norms = stats.sq_norms.sqrt()
-        values |= {"norm_max": norms.max(), "norm_median": norms.quantile(0.5)}
-        if stats.all_count > 1:
-            values |= {
-                "covariance_trace": stats.covariance_trace,
-                "signal": stats.signal,
-                "noise_scale": stats.noise_scale,
-            }
-    # One transfer for all: each .item() would wait for the device again.
-    numbers = torch.stack([t.double() for t in values.values()]).tolist()
-    row: Row = {"gradient/count": stats.count}
-    named = zip(values, numbers, strict=True)
-    return row | {f"gradient/{name}": number for name, number in named}
+        packed.add("norm_max", norms.max())
+        packed.add("norm_median", norms.quantile(0.5))
+        packed.add("mean_sq_norm", stats.sq_norms.double().mean())
 
 
-def factors_row(factors: ThreeFactors) -> Row:
-    """The "factors/" group: what makes up the ratio, the ratio and the temperature."""
+def gradient_row(numbers: Numbers, count: int, all_count: int) -> Row:
+    """The "gradient/" group; what needs two samples is left out when there is one.
+
+    Args:
+        numbers: what was copied.
+        count: samples looked at.
+        all_count: samples behind the mean.
+    """
+    (mean,) = numbers["mean_grad_sq_norm"]
+    row: Row = {"gradient/count": count, "gradient/mean_grad_sq_norm": mean}
+    if "norm_max" not in numbers:
+        return row
+    for name in ("norm_max", "norm_median"):
+        row[f"gradient/{name}"] = numbers[name][0]
+    if all_count > 1:
+        unbiased = all_count / (all_count - 1)
+        trace = (numbers["mean_sq_norm"][0] - mean) * unbiased
+        row |= noise_columns("gradient/", trace, mean, all_count)
+    return row
+
+
+def noise_columns(group: str, trace: float, power: float, count: int) -> Row:
+    """Trace, unbiased signal and their ratio; `power` is that of the mean gradient."""
+    signal = power - trace / count
     return {
-        "factors/learning_rate": factors.learning_rate,
-        "factors/momentum": factors.momentum,
-        "factors/batch_size": factors.batch_size,
-        "factors/ratio": factors.ratio,
-        "factors/temperature": factors.temperature,
+        f"{group}covariance_trace": trace,
+        f"{group}signal": signal,
+        f"{group}noise_scale": trace / signal if signal else math.nan,
     }
 
 
-def sharpness_row(pairs: Eigenpairs) -> Row:
+def ask_for_sharpness(packed: Packed, pairs: Eigenpairs) -> None:
+    """Add to a copy what the "sharpness/" group needs."""
+    packed.add("eigenvalues", pairs.values)
+    packed.add("residuals", pairs.residuals)
+
+
+def sharpness_row(pairs: Eigenpairs, numbers: Numbers | None = None) -> Row:
     """The "sharpness/" group: eigenvalues from the first one on, with residuals.
 
     With what bounds them, and how far products are from those of one matrix, where that
     is known.
+
+    Args:
+        pairs: of the Hessian.
+        numbers: what was copied; None to copy now.
     """
+    if numbers is None:
+        packed = Packed()
+        ask_for_sharpness(packed, pairs)
+        numbers = packed.read()
     row: Row = {}
-    found = zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True)
+    found = zip(numbers["eigenvalues"], numbers["residuals"], strict=True)
     for number, (value, residual) in enumerate(found, start=1):
         row[f"sharpness/eigenvalue_{number}"] = value
         row[f"sharpness/residual_{number}"] = residual
@@ -65,6 +105,42 @@ def sharpness_row(pairs: Eigenpairs) -> Row:
     return row
 
 
+def ask_for_extra(packed: Packed, extra: Mapping[str, float | Tensor]) -> None:
+    """Add to a copy the user's own columns that are tensors.
+
+    Raises:
+        TypeError: for a column that is not one number.
+    """
+    for name, value in extra.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            packed.add(f"extra/{name}", value)
+        elif not isinstance(value, (int, float)):
+            _number(name, value)
+
+
+def extra_row(extra: Mapping[str, float | Tensor], numbers: Numbers) -> Row:
+    """The user's own columns."""
+    return {
+        name: numbers[f"extra/{name}"][0] if f"extra/{name}" in numbers
+        # A boolean stays one; NumPy's numbers become Python's.
+        else value if isinstance(value, (bool, int)) else _number(name, value)
+        for name, value in extra.items()
+    }  # fmt: skip
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(
+        f"extra[{name!r}] must be a number or a tensor of one, got {value!r}."
+    )
+
+
 def is_finite(row: Row) -> bool:
-    """Whether every number of a row is finite."""
-    return all(math.isfinite(value) for value in row.values())
+    """Whether every number that was measured is finite; ratios may have no value."""
+    return all(
+        math.isfinite(value) or name.endswith(_RATIOS) for name, value in row.items()
+    )

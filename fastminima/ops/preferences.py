@@ -46,6 +46,7 @@ ON_GPU: dict[tuple[str, torch.dtype], Preference] = {
     ("conv_sq_norms", _FLOAT): Preference("triton", 2.6),
     ("direct_sq_norms", _HALF): Preference("triton", 5.8),
     ("direct_sq_norms", _FLOAT): Preference("triton", 1.1),
+    ("dots", _FLOAT): Preference("cuda", 7.3, _MODELLED),
     ("embedding_dots", _IDS): Preference("reference", 0.61),
     ("embedding_second_moment", _IDS): Preference("cuda", 3.7),
     ("embedding_sq_norms", _IDS): Preference("cuda", 11),

@@ -19,6 +19,7 @@ from .native import vector as native
 from .table import Op
 
 __all__ = [
+    "dots",
     "lanczos_step",
     "linear_combinations",
     "power_step",
@@ -96,6 +97,15 @@ def _doubles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(part.double() for part in parts)
 
 
+def _dots(
+    w: Float[Tensor, " params"], rows: Sequence[Float[Tensor, " params"]]
+) -> Float64[Tensor, " rows"]:
+    """<w, row> of each row."""
+    if not rows:
+        return w.new_zeros(0, dtype=torch.float64)
+    return torch.stack([_dot(w, row) for row in rows])
+
+
 def _project_out(
     w: Float[Tensor, " params"], basis: Sequence[Float[Tensor, " params"]]
 ) -> Float64[Tensor, " basis"]:
@@ -103,9 +113,7 @@ def _project_out(
 
     w <- w - sum_i c_i basis_i with c_i = <w, basis_i>, all from the first w. Returns c.
     """
-    if not basis:
-        return w.new_zeros(0, dtype=torch.float64)
-    coefficients = torch.stack([_dot(w, row) for row in basis])
+    coefficients = _dots(w, basis)
     for c, row in zip(coefficients.to(w.dtype), basis, strict=True):
         for part, along in _parts(w, row):
             part.sub_(c * along)
@@ -135,6 +143,9 @@ lanczos_step.add_cuda(cuda.lanczos_step, dtypes=NATIVE)
 power_step = Op("power_step", _power_step)
 power_step.add_native(native.power_step)
 power_step.add_cuda(cuda.power_step, dtypes=NATIVE)
+dots = Op("dots", _dots)
+dots.add_native(native.dots)
+dots.add_cuda(cuda.dots, dtypes=NATIVE)
 project_out = Op("project_out", _project_out)
 project_out.add_native(native.project_out)
 project_out.add_cuda(cuda.project_out, dtypes=NATIVE)

@@ -120,6 +120,13 @@ class CyclicRatio(LRScheduler):
         self.ratio = self.realised_ratio = self.ratio_at(self.samples_seen)
         super().__init__(optimizer)
 
+    def __repr__(self) -> str:
+        return (
+            f"CyclicRatio({self.low:g} to {self.high:g} in {self.period:g} samples by "
+            f"{self.vary}, {self.shape}; ratio {self.realised_ratio:.4g} after "
+            f"{self.samples_seen} samples)"
+        )
+
     def ratio_at(self, samples: float) -> float:
         """The wanted eta / S after this many samples."""
         place = samples % self.period

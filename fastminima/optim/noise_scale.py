@@ -195,6 +195,13 @@ class NoiseScaleBatchSize:
         while self._due and self._due[0][0] <= self.sampler.samples_seen:
             self._scale_rates(self._due.pop(0)[1])
 
+    def __repr__(self) -> str:
+        return (
+            f"NoiseScaleBatchSize(batch size {self._size} in [{self.min_size}, "
+            f"{self.max_size}]; noise_scale {self.noise_scale:.4g} from "
+            f"{self._updates} updates)"
+        )
+
     def to_dict(self) -> dict[str, float]:
         """Size, learning rate and averages, for a log line."""
         row: dict[str, float] = {"batch_size": self._size}

@@ -124,6 +124,14 @@ class BatchSizeSampler(Sampler[list[int]]):
         self._samples_seen = 0
         self._begin(0)
 
+    def __repr__(self) -> str:
+        ranks = f", rank {self.rank} of {self.num_replicas}"
+        return (
+            f"BatchSizeSampler({self.n} samples, next batch {self.next_batch_size}"
+            f"{ranks if self.num_replicas > 1 else ''}; epoch {self.epoch}, "
+            f"{self.samples_seen} samples seen)"
+        )
+
     @property
     def batch_size(self) -> int:
         """Size of the next batch that is made, on each rank."""

@@ -1,7 +1,7 @@
 """What a symmetric matrix known by its products tells: eigenvalues, trace, density.
 
-Public: `eigenpairs`, `sharpness` (along a run), `trace`, `sums`, `product`, `noise`,
-`density`, `along` (the steps of training), `results`.
+Public: `eigenpairs`, `blocks` (layer by layer), `sharpness` (along a run), `trace`,
+`sums`, `product`, `noise`, `density`, `along` (the steps of training), `results`.
 
     matrix        _problem: what solvers ask of it; _start: where they begin
     Lanczos       _lanczos_run, _basis, _bound: one run, and what it cannot have missed
@@ -11,6 +11,7 @@ Public: `eigenpairs`, `sharpness` (along a run), `trace`, `sums`, `product`, `no
 """
 
 from .along import batch_sharpness, directional_sharpness
+from .blocks import block_eigenpairs
 from .density import spectral_density
 from .eigenpairs import ConvergenceWarning, NoiseWarning, top_eigenpairs
 from .noise import NoiseAlong, hessian_noise_scale, noise_along
@@ -29,6 +30,7 @@ __all__ = [
     "NoiseWarning",
     "SharpnessProbe",
     "batch_sharpness",
+    "block_eigenpairs",
     "directional_sharpness",
     "effective_dimension",
     "frobenius_norm",

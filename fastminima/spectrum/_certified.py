@@ -9,7 +9,7 @@ from ..curvature._scale import length
 from ._lanczos_pairs import lanczos_pairs
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
-from ._space import Space, take
+from ._space import Space
 from ._start import cold_start
 
 __all__ = ["certified_pair"]
@@ -62,10 +62,11 @@ def _refined(
     best, space = BestPairs(goal), Space(problem, goal)
     space.add(vector)
     while True:
-        ritz, residuals = take(problem, goal, space, best)
-        error = ritz.images[0] - ritz.vectors[0] * best.values[0]
+        ritz = space.pairs(best)
         allowed = goal.tolerance(best.values[0], best.scale)
-        if residuals[0] <= allowed or problem.left <= 0 or not space.add(error):
+        is_enough = ritz.residuals[0] <= allowed or problem.left <= 0
+        if is_enough or not space.add(space.error(ritz, 0)):
+            best.vectors = space.vectors(ritz)
             return best, space
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..curvature._scale import length
+from ..curvature._scale import dots, length
 from ..ops.vector import linear_combinations
 
 __all__ = ["BestPairs", "Goal"]
@@ -19,7 +19,6 @@ __all__ = ["BestPairs", "Goal"]
 # Beside a value that is known to rtol, what nothing larger exceeds: ten times rtol, but
 # no more than 10 % unless rtol is. docs/curvature.md has the products that it takes.
 _SLACK, _MOST = 10.0, 0.1
-_PIECE = 1 << 22  # elements that are copied to double at a time
 
 
 class Goal(NamedTuple):
@@ -203,13 +202,7 @@ class BestPairs:
 
 
 def _products(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
-    rows = [torch.stack([_double_dot(x, y) for y in right]) for x in left]
-    return torch.stack(rows).cpu().numpy()
-
-
-def _double_dot(x: Tensor, y: Tensor) -> Tensor:
-    pieces = zip(x.split(_PIECE), y.split(_PIECE), strict=True)
-    return torch.stack([torch.dot(a.double(), b.double()) for a, b in pieces]).sum()
+    return torch.stack([dots(x, right) for x in left]).cpu().numpy()
 
 
 def _rayleigh_ritz(

@@ -208,6 +208,20 @@ class Problem:
         v = self.gaussian()
         return v.div_(length(v).to(v))
 
+    def direction(self) -> Float[Tensor, " params"]:
+        """A random direction, of any length: a quarter of the time of normal numbers.
+
+        Entries are independent and uniform, which is not rotation invariant: no bound
+        rests on it.
+        """
+        entries = torch.randint(
+            *(-127, 128, (self.size,)),
+            generator=self._generator,
+            dtype=torch.int8,
+            device=self.device,
+        )
+        return entries.to(self.dtype)
+
     def signs(self) -> Float[Tensor, " params"]:
         """A vector of random signs (Rademacher)."""
         v = torch.empty(self.size, dtype=self.dtype, device=self.device)

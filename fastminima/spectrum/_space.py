@@ -9,48 +9,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..curvature._scale import dot, length
+from ..curvature._scale import dots, length
 from ..ops.vector import linear_combinations, project_out
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
 
-__all__ = ["Ritz", "Space", "take"]
+__all__ = ["Ritz", "Space"]
 
-
-def take(
-    problem: Problem, goal: Goal, space: Space, best: BestPairs
-) -> tuple[Ritz, list[float]]:
-    """The Ritz pairs of a space, with one more, and residuals; the best are kept."""
-    ritz = space.ritz(goal.k + 1)
-    best.scale = space.scale
-    best.add_noise(space.gap, space.size)
-    problem.refuse_noise(best.noise)
-    errors = ritz.images - ritz.vectors * ritz.column
-    residuals = torch.stack([length(error) for error in errors]).tolist()
-    best.values, best.residuals = ritz.values[: goal.k], residuals[: goal.k]
-    best.vectors = list(ritz.vectors[: goal.k].unbind())
-    best.is_sure = True
-    # Sums of products are products, but for what a half precision rounds.
-    best.is_measured = not problem.is_half
-    return ritz, residuals
+# Squares of residuals are differences: below this share of |A x|^2 they are made of the
+# vector, since doubles have 1e-16 of it, and more by the sums.
+_CANCELLED = 1e-10
 
 
 class Ritz(NamedTuple):
-    """Ritz pairs, the most wanted first, with the products of their vectors."""
+    """Ritz pairs, the most wanted first.
+
+    Attributes:
+        values: The Ritz values.
+        coordinates: Of the Ritz vectors, a column each.
+        residuals: |A x - value x| of each.
+    """
 
     values: list[float]
-    vectors: Float[Tensor, "k params"]
-    images: Float[Tensor, "k params"]
-
-    @property
-    def column(self) -> Tensor:
-        """The values, to be multiplied with the rows of vectors."""
-        column = torch.tensor(self.values, dtype=torch.float64, device="cpu")
-        return column.to(self.vectors)[:, None]
+    coordinates: np.ndarray
+    residuals: list[float]
 
 
 class Space:
-    """Orthonormal vectors with their products.
+    """Orthonormal vectors with their products, known by all their inner products.
+
+    Values and residuals are those of the small matrices; long vectors are made of them
+    when they are asked for.
 
     Attributes:
         scale: An estimate of |A|, from below.
@@ -62,7 +51,8 @@ class Space:
         self._problem, self._goal = problem, goal
         self._vectors: list[Tensor] = []
         self._images: list[Tensor] = []
-        self._matrix = np.zeros((0, 0))
+        # <v_i, v_j>, <v_i, A v_j> and <A v_i, A v_j>.
+        self._gram, self._matrix, self._squares = (np.zeros((0, 0)) for _ in range(3))
         self.gap = 0.0
         self.scale, self.least = 0.0, 0.0
 
@@ -93,30 +83,82 @@ class Space:
         self._extend()
         return True
 
-    def ritz(self, count: int) -> Ritz:
-        """The most wanted Ritz pairs."""
+    def pairs(self, best: BestPairs) -> Ritz:
+        """The wanted Ritz pairs and one more; the best are kept, but for vectors."""
+        ritz, k = self._ritz(self._goal.k + 1), self._goal.k
+        best.scale = self.scale
+        best.add_noise(self.gap, self.size)
+        self._problem.refuse_noise(best.noise)
+        best.values, best.residuals = ritz.values[:k], ritz.residuals[:k]
+        best.is_sure = True
+        # Sums of products are products, but for what a half precision rounds.
+        best.is_measured = not self._problem.is_half
+        return ritz
+
+    def _ritz(self, count: int) -> Ritz:
         values, coordinates = np.linalg.eigh(self._matrix)
         self.scale, self.least = float(np.abs(values).max()), float(values[0])
         order = self._goal.order(values)[:count]
-        chosen = torch.from_numpy(np.ascontiguousarray(coordinates[:, order]))
-        vectors, images = (
-            linear_combinations(rows[0], rows[1:], chosen)
-            for rows in (self._vectors, self._images)
+        found, chosen = values[order].tolist(), coordinates[:, order]
+        residuals = [
+            self._residual(value, weights)
+            for value, weights in zip(found, chosen.T, strict=True)
+        ]
+        return Ritz(found, chosen, residuals)
+
+    def combined(
+        self, of_vectors: np.ndarray, of_images: np.ndarray
+    ) -> Float[Tensor, "outputs params"]:
+        """Sums of the vectors and of the products, weighted by columns."""
+        first, *rest = (*self._vectors, *self._images)
+        weights = np.concatenate([of_vectors, of_images])
+        return linear_combinations(first, rest, torch.from_numpy(weights))
+
+    def vectors(self, ritz: Ritz) -> list[Tensor]:
+        """The Ritz vectors of the wanted pairs."""
+        first, *rest = self._vectors
+        weights = np.ascontiguousarray(ritz.coordinates[:, : self._goal.k])
+        found = linear_combinations(first, rest, torch.from_numpy(weights))
+        return list(found.unbind())
+
+    def error(self, ritz: Ritz, place: int) -> Float[Tensor, " params"]:
+        """A x - value x of one Ritz pair."""
+        return self._error(ritz.values[place], ritz.coordinates[:, place])
+
+    def _error(self, value: float, weights: np.ndarray) -> Tensor:
+        column = weights[:, None]
+        return self.combined(-value * column, column)[0]
+
+    def _residual(self, value: float, weights: np.ndarray) -> float:
+        """|A x - value x| by <A x, A x>, <x, A x> and <x, x>."""
+        image, along, own = (
+            float(weights @ matrix @ weights)
+            for matrix in (self._squares, self._matrix, self._gram)
         )
-        return Ritz(values[order].tolist(), vectors, images)
+        square = image - 2 * value * along + value * value * own
+        if square > _CANCELLED * image:
+            return square**0.5
+        return float(length(self._error(value, weights)))
 
     def _extend(self) -> None:
         """One more row and column; what they differ by is noise."""
         vector, image = self._vectors[-1], self._images[-1]
-        dots = [dot(v, image) for v in self._vectors]
-        dots += [dot(vector, i) for i in self._images]
-        numbers = torch.stack(dots).cpu().numpy()
-        if not np.isfinite(numbers).all():
+        rows = [*self._vectors, *self._images]
+        found = torch.stack([dots(vector, rows), dots(image, rows)]).cpu().numpy()
+        if not np.isfinite(found).all():
             raise ValueError(
                 f"Product {self._problem.products} with the matrix is not finite. "
                 "Check the parameters and the batch."
             )
-        column, row = np.split(numbers, 2)
+        (own, row), (column, squares) = (np.split(numbers, 2) for numbers in found)
         self.gap = max(self.gap, float(np.abs(row - column).max()))
-        self._matrix = np.pad(self._matrix, (0, 1))
-        self._matrix[:, -1] = self._matrix[-1, :] = (row + column) / 2
+        self._gram = _bordered(self._gram, own)
+        self._matrix = _bordered(self._matrix, (row + column) / 2)
+        self._squares = _bordered(self._squares, squares)
+
+
+def _bordered(matrix: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """A symmetric matrix with one more row and column."""
+    larger = np.pad(matrix, (0, 1))
+    larger[:, -1] = larger[-1, :] = column
+    return larger

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..curvature._scale import length
 from ._pairs import BestPairs, Goal
 from ._problem import Problem
-from ._space import Ritz, Space, take
+from ._space import Ritz, Space
 
 __all__ = ["Course", "followed_pairs"]
 
@@ -97,45 +97,43 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     for vector in course.vectors:
         space.add(vector)
     if goal.is_of_values:
-        take(problem, goal, space, best)
+        ritz = space.pairs(best)
         _separate(goal, best, course.at(goal, best.values))
         if course.rested < _RESTS and best.are_within():
             best.challenger = course.challenger
-            best.following = _ahead(space, space.ritz(goal.k))
+            best.vectors, best.following = space.vectors(ritz), _ahead(space, ritz)
             return best
     space.add(_mixed(problem, course.challenger))
     while True:
-        ritz, residuals = take(problem, goal, space, best)
-        known = course.at(goal, best.values)
-        reach = _reach(goal, ritz, residuals, known)
+        ritz = space.pairs(best)
+        reach = _reach(goal, ritz, course.at(goal, best.values))
         _separate(goal, best, reach)
         worst = _worst(goal, best)
         may_overtake = reach > goal.rank(best.values)[-1]
         needed = goal.k + (1 if goal.is_of_values else _MORE)
-        needed += _DOUBT if may_overtake and len(residuals) > goal.k else 0
+        needed += _DOUBT if may_overtake and len(ritz.values) > goal.k else 0
         is_enough = worst is None and space.size >= needed
-        lead = len(residuals) - 1 if worst is None else worst
-        errors = ritz.images - ritz.vectors * ritz.column
-        if is_enough or problem.left <= 0 or not space.add(errors[lead]):
+        lead = len(ritz.values) - 1 if worst is None else worst
+        if is_enough or problem.left <= 0 or not space.add(space.error(ritz, lead)):
             break
     following = _ahead(space, ritz)
-    best.following = following[: goal.k]
+    best.vectors, best.following = space.vectors(ritz), following[: goal.k]
     if len(ritz.values) > goal.k:
         best.challenger = following[-1]
-        best.runner_up = ritz.values[-1], residuals[-1]
+        best.runner_up = ritz.values[-1], ritz.residuals[-1]
     return best
 
 
-def _reach(goal: Goal, ritz: Ritz, residuals: list[float], known: float) -> float:
+def _reach(goal: Goal, ritz: Ritz, known: float) -> float:
     """What the rest of the spectrum ranks no higher than, as far as is known.
 
     By the runner-up and its residual; if errors of values count, also by what was known
     before, unless the runner-up is beyond it.
     """
-    if len(residuals) <= goal.k:
+    if len(ritz.values) <= goal.k:
         return known if goal.is_of_values else float("inf")
     rank = float(goal.rank(ritz.values)[-1])
-    met = rank + residuals[-1]
+    met = rank + ritz.residuals[-1]
     return min(met, known) if goal.is_of_values and rank <= known else met
 
 
@@ -149,18 +147,20 @@ def _ahead(space: Space, ritz: Ritz) -> list[Tensor]:
     Shifted half of the way to the other end: then that is not the dominant one.
     """
     shift = min(space.least, 0.0) / 2
-    return list((ritz.images - shift * ritz.vectors).unbind())
+    weights = ritz.coordinates
+    return list(space.combined(-shift * weights, weights).unbind())
 
 
 def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
     """A unit challenger with a random part, or that alone."""
-    random = problem.normal()
+    random = problem.direction()
     if challenger is None:
         return random
     size = float(length(challenger))
     if not 0 < size < float("inf"):
         return random
-    return random.mul_(_RANDOM_PART).add_(challenger, alpha=1 / size)
+    share = _RANDOM_PART / float(length(random))
+    return random.mul_(share).add_(challenger, alpha=1 / size)
 
 
 def _worst(goal: Goal, best: BestPairs) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..curvature._scale import dot, length
+from ..curvature._scale import dots, length
 from ._problem import Problem
 from ._quadrature import orthogonalize
 
@@ -151,4 +151,4 @@ def _dots(vectors: list[Tensor], x: Tensor) -> np.ndarray:
     """<v, x> of each [vectors]."""
     if not vectors:
         return np.zeros(0)
-    return torch.stack([dot(v, x) for v in vectors]).cpu().numpy()
+    return dots(x, vectors).cpu().numpy()

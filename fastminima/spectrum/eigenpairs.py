@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,9 @@ from .results import Eigenpairs
 
 __all__ = [
     "ConvergenceWarning",
+    "Criterion",
     "NoiseWarning",
+    "Precision",
     "check_arguments",
     "check_basis",
     "check_criterion",
@@ -28,21 +30,26 @@ __all__ = [
     "top_eigenpairs",
 ]
 
+Which = Literal["largest", "smallest", "magnitude"]
+Method = Literal["lanczos", "power"]
+Criterion = Literal["residual", "value"]
+Precision = Literal["exact", "certified"]
+
 
 def top_eigenpairs(
     H: Any,
     k: int = 1,
-    which: str = "largest",
-    method: str = "lanczos",
+    which: Which = "largest",
+    method: Method = "lanczos",
     rtol: float = 1e-2,
     max_products: int = 200,
     start: Float[Tensor, "vectors params"] | Float[Tensor, " params"] | None = None,
     seed: int = 0,
     *,
     miss: float = 0.002,
-    criterion: str = "residual",
+    criterion: Criterion = "residual",
     basis_dtype: torch.dtype | None = None,
-    precision: str = "exact",
+    precision: Precision = "exact",
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric matrix at the wanted end of its spectrum.
 
@@ -135,11 +142,11 @@ def check_arguments(
     """ValueError for what is out of its range."""
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and the matrix's size {size}, got {k}.")
-    if which not in ("largest", "smallest", "magnitude"):
+    if which not in get_args(Which):
         raise ValueError(
             f"which must be 'largest', 'smallest' or 'magnitude', got {which!r}."
         )
-    if method not in ("lanczos", "power"):
+    if method not in get_args(Method):
         raise ValueError(f"method must be 'lanczos' or 'power', got {method!r}.")
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}.")
@@ -154,7 +161,7 @@ def check_arguments(
 
 def check_criterion(criterion: str) -> None:
     """ValueError unless it is one that there is."""
-    if criterion not in ("residual", "value"):
+    if criterion not in get_args(Criterion):
         raise ValueError(f"criterion must be 'residual' or 'value', got {criterion!r}.")
 
 
@@ -196,7 +203,7 @@ def rough_problem(
 
 def check_precision(precision: str, k: int) -> None:
     """ValueError unless it is one that there is, for so many pairs."""
-    if precision not in ("exact", "certified"):
+    if precision not in get_args(Precision):
         raise ValueError(
             f"precision must be 'exact' or 'certified', got {precision!r}."
         )

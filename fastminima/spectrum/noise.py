@@ -17,8 +17,10 @@ from .results import Eigenpairs, Estimate
 
 __all__ = ["NoiseAlong", "hessian_noise_scale", "noise_along"]
 
+_SHOWN = 4  # eigenvectors that a printed result lists
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class NoiseAlong:
     """The variance of one sample's gradient along eigenvectors.
 
@@ -31,6 +33,22 @@ class NoiseAlong:
     eigenvalues: Float[Tensor, " k"]
     variances: Float[Tensor, " k"]
     products: int
+
+    def __repr__(self) -> str:
+        pairs = zip(self.variances.tolist(), self.eigenvalues.tolist(), strict=True)
+        shown = [f"{variance:.4g} along {value:.4g}" for variance, value in pairs]
+        more = len(shown) - _SHOWN
+        listed = ", ".join(shown[:_SHOWN]) + (f", {more} more" if more > 0 else "")
+        return f"NoiseAlong({listed}; {self.products} products)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Columns of a table with a row an eigenvector; products are a number."""
+        return {
+            "eigenvalue": self.eigenvalues.tolist(),
+            "variance": self.variances.tolist(),
+            "ratio": self.ratios.tolist(),
+            "products": self.products,
+        }
 
     @property
     def ratios(self) -> Float[Tensor, " k"]:

@@ -69,6 +69,17 @@ class Eigenpairs:
             f"{'converged' if self.converged else 'not converged'})"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Columns of a table with a row a pair, without the vectors.
+
+        `pandas.DataFrame(pairs.to_dict())`; what is said of all pairs is a number.
+        """
+        row = {"value": self.values.tolist(), "residual": self.residuals.tolist()}
+        if self.errors is not None:
+            row["error"] = self.errors.tolist()
+        of_all = {"upper": self.upper, "noise": self.noise, "products": self.products}
+        return {**row, **of_all, "converged": self.converged}
+
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
@@ -119,6 +130,17 @@ class Estimate:
         half = student_quantile(self.degrees, confidence) * self.standard_error
         half += self.truncation
         return self.value - half, self.value + half
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a log line, or a row of a table; low and high of the interval."""
+        low, high = self.interval()
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error,
+            "low": low,
+            "high": high,
+            "products": self.products,
+        }
 
     @property
     def _is_exact(self) -> bool:
@@ -177,6 +199,18 @@ class Density:
         half = student_quantile(probes - 1, confidence) * self.standard_error
         half = half + (self.truncation if steps > 1 else 0.0)
         return (self.density - half).clamp_min(0), self.density + half
+
+    def to_dict(self) -> dict[str, Any]:
+        """Columns of a table with a row a point of the grid.
+
+        `pandas.DataFrame(density.to_dict())`; width and products are numbers.
+        """
+        columns = {
+            name: getattr(self, name).tolist()
+            for name in ("grid", "density", "standard_error", "truncation")
+            if getattr(self, name) is not None
+        }
+        return {**columns, "width": self.width, "products": self.products}
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the density on a logarithmic scale into `ax` (matplotlib); returns it.

@@ -16,7 +16,14 @@ from ._pairs import BestPairs, Goal
 from ._problem import Problem
 from ._start import cold_start
 from ._warm import Course, followed_pairs
-from .eigenpairs import check_arguments, check_basis, check_criterion, check_precision
+from .eigenpairs import (
+    Criterion,
+    Precision,
+    check_arguments,
+    check_basis,
+    check_criterion,
+    check_precision,
+)
 from .results import Eigenpairs
 
 __all__ = ["SharpnessProbe"]
@@ -102,11 +109,11 @@ class SharpnessProbe:
         count: Callable[[Any], int] | None = None,
         seed: int = 0,
         miss: float = 0.002,
-        criterion: str = "residual",
+        criterion: Criterion = "residual",
         budget: int | None = None,
         process_group: Any = None,
         basis_dtype: torch.dtype | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
     ) -> None:
         if cold_every < 1:
             raise ValueError(f"cold_every must be at least 1, got {cold_every}.")
@@ -123,7 +130,7 @@ class SharpnessProbe:
         self._max_products, self._budget = max_products, budget
         self._cold_every, self._seed, self._precision = cold_every, seed, precision
         self._process_group = process_group
-        self._calls = 0
+        self._calls = self._products = 0
         self._course = Course()
         self._followed: tuple[Any, ...] = ()  # the parameters that vectors are over
         self._noise: Noise | None = None
@@ -199,6 +206,37 @@ class SharpnessProbe:
             if not (losses._is_view() or losses.is_leaf):
                 losses.detach_()
 
+    def __repr__(self) -> str:
+        calls, goal = self._calls, self._goal
+        shown = f"{type(self._model).__name__}, k={goal.k}, rtol={goal.rtol:g}"
+        cost = f", {self._products / calls:.3g} products each" if calls else ""
+        return f"SharpnessProbe({shown}; {calls} calls{cost})"
+
+    def state_dict(self, *, vectors: bool = False) -> dict[str, Any]:
+        """What a run goes on with: when cold calls are due, and random parts.
+
+        Args:
+            vectors: keep the vectors that are followed too, k + 1 or more of the size
+                of all parameters. Without them the next call is a cold one.
+        """
+        state: dict[str, Any] = {"calls": self._calls, "products": self._products}
+        if vectors and self._course.vectors:
+            state["course"] = dict(vars(self._course))
+            state["followed"] = self._followed
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state; whether the loss has one Hessian is looked at anew."""
+        self.reset()
+        self._calls, self._products = state_dict["calls"], state_dict["products"]
+        if "course" in state_dict:
+            device = next(self._model.parameters()).device
+            course = Course(**state_dict["course"])
+            course.vectors = [v.to(device) for v in course.vectors]
+            if course.challenger is not None:
+                course.challenger = course.challenger.to(device)
+            self._course, self._followed = course, tuple(state_dict["followed"])
+
     def reset(self) -> None:
         """Forget the vectors: the next call runs cold, and is checked."""
         self._course, self._checked = Course(), None
@@ -232,6 +270,7 @@ class SharpnessProbe:
         self._course = self._course.after(goal, best, is_cold=is_cold)
         self._followed = operator.names, operator.sizes
         self._calls += 1
+        self._products += pairs.products
         return pairs
 
     def _is_cold(self, operator: Hessian | LossHessian) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["frobenius_norm", "trace"]
 _BASIS_BYTES = 1 << 30
 _FIRST = 16  # products of the subspace where samples are drawn until they suffice
 _FEWEST = 10  # random vectors before a small spread is believed
-_METHODS = ("krylov", "hutchinson", "xtrace")
+Method = Literal["krylov", "hutchinson", "xtrace"]
 _SHARE_EXACT = 3  # one product in so many goes into the subspace treated exactly
 
 
@@ -29,7 +29,7 @@ def trace(
     products: int = 100,
     seed: int = 0,
     *,
-    method: str = "krylov",
+    method: Method = "krylov",
     rtol: float | None = None,
 ) -> Estimate:
     """The sum of the eigenvalues.
@@ -66,9 +66,9 @@ def trace(
     split; Chen and Hallman (2023), arXiv:2205.01736, for the Krylov space; Epperly,
     Tropp, Webber (2024), SIAM J. Matrix Anal. Appl. 45(1), for XTrace.
     """
-    if method not in _METHODS:
+    if method not in get_args(Method):
         raise ValueError(
-            f"method must be one of {', '.join(_METHODS)}, got {method!r}."
+            f"method must be one of {', '.join(get_args(Method))}, got {method!r}."
         )
     problem = Problem(H, seed)
     if method == "xtrace":

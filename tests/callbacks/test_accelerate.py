@@ -242,3 +242,31 @@ def test_wrong_arguments(monkeypatch):
     monkeypatch.setattr(type(accelerator), "distributed_type", fsdp)
     with pytest.raises(ValueError, match="Under FSDP no process"):
         fm.callbacks.watch(accelerator, model)
+
+
+def test_the_optimizer_within_is_the_one_that_is_named():
+    accelerator, model, _, loader = prepared()
+    adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = accelerator.prepare(adam)
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="no temperature: Adam rescales"):
+        train(accelerator, model, optimizer, loader)
+    assert rows.rows[0]["factors/weight_decay"] == 0.5
+    assert rows.rows[0]["factors/momentum"] == 0.9
+
+
+def test_every_counts_steps_and_state_goes_on(tmp_path):
+    accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
+    rows, more = Rows(), Rows()
+    first = fm.callbacks.watch(accelerator, model, to=rows, every=2)
+    train(accelerator, model, optimizer, loader)
+    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
+    first.close()
+    accelerator.register_for_checkpointing(first)
+    accelerator.save_state(str(tmp_path))
+    second = fm.callbacks.watch(accelerator, model, to=more, every=2)
+    accelerator._custom_objects[:] = [second]
+    accelerator.load_state(str(tmp_path))
+    train(accelerator, model, optimizer, loader)
+    assert [row["batch"] for row in more.rows] == [4, 5]

@@ -275,3 +275,22 @@ def test_not_installed():
     error = run(code).stderr.splitlines()[-1]
     assert error.startswith("ImportError: LightningProbe needs lightning")
     assert "`pip install lightning`" in error
+
+
+def test_every_counts_steps_of_the_optimizer():
+    callback, rows = probe(every=2)
+    fit(Module(), callback, accumulate_grad_batches=2)
+    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
+
+
+def test_state_is_that_of_the_averages():
+    first, rows = probe()
+    fit(Module(), first)
+    second, more = probe()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    fit(Module(), second)
+    assert more.rows[0]["batch"] == len(rows.rows)
+    third, alone = probe()
+    fit(Module(), third)
+    name = "gradient/noise_scale_smoothed"
+    assert more.rows[0][name] != pytest.approx(alone.rows[0][name])

@@ -78,6 +78,13 @@ def test_all_statistics(case, dtype):
     )
     check(stats.mean_grad_sq_norm, gradients.mean(0).square().sum(), "mean norm")
     check(stats.covariance_trace, gradients.var(0).sum(), "covariance trace")
+    squares = stats.mean_grad_sq_norms_by_parameter
+    check(
+        torch.stack([squares[name] for name in want if name in squares]),
+        torch.stack([want[n].mean(0).square().sum() for n in want if n in squares]),
+        "mean norms",
+    )
+    assert squares.keys() == stats.mean_grad.keys()
     assert stats.count == n
     assert stats.parameter_count == gradients.shape[1]
     assert stats.is_finite

@@ -127,6 +127,8 @@ def test_every_case(case, dtype):
             torch.testing.assert_close(
                 stats.mean_grad[name], p.grad, rtol=1e-6, atol=1e-12
             )
+            square = stats.mean_grad_sq_norms_by_parameter[name]
+            torch.testing.assert_close(square, p.grad.square().sum().to(square.dtype))
     assert_same_gradients(model, plain, 1e-6 if dtype == torch.float32 else 1e-14)
 
 

@@ -5,6 +5,7 @@ writes what it finds into docs/coverage.md.
 """
 
 import dataclasses
+import inspect
 import re
 import warnings
 from functools import cache
@@ -83,11 +84,30 @@ def test_table_is_up_to_date(device):
 
 @cache
 def outcomes(name: str, device: torch.device = CPU) -> tuple[Outcome, ...]:
-    return tuple(
-        judged(example)
-        for training in (True, False)
-        for example in examples(name, training, device)
+    """In training and in evaluation: judged twice only where the two can differ."""
+    training, evaluation = (
+        tuple(examples(name, mode, device)) for mode in (True, False)
     )
+    found = tuple(map(judged, training))
+    parts = {type(part) for e in evaluation for part in e.module.modules()}
+    if any(map(knows_its_mode, parts)):
+        return found + tuple(map(judged, evaluation))
+    assert [e.label for e in evaluation] == [e.label for e in training]
+    return found * 2
+
+
+@cache
+def knows_its_mode(kind: type) -> bool:
+    """Whether a module's own code asks for `self.training`."""
+    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    return any("self.training" in inspect.getsource(each) for each in own)
+
+
+def test_modules_that_know_their_mode():
+    nn = torch.nn
+    knowing = (nn.BatchNorm2d, nn.Dropout, nn.GRU, nn.MultiheadAttention)
+    assert all(map(knows_its_mode, knowing))
+    assert not any(map(knows_its_mode, (nn.Linear, nn.Conv2d, nn.LayerNorm)))
 
 
 def judged(example: Example) -> Outcome:

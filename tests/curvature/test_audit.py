@@ -179,8 +179,10 @@ def test_several_ranks_are_refused(device):
     try:
         model, batch = net(nn.Tanh()).to(device), sample(device)
         H = fm.Hessian(model, loss, batch, process_group="world")
-        with pytest.raises(ValueError, match="one process"):
-            H.audit()
+        of_step = fm.LossHessian(model, loss(model, batch), process_group="world")
+        for operator in (H, of_step, H + H):
+            with pytest.raises(ValueError, match=r"one process.*ddp\.module"):
+                operator.audit()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -218,3 +220,63 @@ def test_it_prints_as_a_table_and_is_found_by_name(device):
         audit["colour"]
     with pytest.raises(AttributeError):
         audit.operator = "other"
+
+
+def test_of_what_is_made_of_operators(device):
+    """Each below has its lines, and its name in them."""
+    model, batch = make("mlp", device=device)
+    hessian, gauss_newton, _ = operators(model, batch)
+    made = (hessian - 0.5 * gauss_newton).block("2")
+    audit = made.audit()
+    assert audit.ok, f"{audit}"
+    for name in ("1, Hessian: ", "2, GaussNewton: "):
+        mine = [c for c in audit.checks if c.looked_at.startswith(name)]
+        assert {"symmetry", "differences", "precision"} <= {c.name for c in mine}
+    assert audit["within"].error <= 1e-8
+    assert "Block(18 x 18)" in f"{audit}"
+
+
+def test_a_wrong_one_among_several(device):
+    torch.manual_seed(0)
+    model, batch = net(Hooked()).to(device), sample(device)
+    _, gauss_newton, _ = operators(model, batch)
+    audit = (fm.LossHessian(model, loss(model, batch)) + gauss_newton).audit()
+    assert not audit.ok
+    line = audit["differences"]
+    assert line.verdict == "WRONG"
+    assert line.looked_at.startswith("2, GaussNewton: ")
+
+
+def test_a_product_within_that_is_off(monkeypatch):
+    model, batch = make("mlp")
+    H = fm.Hessian(model, loss, batch)
+    block = H.block("0")
+    monkeypatch.setattr(
+        type(H), "_within", lambda self, v, only: 1.01 * (self @ v), raising=True
+    )
+    audit = block.audit()
+    assert audit["within"].verdict == "WRONG"
+    assert audit["symmetry"].ok
+
+
+def test_of_the_graph_of_a_step(device):
+    model, batch = make("conv", device=device)
+    H = fm.LossHessian(model, losses(model, batch))
+    before = H @ torch.ones(H.shape[0], device=device).double()
+    audit = H.audit()
+    assert audit.ok, f"{audit}"
+    assert audit["differences"].verdict == "untold"
+    assert audit["symmetry"].error <= 1e-10
+    torch.testing.assert_close(H @ torch.ones_like(before), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert (2 * H).audit()["symmetry"].looked_at.startswith("LossHessian: ")
+
+
+def test_a_fault_in_the_graph_of_a_step(device):
+    for name, line in (("clipping hook", "symmetry"), ("root of zero", "products")):
+        fault = FAULTS[name]
+        torch.manual_seed(0)
+        model = fault.make().to(device)
+        audit = fm.LossHessian(model, fault.loss(model, sample(device))).audit()
+        assert audit[line].verdict == "WRONG", f"{audit}"
+        assert len(audit[line].remedy) > 20

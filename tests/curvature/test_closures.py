@@ -192,3 +192,15 @@ def test_hooks_on_gradients_of_modules_are_off(device):
     assert not calls
     loss(model, batch).backward()
     assert sorted(calls) == [1, 2]
+
+
+def test_functions_without_a_module():
+    """What `exec` makes in a namespace without a name has None in its place."""
+    space = {"torch": torch}
+    exec("def loss(model, batch):\n    return model(batch).square().mean()", space)
+    assert space["loss"].__module__ is None
+    model, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
+    H = fm.Hessian(model, space["loss"], x)
+    named = fm.Hessian(model, lambda m, b: m(b).square().mean(), x)
+    torch.testing.assert_close(H @ torch.ones(4), named @ torch.ones(4))
+    assert fm.SharpnessProbe(model, space["loss"])(x).converged

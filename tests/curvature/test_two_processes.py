@@ -15,10 +15,12 @@ import fastminima as fm
 
 FOLDER = Path(__file__).with_name("two_processes")
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
+HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_GLOO, reason="this PyTorch has no gloo"),
+]
 
 
 def names():
@@ -29,7 +31,8 @@ def names():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return two_processes(FOLDER / "worker.py", tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return two_processes(FOLDER / "worker.py", folder, "every")
 
 
 @pytest.mark.parametrize("name", names())

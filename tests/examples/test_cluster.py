@@ -38,6 +38,7 @@ def kill_one(sweep) -> int:
     raise AssertionError("no worker took up a task")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["submitit-local", "ray"])
 def test_a_worker_is_killed_and_all_tasks_are_done(where, tmp_path):
     pytest.importorskip(where.partition("-")[0])

@@ -112,11 +112,13 @@ def test_project_out(device, size, dtype, count):
     w, basis = device.put(w), device.put(basis)
 
     def case():
-        moved = w.clone()
-        return vector_cuda.project_out(device.kernels, moved, list(basis)), moved
+        moved, rows = w.clone(), list(basis)
+        alone = vector_cuda.dots(device.kernels, w, rows)
+        return vector_cuda.project_out(device.kernels, moved, rows), moved, alone
 
-    result, moved = device.every(case)
+    result, moved, alone = device.every(case)
     same(result, want, **CLOSE[dtype])
+    same(alone, want, **CLOSE[dtype])
     same(moved, want_w, **CLOSE[dtype])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from tools.kernels import report as kernel_report
 from tools.kernels.cases import Tensors
-from tools.kernels.compile import Compiled
+from tools.kernels.compile import code_digest
 from tools.kernels.occupancy import MACHINES, occupancy
 from tools.kernels.rows import readable, regressions, table, triton_rows
 
@@ -214,16 +215,24 @@ def _kept(row, **changes):
     return {row.key: {k: v for k, v in values.items() if k not in names}}
 
 
-def test_counts_of_the_same_code_are_taken_from_the_baseline(monkeypatch):
-    case = _Planted(_scale, (1 << 20,), {"BLOCK": 1024}, grid=1 << 10)
+def test_counts_of_the_same_code_are_taken_from_the_baseline(monkeypatch, tmp_path):
+    """Of another case too, and blocks are the launch's own."""
+    rows = [(1 << 20, 1 << 10), (1 << 21, 1 << 11)]
+    case, larger = (
+        _Planted(_scale, (size,), {"BLOCK": 1024}, grid=grid) for size, grid in rows
+    )
     (row,) = triton_rows([case], "sm_90a")
 
     def failing(*_):
-        raise AssertionError("it was disassembled")
+        raise AssertionError("it was compiled")
 
     monkeypatch.setattr("tools.kernels.rows.disassemble", failing)
-    (again,) = triton_rows([case], "sm_90a", _kept(row))
-    assert again == row
+    monkeypatch.setattr("tools.kernels.compile._compiled", failing)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # there is nothing in it
+    _scale.device_caches.clear()
+    for again, blocks in ((case, 1 << 10), (larger, 1 << 11)):
+        (known,) = triton_rows([again], "sm_90a", _kept(row))
+        assert known == dataclasses.replace(row, blocks=blocks)
 
 
 @pytest.mark.parametrize("other", [{"BLOCK": 2048}, {"BLOCK": 1024, "num_warps": 8}])
@@ -235,14 +244,22 @@ def test_other_code_is_looked_at_whatever_the_baseline_says(other):
     assert now.instructions > 1
 
 
-def test_a_digest_is_of_code_alone():
-    code = ".version 8.0\n\tmov.u32 %r1, 5;{}\n{}\tret;\n\t.section .debug_str\n{}"
-    digests = [
-        Compiled("k", "k", 1, 4, 0, b"", code.format(*parts)).digest
-        for parts in [
-            ("", "", '.asciz "/a/kernel.py"'),
-            (" // kernel.py:3", "\t.loc 1 3 0\n", '.asciz "/b/kernel.py"'),
-            ("", "\tadd.s32 %r1, %r1, 1;\n", ""),
-        ]
-    ]
-    assert digests[0] == digests[1] != digests[2]
+def test_code_of_another_architecture_is_looked_at():
+    case = _Planted(_scale, (1 << 20,), {"BLOCK": 1024})
+    (row,) = triton_rows([case], "sm_80")
+    (now,) = triton_rows([case], "sm_90a", _kept(row, instructions=1))
+    assert now.code == row.code
+    assert now.instructions > 1
+
+
+def test_a_digest_is_of_code_and_of_options():
+    code = (
+        "#loc{0} = loc(callsite(#loc1 at #loc{0}))\n"
+        'tt.func public @k(%x: !tt.ptr<f32> loc("x"(#loc)), %n: i{1} loc(#loc{0})) {{\n'
+        "  tt.return loc(unknown)\n}} loc(#loc)"
+    )
+    four, eight = (SimpleNamespace(num_warps=warps) for warps in (4, 8))
+    first = code_digest(code.format(3, 32), four)
+    assert code_digest(code.format(52, 32), four) == first
+    assert code_digest(code.format(3, 64), four) != first
+    assert code_digest(code.format(3, 32), eight) != first

@@ -7,12 +7,16 @@ import sys
 
 import pytest
 import torch
-from read_logs import history, scalars
+from read_logs import histograms, history, scalars
 
 import fastminima as fm
 
 ROW = {"step": 3, "loss": 1.5, "gradient/count": 4, "gradient/signal": -0.25}
 NAN = {**ROW, "step": 4, "loss": math.nan, "is_finite": False}
+
+# Of sample norms: 1 in [1/4, 1/2), none in [1/2, 1), 3 in [1, 2).
+EDGES, COUNTS = [2.0**k for k in range(-4, 4)], [0, 0, 1, 0, 3, 0, 0]
+OCCUPIED, FOUND = [0.25, 0.5, 1.0, 2.0], [1, 0, 3]
 
 
 def test_json_lines_append_and_overwrite(tmp_path):
@@ -33,17 +37,21 @@ def test_rows_outlive_a_killed_process(tmp_path):
     code = (
         "import os, sys, fastminima as fm\n"
         "lines = fm.monitor.JsonLines(sys.argv[1] + '/x.jsonl')\n"
+        "table = fm.monitor.CSV(sys.argv[1] + '/x.csv')\n"
         "board = fm.monitor.TensorBoard(sys.argv[1])\n"
         "row = {f'gradient/{i}': i for i in range(20)}\n"
         "for step in range(3):\n"
         "    lines.write({'step': step, **row})\n"
+        "    table.write({'step': step, f'column {step}': step, **row})\n"
         "    board.write({'step': step, **row})\n"
-        "os._exit(1)"
+        "os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    assert subprocess.run(command, check=False).returncode == 1
+    assert subprocess.run(command, check=False).returncode == -9
     rows = fm.monitor.read(tmp_path / "x.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
+    for row, step in zip(fm.monitor.read(tmp_path / "x.csv"), rows, strict=True):
+        assert row == {**step, f"column {step['step']}": step["step"]}
     found = scalars(tmp_path)
     assert found["gradient/19"] == [(step, 19.0) for step in range(3)]
 
@@ -74,6 +82,21 @@ def test_tensorboard(tmp_path):
     assert math.isnan(bad)
 
 
+def test_tensorboard_histogram(tmp_path):
+    logger = fm.monitor.TensorBoard(tmp_path)
+    logger.write_histogram(3, "gradient/sample_norms", EDGES, COUNTS)
+    logger.write_histogram(4, "gradient/sample_norms", EDGES, [0] * 7)  # nothing
+    (event,) = histograms(tmp_path)["gradient/sample_norms"]  # before it is closed
+    logger.close()
+    found = event.histogram_value
+    assert event.step == 3
+    assert (found.min, found.max, found.num) == (0.25, 2.0, 4)
+    assert (list(found.bucket_limit), list(found.bucket)) == (OCCUPIED[1:], FOUND)
+    assert found.sum == 0.375 + 3 * 1.5
+    with pytest.raises(ValueError, match="histogram of 7 bins has 8 edges, got 7"):
+        logger.write_histogram(5, "x", EDGES[:-1], COUNTS)
+
+
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = fm.monitor.WandB("project", mode="offline", dir=str(tmp_path))
@@ -81,11 +104,14 @@ def test_wandb_offline(tmp_path, monkeypatch):
     logger.write(ROW)
     logger.write({**ROW, "loss": 2.5})  # a second row of the same step
     logger.write(NAN)
+    logger.write_histogram(5, "gradient/sample_norms", EDGES, COUNTS)
     logger.close()
-    first, second, third = history(tmp_path)
+    first, second, third, fourth = history(tmp_path)
     assert first == ROW
     assert second == {**ROW, "loss": 2.5}
     assert math.isnan(float(third["loss"]))
+    histogram = {"_type": "histogram", "values": FOUND, "bins": OCCUPIED}
+    assert fourth == {"step": 5, "gradient/sample_norms": histogram}
 
 
 class Run:
@@ -106,7 +132,8 @@ def test_wandb_run_of_somebody_else_goes_on():
     with fm.monitor.Monitor(fm.monitor.WandB(run=run)) as monitor:
         monitor._loggers[0].write(ROW)
     assert run.rows == [ROW]
-    assert run.metrics == ["step", "gradient/*", "factors/*", "sharpness/*"]
+    ours = ["gradient/*", "factors/*", "sharpness/*", "layers/*"]
+    assert run.metrics == ["step", *ours]
     with pytest.raises(
         ValueError, match=r"takes no options, got \['mode', 'project'\]"
     ):
@@ -118,6 +145,8 @@ def test_wandb_run_of_somebody_else_goes_on():
     [
         ("tensorboard", lambda: fm.monitor.TensorBoard("x"), "pip install tensorboard"),
         ("wandb", lambda: fm.monitor.WandB("x", mode="offline"), "pip install wandb"),
+        ("mlflow", lambda: fm.monitor.MLflow("x"), "pip install mlflow"),
+        ("trackio", lambda: fm.monitor.Trackio("x"), "pip install trackio"),
     ],
 )
 def test_not_installed(package, make, install, monkeypatch):
@@ -125,7 +154,7 @@ def test_not_installed(package, make, install, monkeypatch):
     with pytest.raises(ImportError, match=f"needs {package}, which is not") as error:
         make()
     assert install in str(error.value)
-    assert "pip install 'fastminima[integrations]'" in str(error.value)
+    assert f"pip install 'fastminima[{package}]'" in str(error.value)
 
 
 def test_import_is_light():
@@ -138,7 +167,7 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     optional = {"lightning", "pytorch_lightning", "transformers", "accelerate"}
-    optional |= {"tensorboard", "wandb", "matplotlib"}
+    optional |= {"tensorboard", "wandb", "matplotlib", "mlflow", "trackio", "IPython"}
     assert "fastminima" in out.stdout.split()
     assert not optional & set(out.stdout.split())
 

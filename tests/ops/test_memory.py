@@ -104,6 +104,7 @@ def vector_arguments(workload, dtype, times, device):
         w, v, u = (new.normal(count) for _ in range(3))
         yield "lanczos_step", (w, v, u, new.normal().double())
         yield "power_step", (w, v, 0.5, u)
+        yield "dots", (w, [v, u])
         yield "project_out", (w, [v, u])
         yield "linear_combinations", (w, [v, u], new.normal(3, 2))
         if device != "meta":

@@ -5,6 +5,7 @@ import torch
 
 from fastminima import _native
 from fastminima.ops.vector import (
+    dots,
     lanczos_step,
     linear_combinations,
     power_step,
@@ -85,6 +86,21 @@ def test_project_out(size, dtype, count):
         torch.testing.assert_close(got_w, want_w.to(dtype), **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 15, 4097, 100_003])
+def test_dots(size, dtype, count):
+    w, rows = torch.randn(size, dtype=dtype), torch.randn(count, size, dtype=dtype)
+    rows = list(rows)
+    want = [torch.dot(w.double(), row.double()) for row in rows]
+    for backend in dots.backends(CPU, dtype):
+        got = dots.on(backend, CPU, dtype)(w, rows)
+        assert got.dtype == torch.float64
+        want_here = torch.stack(want) if want else got.new_zeros(0)
+        # Sums are made in double: beside what float32 holds they are exact.
+        torch.testing.assert_close(got, want_here, rtol=1e-12, atol=1e-10)
+
+
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +143,7 @@ def test_every_scale(scale, size, dtype, device):
     want_out = torch.empty(size, dtype=torch.float64)
     power = power_step.reference(scaled.double(), v.double(), -1.5 * scale, want_out)
     left = scaled.double().clone()
-    dots = project_out.reference(left, [v.double()])
+    parts = project_out.reference(left, [v.double()])
     with torch.device(device):
         for backend in lanczos_step.backends(CPU, dtype):
             got = scaled.clone()
@@ -144,7 +160,9 @@ def test_every_scale(scale, size, dtype, device):
             )
             got = scaled.clone()
             result = project_out.on(backend, CPU, dtype)(got, [v])
-            torch.testing.assert_close(result, dots, **close)
+            torch.testing.assert_close(result, parts, **close)
+            result = dots.on(backend, CPU, dtype)(scaled, [v])
+            torch.testing.assert_close(result, parts, **close)
             torch.testing.assert_close(got.double(), left, **close)
 
 
@@ -164,6 +182,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(dtype):
                     lanczos_step(moved, v, u, beta),
                     power_step(w, v, 0.3, out),
                     project_out(w.clone(), [v, u]),
+                    dots(w, [v, u]),
                     moved,
                     out,
                 ]
@@ -177,7 +196,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(dtype):
 
 @pytest.mark.skipif(not _native.available_isas(), reason="no native extension")
 def test_native_is_what_runs():
-    for op in (lanczos_step, power_step, project_out, linear_combinations):
+    for op in (lanczos_step, power_step, dots, project_out, linear_combinations):
         for dtype in DTYPES:
             assert op.backends(CPU, dtype)[0] == "native"
         assert op.backends(CPU, torch.bfloat16) == ("reference",)

@@ -277,6 +277,7 @@ ARGUMENTS: dict[str, dict[str, Make]] = {
         _FLAT: lambda new: (*_basis(new, 3), new.normal().double()),
     },
     "power_step": {_FLAT: lambda new: (*_basis(new, 2), 0.5, _basis(new, 1)[0])},
+    "dots": {_FLAT: lambda new: (_basis(new, 1)[0], _basis(new, 8))},
     "project_out": {_FLAT: lambda new: (_basis(new, 1)[0], _basis(new, 8))},
     "linear_combinations": {
         _FLAT: lambda new: (_basis(new, 1)[0], _basis(new, 7), new.normal(8, 4))

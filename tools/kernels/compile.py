@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -26,57 +27,79 @@ import torch
 
 from tools.kernels.occupancy import MACHINES
 
-__all__ = ["Compiled", "compile_cuda", "compiling", "find_nvcc", "stand_in_device"]
+__all__ = [
+    "Compiled",
+    "code_digest",
+    "compile_cuda",
+    "compiling",
+    "find_nvcc",
+    "stand_in_device",
+]
+
+_PLACE = re.compile(r' loc\((?:"[^"]*"\(#loc\d*\)|#loc\d*|unknown)\)')
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as machine code, with how it is launched."""
+    """One kernel as machine code, with how it is launched.
+
+    Of one whose code is known there is no machine code, and what comes with it is zero.
+    """
 
     name: str
-    symbol: str
     blocks: int | None  # of the grid; None where only the launch would tell
-    warps: int
-    dynamic_shared: int
-    cubin: bytes
-    ptx: str
+    code: str  # digest of what the compiler makes machine code from
+    symbol: str = ""
+    warps: int = 0
+    dynamic_shared: int = 0
+    cubin: bytes = b""
 
-    @property
-    def digest(self) -> str:
-        """Of the instructions in PTX: the same for the same code in another place.
 
-        Comments, line numbers, names of files and debug sections are left out.
-        """
-        code = self.ptx.partition(".section")[0]
-        lines = (line.partition("//")[0].strip() for line in code.splitlines())
-        kept = [x for x in lines if x and not x.startswith((".loc", ".file"))]
-        return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+class _KnownCode(Exception):
+    """Leaves the compiler, before the stages that take long, with the digest."""
 
 
 @contextmanager
-def compiling(architecture: str) -> Iterator[list[Compiled]]:
-    """Compile each Triton launch for an architecture and add it to the list."""
+def compiling(
+    architecture: str, known: Collection[str] = ()
+) -> Iterator[list[Compiled]]:
+    """Compile each Triton launch for an architecture and add it to the list.
+
+    Kernels with a digest in `known` are noted without machine code.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     found: list[Compiled] = []
-    run = JITFunction.run
+    run, add_stages = JITFunction.run, CUDABackend.add_stages
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if hasattr(kernel, "result"):
-            kernel = kernel.result()
+        size = grid
         if callable(grid):
             names = [parameter.name for parameter in self.params]
-            grid = grid(dict(zip(names, args, strict=False)) | options)
-        found.append(_compiled(self.__name__, kernel, grid))
+            size = grid(dict(zip(names, args, strict=False)) | options)
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            if hasattr(kernel, "result"):
+                kernel = kernel.result()
+        except _KnownCode as code:
+            found.append(Compiled(self.__name__, prod(size), str(code)))
+            return None
+        found.append(_compiled(self.__name__, kernel, size))
         return kernel
+
+    def add_stages_with_a_way_out(self, stages, options, *language):
+        add_stages(self, stages, options, *language)
+        stages["ttir"] = _digested(stages["ttir"], options, known)
 
     before = driver._active
     driver.set_active(_stand_in(architecture))
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(CUDABackend, "add_stages", add_stages_with_a_way_out),
             stand_in_device(architecture),
             warnings.catch_warnings(),
         ):
@@ -86,16 +109,40 @@ def compiling(architecture: str) -> Iterator[list[Compiled]]:
         driver._active = before
 
 
+def _digested(stage: Any, options: Any, known: Collection[str]) -> Any:
+    """The compiler's first stage, which goes no further with what is known."""
+
+    def run(source: Any, metadata: dict[str, Any]) -> Any:
+        module = stage(source, metadata)
+        code = code_digest(str(module), options)
+        if code in known:
+            raise _KnownCode(code)
+        return module
+
+    return run
+
+
+def code_digest(ir: str, options: Any) -> str:
+    """Of Triton's first IR, and of the options of the stages behind it.
+
+    Machine code depends on nothing else but the architecture and Triton's version.
+    Places in files are left out: the same code in another place is the same.
+    """
+    lines = [_PLACE.sub("", x) for x in ir.splitlines() if not x.startswith("#loc")]
+    settings = [f"{name}={getattr(options, name, None)}" for name in _OPTIONS]
+    return hashlib.sha256("\n".join([*lines, *settings]).encode()).hexdigest()[:16]
+
+
 def _compiled(name: str, kernel: Any, grid: Sequence[int]) -> Compiled:
     meta = kernel.metadata
     return Compiled(
         name,
-        meta.name,
         prod(grid),
+        code_digest(kernel.asm["ttir"], meta),
+        meta.name,
         meta.num_warps,
         meta.shared,
         kernel.asm["cubin"],
-        kernel.asm["ptx"],
     )
 
 

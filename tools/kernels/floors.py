@@ -137,7 +137,7 @@ def _in_turn(steps: list[Work], rates: Rates) -> float:
 # Kernels in CUDA C++ on vectors and lists. Those for embeddings sort first, in a number
 # of launches that depends on the sizes, and are not modelled.
 _CUDA = (
-    *("lanczos_step", "power_step", "project_out", "linear_combinations"),
+    *("lanczos_step", "power_step", "dots", "project_out", "linear_combinations"),
     *("multi_sq_norm", "langevin_step_"),
 )
 _CUDA_PASSES, _CUDA_LAUNCHES = 2, 4  # at most: sum, finish, update, finish

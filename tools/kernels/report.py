@@ -7,9 +7,10 @@ python -m tools.kernels.report --update   write baseline.json anew
 Needs no GPU. Every launch at the sizes of `tools/kernels/cases.py` is compiled
 (half a second each), disassembled, and its registers, spills, shared memory,
 occupancy, tensor-core instructions and 16-byte loads are counted. The .cu files are
-compiled too where nvcc is. `--check` exits with 1 and a sentence for each
-kernel that spills registers, or that against the baseline lost its tensor-core
-instructions, 16-byte loads or async copies, or has a lower occupancy.
+compiled too where nvcc is. `--check` goes no further than Triton's first IR where that
+is the baseline's, made by the same version of Triton. It exits with 1 and a sentence
+for each kernel that spills registers, or that against the baseline lost its
+tensor-core instructions, 16-byte loads or async copies, or has a lower occupancy.
 """
 
 from __future__ import annotations

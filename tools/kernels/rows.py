@@ -43,7 +43,7 @@ class Row:
     instructions: int
     loop: int  # instructions of the hot loop
     loop_fp32: int  # of them: float32 multiplications, additions or both in one
-    code: str | None = None  # digest of a Triton kernel's PTX
+    code: str | None = None  # digest of a Triton kernel's IR and options
 
     @property
     def key(self) -> str:
@@ -59,22 +59,24 @@ def triton_rows(
     """Compile every launch of the cases; equal kernels of one case make one row.
 
     Kernels whose code is that of a row in `old`, made by the same version of Triton,
-    have that row's counts: to disassemble one takes a third of a second.
+    have that row's counts: to compile and disassemble one takes most of a second.
     """
     known: dict[bytes, list[Function]] = {}
+    counted = {
+        row["code"]: row
+        for key, row in (old or {}).items()
+        if row.get("code") and key.endswith(f"| {architecture}")
+    }
     for case in cases:
-        with compiling(architecture) as found:
+        with compiling(architecture, counted) as found:
             case.launch(Tensors("meta", case.dtype))
-        for place, kernel in enumerate({k.cubin: k for k in found}.values(), start=1):
-            key = _key(case.label, _named(place, kernel), architecture)
-            same = (old or {}).get(key, {})
-            if same.get("code") == kernel.digest:
-                counts = same | {"blocks": kernel.blocks}
+        for place, kernel in enumerate({k.code: k for k in found}.values(), start=1):
+            if kernel.code in counted:
                 yield Row(
                     case=case.label,
                     architecture=architecture,
                     kernel=_named(place, kernel),
-                    **counts,
+                    **counted[kernel.code] | {"blocks": kernel.blocks},
                 )
                 continue
             if kernel.cubin not in known:
@@ -99,7 +101,7 @@ def _row(
         blocks=kernel.blocks,
         warps=kernel.warps,
         shared=kernel.dynamic_shared,
-        code=kernel.digest,
+        code=kernel.code,
     )
 
 

@@ -274,6 +274,7 @@ FLOORS: dict[str, Callable[..., Work]] = {
     "tied_cross": _tied_cross,
     "lanczos_step": lambda w, v, u, beta: Work(_size(w, v, u) + _size(w)),
     "power_step": lambda w, v, shift, out: Work(_size(w, v, out)),
+    "dots": lambda w, rows: Work(_size(w, rows)),
     "project_out": lambda w, basis: Work(_size(w, basis) + _size(w)),
     "linear_combinations": lambda first, rest, weights: Work(
         _size(first, rest) + weights.shape[1] * _size(first)

@@ -27,7 +27,7 @@ from .hooks import Observer, Session
 from .program import program_of
 from .repeat import Repeat, new_repeat
 from .states import Frozen, Observed, Pass
-from .timed import TimedCollector, TimedSession
+from .timed import TimedCollector, TimedSession, stop_watch
 
 __all__ = ["Attacher"]
 
@@ -62,9 +62,18 @@ class Attacher:
         self._may_repeat = (
             options.measure == {"norms"}
             and options.sample is None
-            and not (options.keep_mean or directions)
+            and not (options.needs_mean or directions)
             and not defer_errors
         )
+
+    @property
+    def random_state(self) -> Tensor:
+        """Of the generator that `sample` draws with."""
+        return self._generator.get_state()
+
+    @random_state.setter
+    def random_state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
 
     def note(self, loss: Tensor, stats: GradientStatistics) -> None:
         """Keep what a step brought, by which a jump is told."""
@@ -76,7 +85,7 @@ class Attacher:
             reading,
             self._parameters,
             count,
-            TimedCollector(),
+            TimedCollector(stop_watch(p.device for p in self._parameters.values())),
             hook_gradients=False,
             announce=self.announce,
             defer_errors=self._defer_errors,
@@ -116,7 +125,7 @@ class Attacher:
         # Ranks that join without the mean find it in .grad, when all have reduced it.
         hooks = not is_fresh
         if self._defer_errors:
-            hooks = self._options.keep_mean
+            hooks = self._options.needs_mean
         observed = Observed(target, chosen, reads_grad=not hooks)
         try:
             if waits:
@@ -133,6 +142,7 @@ class Attacher:
                 program_of(reading, self._parameters, makes),
                 *(target, self._parameters, self.announce),
                 None if fusion is None else fusion.plan,
+                by_parameter=self._options.per_parameter,
             )
         return observed
 
@@ -186,10 +196,17 @@ class Attacher:
 
     def collector(self, fusion: Fusion | None = None) -> Collector:
         """Takes what the options ask for."""
-        measure, keep_grads = self._options.measure, self._options.keep_mean
+        measure, asked = self._options.measure, self._options
+        keep, by_parameter = asked.needs_mean, asked.per_parameter
         if fusion is None:
-            return Collector(measure, self._directions, keep_grads=keep_grads)
-        return FusedCollector(measure, self._directions, fusion, keep_grads=keep_grads)
+            return Collector(
+                measure, self._directions, keep_grads=keep, by_parameter=by_parameter
+            )
+        return FusedCollector(
+            *(measure, self._directions, fusion),
+            keep_grads=keep,
+            by_parameter=by_parameter,
+        )
 
     def session(
         self,

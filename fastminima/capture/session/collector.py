@@ -27,6 +27,7 @@ class Collected:
     gram: Tensor | None = None
     dots: dict[str, Tensor] = field(default_factory=dict)
     grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
+    grad_sq_norms_by_parameter: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -37,6 +38,8 @@ class Collector:
         measure: any of "norms", "second_moments", "gram".
         directions: `{name: {parameter: tensor}}`.
         keep_grads: keep the pass' gradient itself.
+        by_parameter: note the squared norm of each parameter's gradient, not their sum
+            alone.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Collector:
         directions: Mapping[str, Mapping[str, Tensor]],
         *,
         keep_grads: bool,
+        by_parameter: bool = False,
     ) -> None:
         self._measure, self._directions = measure, directions
-        self._keep_grads = keep_grads
+        self._keep_grads, self._by_parameter = keep_grads, by_parameter
         self.collected = Collected()
 
     # Parameters whose gradients it makes itself, from their contributions.
@@ -100,7 +104,7 @@ class Collector:
 
     def read_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Note the gradients of a pass, all there is in `.grad` now."""
-        if not self._keep_grads:
+        if not (self._keep_grads or self._by_parameter):
             total = sum_of_squares(parameters)
             if total is not None:
                 self.collected.grad_sq_norms.append(total)
@@ -109,9 +113,9 @@ class Collector:
         self.take_gradients({n: g for n, g in grads.items() if g is not None})
 
     @property
-    def keeps_gradients(self) -> bool:
-        """Whether it wants the gradients themselves."""
-        return self._keep_grads
+    def wants_total_only(self) -> bool:
+        """Whether |grad|^2 of all parameters together is all it takes of gradients."""
+        return not (self._keep_grads or self._by_parameter)
 
     def take_squares(self, squares: Tensor) -> None:
         """Note squared norms of gradients, as they came."""
@@ -125,9 +129,18 @@ class Collector:
             if self._keep_grads:
                 kept = grad.to_dense() if grad.is_sparse else grad.clone()
                 self.collected.grads[name] = kept
-        if values:
-            dtype = accumulation_dtype(values[0].dtype)
-            self.collected.grad_sq_norms.append(multi.multi_sq_norm(values).to(dtype))
+        if not values:
+            return
+        if self._by_parameter:
+            squares = multi.each_sq_norm(values)
+            self.collected.grad_sq_norms_by_parameter |= dict(
+                zip(grads, squares.unbind(), strict=True)
+            )
+            total = squares.sum()
+        else:
+            total = multi.multi_sq_norm(values)
+        dtype = accumulation_dtype(values[0].dtype)
+        self.collected.grad_sq_norms.append(total.to(dtype))
 
 
 class FusedCollector(Collector):
@@ -140,8 +153,11 @@ class FusedCollector(Collector):
         fusion: Fusion,
         *,
         keep_grads: bool,
+        by_parameter: bool = False,
     ) -> None:
-        super().__init__(measure, directions, keep_grads=keep_grads)
+        super().__init__(
+            measure, directions, keep_grads=keep_grads, by_parameter=by_parameter
+        )
         self._fusion = fusion
         self.makes = fusion.names
 

@@ -67,7 +67,7 @@ class Gradients:
         host = learned()
         found = {name: i for name, i in tape.leaves.items() if name in used}
         dtypes = {self._parameters[name].dtype for name in found}
-        if host is None or self._collector.keeps_gradients or len(dtypes) != 1:
+        if host is None or not self._collector.wants_total_only or len(dtypes) != 1:
             return False
         (dtype,) = dtypes
         if dtype not in NATIVE:

@@ -79,6 +79,7 @@ class GroupedSession:
             second_moments=_added([part.second_moments for part in parts]),
             dots=self._scattered([part.dots for part in parts]),
             grad_sq_norms=parts[0].grad_sq_norms,
+            grad_sq_norms_by_parameter=parts[0].grad_sq_norms_by_parameter,
             grads=parts[0].grads,
         )
 

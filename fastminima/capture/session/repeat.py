@@ -39,6 +39,8 @@ class Repeat:
         parameters: the tracked parameters by name.
         announce: as for a session.
         fusion: what the pass left out, if anything.
+        by_parameter: whether squared norms of single parameters' gradients are asked
+            for.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class Repeat:
         parameters: Mapping[str, Tensor],
         announce: Announce,
         fusion: FusionPlan | None,
+        *,
+        by_parameter: bool,
     ) -> None:
+        self.by_parameter = by_parameter
         self.known, self.program, self.fusion = known, program, fusion
         self.fused = {} if fusion is None else fusion.parameters(parameters)
         self.parameters, self.announce = parameters, announce
@@ -99,7 +104,7 @@ class Repeated(Taking, Pass):
         fusion = None if plan is None else Fusion(plan, repeat.fused)
         super().__init__(
             *(repeat.parameters, repeat.known.layouts, target.samples.count),
-            _collector(fusion),
+            _collector(fusion, by_parameter=repeat.by_parameter),
             Parts(repeat.known.sources, is_own_pass=True),
             repeat.announce,
         )
@@ -142,11 +147,13 @@ class Repeated(Taking, Pass):
         return owner_of_pass() is not None
 
 
-def _collector(fusion: Fusion | None) -> Collector:
+def _collector(fusion: Fusion | None, *, by_parameter: bool) -> Collector:
     measure = frozenset(["norms"])
     if fusion is None:
-        return Collector(measure, {}, keep_grads=False)
-    return FusedCollector(measure, {}, fusion, keep_grads=False)
+        return Collector(measure, {}, keep_grads=False, by_parameter=by_parameter)
+    return FusedCollector(
+        measure, {}, fusion, keep_grads=False, by_parameter=by_parameter
+    )
 
 
 def new_repeat(
@@ -156,10 +163,14 @@ def new_repeat(
     parameters: Mapping[str, Tensor],
     announce: Announce,
     fusion: FusionPlan | None,
+    *,
+    by_parameter: bool,
 ) -> Repeat | None:
     """What a step was, if others can repeat it."""
     if known is None or program is None:
         return None
     if target.loss.dim() != 1:
         return None
-    return Repeat(known, program, target, parameters, announce, fusion)
+    return Repeat(
+        known, program, target, parameters, announce, fusion, by_parameter=by_parameter
+    )

@@ -69,16 +69,21 @@ class Outcome(NamedTuple):
         # Where ranks join without the mean nothing was read: it is in .grad by then.
         parts = collected.grad_sq_norms or [norms.new_zeros(())]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-        by_parameter = moments = mean = None
+        by_parameter = squares = moments = mean = None
         if options.per_parameter:
-            found = _in_order(collected.sq_norms, parameters)
-            by_parameter = {n: t * factor**2 for n, t in found.items()}
+            by_parameter = _scaled(
+                _in_order(collected.sq_norms, parameters), factor**2, norms
+            )
+            squares = _scaled(
+                _in_order(collected.grad_sq_norms_by_parameter, parameters),
+                *(to_mean**2, total),
+            )
         if "second_moments" in options.measure:
             moments = {
                 name: t.mul_(factor**2 / count)  # made for this pass alone
                 for name, t in _in_order(collected.second_moments, parameters).items()
             }
-        if options.keep_mean:
+        if options.needs_mean:
             mean = {
                 name: t.to(accumulation_dtype(t.dtype)) * to_mean
                 for name, t in _in_order(collected.grads, parameters).items()
@@ -89,6 +94,7 @@ class Outcome(NamedTuple):
             sq_norms=norms * factor**2,
             mean_grad_sq_norm=total * to_mean**2,
             sq_norms_by_parameter=by_parameter,
+            mean_grad_sq_norms_by_parameter=squares,
             second_moments=moments,
             gram=None if collected.gram is None else collected.gram * factor**2,
             dots={
@@ -108,6 +114,16 @@ def _in_order(
 ) -> dict[str, Tensor]:
     """By parameter in the order of the model, whatever the order of arrival."""
     return {name: found[name] for name in parameters if name in found}
+
+
+def _scaled(
+    found: Mapping[str, Tensor], factor: float | Tensor, like: Tensor
+) -> dict[str, Tensor]:
+    """Numbers of parameters, multiplied together: rows of one tensor."""
+    if not found:
+        return {}
+    rows = torch.stack([t.to(like) for t in found.values()]) * factor
+    return dict(zip(found, rows.to(like.dtype).unbind(), strict=True))
 
 
 class Pass:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,34 @@ from ..rows.layout import RowLayout
 from .collector import Collector
 from .hooks import Session
 
-__all__ = ["TimedCollector", "TimedSession"]
+__all__ = ["TimedCollector", "TimedSession", "stop_watch"]
+
+
+def stop_watch(devices: Iterable[torch.device]) -> Callable[[], float]:
+    """Says seconds; what lies between two looks is what was computed.
+
+    On a CPU of this thread alone, which other programs do not lengthen: short norms are
+    seldom interrupted, a long backward pass often, and their ratio would come out too
+    small on a busy machine. With GPUs of the wall, once they have done what they were
+    told.
+    """
+    waited = [device for device in set(devices) if device.type == "cuda"]
+    if not waited:
+        return time.thread_time
+
+    def now() -> float:
+        for device in waited:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 class TimedCollector(Collector):
     """Takes norms and sums over samples.
+
+    Args:
+        now: a stop-watch.
 
     Attributes:
         totals: sum over samples of g_n, of each parameter.
@@ -27,8 +50,9 @@ class TimedCollector(Collector):
         seconds: spent on the norms of each parameter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         super().__init__(frozenset(["norms"]), {}, keep_grads=False)
+        self.now = now
         self.totals: dict[str, Tensor] = {}
         self.rules: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
@@ -40,10 +64,9 @@ class TimedCollector(Collector):
 
     def take(self, parameter: str, whole: Contribution) -> None:
         """The statistics of one parameter."""
-        started = _clock(())
+        started = self.now()
         super().take(parameter, whole)
-        norms = self.collected.sq_norms[parameter]
-        self.spend([parameter], _clock([norms]) - started)
+        self.spend([parameter], self.now() - started)
         self.totals[parameter] = whole.total()
 
     def spend(self, parameters: Sequence[str], seconds: float) -> None:
@@ -70,18 +93,12 @@ class TimedSession(Session):
         grads: Sequence[Tensor | None],
         layouts: Sequence[RowLayout | None],
     ) -> tuple[dict[int, Contribution], list[Slot]]:
-        started = _clock(grads)
+        now = self._collector.now
+        started = now()
         found, rest = super()._contributions(use, node, grads, layouts)
-        self._collector.spend(use.parameters, _clock(grads) - started)
+        self._collector.spend(use.parameters, now() - started)
         for slot in use.slots:
             rule = "universal" if slot in rest else use.name
             for name in slot.parameters:
                 self._collector.rules.setdefault(name, []).append(rule)
         return found, rest
-
-
-def _clock(tensors: Sequence[Tensor | None]) -> float:
-    """Seconds, once the devices of some tensors have done what they were told."""
-    for device in {t.device for t in tensors if t is not None and t.is_cuda}:
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

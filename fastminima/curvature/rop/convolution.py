@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .leaves import Leaf
+from .leaves import Leaf, wanted
 from .rule import Rule, Some
 
 __all__ = ["Convolution"]
@@ -57,7 +57,7 @@ class Convolution(Rule):
     ) -> Some:
         """The changes of the gradients by the inputs."""
         change, (dx, dw, _) = changes[0], inputs
-        of_x, of_w, of_bias = self._has
+        of_x, of_w, of_bias = wanted(self._has, leaves)
         found: list[Tensor | None] = [None, None, None]
         if change is not None:
             found = self._gradients(change, self._x, self._w, (of_x, of_w, of_bias), dx)

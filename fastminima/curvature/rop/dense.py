@@ -91,6 +91,8 @@ def _whole(*pairs: tuple[Tensor | None, Tensor | None]) -> list[Pair]:
 
 def _collect(pairs: list[Pair], leaf: Leaf | None) -> Tensor | None:
     """The sum of products, or None if there is nothing or a leaf has taken it."""
+    if leaf is not None and not leaf.is_wanted:
+        return None
     if leaf is not None and pairs and pairs[0][0].dim() == 2:
         for a, b in pairs:
             leaf.add_product(a, b)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .._graph import Graph, Parts
 from .._nodes import survey
-from .leaves import Leaf, Leaves
-from .rule import NotCovered, Some, total
+from .leaves import Handed, Leaves
+from .plan import Plan
+from .rule import NotCovered, Some, Universal, total
 from .saved import Saved
 from .steps import LeafInput, Step, steps_of
 
-__all__ = ["TangentGraph"]
+__all__ = ["ClosedForm", "TangentGraph"]
 
 _ROUNDINGS = 1e3  # that the slope of a loss may be off by, of the terms it is a sum of
 _COARSEST = 0.3  # what is said to agree in half precisions
@@ -35,6 +36,8 @@ class TangentGraph(Graph):
     Source: Pearlmutter (1994), "Fast exact multiplication by the Hessian".
     """
 
+    _kind: type[Leaves] = Leaves
+
     def __init__(
         self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
     ) -> None:
@@ -45,17 +48,28 @@ class TangentGraph(Graph):
         with torch.no_grad():
             self._steps, self._gradient = steps_of(root, parameters, self._saved)
         super().__init__(roots, self._gradient)
-        self._leaves = Leaves(parameters)
+        self._parameters = parameters
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._dying: list[list[int]] = [[] for _ in self._steps]
         self._eps: float | None = survey(roots).eps  # None once it has been checked
-        self._plan()
+        self._find_wanted()
+
+    @property
+    def calls_closures(self) -> bool:  # type: ignore[override]
+        """No node does, once it is known that gradients are what nodes say."""
+        return self._eps is not None
 
     def gradient(self) -> Parts:
         """The gradient of the loss, of the recording."""
         return self._gradient
 
-    def product(self, parts: Sequence[Tensor]) -> Parts:
+    def product(
+        self, parts: Sequence[Tensor], only: Sequence[int] | None = None
+    ) -> Parts:
         """The product of the Hessian with a vector, given by its parts.
+
+        With `only`, within those parameters: nodes that are made of none of them are
+        not gone through.
 
         Raises:
             RuntimeError: A tensor of the graph was overwritten since it was recorded.
@@ -63,12 +77,20 @@ class TangentGraph(Graph):
         self._saved.check()
         # Function modes would see each of some hundred operations, to no end.
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            tangents = self._forth(parts)
-            self._leaves.start()
-            self._back(tangents, parts)
-            return self._leaves.finish([g is not None for g in self._gradient])
+            plan = self._plan(only)
+            moved = plan.within(parts)
+            tangents = self._forth(moved, plan)
+            plan.start()
+            self._back(tangents, moved, plan)
+            return plan.finish(self._gradient)
 
-    def _plan(self) -> None:
+    def _plan(self, only: Sequence[int] | None) -> Plan:
+        key = tuple(range(len(self._parameters)) if only is None else only)
+        if key not in self._plans:
+            self._plans[key] = Plan(self._steps, self._parameters, key, self._kind)
+        return self._plans[key]
+
+    def _find_wanted(self) -> None:
         """Find which tangents are read, and when for the last time."""
         is_read = [False] * len(self._steps)  # on the way back
         last = [-1] * len(self._steps)
@@ -85,35 +107,29 @@ class TangentGraph(Graph):
             if at >= 0 and not is_read[place]:
                 self._dying[at].append(place)
 
-    def _forth(self, parts: Sequence[Tensor]) -> list[Some]:
+    def _forth(self, parts: Some, plan: Plan) -> list[Some]:
         """The tangents of each step's outputs, as far as the way back needs them."""
-        tangents: list[Some] = []
+        tangents: list[Some] = [[None] * step.count for step in self._steps]
         terms = 0.0
-        for at, step in enumerate(self._steps):
+        for at in plan.active:
+            step = self._steps[at]
             if step.is_wanted or step.rule.remembers or self._eps is not None:
                 inputs = _inputs(step, tangents, parts)
-                tangents.append(step.rule.tangents(inputs))
+                tangents[at] = step.rule.tangents(inputs)
                 if self._eps is not None and step.scalar is not None:
                     terms += _size(step.rule.backward([step.scalar]), inputs)
-            else:
-                tangents.append([None] * step.count)
             for place in self._dying[at]:
                 tangents[place] = [None] * self._steps[place].count
         if self._eps is not None and tangents:
             self._check(parts, tangents[-1][0], terms, self._eps)
         return tangents
 
-    def _back(self, tangents: list[Some], parts: Sequence[Tensor]) -> None:
+    def _back(self, tangents: list[Some], parts: Some, plan: Plan) -> None:
         changes: list[list[Tensor | None]] = [[None] * s.count for s in self._steps]
-        for at in reversed(range(len(self._steps))):
+        for at in reversed(plan.active):
             step = self._steps[at]
             tangents[at] = ()
-            leaves = [
-                Leaf(self._leaves, source.index, source.is_turned)
-                if isinstance(source, LeafInput)
-                else None
-                for source in step.inputs
-            ]
+            leaves = plan.leaves(step)
             inputs = _inputs(step, tangents, parts)
             found = step.rule.changes(changes[at], inputs, leaves)
             changes[at] = []
@@ -127,7 +143,7 @@ class TangentGraph(Graph):
                     changes[place][number] = total(changes[place][number], change)
 
     def _check(
-        self, parts: Sequence[Tensor], slope: Tensor | None, terms: float, eps: float
+        self, parts: Some, slope: Tensor | None, terms: float, eps: float
     ) -> None:
         """The slope of the loss along the vector is that which the gradient says.
 
@@ -136,7 +152,7 @@ class TangentGraph(Graph):
         """
         want = 0.0
         for gradient, part in zip(self._gradient, parts, strict=True):
-            if gradient is not None:
+            if gradient is not None and part is not None:
                 want += float((gradient * part).sum(dtype=torch.float64))
         got = 0.0 if slope is None else float(slope)
         share = min(_ROUNDINGS * eps, _COARSEST)
@@ -149,9 +165,27 @@ class TangentGraph(Graph):
         self._eps = None
 
 
-def _inputs(
-    step: Step, tangents: list[Some], parts: Sequence[Tensor]
-) -> list[Tensor | None]:
+class ClosedForm(TangentGraph):
+    """The same where each node is linear or has a formula of its own.
+
+    A product's parts may share memory with what rules keep: they are to be read.
+
+    Raises:
+        NotCovered: Also for a node that is neither.
+    """
+
+    _kind = Handed
+
+    def __init__(
+        self, roots: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> None:
+        super().__init__(roots, parameters)
+        for step in self._steps:
+            if isinstance(step.rule, Universal) and not step.rule.is_linear:
+                raise NotCovered(f"{step.rule.node.name()} has no formula of its own.")
+
+
+def _inputs(step: Step, tangents: list[Some], parts: Some) -> list[Tensor | None]:
     """The tangents of a step's inputs."""
     found: list[Tensor | None] = []
     for source in step.inputs:
@@ -159,7 +193,7 @@ def _inputs(
             found.append(None)
         elif isinstance(source, LeafInput):
             part = parts[source.index]
-            found.append(part.t() if source.is_turned else part)
+            found.append(part.t() if part is not None and source.is_turned else part)
         else:
             place, number = source
             found.append(tangents[place][number] if tangents[place] else None)

@@ -9,11 +9,17 @@ from torch import Tensor
 
 from ..._flat import Joined
 
-__all__ = ["Leaf", "Leaves"]
+__all__ = ["Handed", "Leaf", "Leaves", "Nowhere", "wanted"]
 
 
 class Leaf:
-    """The sum for one parameter, or for its transpose."""
+    """The sum for one parameter, or for its transpose.
+
+    Attributes:
+        is_wanted: Whether what is added is asked for.
+    """
+
+    is_wanted = True
 
     def __init__(self, leaves: Leaves, index: int, is_turned: bool) -> None:
         self._leaves, self._index, self._is_turned = leaves, index, is_turned
@@ -42,6 +48,27 @@ class Leaf:
             self._leaves.target(self._index).addmm_(a, b)
         else:
             torch.mm(a, b, out=target)
+
+
+class Nowhere(Leaf):
+    """Where a product within some parameters needs nothing: rules leave it out."""
+
+    is_wanted = False
+
+    def add(self, value: Tensor) -> None:
+        """Nothing."""
+
+    def add_sum(self, value: Tensor) -> None:
+        """Nothing."""
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Nothing; the product is not made."""
+
+
+def wanted(has: Sequence[bool], leaves: Sequence[Leaf | None]) -> list[bool]:
+    """For each input whether the change of its gradient is asked for."""
+    pairs = zip(has, leaves, strict=True)
+    return [there and (leaf is None or leaf.is_wanted) for there, leaf in pairs]
 
 
 class Leaves:
@@ -103,3 +130,31 @@ class Leaves:
             found.append((target if written else target.zero_()) if reached else None)
         self._targets, flat, self._flat = [], self._flat, None
         return found if flat is None or not all(is_reached) else Joined(found, flat)
+
+
+class Handed(Leaves):
+    """The sums as they come: what is handed on alone is not copied."""
+
+    def start(self) -> None:
+        """Nothing is there yet."""
+        self._found: list[Tensor | None] = [None] * len(self._parameters)
+
+    def target(self, index: int) -> Tensor:
+        """The sum so far, in memory of its own."""
+        found = self._found[index]
+        own = torch.zeros_like(self._parameters[index]) if found is None else found + 0
+        self._found[index] = own
+        return own
+
+    def unwritten(self, index: int) -> None:
+        """No memory is kept for it."""
+
+    def add(self, index: int, value: Tensor) -> None:
+        """Add a tensor of the parameter's shape."""
+        found = self._found[index]
+        self._found[index] = value if found is None else found + value
+
+    def finish(self, is_reached: Sequence[bool]) -> list[Tensor | None]:
+        """The sums; None for those that nothing was added to."""
+        found, self._found = self._found, []
+        return found

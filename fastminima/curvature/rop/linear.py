@@ -52,6 +52,40 @@ def _embedded(node: Any) -> Callable[[Tensor], Tensor]:
     return lambda t: torch.embedding(t, indices).masked_fill_(hidden, 0)
 
 
+def _permuted(node: Any) -> Callable[[Tensor], Tensor]:
+    dims = [signed(dim) for dim in node._saved_dims]
+    return lambda t: t.permute(dims)
+
+
+def _sliced(node: Any) -> Callable[[Tensor], Tensor]:
+    words = "_saved_dim", "_saved_start", "_saved_end", "_saved_step"
+    dim, start, end, step = (signed(getattr(node, word)) for word in words)
+    return lambda t: torch.ops.aten.slice(t, dim, start, end, step)
+
+
+def _selected(node: Any) -> Callable[[Tensor], Tensor]:
+    dim, index = signed(node._saved_dim), signed(node._saved_index)
+    return lambda t: t.select(dim, index)
+
+
+def _indexed(node: Any) -> Callable[[Tensor], Tensor]:
+    indices = list(node._saved_indices)
+    return lambda t: torch.ops.aten.index(t, indices)
+
+
+def _likelihood(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[[Any], Callable[[Tensor], Tensor]]:
+    """Of `nll_loss`: picked, weighted, and a mean or a sum."""
+
+    def of(node: Any) -> Callable[[Tensor], Tensor]:
+        options = node._saved_target, node._saved_weight, node._saved_reduction
+        ignored = signed(node._saved_ignore_index)
+        return lambda t: forward(t, *options, ignored)[0]
+
+    return of
+
+
 # What a node does to its one differentiable input, as a function of it alone.
 # `MulBackward1` has a number for its other factor.
 MOVES: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
@@ -65,8 +99,14 @@ MOVES: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
     "CloneBackward0": lambda node: lambda t: t,
     "ExpandBackward0": _expanded,
     "SplitBackward0": _split,
+    "PermuteBackward0": _permuted,
+    "SliceBackward0": _sliced,
+    "SelectBackward0": _selected,
+    "IndexBackward0": _indexed,
     "MulBackward1": _scaled,
     "EmbeddingBackward0": _embedded,
+    "NllLossBackward0": _likelihood(torch.ops.aten.nll_loss_forward),
+    "NllLoss2DBackward0": _likelihood(torch.ops.aten.nll_loss2d_forward),
 }
 
 
@@ -96,13 +136,15 @@ class Moved(Rule):
 
 
 class Sum(Rule):
-    """`a + alpha b`, where one may be spread over the other."""
+    """`a + alpha b` or `a - alpha b`, where one may be spread over the other."""
 
     is_linear = True
 
     def __init__(self, node: Any, gradients: Some) -> None:
         super().__init__(node, gradients)
         self._alpha, self._shape = node._saved_alpha, _shape(node)
+        if node.name() == "SubBackward0":
+            self._alpha = -self._alpha
 
     def tangents(self, inputs: Some) -> Some:
         """The tangents of the outputs."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .leaves import Leaf
+from .leaves import Leaf, wanted
 from .rule import Rule, Some, products
 
 __all__ = ["LayerNorm"]
@@ -64,12 +64,13 @@ class LayerNorm(Rule):
         kept, self._kept = self._kept, None
         n = self._n()
         found: list[Tensor | None] = [None, None, None]
-        if self._has[0]:
+        of_x, of_w, of_bias = wanted(self._has, leaves)
+        if of_x:
             found[0] = self._by_input(change, dw, kept, n)
-        if self._has[1]:
+        if of_w:
             terms = products((n, change), (self._g, None if kept is None else kept[0]))
             found[1] = None if terms is None else terms.sum_to_size(self._shape)
-        if self._has[2] and change is not None:
+        if of_bias and change is not None:
             found[2] = change.sum_to_size(self._shape)
         return found
 

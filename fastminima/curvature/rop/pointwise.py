@@ -12,7 +12,7 @@ from .._graph import differentiate
 from .leaves import Leaf
 from .rule import Rule, Some, edges_of, total
 
-__all__ = ["ACTIVATIONS", "Activation", "Quotient", "Relu", "Times"]
+__all__ = ["ACTIVATIONS", "Activation", "Quotient", "Relu", "Times", "bend_of"]
 
 # Functions of one number, whose nodes have one input.
 ACTIVATIONS = frozenset(
@@ -25,6 +25,17 @@ ACTIVATIONS = frozenset(
 )
 
 
+def bend_of(node: Any, gradient: Tensor) -> Tensor | None:
+    """D φ'' of a node that is a function of each number; None where φ' is constant."""
+    with torch.enable_grad():
+        found = node(gradient.detach())
+    found = found[0] if isinstance(found, tuple) else found
+    if not found.requires_grad:
+        return None
+    one = torch.ones_like(found)
+    return differentiate((found,), edges_of(node), (one,), create_graph=False)[0]
+
+
 class Activation(Rule):
     """y = φ(x): dy = φ' dx, and the change is φ' (change of d) + d φ'' dx.
 
@@ -35,14 +46,7 @@ class Activation(Rule):
         super().__init__(node, gradients)
         gradient = gradients[0]
         assert gradient is not None
-        with torch.enable_grad():
-            found = node(gradient.detach())
-        self._bend: Tensor | None = None
-        if found.requires_grad:
-            one = torch.ones_like(gradient)
-            (self._bend,) = differentiate(
-                (found,), edges_of(node), (one,), create_graph=False
-            )
+        self._bend = bend_of(node, gradient)
         self.is_linear = self._bend is None
 
     def tangents(self, inputs: Some) -> Some:

@@ -7,6 +7,7 @@ from typing import Any
 from .convolution import Convolution
 from .dense import Product
 from .linear import MOVES, Moved, Picked, Sum
+from .losses import ELEMENTWISE, ElementwiseLoss
 from .normal import LayerNorm
 from .pointwise import ACTIVATIONS, Activation, Quotient, Relu, Times
 from .rule import NotCovered, Rule, Some, Universal
@@ -28,9 +29,11 @@ RULES: dict[str, type[Rule]] = {
     "MulBackward0": Times,
     "DivBackward0": Quotient,
     "AddBackward0": Sum,
+    "SubBackward0": Sum,
     "MaxPool2DWithIndicesBackward0": Picked,
     **dict.fromkeys(MOVES, Moved),
     **dict.fromkeys(ACTIVATIONS, Activation),
+    **dict.fromkeys(ELEMENTWISE, ElementwiseLoss),
 }
 
 
@@ -49,6 +52,8 @@ def rule_of(node: Any, gradients: Some, saved: Saved) -> Rule:
         raise NotCovered(f"{name} is no operation of PyTorch's own.")
     saved.note(node)
     known = RULES.get(name, Universal)
+    if known is ElementwiseLoss and not ElementwiseLoss.is_for(node):
+        known = Universal
     if _is_scaled(node, name) or not _is_of_one_dtype(node):
         known = Universal
     return known(node, gradients)

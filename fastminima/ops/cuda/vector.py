@@ -11,7 +11,7 @@ from torch import Tensor
 from .._arguments import SUFFIX, addresses
 from ._launch import scratch, stream
 
-__all__ = ["lanczos_step", "linear_combinations", "power_step", "project_out"]
+__all__ = ["dots", "lanczos_step", "linear_combinations", "power_step", "project_out"]
 
 
 def lanczos_step(
@@ -37,13 +37,22 @@ def power_step(kernels: Any, w: Tensor, v: Tensor, shift: float, out: Tensor) ->
     return result
 
 
+def dots(kernels: Any, w: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """See `fastminima.ops.vector.dots`."""
+    return _with_rows(kernels, "dots", w, rows)
+
+
 def project_out(kernels: Any, w: Tensor, basis: Sequence[Tensor]) -> Tensor:
     """See `fastminima.ops.vector.project_out`."""
-    result = scratch(len(basis), w)
-    partials = scratch(kernels.vector_partials(len(w), len(basis)), w)
-    rows = addresses(basis)
-    getattr(kernels, f"project_out_{SUFFIX[w.dtype]}")(
-        *(w.data_ptr(), rows.data_ptr(), len(basis), len(w)),
+    return _with_rows(kernels, "project_out", w, basis)
+
+
+def _with_rows(kernels: Any, name: str, w: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    result = scratch(len(rows), w)
+    partials = scratch(kernels.vector_partials(len(w), len(rows)), w)
+    places = addresses(rows)
+    getattr(kernels, f"{name}_{SUFFIX[w.dtype]}")(
+        *(w.data_ptr(), places.data_ptr(), len(rows), len(w)),
         *(partials.data_ptr(), result.data_ptr(), stream(w)),
     )
     return result

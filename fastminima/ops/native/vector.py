@@ -12,6 +12,7 @@ from ... import _native
 from .._arguments import SUFFIX, addresses
 
 __all__ = [
+    "dots",
     "lanczos_step",
     "linear_combinations",
     "power_step",
@@ -51,12 +52,21 @@ def power_step(kernels: Any, w: Tensor, v: Tensor, shift: float, out: Tensor) ->
     return result
 
 
+def dots(kernels: Any, w: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """See `fastminima.ops.vector.dots`."""
+    return _with_rows(kernels, "dots", w, rows)
+
+
 def project_out(kernels: Any, w: Tensor, basis: Sequence[Tensor]) -> Tensor:
     """See `fastminima.ops.vector.project_out`."""
-    partials, result = _scratch(kernels, len(w), len(basis), len(basis))
-    rows = addresses(basis)
-    getattr(kernels, f"project_out_{SUFFIX[w.dtype]}")(
-        *(w.data_ptr(), rows.data_ptr(), len(basis), len(w)),
+    return _with_rows(kernels, "project_out", w, basis)
+
+
+def _with_rows(kernels: Any, name: str, w: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    partials, result = _scratch(kernels, len(w), len(rows), len(rows))
+    places = addresses(rows)
+    getattr(kernels, f"{name}_{SUFFIX[w.dtype]}")(
+        *(w.data_ptr(), places.data_ptr(), len(rows), len(w)),
         *(partials.data_ptr(), result.data_ptr(), _native.threads()),
     )
     return result

@@ -72,7 +72,10 @@ def assert_same(got, want, prefix="", **tolerance):
     for name in ("sq_norms", "mean_grad_sq_norm", "covariance_trace", "noise_scale"):
         assert_close(getattr(got, name), getattr(want, name), **tolerance)
     assert_close(got.dots, want.dots, **tolerance)
-    for name in ("sq_norms_by_parameter", "second_moments", "mean_grad"):
+    for name in (
+        *("sq_norms_by_parameter", "mean_grad_sq_norms_by_parameter"),
+        *("second_moments", "mean_grad"),
+    ):
         ours, theirs = getattr(got, name), getattr(want, name)
         if theirs is None:
             assert ours is None, name

@@ -51,6 +51,7 @@ void require(bool holds, const char* what) {
     power_step_##suffix(w.data(), v.data(), 0.1, n, next.data(), partials.data(), result.data(),  \
                         nullptr);                                                                 \
     require(result[2] == result[2], "power_step");                                                \
+    dots_##suffix(w.data(), rows.data(), count, n, more.data(), result.data(), nullptr);          \
     project_out_##suffix(w.data(), rows.data(), count, n, more.data(), result.data(), nullptr);   \
     std::vector<scalar_t> weights(size_t(count * 3), scalar_t(0.25)), out(size_t(3 * n));         \
     linear_combinations_##suffix(rows.data(), count, weights.data(), 3, n, out.data(), n,         \

@@ -1,0 +1,1 @@
+"""Where training settles: at the edges of stability, by measured curvature."""

@@ -1,0 +1,363 @@
+"""`watch`: everything that is logged of a training loop, by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..capture import GradientProbe
+from ..spectrum import Eigenpairs, SharpnessProbe
+from ..statistics import GradientStatistics
+from .about import about_run
+from .layers import By
+from .loggers import Logger
+from .recorder import Monitor
+from .rows import Row
+from .run import RunFolder
+from .spikes import SpikeDetector
+
+__all__ = ["Watch", "watch"]
+
+To = Logger | str | PathLike[str]
+
+
+class Watch:
+    """A training loop that is being watched, until `close()`; a context manager.
+
+    Made by `watch`, which says what the options mean.
+
+    Attributes:
+        step: steps of the optimizer so far.
+        stats: the last `GradientStatistics`, of a whole step.
+        row: the last row.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        probe: GradientProbe,
+        optimizer: torch.optim.Optimizer | None,
+        sharpness: SharpnessProbe | None,
+        *,
+        every: int,
+        sharpness_every: int,
+        accumulate: int,
+        has_loss: bool,
+        folder: RunFolder | None,
+    ) -> None:
+        self.step = 0
+        self.stats: GradientStatistics | None = None
+        self.row: Row | None = None
+        self._monitor, self._probe, self._optimizer = monitor, probe, optimizer
+        self._sharpness, self._has_loss = sharpness, has_loss
+        self._every, self._sharpness_every = every, sharpness_every
+        self._accumulate, self._folder = accumulate, folder
+        self._parts: list[GradientStatistics] = []
+        self._losses: list[Tensor] = []
+        self._ids: list[Any] = []
+        self._passes = 0  # backward passes of the present step
+
+    def __repr__(self) -> str:
+        every = "" if self._every == 1 else f", every={self._every}"
+        return f"Watch({self._monitor!r}, {self._probe!r}{every}; {self.step} steps)"
+
+    def backward(
+        self,
+        losses: Tensor,
+        batch: Any = None,
+        ids: Sequence[Any] | Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        scale: float = 1.0,
+        extra: Mapping[str, float | Tensor] | None = None,
+    ) -> Row | None:
+        """Run a backward pass, in place of `losses.mean().backward()`.
+
+        Returns the row that was written; None on steps that are left out, and for all
+        but the last batch of a step that accumulates.
+
+        Args:
+            losses: the vector `[batch]` of per-sample losses; or their mean, a scalar.
+            batch: what `loss(model, batch)` takes, where sharpness is asked for.
+            ids: what identifies each sample, for the tables of samples.
+            batch_size: the number of samples behind a scalar loss.
+            scale: what the losses have been multiplied with, such as
+                `scaler.get_scale()`.
+            extra: more columns of the row; tensors of one number are welcome.
+
+        Raises:
+            CaptureError, ValueError: as `GradientProbe.backward`, and where curvature
+                is asked for, as `SharpnessProbe`.
+        """
+        self._passes += 1
+        is_last = self._passes == self._accumulate
+        is_due = self.step % self._every == 0
+        wants_sharpness = is_last and self._wants_sharpness()
+        given, whole = losses, scale
+        if self._accumulate > 1:
+            given, whole = losses / self._accumulate, scale / self._accumulate
+        stats, pairs = self._pass(
+            given, whole, batch_size, is_due=is_due, curves=wants_sharpness, batch=batch
+        )
+        if stats is not None:
+            self._parts.append(stats)
+            self._losses.append(losses.detach() / scale)
+            self._ids += list(range(stats.all_count)) if ids is None else list(ids)
+        if not is_last:
+            return None
+        try:
+            if stats is None and pairs is None:
+                return None
+            return self._log(losses, scale, pairs, extra, has_ids=ids is not None)
+        finally:
+            self.step += 1
+            self._forget()
+
+    def _wants_sharpness(self) -> bool:
+        return self._sharpness is not None and self.step % self._sharpness_every == 0
+
+    def _pass(
+        self,
+        losses: Tensor,
+        scale: float,
+        batch_size: int | None,
+        *,
+        is_due: bool,
+        curves: bool,
+        batch: Any,
+    ) -> tuple[GradientStatistics | None, Eigenpairs | None]:
+        """The backward pass with what is measured in it."""
+        sharpness = self._sharpness if curves else None
+        if sharpness is None:
+            return self._plain(losses, scale, batch_size, is_due=is_due), None
+        if self._has_loss and batch is not None:
+            stats = self._plain(losses, scale, batch_size, is_due=is_due)
+            return stats, sharpness(batch)
+        if not is_due:
+            return None, sharpness.backward(losses, scale=scale)
+        self._probe.attach(losses, batch_size, scale=scale)
+        try:
+            pairs = sharpness.backward(losses, scale=scale)
+            return self._probe.collect(), pairs
+        finally:
+            self._probe.detach()
+
+    def _plain(
+        self, losses: Tensor, scale: float, batch_size: int | None, *, is_due: bool
+    ) -> GradientStatistics | None:
+        if is_due:
+            return self._probe.backward(losses, batch_size, scale=scale)
+        (losses.mean() if losses.dim() else losses).backward()
+        return None
+
+    def _log(
+        self,
+        losses: Tensor,
+        scale: float,
+        pairs: Eigenpairs | None,
+        extra: Mapping[str, float | Tensor] | None,
+        *,
+        has_ids: bool,
+    ) -> Row | None:
+        sizes = [part.all_count for part in self._parts]
+        if self._parts:
+            total = self._parts[0]
+            for part in self._parts[1:]:
+                total = total + part
+            self.stats = total
+        measured = self._losses or [losses.detach() / scale]
+        loss = measured[0] if len(measured) == 1 else torch.cat(measured)
+        self.row = self._monitor.log(
+            self.step,
+            self.stats if self._parts else None,
+            loss=loss,
+            optimizer=self._optimizer,
+            sharpness=pairs,
+            extra=extra,
+            ids=self._ids if has_ids else None,
+            microbatches=sizes,
+        )
+        return self.row
+
+    def _forget(self) -> None:
+        """Begin the next step."""
+        self._passes = 0
+        self._parts, self._losses, self._ids = [], [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs: step, running averages, windows."""
+        return {"step": self.step, "monitor": self._monitor.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where an earlier watch was when it gave its `state_dict`."""
+        self.step = state["step"]
+        self._monitor.load_state_dict(state["monitor"])
+        self._forget()
+
+    def close(self) -> None:
+        """Close the files; says once where the run is."""
+        self._probe.detach()
+        self._monitor.close()
+        folder, self._folder = self._folder, None
+        if folder is not None and self.row is not None:
+            print(
+                f"{self.step} steps are in {folder.folder}; look at them with: "
+                f"python -m fastminima report {folder.folder}"
+            )
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    to: To | Sequence[To] | None = None,
+    every: int = 1,
+    sharpness: int | None = None,
+    *,
+    by: By = "layer",
+    layers: str | None = None,
+    layer_intervals: bool = False,
+    largest: int = 8,
+    histograms: bool = True,
+    spikes: SpikeDetector | float | None = 6.0,
+    smoothing: float = 0.95,
+    dataset_size: int | None = None,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    precondition: bool = False,
+    eigenvalues: int = 1,
+    **options: Any,
+) -> Watch:
+    """Watch a training loop: rows by layer, samples, spikes, sharpness, in one folder.
+
+    Call `w.backward(losses)` where the loop has `losses.mean().backward()`, and
+    `w.close()` at the end. A step is one of the optimizer's: with `accumulate=k` it is
+    k calls of `backward`, each of which backpropagates a k-th of its mean, and the row
+    has the statistics of all their samples.
+
+    Args:
+        model: the module that is trained.
+        optimizer: adds the three factors, and what curvature is compared with.
+        loss: `loss(model, batch)`, the mean loss that curvature is taken of; without it
+            (or without `batch`) the graph of the step is differentiated further.
+        to: a folder, a path that ends in ".jsonl" or ".csv", a logger of `fm.monitor`,
+            or several of these; None to keep nothing but the last row. Of several
+            processes the first one writes.
+        every: look at one step in so many, the first one included. The others are plain
+            backward passes.
+        sharpness: measure the largest eigenvalues of the Hessian every so many steps.
+        by: how parameters are grouped to layers, as for `Monitor`.
+        layers: a regular expression, as for `Monitor`.
+        layer_intervals: as for `Monitor`.
+        largest: samples in the tables, as for `Monitor`.
+        histograms: whether to write them.
+        spikes: as for `Monitor`; None to look for none.
+        smoothing: weight of the past in running averages.
+        dataset_size: as for `Monitor`.
+        max_norm: what the loop gives `clip_grad_norm_`, as for `Monitor`.
+        accumulate: backward passes that make up one step of the optimizer. It keeps the
+            mean gradient of each, so as much memory as two gradients.
+        precondition: also the noise scale in the norm of an adaptive optimizer, and the
+            temperature in the coordinates in which it is SGD. It measures second
+            moments.
+        eigenvalues: how many.
+        options: for `GradientProbe`, such as `batchnorm="rows"` or `mode="fused"`.
+
+    Raises:
+        ValueError: for options outside their range.
+
+    Example:
+        >>> import tempfile, torch, fastminima as fm
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> w = fm.monitor.watch(model, optimizer, to=folder.name + "/run")
+        >>> for step in range(3):
+        ...     optimizer.zero_grad()
+        ...     row = w.backward(model(torch.randn(8, 3)).square().mean(1))
+        ...     optimizer.step()
+        >>> row["step"], row["gradient/count"], "layers/(own)/share" in row
+        (2, 8, True)
+        >>> w.close()  # doctest: +ELLIPSIS
+        3 steps are in ...run; look at them with: python -m fastminima report ...run
+        >>> folder.cleanup()
+    """
+    _check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
+    asked: dict[str, Any] = {"per_parameter": by is not None}
+    asked["keep_mean"] = accumulate > 1
+    if precondition:
+        asked |= {"measure": ("norms", "second_moments"), "keep_mean": True}
+    asked |= options
+    probe = GradientProbe(model, **asked)
+    loggers = _loggers(to)
+    settings = {"every": every, "sharpness": sharpness, "dataset_size": dataset_size}
+    monitor = Monitor(
+        *(loggers if _is_first() else ()),
+        by=by,
+        layers=layers,
+        layer_intervals=layer_intervals,
+        largest=largest,
+        histograms=histograms,
+        spikes=spikes,
+        smoothing=smoothing,
+        max_norm=max_norm,
+        dataset_size=dataset_size,
+        precondition=model if precondition else None,
+        about=lambda: about_run(model, optimizer, by, settings),
+    )
+    curvature = None
+    if sharpness is not None:
+        curvature = SharpnessProbe(model, loss, eigenvalues)
+    folders = [one for one in loggers if isinstance(one, RunFolder)]
+    return Watch(
+        *(monitor, probe, optimizer, curvature),
+        every=every,
+        sharpness_every=sharpness or 1,
+        accumulate=accumulate,
+        has_loss=loss is not None,
+        folder=folders[0] if folders and _is_first() else None,
+    )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        is_whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and not (is_whole and count >= 1):
+            raise ValueError(f"{name} must be a positive integer, got {count!r}.")
+
+
+def _loggers(to: To | Sequence[To] | None) -> list[Any]:
+    """Loggers and paths as `Monitor` takes them; other paths are folders."""
+    is_one = isinstance(to, (Logger, str, PathLike))
+    several: Sequence[Any] = [to] if is_one else to or []
+    return [
+        RunFolder(one)
+        if isinstance(one, (str, PathLike))
+        and not fspath(one).endswith((".jsonl", ".csv"))
+        else one
+        for one in several
+    ]
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    return dist.get_rank() == 0

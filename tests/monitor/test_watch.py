@@ -1,0 +1,366 @@
+"""`fm.monitor.watch` in plain loops: what it writes, and that training is the same."""
+
+import copy
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from oracles import flat, single_sample_gradients
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastminima as fm
+
+
+def setup(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def batches(count, size=8, dtype=torch.float32):
+    random = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(size, 6, generator=random, dtype=dtype)
+        yield x, (x[:, 0] > 0).long()
+
+
+def losses(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def mean_loss(model, batch):
+    return losses(model, batch).mean()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train(model, optimizer, watch, data, accumulate=1):
+    """The loop; with None in place of a watch the plain one."""
+    for i, batch in enumerate(data):
+        if i % accumulate == 0:
+            optimizer.zero_grad()
+        found = losses(model, batch)
+        if watch is None:
+            (found.mean() / accumulate).backward()
+        else:
+            watch.backward(
+                found, batch=batch, ids=[f"{i}.{n}" for n in range(len(found))]
+            )
+        if i % accumulate == accumulate - 1:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("every", [1, 2])
+def test_training_is_bitwise_the_same(accumulate, every, tmp_path):
+    states = []
+    for is_watched in (False, True):
+        model, optimizer = setup()
+        watch = None
+        if is_watched:
+            watch = fm.monitor.watch(
+                model, optimizer, mean_loss, tmp_path / "run", every, 2,
+                accumulate=accumulate,
+            )  # fmt: skip
+        train(model, optimizer, watch, batches(12), accumulate)
+        states.append(model.state_dict())
+    plain, watched = states
+    for name, value in plain.items():
+        if accumulate == 1:
+            assert torch.equal(watched[name], value), name
+        else:  # vectors are divided before their mean is taken
+            torch.testing.assert_close(watched[name], value)
+
+
+def test_files(tmp_path, capsys):
+    model, optimizer = setup()
+    folder = tmp_path / "runs" / "a"
+    with fm.monitor.watch(model, optimizer, mean_loss, folder, 2, 4, largest=3) as w:
+        train(model, optimizer, w, batches(10))
+        assert w.step == 10
+    rows = lines(folder / "rows.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert ["sharpness/eigenvalue_1" in row for row in rows] == [True, False] * 2 + [
+        True
+    ]
+    assert rows[0]["sharpness/two_over_lr"] == pytest.approx(2 * 1.5 / 0.1)
+    samples = lines(folder / "samples.jsonl")
+    assert [one["step"] for one in samples] == [0, 2, 4, 6, 8]
+    histograms = lines(folder / "histograms.jsonl")
+    assert all(sum(one["counts"]) == 8 for one in histograms)
+    assert not (folder / "spikes.jsonl").exists()
+    about = json.loads((folder / "run.json").read_text())
+    assert about["optimizer"]["name"] == "SGD"
+    assert about["optimizer"]["options"]["momentum"] == 0.5
+    assert [one["name"] for one in about["layers"]] == ["0", "2"]
+    assert sum(one["parameters"] for one in about["layers"]) == about["parameters"]
+    out = capsys.readouterr().out
+    assert f"python -m fastminima report {folder}" in out
+    w.close()
+    assert not capsys.readouterr().out  # once
+
+
+def test_largest_samples_are_those_of_single_gradients(tmp_path):
+    """Over a step of two batches: ids, losses, norms and layers."""
+    model, optimizer = setup(torch.float64)
+    data = list(batches(2, dtype=torch.float64))
+    w = fm.monitor.watch(model, optimizer, to=tmp_path, accumulate=2, largest=4)
+    joined = [torch.cat(parts) for parts in zip(*data, strict=True)]
+    grads = single_sample_gradients(model, losses, joined)
+    wanted = losses(model, joined).tolist()
+    train(model, optimizer, w, data, accumulate=2)
+    w.close()
+    norms = flat(grads).norm(dim=1)
+    (line,) = lines(tmp_path / "samples.jsonl")
+    order = norms.argsort(descending=True)[:4].tolist()
+    assert [s["id"] for s in line["samples"]] == [f"{n // 8}.{n % 8}" for n in order]
+    first = torch.cat([grads[n].flatten(1) for n in ("0.weight", "0.bias")], 1)
+    for n, sample in zip(order, line["samples"], strict=True):
+        assert (sample["microbatch"], sample["index"]) == (n // 8, n % 8)
+        assert sample["norm"] == pytest.approx(norms[n].item())
+        assert sample["loss"] == pytest.approx(wanted[n])
+        share = (first[n].square().sum() / norms[n].square()).item()
+        assert sample["layers"] == pytest.approx({"0": share, "2": 1 - share})
+    (row,) = lines(tmp_path / "rows.jsonl")
+    assert row["gradient/count"] == row["factors/batch_size"] == 16
+    assert row["gradient/covariance_trace"] == pytest.approx(
+        flat(grads).var(0).sum().item()
+    )
+    assert row["loss"] == pytest.approx(sum(wanted) / 16)
+
+
+def test_share_of_the_mean_where_the_gram_matrix_is_there(tmp_path):
+    model, optimizer = setup(torch.float64)
+    batch = next(batches(1, dtype=torch.float64))
+    g = flat(single_sample_gradients(model, losses, batch))
+    w = fm.monitor.watch(
+        model, optimizer, to=tmp_path, largest=8, measure=("norms", "gram")
+    )
+    w.backward(losses(model, batch))
+    w.close()
+    (line,) = lines(tmp_path / "samples.jsonl")
+    want = g @ g.mean(0) / (8 * g.mean(0).square().sum())
+    for sample in line["samples"]:
+        assert sample["share"] == pytest.approx(want[sample["index"]].item())
+        assert sample["id"] == sample["index"]
+    assert sum(sample["share"] for sample in line["samples"]) == pytest.approx(1)
+
+
+def test_sampled_statistics_name_samples_of_the_batch(tmp_path):
+    model, optimizer = setup(torch.float64)
+    batch = next(batches(1, dtype=torch.float64))
+    norms = flat(single_sample_gradients(model, losses, batch)).norm(dim=1)
+    values = losses(model, batch).tolist()
+    w = fm.monitor.watch(model, optimizer, to=tmp_path, largest=8, sample=3)
+    w.backward(losses(model, batch))
+    w.close()
+    (line,) = lines(tmp_path / "samples.jsonl")
+    assert len(line["samples"]) == 3
+    for sample in line["samples"]:
+        assert sample["norm"] == pytest.approx(norms[sample["index"]].item())
+        assert sample["loss"] == pytest.approx(values[sample["index"]])
+
+
+def test_scaled_losses():
+    """A GradScaler's factor leaves no trace in the row, and stays in `.grad`."""
+    model, optimizer = setup(torch.float64)
+    batch = next(batches(1, dtype=torch.float64))
+    plain = fm.monitor.watch(model, optimizer)
+    want = plain.backward(losses(model, batch))
+    grad = model[0].weight.grad.clone()
+    optimizer.zero_grad()
+    scaled = fm.monitor.watch(model, optimizer)
+    got = scaled.backward(losses(model, batch) * 1024, scale=1024)
+    assert got == pytest.approx(want, nan_ok=True)
+    torch.testing.assert_close(model[0].weight.grad, grad * 1024)
+
+
+def test_sharpness_of_the_steps_own_graph_and_of_a_loss():
+    found = []
+    for loss in (None, mean_loss):
+        model, optimizer = setup(torch.float64)
+        w = fm.monitor.watch(model, optimizer, loss, sharpness=1)
+        batch = next(batches(1, dtype=torch.float64))
+        found.append(w.backward(losses(model, batch), batch=batch))
+        assert model[0].weight.grad is not None
+    own, other = found
+    assert own["sharpness/eigenvalue_1"] == pytest.approx(
+        other["sharpness/eigenvalue_1"], rel=0.02
+    )
+    for name in ("gradient/covariance_trace", "layers/0/share", "loss"):
+        assert own[name] == pytest.approx(other[name])
+
+
+class Copies(TorchDispatchMode):
+    """Counts what makes a device's numbers Python's."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        kept = torch.Tensor.tolist
+
+        def tolist(tensor):
+            self.count += 1
+            return kept(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # `.item()`, `float(x)` and `bool(x)` are this operation.
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_copy_a_row_and_none_without(tmp_path, monkeypatch):
+    model, optimizer = setup()
+    probe = fm.GradientProbe(model, per_parameter=True)
+    batch = next(batches(1))
+    found = losses(model, batch)
+    stats = probe.backward(found)
+    pairs = fm.SharpnessProbe(model, mean_loss)(batch)
+    monitor = fm.monitor.Monitor(
+        fm.monitor.RunFolder(tmp_path), largest=4, histograms=True, spikes=6.0
+    )
+    with Copies(monkeypatch) as copies:
+        row = monitor.log(
+            0, stats, loss=found.detach(), optimizer=optimizer, sharpness=pairs,
+            extra={"norm": torch.tensor(3.0)}, ids=range(8),
+        )  # fmt: skip
+    assert copies.count == 1
+    assert row["norm"] == 3.0
+    with copies:
+        assert monitor.log(1, None, loss=found.detach().mean()) is None
+    assert copies.count == 1
+
+
+def test_steps_that_are_left_out_are_plain(monkeypatch):
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, every=3)
+    seen = []
+    kept = fm.GradientProbe.backward
+
+    def backward(probe, *args, **kwargs):
+        seen.append(w.step)
+        return kept(probe, *args, **kwargs)
+
+    monkeypatch.setattr(fm.GradientProbe, "backward", backward)
+    train(model, optimizer, w, batches(7))
+    assert seen == [0, 3, 6]
+
+
+def test_resuming_goes_on(tmp_path):
+    def run(cuts):
+        model, optimizer = setup()
+        data, state, start = list(batches(30)), None, 0
+        for end in (*cuts, 30):
+            w = fm.monitor.watch(model, optimizer, to=tmp_path / str(cuts), every=2)
+            if state is not None:
+                w.load_state_dict(json.loads(json.dumps(state)))
+            train(model, optimizer, w, data[start:end])
+            state, start = w.state_dict(), end
+            w.close()
+        return lines(tmp_path / str(cuts) / "rows.jsonl")
+
+    whole, resumed = run(()), run((11,))
+    assert resumed == whole
+    assert (
+        whole[-1]["gradient/noise_scale_high"] != whole[0]["gradient/noise_scale_high"]
+    )
+
+
+def test_spike_with_its_sample(tmp_path):
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, to=tmp_path)
+    data = list(batches(34))
+    train(model, optimizer, w, data[:33])
+    weights = torch.ones(8).index_fill(0, torch.tensor([5]), 1e5)
+    w.backward(losses(model, data[33]) * weights, ids=[f"33.{n}" for n in range(8)])
+    found = lines(tmp_path / "spikes.jsonl")  # before it is closed
+    assert [spike["what"] for spike in found] == ["loss", "norm"]
+    for spike in found:
+        assert spike["step"] == 33
+        assert spike["samples"][0]["id"] == "33.5"
+        assert spike["z"] > 6
+    w.close()
+
+
+def test_adam_in_the_norm_of_its_steps():
+    model, _ = setup(torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    w = fm.monitor.watch(model, optimizer, precondition=True)
+    data = list(batches(3, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, w, data[:2])
+    before = copy.deepcopy(model)
+    divisor = fm.preconditioner(model, optimizer)
+    row = w.backward(losses(model, data[2]))
+    g = flat(single_sample_gradients(before, losses, data[2]))
+    trace = (g.var(0) / divisor).sum().item()
+    signal = (g.mean(0).square() / divisor).sum().item() - trace / 8
+    assert row["gradient/preconditioned_covariance_trace"] == pytest.approx(trace)
+    assert row["gradient/preconditioned_signal"] == pytest.approx(signal)
+    assert row["factors/ratio"] == pytest.approx(0.01 / 8)
+    temperature = 0.01 / 8 * trace / g.shape[1] / 2
+    assert row["factors/temperature"] == pytest.approx(temperature)
+    assert row["factors/momentum"] == 0.9
+
+
+def test_adam_without_it_says_what_to_do():
+    model, _ = setup()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
+    w = fm.monitor.watch(model, optimizer)
+    with pytest.warns(UserWarning, match=r"AdamW rescales .*precondition=True"):
+        row = w.backward(losses(model, next(batches(1))))
+    assert "factors/ratio" not in row
+    assert row["factors/weight_decay"] == 0.02
+    assert "sharpness/two_over_lr" not in row
+
+
+def test_what_is_printed_of_it():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, every=2)
+    train(model, optimizer, w, batches(3))
+    shown = repr(w)
+    assert shown.startswith("Watch(Monitor(no logger), GradientProbe(Sequential, ")
+    assert shown.endswith("every=2; 3 steps)")
+
+
+def test_clipping_is_counted():
+    model, optimizer = setup()
+    batch = next(batches(1))
+    free = fm.monitor.watch(model, optimizer).backward(losses(model, batch))
+    optimizer.zero_grad()
+    limit = 0.5 * math.sqrt(free["gradient/mean_grad_sq_norm"])
+    row = fm.monitor.watch(model, optimizer, max_norm=limit).backward(
+        losses(model, batch)
+    )
+    before = model[0].weight.grad.clone()
+    nn.utils.clip_grad_norm_(model.parameters(), limit)
+    ratio = (model[0].weight.grad.norm() / before.norm()).item()
+    assert row["factors/clip"] == pytest.approx(ratio, rel=1e-4)
+    assert row["factors/ratio"] == pytest.approx(
+        free["factors/ratio"] * ratio, rel=1e-4
+    )
+    assert row["factors/learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize("value", ["a word", [1.0, 2.0], torch.ones(2)])
+def test_extra_that_is_no_number(value):
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer)
+    with pytest.raises(TypeError, match=r"extra\['x'\] must be a number"):
+        w.backward(losses(model, next(batches(1))), extra={"x": value})
+
+
+@pytest.mark.parametrize("bad", [{"every": 0}, {"accumulate": 1.5}, {"sharpness": -1}])
+def test_options_outside_their_range(bad):
+    model, optimizer = setup()
+    with pytest.raises(ValueError, match="must be a positive integer"):
+        fm.monitor.watch(model, optimizer, **bad)

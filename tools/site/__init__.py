@@ -1,0 +1,1 @@
+"""The documentation's site: what mkdocs needs to build it, and what is checked then."""
