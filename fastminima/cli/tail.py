@@ -10,9 +10,9 @@ from typing import Any
 
 from .._optional import require
 from ..report import Run, open_run
-from ..report.curves import two_over_lr
 from ..report.now import quantities
 from ..report.page import summary
+from ..report.sharpness import two_over_lr
 from .usage import UsageError
 
 __all__ = ["last_rows", "run"]
@@ -164,11 +164,13 @@ def _scale(row: dict[str, float | None]) -> str:
     value = row.get(f"{name}_smoothed", row.get(name))
     if value is None:
         return ""
+    # A signal that is estimated below zero gives no ratio, but still a lower end.
+    told = f"{value:.3g}" if value > 0 else "?"
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     if low is None and high is None:
-        return f"{value:.3g}"
+        return told
     upper = "∞" if high is None else f"{high:.3g}"
-    return f"{value:.3g} ({_number(low, 3) or '0'}-{upper})"
+    return f"{told} ({_number(low, 3) or '0'}-{upper})"
 
 
 def _bar(row: dict[str, float | None]) -> Any:
@@ -195,10 +197,11 @@ def _first_line(run: Run) -> str:
 
 
 def _told(value: float, low: float, high: float) -> str:
+    told = f"{value:.4g}" if math.isfinite(value) else "not known"
     if not (math.isfinite(low) or math.isfinite(high)):
-        return f"{value:.4g}"
+        return told
     upper = f"{high:.4g}" if math.isfinite(high) else "no upper end"
-    return f"{value:.4g} ({_number(low, 4)} to {upper})"
+    return f"{told} ({_number(low, 4)} to {upper})"
 
 
 def _spike(spike: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .columns import Columns
-from .curves import Drawn
+from .drawn import Drawn
 from .run import Run
 from .traces import layout, numbers
 
@@ -78,7 +78,7 @@ def layer_maps(run: Run) -> list[Drawn]:
             "customdata": [[layer] * len(steps) for layer in layers],
             "hovertemplate": "%{customdata}<br>step %{x}: %{text}<extra></extra>",
         }
-        figure["layout"]["height"] = min(120 + 22 * max(len(layers), 4), 900)
+        figure["layout"]["height"] = min(140 + 22 * max(len(layers), 4), 900)
         found.append(Drawn(f"layers-{key}", "Layers", title, glossary, figure))
     return found
 
@@ -132,6 +132,7 @@ def _heat_map(
     }
     figure = {"data": [trace], "layout": layout(title, yaxis={})}
     figure["layout"]["hovermode"] = "closest"
+    figure["layout"]["margin"]["t"] = 36  # the buttons stand above the colour bar
     figure["layout"]["yaxis"]["showgrid"] = False
     figure["layout"]["xaxis"]["showgrid"] = False
     return figure

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .columns import Column
-from .curves import gradient_variance, two_over_lr
+from .factors import gradient_variance
 from .maps import layers_of, share_of_parameters
 from .run import Run
+from .sharpness import two_over_lr
 
 __all__ = ["Quantity", "quantities"]
 
@@ -87,8 +88,10 @@ def _noise_scale(run: Run) -> Iterator[Quantity]:
     has_interval = bool(len(columns["gradient/noise_scale_low"]))
     kind = "95 % interval" if has_interval else "no interval was logged"
     words = _worth(column.last, low, high, columns["factors/batch_size"].last)
+    # A signal that is estimated below zero gives no ratio, but still a lower end.
+    value = column.last if column.last > 0 else math.nan
     step = float(column.steps[-1])
-    yield Quantity("noise scale", column.last, low, high, kind, step, words)
+    yield Quantity("noise scale", value, low, high, kind, step, words)
 
 
 def _at_end(column: Column, other: Column) -> float:
@@ -106,7 +109,12 @@ def _worth(scale: float, low: float, high: float, batch: float) -> str:
         "A batch of this size makes half the progress a step that the full gradient "
         "would, and a sample in it is worth half of one in a small batch."
     )
-    if not (batch > 0 and scale > 0):
+    if not scale > 0:
+        return (
+            "The gradient's signal cannot be told from zero at this smoothing, so "
+            "there is no estimate: only what it is at least. " + half
+        )
+    if not batch > 0:
         return half
     each = [
         f"{scale_at / (scale_at + batch):.0%}" if scale_at > 0 else "0%"
@@ -160,7 +168,8 @@ def _sharpness(run: Run) -> Iterator[Quantity]:
     if len(before) and before.last > 0:
         part = column.last / before.last
         side = "above: steps along its eigenvector grow" if part > 1 else "below"
-        words += f" It is {part:.0%} of 2/η = {before.last:.4g} ({side})."
+        told = f"{part:.0%}" if part >= 0.01 else "less than 1%"
+        words += f" It is {told} of 2/η = {before.last:.4g} ({side})."
     yield Quantity(
         "sharpness λ₁",
         column.last,
@@ -185,6 +194,6 @@ def _layer(run: Run) -> Iterator[Quantity]:
         return
     largest = max(medians, key=medians.__getitem__)
     part = share_of_parameters(run.about).get(largest)
-    words = f"{largest} has more of tr Σ than any other layer"
+    words = f"Layer {largest} has more of tr Σ than any other layer"
     words += f", with {part:.1%} of the parameters." if part is not None else "."
     yield from _recent(shares[largest], "largest share of tr Σ", words)

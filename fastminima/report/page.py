@@ -14,7 +14,8 @@ from typing import Any
 
 from .._optional import require
 from . import tables
-from .curves import Drawn, curves, own_columns
+from .curves import curves, own_columns
+from .drawn import Drawn
 from .maps import layer_maps, norm_map
 from .now import quantities
 from .run import Run, open_run

@@ -138,6 +138,8 @@ def _samples(samples: object, most: int = 3) -> str:
         words = [f"norm {number(sample.get('norm'))}"]
         if sample.get("loss") is not None:
             words.append(f"loss {number(sample['loss'])}")
+        if sample.get("share") is not None:
+            words.append(f"{finite(sample['share']):.0%} of the mean gradient")
         if sample.get("rank"):
             words.append(f"rank {sample['rank']}")
         layers = _layers(sample.get("layers") or {})
@@ -162,7 +164,7 @@ def _name(value: object, most: int = 60) -> str:
 def _layers(shares: Mapping[str, Any], most: int = 3) -> str:
     known = sorted(shares.items(), key=lambda item: -finite(item[1]))[:most]
     return ", ".join(
-        f"{escape(str(name))} {finite(share):.0%}"
+        f"{escape(str(name))}: {finite(share):.0%}"
         for name, share in known
         if math.isfinite(finite(share))
     )

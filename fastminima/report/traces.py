@@ -242,6 +242,11 @@ def layout(title: str, height: int = 340, **axes: Any) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "var(--ink)", "size": 12},
+        "modebar": {
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": "var(--faint)",
+            "activecolor": "var(--ink)",
+        },
         "hovermode": "x unified",
         "hoverlabel": {"bgcolor": "var(--panel)", "font": {"color": "var(--ink)"}},
         "legend": {"orientation": "h", "y": 1.02, "x": 0, "yanchor": "bottom"},

@@ -167,6 +167,19 @@ def test_quantities_and_their_intervals(run):
     )
 
 
+def test_a_signal_below_zero_gives_no_noise_scale_but_a_lower_end(tmp_path):
+    row = {
+        "step": 3,
+        "gradient/noise_scale_smoothed": -870.0,
+        "gradient/noise_scale_low": 173.0,
+        "gradient/noise_scale_high": None,
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (scale,) = summary(open_run(tmp_path))["quantities"]
+    assert (scale["value"], scale["low"], scale["high"]) == (None, 173.0, None)
+    assert "cannot be told from zero" in scale["words"]
+
+
 def test_thin_keeps_what_sticks_out():
     random = np.random.default_rng(0)
     x = np.arange(100_000.0)
