@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +21,7 @@ from .layers import By
 from .loggers import Logger
 from .recorder import Monitor
 from .rows import Row
-from .run import RunFolder
+from .run import RunFolder, is_folder
 from .spikes import SpikeDetector
 
 __all__ = ["Watch", "watch"]
@@ -396,13 +396,7 @@ def _loggers(to: To | Sequence[To] | None) -> list[Any]:
     """Loggers and paths as `Monitor` takes them; other paths are folders."""
     is_one = isinstance(to, (Logger, str, PathLike))
     several: Sequence[Any] = [to] if is_one else to or []
-    return [
-        RunFolder(one)
-        if isinstance(one, (str, PathLike))
-        and not fspath(one).endswith((".jsonl", ".csv"))
-        else one
-        for one in several
-    ]
+    return [RunFolder(one) if is_folder(one) else one for one in several]
 
 
 def _is_first() -> bool:
