@@ -9,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import asdict
 
+from ..capture.options import BatchNorm
 from . import loss_checks, model_checks
 from .findings import ORDER, Finding
 from .target import Target, load_target
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if is_ok else 1
 
 
-def examine(target: Target, batchnorm: str = "error") -> list[Finding]:
+def examine(target: Target, batchnorm: BatchNorm = "error") -> list[Finding]:
     """Everything that can be said before a run, the worst first.
 
     The loss is evaluated a few times, as in training; no step is taken, and `.grad`

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
 from ..capture import CaptureError, GradientProbe
+from ..capture.options import BatchNorm
 from ..curvature import Hessian
 from .findings import Finding, some
 from .target import Target
@@ -110,7 +111,9 @@ def _nodes(losses: Tensor) -> Iterator[Any]:
                 waiting.append(below)
 
 
-def of_reading(model: nn.Module, losses: Tensor, batchnorm: str) -> Iterator[Finding]:
+def of_reading(
+    model: nn.Module, losses: Tensor, batchnorm: BatchNorm
+) -> Iterator[Finding]:
     """What the probe itself says of the graph."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
