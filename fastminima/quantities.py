@@ -257,10 +257,11 @@ class BatchSizeAdvice:
     def _size(self) -> str:
         low, high = self.half_efficient
         if math.isinf(high):
-            return f"at least {low:.3g}"
+            return f"at least {_rounded(low)}"
         if not low:
-            return f"at most {high:.3g}"
-        return f"about {self.noise_scale:.3g} ({low:.3g} to {high:.3g})"
+            return f"at most {_rounded(high)}"
+        about, *ends = map(_rounded, (self.noise_scale, low, high))
+        return f"about {about} ({' to '.join(ends)})"
 
     def _advice(self) -> str:
         low, high = self.half_efficient
@@ -311,8 +312,10 @@ def advise_batch_size(
     # The trace in it is not negative; an end below zero is that of the estimate.
     bottom = max(0.0, low) if low is not None and math.isfinite(low) else 0.0
     top = math.inf if high is None or math.isnan(high) else float(high)
-    # Below zero the signal is lost in the noise: no batch is known to be large enough.
-    centre = noise_scale if noise_scale >= 0 else math.inf
+    centre = float(noise_scale)
+    if centre < 0 or (math.isnan(centre) and math.isinf(top)):
+        # The signal is lost in the noise, or there is none: the interval says which.
+        centre = math.inf if math.isinf(top) else bottom
     if not bottom <= centre <= top:
         raise ValueError(
             f"The noise scale {noise_scale} is not in its interval [{low}, {high}]. "
@@ -330,7 +333,13 @@ def advise_batch_size(
 
 
 def _percent(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:.0%} to {ends[1]:.0%}".replace("% to", " to").replace("%", " %")
+    low, high = (_rounded(100 * end) for end in ends)
+    return f"{low} to {high} %"
+
+
+def _rounded(value: float) -> str:
+    """About three digits, as people write them."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _behind_mean(stats: _Statistics) -> int:

@@ -42,8 +42,9 @@ class LightningProbe(_Callback):
     `manual_backward`, numbered by "backward". "step" is the Trainer's `global_step`.
 
     Args:
-        to: a path ending in ".jsonl", a logger of `fm.monitor`, or a `Monitor`; None
-            for the Trainer's own loggers.
+        to: a folder, for rows by layer, largest samples, histograms and spikes, and for
+            `python -m fastminima report`; a path ending in ".jsonl" or ".csv", a logger
+            of `fm.monitor`, or a `Monitor`; None for the Trainer's own loggers.
         every: probe one step of the optimizer in so many, the first one included, with
             all batches that it accumulates.
         batch_size: the number of samples of a batch, or a function that says it of a

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import CaptureError, GradientProbe
-from ..monitor import Logger, Monitor
+from ..monitor import Logger, Monitor, RunFolder, SpikeDetector
+from ..monitor.about import about_run
+from ..monitor.run import is_folder
 from ..statistics import GradientStatistics
 from .batches import leading_size
 
@@ -36,7 +38,8 @@ class Observer:
     """Probes the backward passes of every k-th training step and writes their rows.
 
     Args:
-        to: a monitor, a logger or a path ending in ".jsonl".
+        to: a monitor, a logger, a path ending in ".jsonl" or ".csv", or a folder: then
+            rows are by layer, with tables of samples, histograms and spikes.
         every: one step of the optimizer in so many is probed, the first one included,
             with all batches that it accumulates.
         batch_size: samples of a batch, or a function that says it of a batch.
@@ -63,16 +66,13 @@ class Observer:
                 f"Unknown on_error {on_error!r}; choose from 'raise', 'warn'."
             )
         self._relay = _Relay()
-        if isinstance(to, Monitor):
-            self._monitor = to
-        else:
-            self._monitor = Monitor(self._relay if to is None else to)
+        self._options = dict(options)
+        self._monitor = self._monitor_of(to)
         self.stats: GradientStatistics | None = None
         self.is_due = False  # whether the present batch is probed
         self._every = int(every)
         self._batch_size = batch_size
         self._is_strict = on_error == "raise"
-        self._options = dict(options)
         self._batches = self._steps = 0
         self._step: int | None = None  # of the batch before
         self._samples = 0
@@ -80,6 +80,28 @@ class Observer:
         self._probe: GradientProbe[GradientStatistics | None] | None = None
         self._tracked: tuple[int, ...] = ()
         self._waiting: tuple[float, Tensor] | None = None
+        self._model: nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def _monitor_of(self, to: Destination) -> Monitor:
+        """The monitor that rows go to; a run's folder gets all there is."""
+        if isinstance(to, Monitor):
+            return to
+        if not is_folder(to):
+            return Monitor(self._relay if to is None else to)
+        self._options.setdefault("per_parameter", True)
+        return Monitor(
+            RunFolder(cast(str, to)),
+            largest=8,
+            histograms=True,
+            spikes=SpikeDetector(),
+            about=self._about,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        assert self._model is not None
+        settings = {"every": self._every}
+        return about_run(self._model, self._optimizer, "layer", settings)
 
     def size_of(self, batch: Any) -> int:
         """The number of samples of a batch."""
@@ -155,7 +177,7 @@ class Observer:
             self.abandon()
         if stats is None:
             return
-        self.stats = stats
+        self.stats, self._optimizer = stats, optimizer
         self._relay.target = to
         self._monitor.log(
             step,
@@ -205,7 +227,7 @@ class Observer:
         tracked = tuple(id(p) for p in model.parameters() if p.requires_grad)
         if self._probe is None or tracked != self._tracked:
             self._probe = GradientProbe(model, **self._options)
-            self._tracked = tracked
+            self._tracked, self._model = tracked, model
         return self._probe
 
     def _fail(self, error: CaptureError) -> None:

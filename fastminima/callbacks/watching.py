@@ -81,8 +81,9 @@ def watch(
     Args:
         target: `transformers.Trainer`, or `accelerate.Accelerator`.
         model: of an accelerator: the model, prepared or not. A Trainer has its own.
-        to: a path ending in ".jsonl", a logger of `fm.monitor`, or a `Monitor`; None
-            for what the target itself logs to.
+        to: a folder, for rows by layer, largest samples, histograms and spikes, and for
+            `python -m fastminima report`; a path ending in ".jsonl" or ".csv", a logger
+            of `fm.monitor`, or a `Monitor`; None for what the target itself logs to.
         every: probe one step of the optimizer in so many, the first one included, with
             all batches that it accumulates.
         optimizer: of an accelerator: adds learning rate, ratio and temperature.
@@ -97,7 +98,7 @@ def watch(
         ValueError: for an unknown word, an `every` below one, sharded parameters.
 
     Example:
-        `watch(trainer, every=10, to="run.jsonl")`, or
+        `watch(trainer, every=10, to="runs/a")`, or
         `watch(accelerator, model, every=10, to="run.jsonl")`
     """
     is_trainer = hasattr(target, "training_step") and hasattr(target, "accelerator")

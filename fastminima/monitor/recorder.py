@@ -122,6 +122,7 @@ class Monitor:
         extra: Mapping[str, float | Tensor] | None = None,
         ids: Sequence[Any] | None = None,
         microbatches: Sequence[int] = (),
+        ranks: int = 1,
     ) -> Row | None:
         """Write a row and return it; None, and no row, where nothing was measured.
 
@@ -138,6 +139,7 @@ class Monitor:
             ids: what identifies each sample of the batch, for the table of the largest
                 and for spikes; their index otherwise.
             microbatches: sizes of the batches whose statistics were added up.
+            ranks: processes whose samples are in the statistics of each batch.
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
@@ -145,6 +147,8 @@ class Monitor:
         if stats is None and sharpness is None:
             return None
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
+        if stats is not None and ranks > 1:
+            microbatches = microbatches or [stats.all_count]
         groups = self._groups(stats)
         packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
         numbers = packed.read()
@@ -168,7 +172,7 @@ class Monitor:
             )
         row |= rows.extra_row(extra or {}, numbers)
         row["is_finite"] = rows.is_finite(row)
-        self._write(row, numbers, groups, Origin(ids, microbatches))
+        self._write(row, numbers, groups, Origin(ids, microbatches, ranks))
         return row
 
     def _asked(
@@ -202,12 +206,14 @@ class Monitor:
         """What is copied of layers and samples."""
         each = stats.sq_norms_by_parameter or {}
         means = stats.mean_grad_sq_norms_by_parameter or {}
-        if self._grouping.by is not None and each and each.keys() == means.keys():
-            packed.add("layers/sq", torch.stack(list(each.values())).double().mean(1))
+        table = torch.stack(list(each.values())) if each else None
+        is_asked = self._grouping.by is not None and each.keys() == means.keys()
+        if is_asked and table is not None:
+            packed.add("layers/sq", table.double().mean(1))
             packed.add("layers/mean", torch.stack([means[name] for name in each]))
         if stats.sq_norms is not None:
             if self._largest:
-                samples.ask_for(packed, stats, losses, self._largest)
+                samples.ask_for(packed, stats, losses, self._largest, table)
             if self._histograms:
                 samples.ask_for_counts(packed, stats)
         if self._model is not None and optimizer is not None and stats.all_count > 1:

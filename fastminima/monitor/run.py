@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from .loggers import Logger
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "is_folder"]
 
 
 class RunFolder(Logger):
@@ -83,6 +83,12 @@ class RunFolder(Logger):
         file = self._files[name]
         file.write(text.encode() + b"\n")
         return file.fileno()
+
+
+def is_folder(to: Any) -> bool:
+    """Whether rows are to go to a folder: a path without the ending of a file."""
+    is_path = isinstance(to, (str, PathLike))
+    return is_path and not os.fspath(to).endswith((".jsonl", ".csv"))
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -29,33 +29,57 @@ class Origin:
     """Where the samples of some statistics came from.
 
     Attributes:
-        ids: what identifies each sample of the step; None for its index.
-        microbatches: sizes of the batches that make up the step.
+        ids: what identifies each sample of this process; its index where that is None.
+        microbatches: sizes of the batches that make up the step, over all ranks.
+        ranks: processes whose samples are in each batch, one after the other.
     """
 
     ids: Sequence[Any] | None = None
     microbatches: Sequence[int] = ()
+    ranks: int = 1
 
     def of(self, number: int) -> dict[str, Any]:
-        """Id, index within its batch, rank and batch of a sample."""
-        index, microbatch = number, 0
+        """Id, index within its batch, rank and batch of a sample.
+
+        The ids of other ranks are not known here: theirs is the index. Where ranks may
+        have had different numbers of samples, the rank is None.
+        """
+        index, microbatch, before = number, 0, 0
         for size in self.microbatches[:-1]:
             if index < size:
                 break
             index, microbatch = index - size, microbatch + 1
-        known = self.ids is not None and number < len(self.ids)
-        return {
-            "id": _plain(self.ids[number]) if known and self.ids is not None else index,
-            "index": index,
-            "rank": dist.get_rank() if _is_distributed() else 0,
-            "microbatch": microbatch,
-        }
+            before += size // self.ranks
+        rank: int | None = _own_rank()
+        is_mine = True
+        if self.ranks > 1:
+            size = self.microbatches[microbatch]
+            each, rest = divmod(size, self.ranks)
+            rank, within = (None, index) if rest else divmod(index, each)
+            index, is_mine = within, rank == _own_rank()
+        found: Any = index
+        if is_mine and self.ids is not None and before + index < len(self.ids):
+            given = self.ids[before + index]
+            found = index if given is None else _plain(given)
+        return {"id": found, "index": index, "rank": rank, "microbatch": microbatch}
 
 
 def ask_for(
-    packed: Packed, stats: GradientStatistics, losses: Tensor | None, largest: int
+    packed: Packed,
+    stats: GradientStatistics,
+    losses: Tensor | None,
+    largest: int,
+    each: Tensor | None,
 ) -> None:
-    """Add to a copy what the table of the largest samples needs."""
+    """Add to a copy what the table of the largest samples needs.
+
+    Args:
+        packed: what is copied.
+        stats: of the step.
+        losses: of its samples, if they are known.
+        largest: how many samples the table has.
+        each: `[parameters, count]`, squared norms by parameter.
+    """
     assert stats.sq_norms is not None
     norms = stats.sq_norms.double()
     top = norms.topk(min(largest, len(norms)))
@@ -66,14 +90,13 @@ def ask_for(
     packed.add("samples/numbers", top.indices)
     if stats.samples is not None:
         packed.add("samples/looked_at", stats.samples)
-    if losses is not None:
+    if losses is not None and len(losses) == stats.all_count:  # else of one rank
         is_all = stats.samples is None
         packed.add("samples/losses", losses[top.indices] if is_all else losses)
     if stats.gram is not None and stats.mean_count is None:
         along = stats.gram[top.indices].double().mean(1)  # <g_n, mean>
         packed.add("samples/dots", along)
-    if stats.sq_norms_by_parameter:
-        each = torch.stack(list(stats.sq_norms_by_parameter.values()))
+    if each is not None:
         packed.add("samples/by_parameter", each[:, top.indices])
 
 
@@ -151,5 +174,6 @@ def _plain(one: Any) -> Any:
     return item() if callable(item) else one
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _own_rank() -> int:
+    is_one_of_many = dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if is_one_of_many else 0

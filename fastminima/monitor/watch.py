@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._processes import find_group
 from ..capture import GradientProbe
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
@@ -19,7 +21,7 @@ from .layers import By
 from .loggers import Logger
 from .recorder import Monitor
 from .rows import Row
-from .run import RunFolder
+from .run import RunFolder, is_folder
 from .spikes import SpikeDetector
 
 __all__ = ["Watch", "watch"]
@@ -40,6 +42,7 @@ class Watch:
 
     def __init__(
         self,
+        model: nn.Module,
         monitor: Monitor,
         probe: GradientProbe,
         optimizer: torch.optim.Optimizer | None,
@@ -50,7 +53,9 @@ class Watch:
         accumulate: int,
         has_loss: bool,
         folder: RunFolder | None,
+        ranks: int,
     ) -> None:
+        self._ranks = ranks
         self.step = 0
         self.stats: GradientStatistics | None = None
         self.row: Row | None = None
@@ -62,6 +67,9 @@ class Watch:
         self._losses: list[Tensor] = []
         self._ids: list[Any] = []
         self._passes = 0  # backward passes of the present step
+        self._model = model
+        self._versions: list[int] = []  # of parameters, at its first pass
+        self._has_warned = False
 
     def __repr__(self) -> str:
         every = "" if self._every == 1 else f", every={self._every}"
@@ -93,28 +101,65 @@ class Watch:
 
         Raises:
             CaptureError, ValueError: as `GradientProbe.backward`, and where curvature
-                is asked for, as `SharpnessProbe`.
+                is asked for, as `SharpnessProbe`; for ids of another number of samples.
+            TypeError: for a column of `extra` that is not a number.
         """
-        self._passes += 1
-        is_last = self._passes == self._accumulate
-        is_due = self.step % self._every == 0
-        wants_sharpness = is_last and self._wants_sharpness()
+        count = len(losses) if losses.dim() else batch_size
+        names = [None] * (count or 0) if ids is None else list(ids)
+        if ids is not None and len(names) != count:
+            raise ValueError(f"There are {len(names)} ids for {count} samples.")
+        self._begin()
+        is_last = self._passes + 1 == self._accumulate
         given, whole = losses, scale
         if self._accumulate > 1:
             given, whole = losses / self._accumulate, scale / self._accumulate
         stats, pairs = self._pass(
-            given, whole, batch_size, is_due=is_due, curves=wants_sharpness, batch=batch
+            *(given, whole, batch_size),
+            is_due=self.step % self._every == 0,
+            curves=is_last and self._wants_sharpness(),
+            batch=batch,
         )
+        self._passes += 1
         if stats is not None:
             self._parts.append(stats)
+            self._ids += names
+        if stats is not None or pairs is not None:
             self._losses.append(losses.detach() / scale)
-            self._ids += list(range(stats.all_count)) if ids is None else list(ids)
-        if not is_last:
-            return None
+        return self._ended(pairs, extra) if is_last else None
+
+    def end_step(self, extra: Mapping[str, float | Tensor] | None = None) -> Row | None:
+        """Write the row of a step of fewer passes than `accumulate`.
+
+        As at the end of an epoch; before the optimizer's step.
+        """
+        return self._ended(None, extra) if self._passes else None
+
+    def _begin(self) -> None:
+        """Notice that the parameters have moved in the middle of a step."""
+        if self._accumulate == 1:
+            return
+        versions = [p._version for p in self._model.parameters()]
+        if self._passes and versions != self._versions:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"The parameters have changed after {self._passes} of the "
+                    f"{self._accumulate} backward passes of a step: it has no row. "
+                    "Where a step has fewer, as at the end of an epoch, call "
+                    "w.end_step() before optimizer.step().",
+                    stacklevel=3,
+                )
+            self._forget()
+            self.step += 1
+        if not self._passes:
+            self._versions = versions
+
+    def _ended(
+        self, pairs: Eigenpairs | None, extra: Mapping[str, float | Tensor] | None
+    ) -> Row | None:
+        """The step's passes have run: its row, if it has one."""
         try:
-            if stats is None and pairs is None:
-                return None
-            return self._log(losses, scale, pairs, extra, has_ids=ids is not None)
+            return self._log(pairs, extra) if self._losses else None
         finally:
             self.step += 1
             self._forget()
@@ -157,13 +202,7 @@ class Watch:
         return None
 
     def _log(
-        self,
-        losses: Tensor,
-        scale: float,
-        pairs: Eigenpairs | None,
-        extra: Mapping[str, float | Tensor] | None,
-        *,
-        has_ids: bool,
+        self, pairs: Eigenpairs | None, extra: Mapping[str, float | Tensor] | None
     ) -> Row | None:
         sizes = [part.all_count for part in self._parts]
         if self._parts:
@@ -171,8 +210,10 @@ class Watch:
             for part in self._parts[1:]:
                 total = total + part
             self.stats = total
-        measured = self._losses or [losses.detach() / scale]
-        loss = measured[0] if len(measured) == 1 else torch.cat(measured)
+        if all(one.dim() for one in self._losses):
+            loss = torch.cat(self._losses)
+        else:
+            loss = torch.stack([one.mean() for one in self._losses]).mean()
         self.row = self._monitor.log(
             self.step,
             self.stats if self._parts else None,
@@ -180,8 +221,9 @@ class Watch:
             optimizer=self._optimizer,
             sharpness=pairs,
             extra=extra,
-            ids=self._ids if has_ids else None,
+            ids=self._ids,
             microbatches=sizes,
+            ranks=self._ranks,
         )
         return self.row
 
@@ -327,13 +369,20 @@ def watch(
         curvature = SharpnessProbe(model, loss, eigenvalues)
     folders = [one for one in loggers if isinstance(one, RunFolder)]
     return Watch(
-        *(monitor, probe, optimizer, curvature),
+        *(model, monitor, probe, optimizer, curvature),
         every=every,
         sharpness_every=sharpness or 1,
         accumulate=accumulate,
         has_loss=loss is not None,
         folder=folders[0] if folders and _is_first() else None,
+        ranks=_ranks_of(options.get("process_group")),
     )
+
+
+def _ranks_of(process_group: Any) -> int:
+    """How many processes' samples are in the statistics of a probe."""
+    group = None if process_group is None else find_group(process_group)
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -347,13 +396,7 @@ def _loggers(to: To | Sequence[To] | None) -> list[Any]:
     """Loggers and paths as `Monitor` takes them; other paths are folders."""
     is_one = isinstance(to, (Logger, str, PathLike))
     several: Sequence[Any] = [to] if is_one else to or []
-    return [
-        RunFolder(one)
-        if isinstance(one, (str, PathLike))
-        and not fspath(one).endswith((".jsonl", ".csv"))
-        else one
-        for one in several
-    ]
+    return [RunFolder(one) if is_folder(one) else one for one in several]
 
 
 def _is_first() -> bool:

@@ -96,7 +96,7 @@ def killed(folder, seed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(50))
 def test_killed_at_random_loses_nothing(seed, tmp_path):
     last = killed(tmp_path, seed)
     assert last >= 0

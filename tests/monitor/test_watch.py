@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastminima as fm
+from fastminima.monitor.samples import Origin
 
 
 def setup(dtype=torch.float32, seed=0):
@@ -167,6 +168,28 @@ def test_sampled_statistics_name_samples_of_the_batch(tmp_path):
         assert sample["loss"] == pytest.approx(values[sample["index"]])
 
 
+def test_samples_of_several_ranks():
+    """Three ranks of two samples in each of two batches; this one is the first."""
+    origin = Origin(ids="abcd", microbatches=(6, 6), ranks=3)
+    found = [origin.of(number) for number in range(12)]
+    assert [one["rank"] for one in found] == [0, 0, 1, 1, 2, 2] * 2
+    assert [one["index"] for one in found] == [0, 1] * 6
+    assert [one["microbatch"] for one in found] == [0] * 6 + [1] * 6
+    assert [one["id"] for one in found] == ["a", "b", 0, 1, 0, 1, "c", "d", 0, 1, 0, 1]
+    uneven = Origin(ids="ab", microbatches=(7,), ranks=3).of(6)
+    assert uneven == {"id": 6, "index": 6, "rank": None, "microbatch": 0}
+
+
+def test_losses_of_one_rank_stay_out_of_the_table(tmp_path):
+    stats = fm.GradientStatistics(6, 3, torch.arange(6.0), torch.tensor(0.5))
+    monitor = fm.monitor.Monitor(fm.monitor.RunFolder(tmp_path), largest=2)
+    row = monitor.log(0, stats, loss=torch.tensor([1.0, 2.0]), ids="ab", ranks=3)
+    assert row["loss"] == 1.5
+    (line,) = lines(tmp_path / "samples.jsonl")
+    places = [(s["rank"], s["index"], s["loss"]) for s in line["samples"]]
+    assert places == [(2, 1, None), (2, 0, None)]
+
+
 def test_scaled_losses():
     """A GradScaler's factor leaves no trace in the row, and stays in `.grad`."""
     model, optimizer = setup(torch.float64)
@@ -252,6 +275,48 @@ def test_steps_that_are_left_out_are_plain(monkeypatch):
     monkeypatch.setattr(fm.GradientProbe, "backward", backward)
     train(model, optimizer, w, batches(7))
     assert seen == [0, 3, 6]
+
+
+def test_a_step_of_fewer_passes(tmp_path):
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, to=tmp_path, accumulate=3)
+    data = list(batches(5))
+    train(model, optimizer, w, data[:2], accumulate=3)
+    row = w.end_step()
+    assert (row["step"], row["gradient/count"]) == (0, 16)
+    assert w.end_step() is None
+    optimizer.step()
+    train(model, optimizer, w, data[:2], accumulate=3)
+    optimizer.step()  # without a word
+    with pytest.warns(UserWarning, match="changed after 2 of the 3 backward passes"):
+        train(model, optimizer, w, data[2:], accumulate=3)
+    assert [
+        (r["step"], r["gradient/count"]) for r in lines(tmp_path / "rows.jsonl")
+    ] == [*((0, 16), (2, 24))]
+
+
+def test_a_call_that_fails_is_no_pass():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer)
+    batch = next(batches(1))
+    with pytest.raises(ValueError, match="scalar or a vector"):
+        w.backward(model(batch[0]))
+    with pytest.raises(ValueError, match="3 ids for 8 samples"):
+        w.backward(losses(model, batch), ids=range(3))
+    assert w.step == 0
+    assert w.backward(losses(model, batch))["step"] == 0
+    assert w.step == 1
+
+
+def test_scalar_losses_of_several_passes():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, accumulate=2)
+    means = []
+    for batch in batches(2):
+        means.append(mean_loss(model, batch))
+        row = w.backward(means[-1], batch_size=8)
+    assert row["gradient/count"] == 16
+    assert row["loss"] == pytest.approx((means[0] + means[1]).item() / 2)
 
 
 def test_resuming_goes_on(tmp_path):
