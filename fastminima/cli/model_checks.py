@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import _native
+from ..capture.options import BatchNorm
 from .findings import Finding, some
 
 __all__ = ["of_machine", "of_modules", "of_parameters"]
@@ -90,7 +91,7 @@ def of_parameters(model: nn.Module) -> Iterator[Finding]:
         )
 
 
-def of_modules(model: nn.Module, batchnorm: str) -> Iterator[Finding]:
+def of_modules(model: nn.Module, batchnorm: BatchNorm) -> Iterator[Finding]:
     """What mixes samples, is compiled or is one rank of several."""
     mixing = [
         name or "the model"
