@@ -2,7 +2,7 @@
 
 import torch
 
-from . import callbacks, monitor, optim, theory
+from . import callbacks, monitor, optim, theory, typing
 from .capture import (
     Audit,
     CaptureError,
@@ -110,4 +110,5 @@ __all__ = [
     "top_eigenpairs",
     "trace",
     "twice_differentiable",
+    "typing",
 ]

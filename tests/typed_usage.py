@@ -5,6 +5,7 @@ from typing import assert_type
 import torch
 
 import fastminima as fm
+from fastminima.typing import TraceMethod, Which
 
 Sure = fm.GradientStatistics
 Maybe = fm.GradientStatistics | None
@@ -36,3 +37,12 @@ noise_now_and_then(fm.GradientProbe(model))
 pairs = fm.top_eigenpairs(torch.eye(3), which="smallest")
 assert_type(pairs, fm.Eigenpairs)
 assert_type(float(fm.trace(torch.eye(3), method="hutchinson")), float)
+
+
+def extreme(which: Which = "largest", method: TraceMethod = "xtrace") -> float:
+    H = torch.eye(3)
+    top = fm.top_eigenpairs(H, which=which).values[0]
+    return float(top / fm.trace(H, method=method).value)
+
+
+extreme("smallest")

@@ -160,9 +160,9 @@ def _network(settings: ModeSettings, random: torch.Generator) -> nn.Module:
     ).double()
     with torch.no_grad():
         for layer in (model[0], model[2]):
-            bound = 1 / math.sqrt(layer.in_features)
+            bound = 1 / math.sqrt(layer.in_features)  # pyright: ignore[reportArgumentType]
             for p in (layer.weight, layer.bias):
-                p.uniform_(-bound, bound, generator=random)
+                p.uniform_(-bound, bound, generator=random)  # pyright: ignore[reportCallIssue]
     return model
 
 

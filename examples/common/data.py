@@ -190,8 +190,8 @@ def _load_digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1)
-    return Dataset("digits", images, torch.from_numpy(digits.target), "scikit-learn")
+    images = torch.from_numpy(digits.images).float().unsqueeze(1)  # pyright: ignore[reportAttributeAccessIssue]
+    return Dataset("digits", images, torch.from_numpy(digits.target), "scikit-learn")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _load_idx(name: str) -> Dataset:
@@ -201,7 +201,7 @@ def _load_idx(name: str) -> Dataset:
             for kind in ("images-idx3", "labels-idx1")
         ]
         if all(p is not None for p in paths):
-            images, labels = (read_idx(p) for p in paths)
+            images, labels = (read_idx(p) for p in paths)  # pyright: ignore[reportArgumentType]
             if images.ndim != 3 or labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"{folder} has images of shape {images.shape} and labels of shape "
@@ -276,7 +276,7 @@ def _with_gz(path: Path) -> Path | None:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -131,7 +131,7 @@ def train(
     device = chosen_device(device)
     model.to(device)
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay
     )
@@ -299,7 +299,7 @@ def _step(
     loop.optimizer.step()
     if loop.cycle is not None:
         loop.cycle.step()
-    loop.loss_sum = loop.loss_sum + loss.detach().double()
+    loop.loss_sum = loop.loss_sum + loss.detach().double()  # pyright: ignore[reportAttributeAccessIssue]
     loop.history.steps += 1
     loop.history.samples = loop.sampler.samples_seen
 
@@ -346,9 +346,9 @@ def _cycle(
         cycle.low,
         cycle.high,
         cycle.epochs * count,
-        cycle.vary,
-        cycle.shape,
-        first=cycle.first,
+        cycle.vary,  # pyright: ignore[reportArgumentType]
+        cycle.shape,  # pyright: ignore[reportArgumentType]
+        first=cycle.first,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -22,6 +23,9 @@ from matplotlib.ticker import (
     NullLocator,
 )
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 __all__ = [
     "GRID",
@@ -42,7 +46,7 @@ MARKERS = "osD^vP*X<>hd8p"
 # Width of one panel and height, in inches.
 PANEL = (4.3, 3.5)
 
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.labelsize": 9.5,
@@ -95,7 +99,7 @@ def caption(fig: Figure, claim: str, detail: str) -> None:
     fig.set_figheight(height + top)
     total = height + top
     engine = fig.get_layout_engine()
-    if engine is not None:
+    if isinstance(engine, ConstrainedLayoutEngine):
         engine.set(rect=(0, 0, 1, height / total))
     y = 1 - 0.1 / total
     fig.text(0.012, y, "\n".join(lines), va="top", fontsize=11.5, color=INK)
@@ -122,8 +126,8 @@ def colours(count: int) -> list[Any]:
 
 def with_spread(
     ax: Axes,
-    x: Sequence[float],
-    values: Sequence[Sequence[float]],
+    x: Iterable[float],
+    values: Iterable[Iterable[float | None]],
     *,
     label: str | None = None,
     points: bool = True,

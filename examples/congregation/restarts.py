@@ -103,7 +103,7 @@ def run(settings: RestartSettings, task: Task, watch: Watch) -> list[Row]:
         if (step - 1) % 1000 == 0:
             x_block = draw(3.0, s.repetitions, 1000)
             watch.progress(step / s.steps)
-        x = x_block[:, (step - 1) % 1000, None]
+        x = x_block[:, (step - 1) % 1000, None]  # pyright: ignore[reportPossiblyUnboundVariable]
         a, slope, error = moved(s, a, x)
         cost += s.memory * (error * error / 2 - cost)
         gradient += s.memory * (slope - gradient)

@@ -125,8 +125,11 @@ def decide(
     return Verdict(outcome, sentence, findings, table, short or "; ".join(parts))
 
 
-def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds, "12.3 ± 0.4"; one value stands alone."""
+def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds, "12.3 ± 0.4"; one value stands alone.
+
+    Of the finite ones: None, as rows have it for what is no number, is left out.
+    """
     finite = [v for v in values if v is not None and math.isfinite(v)]
     if not finite:
         return "-"

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_hash", "provenance"]
+__all__ = ["code_hash", "hashed_code", "provenance"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,11 +46,19 @@ def code_hash(function: Callable[..., Any], package: str = "examples.") -> str:
     Comments, docstrings and layout do not count; nor does code it does not reach. An
     experiment outside `package` counts with its own module's functions.
     """
+    texts = hashed_code(function, package)
+    joined = "\n".join(texts[name] for name in sorted(texts))
+    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+
+
+def hashed_code(
+    function: Callable[..., Any], package: str = "examples."
+) -> dict[str, str]:
+    """What `code_hash` is of: definitions and constants by dotted name, as text."""
     texts: dict[str, str] = {}
     home = function.__module__.split(".")[0] + "."
     _collect(function, (package, home), texts)
-    joined = "\n".join(texts[name] for name in sorted(texts))
-    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+    return texts
 
 
 def _collect(thing: Any, packages: tuple[str, ...], texts: dict[str, str]) -> None:

@@ -154,7 +154,7 @@ def _gradient(model: nn.Module, point: Tensor, x: Tensor, y: Tensor) -> Tensor:
     for a, b in zip(x.split(2000), y.split(2000), strict=True):
         loss = nn.functional.cross_entropy(model(a), b, reduction="sum") / len(x)
         loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters()])  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _model(settings: PathSettings, x: Tensor, seed: int) -> nn.Module:

@@ -220,7 +220,7 @@ def _train(
             return epochs
         loss.backward()
         descent.step()
-    raise RuntimeError(f"The descent ended at loss {loss.item():.3g}.")
+    raise RuntimeError(f"The descent ended at loss {loss.item():.3g}.")  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def _flat(model: nn.Module) -> Tensor:

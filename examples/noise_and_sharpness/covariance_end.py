@@ -28,6 +28,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class CovarianceEnd(Settings):
 
 def settings(preset: str, dataset: str) -> CovarianceEnd:
     small = {"pool": 1, "skip": 0, "samples": 1200, "measured": 600}
-    fits = small if dataset == "digits" else {}
+    fits: dict[str, Any] = small if dataset == "digits" else {}
     if preset == "quick":
         fits |= {"samples": 512, "measured": 256, "rungs": (1.0, 0.5, 0.25, 0.1, 0.03)}
         fits |= {"hidden": (32,), "rate": 0.1, "most_epochs": 100, "products": 18}

@@ -207,8 +207,8 @@ def _growth(s: IcaSettings, task: Task, watch: Watch) -> list[Row]:
     first = gap(start)
     return [
         {
-            "rate": _rate(gaps[-1, i], first),
-            "ode_rate": _rate(ode[-1], first),
+            "rate": _rate(gaps[-1, i], first),  # pyright: ignore[reportArgumentType]
+            "ode_rate": _rate(ode[-1], first),  # pyright: ignore[reportArgumentType]
             "gaps": [round(float(g), 5) for g in (first, *gaps[:, i])],
             "ode_gaps": [round(float(g), 5) for g in (first, *ode)],
         }
@@ -368,6 +368,7 @@ def draw(settings: IcaSettings, rows: Sequence[Row]) -> plots.Figure:
     colours = plots.colours(3)
     ax = axes[0, 0]
     looks = zip(colours, plots.MARKERS, strict=False)
+    own: list[Row] = []
     for beta, (colour, mark) in zip(settings.growth_betas, looks, strict=False):
         key = (JUDGED_START, beta)
         own = [r for r in _of(rows, "growth") if (r["off"], r["beta"]) == key]
@@ -384,6 +385,7 @@ def draw(settings: IcaSettings, rows: Sequence[Row]) -> plots.Figure:
             label=f"SGD, β = {beta:g}",
         )
     if own:
+        times = np.linspace(0, GROWTH_TIME, len(own[0]["ode_gaps"]))
         ax.plot(times, own[0]["ode_gaps"], color=plots.INK, lw=1, label="ODE")
     ax.set_yscale("log")
     ax.set_xlabel("time, β times steps")

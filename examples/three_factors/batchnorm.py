@@ -105,7 +105,7 @@ def run(s: BatchNormNoise, task: Task, watch: Watch) -> list[Row]:
     (seed,) = task["seeds"]
     options = {"dropout": 0.0} if task["network"].startswith("vgg") else {}
     device = plain.chosen_device()
-    model = networks.make(task["network"], seed, split.train[0], **options).to(device)
+    model = networks.make(task["network"], seed, split.train[0], **options).to(device)  # pyright: ignore[reportArgumentType]
 
     def trained(watch: Watch) -> tuple[dict[str, Tensor], str, float]:
         _, history = plain.train(

@@ -82,9 +82,9 @@ class Cycle:
             arm.low,
             arm.high,
             period=2 * stage * samples,
-            vary=arm.vary,
-            shape=arm.shape,
-            first=arm.first,
+            vary=arm.vary,  # pyright: ignore[reportArgumentType]
+            shape=arm.shape,  # pyright: ignore[reportArgumentType]
+            first=arm.first,  # pyright: ignore[reportArgumentType]
         )
         for other in others:
             other.schedule = first.schedule

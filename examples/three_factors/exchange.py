@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -110,9 +111,16 @@ class Exchange(Settings):
 
 def settings(preset: str, dataset: str) -> Exchange:
     """The preset's; digits have samples of their own."""
-    digits = {"train": 1440, "validation": 357} if dataset == "digits" else {}
+    digits: dict[str, Any] = {}
+    if dataset == "digits":
+        digits = {"train": 1440, "validation": 357}
     if preset == "quick":
-        small = {"train": 480, "validation": 300, "stage": 2, "stages": 4}
+        small: dict[str, Any] = {
+            "train": 480,
+            "validation": 300,
+            "stage": 2,
+            "stages": 4,
+        }
         return Exchange(preset, dataset, (100, 101, 102), **small, chunk=3)
     if preset == "laptop":
         return Exchange(preset, dataset, tuple(range(100, 124)), **digits)

@@ -207,7 +207,7 @@ def _noise(
         return (one or stacks.cross_entropy)(scores, batch[1][:, None]).squeeze(1)
 
     statistics = fm.GradientProbe(model).backward(losses(model, (x, y)))
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])  # pyright: ignore[reportOptionalMemberAccess]
     model.zero_grad()
     hessian = fm.Hessian(model, loss, (x, y))
     covariance = fm.GradientCovariance(model, losses, (x, y))

@@ -373,7 +373,7 @@ def _compare_networks(
             first,
             second,
             ALPHAS_OF_NETWORKS,
-            sets,
+            sets,  # pyright: ignore[reportArgumentType]
             images=batch[0],
             statistics=statistics,
         )
@@ -381,15 +381,15 @@ def _compare_networks(
         found[f"losses{ending}"] = [float(f"{v:.4g}") for v in line["train"].losses]
         accuracies = line["validation"].accuracies
         found[f"accuracies{ending}"] = [round(v, 4) for v in accuracies]
-    along = interpolation.curvature_along(first, second, batch, images=batch[0])
+    along = interpolation.curvature_along(first, second, batch, images=batch[0])  # pyright: ignore[reportArgumentType]
     for end, model, value in zip(
         ("first", "second"), (first, second), along, strict=True
     ):
-        width = measures.curvature(model, batch, products=s.products)
+        width = measures.curvature(model, batch, products=s.products)  # pyright: ignore[reportArgumentType]
         found[f"{end}_along"] = value
         found[f"{end}_lambda_max"] = width["lambda_max"]
         found[f"{end}_frobenius"] = width["frobenius"]
-        found[f"{end}_loss"] = plain.evaluate(model, *batch)[0]
+        found[f"{end}_loss"] = plain.evaluate(model, *batch)[0]  # pyright: ignore[reportArgumentType]
     return found
 
 
@@ -408,6 +408,7 @@ def log_ratio(found: Sequence[Row], arm: int, moment: str, measure: str) -> list
     values = []
     for same in seedwise.by_seed(r for r in found if r["arm"] == arm).values():
         pair = [same[0].get(f"{moment}_{end}_{measure}") for end in ("second", "first")]
-        if all(v is not None and v > 0 for v in pair):
-            values.append(math.log(pair[0] / pair[1]))
+        known = [v for v in pair if v is not None and v > 0]
+        if len(known) == 2:
+            values.append(math.log(known[0] / known[1]))
     return values

@@ -186,7 +186,7 @@ def growth(
         grown = math.log(max(float(r.square().mean()), 1e-300) / start)
         if abs(grown) > FAR:
             return math.copysign(FAR, grown)
-    return grown
+    return grown  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def judge(regression: Regression, rows: Sequence[Row], expected: int) -> Verdict:

@@ -106,9 +106,16 @@ class Stages(Settings):
 
 def settings(preset: str, dataset: str) -> Stages:
     """The preset's; digits have samples of their own."""
-    digits = {"train": 1440, "validation": 357} if dataset == "digits" else {}
+    digits: dict[str, Any] = {}
+    if dataset == "digits":
+        digits = {"train": 1440, "validation": 357}
     if preset == "quick":
-        small = {"train": 512, "validation": 357, "stage": 2, "stages": 6}
+        small: dict[str, Any] = {
+            "train": 512,
+            "validation": 357,
+            "stage": 2,
+            "stages": 6,
+        }
         small |= {"measured": 256, "products": 8, "batch_size": 8}
         return Stages(preset, dataset, (100, 101, 102), **small, learning_rate=0.04)
     if preset == "laptop":

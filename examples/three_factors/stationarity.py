@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class Stationarity(Settings):
 
 
 def settings(preset: str, dataset: str) -> Stationarity:
-    fits = {"pool": 1, "skip": 0} if dataset == "digits" else {}
+    fits: dict[str, Any] = {"pool": 1, "skip": 0} if dataset == "digits" else {}
     if preset == "quick":
         fits |= {"samples": 256, "burn_in": 2500, "steps": 5000, "every": 40}
         fits |= {"chunk": 5, "draws": 3}

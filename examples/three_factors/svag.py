@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class Svag(Settings):
 
 
 def settings(preset: str, dataset: str) -> Svag:
-    fits = {}
+    fits: dict[str, Any] = {}
     if dataset == "digits":
         fits = {"pool": 1, "skip": 0, "samples": 1024, "validation": 700}
     if preset == "quick":
@@ -224,7 +225,7 @@ def _table(svag: Svag, rows: Sequence[Row]) -> str:
 def draw(svag: Svag, rows: Sequence[Row]) -> Figure:
     figure, axes = plots.figure(2)
     left, right = axes[0]
-    names = {level: f"l = {level}" for level in LEVELS}
+    names: dict[int | str, str] = {level: f"l = {level}" for level in LEVELS}
     names[1] = "SGD (l = 1)"
     names[CONTROL] = f"SGD, {LARGER} S"
     colours = [*plots.colours(len(LEVELS)), "#c0392b"]

@@ -77,7 +77,7 @@ def settings(preset: str, dataset: str) -> Width:
     text = PROTOCOL.read_bytes()
     p = tomllib.loads(text.decode())
     runs, its_data, measurement = p["runs"], p["data"], p["measurement"]
-    common = {
+    common: dict[str, Any] = {
         "preset": preset,
         "dataset": dataset,
         "split_seed": its_data["split_seed"],
@@ -89,7 +89,7 @@ def settings(preset: str, dataset: str) -> Width:
     }
     pairs = _pairs(runs["ratios"], runs["batch_sizes"])
     is_digits = dataset == "digits"
-    sizes = {
+    sizes: dict[str, Any] = {
         "train_size": 1440 if is_digits else its_data["train_size"],
         "validation_size": 357 if is_digits else its_data["validation_size"],
         "pool": 1 if is_digits else its_data["pool"],

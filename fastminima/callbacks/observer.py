@@ -20,8 +20,11 @@ from .batches import leading_size
 __all__ = ["BatchSize", "Destination", "Observer", "OnError"]
 
 Destination = Monitor | Logger | str | PathLike[str] | None
+"""Where rows go: a monitor, a logger or the path of a file."""
 BatchSize = int | Callable[[Any], int] | None
+"""Samples of a batch, or a function that says it of a batch; None to look."""
 OnError = Literal["raise", "warn"]
+"""What a callback does about a `CaptureError`."""
 
 
 class _Relay(Logger):

@@ -28,9 +28,13 @@ __all__ = [
 ]
 
 Measure = Literal["norms", "second_moments", "gram"]
+"""What `GradientProbe` keeps of each sample: its `measure`."""
 Mode = Literal["observe", "fused"]
+"""How `GradientProbe` reads gradients: its `mode`."""
 BatchNorm = Literal["error", "rows", "frozen"]
+"""What `GradientProbe` makes of batch normalisation in training mode."""
 Reduction = Literal["mean", "sum"]
+"""What a scalar loss is of its samples' losses."""
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 

@@ -31,6 +31,7 @@ Engine = Literal[
     "forward_over_reverse",
     "finite_differences",
 ]
+"""How an operator multiplies: its `engine`."""
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 _MEMINFO = Path("/proc/meminfo")
 

@@ -138,12 +138,12 @@ class DerivedOperator(Algebra, abc.ABC):
         return self._parts[0].device
 
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+    def names(self) -> tuple[str, ...]:
         """Names of the parameters, in the order of its vectors."""
         return self._parts[0].names
 
     @property
-    def sizes(self) -> tuple[int, ...]:  # type: ignore[override]
+    def sizes(self) -> tuple[int, ...]:
         """How many numbers each of them has."""
         return self._parts[0].sizes
 
@@ -292,12 +292,12 @@ class Block(DerivedOperator):
         return self._size, self._size
 
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+    def names(self) -> tuple[str, ...]:
         """Names of these parameters."""
         return tuple(self._names)
 
     @property
-    def sizes(self) -> tuple[int, ...]:  # type: ignore[override]
+    def sizes(self) -> tuple[int, ...]:
         """How many numbers each of them has."""
         return tuple(place.stop - place.start for place in self._slices)
 

@@ -14,8 +14,11 @@ from .sampler import BatchSizeSampler
 __all__ = ["CyclicRatio"]
 
 Vary = Literal["lr", "batch_size"]
+"""What `CyclicRatio` moves."""
 Shape = Literal["square", "triangle"]
+"""The wave of a `CyclicRatio`."""
 First = Literal["low", "high"]
+"""Where a `CyclicRatio` begins."""
 # What has to be the same where a state is loaded.
 _SETTINGS = ("vary", "shape", "first", "low", "high", "period", "batch_size")
 

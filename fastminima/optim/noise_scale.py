@@ -14,6 +14,7 @@ from .sampler import BatchSizeSampler
 __all__ = ["NoiseScaleBatchSize"]
 
 ScaleLr = Literal["none", "linear", "sqrt"]
+"""How `NoiseScaleBatchSize` moves the learning rate with the batch size."""
 _EXPONENT = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 _STATE = ("_updates", "_noise", "_signal", "_seen", "_epoch", "_due")
 

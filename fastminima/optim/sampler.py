@@ -18,6 +18,7 @@ __all__ = ["BatchSizeSampler"]
 
 Batch = TypeVar("Batch")
 Last = Literal["keep", "drop", "carry"]
+"""What `BatchSizeSampler` makes of the samples that an epoch has left over."""
 # What has to be the same where a state is loaded; the rank does not.
 _SETTINGS = ("n", "shuffle", "last", "num_replicas")
 

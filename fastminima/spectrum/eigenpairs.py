@@ -31,9 +31,13 @@ __all__ = [
 ]
 
 Which = Literal["largest", "smallest", "magnitude"]
+"""Which eigenvalues `top_eigenpairs` and `block_eigenpairs` find."""
 Method = Literal["lanczos", "power"]
+"""How `top_eigenpairs` finds them."""
 Criterion = Literal["residual", "value"]
+"""What the tolerance of eigenpairs is about."""
 Precision = Literal["exact", "certified"]
+"""In what arithmetic eigenpairs are found."""
 
 
 def top_eigenpairs(

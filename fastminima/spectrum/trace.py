@@ -21,6 +21,7 @@ _BASIS_BYTES = 1 << 30
 _FIRST = 16  # products of the subspace where samples are drawn until they suffice
 _FEWEST = 10  # random vectors before a small spread is believed
 Method = Literal["krylov", "hutchinson", "xtrace"]
+"""How `trace` estimates."""
 _SHARE_EXACT = 3  # one product in so many goes into the subspace treated exactly
 
 

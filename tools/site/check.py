@@ -22,6 +22,7 @@ MODULES = {
     "fastminima.monitor": "fastminima/monitor/__init__.py",
     "fastminima.optim": "fastminima/optim/__init__.py",
     "fastminima.theory": "fastminima/theory.py",
+    "fastminima.typing": "fastminima/typing.py",
 }
 # What Markdown and the theme make; another tag is text that was taken for one.
 _TAGS = """

@@ -90,9 +90,9 @@ def result_of(node: fx.Node) -> tuple[fx.Node, int | None, int]:
         operation, number = node.args
         assert isinstance(operation, fx.Node)
         assert isinstance(number, int)
-        if number not in RESULTS[operation.target]:  # type: ignore[index]
+        if number not in RESULTS[operation.target]:
             raise NotTraced(f"a parameter is what {operation.target} is a gradient of")
-        return operation, number, RESULTS[operation.target][number]  # type: ignore[index]
+        return operation, number, RESULTS[operation.target][number]
     return node, None, INPUTS[node.target]
 
 

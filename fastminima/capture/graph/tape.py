@@ -109,7 +109,7 @@ class Tape:
             names.append(name)
             edges = []
             for child, number in below:
-                i = numbered(child)  # type: ignore[arg-type]  # None is not there
+                i = numbered(child)  # None is not there
                 if i is None:
                     if child is None:
                         edges.append(None)

@@ -36,7 +36,7 @@ class EitherGraph(Graph):
         super().__init__(roots, self._graph.reached)
 
     @property
-    def calls_closures(self) -> bool:  # type: ignore[override]
+    def calls_closures(self) -> bool:
         """Whether products may run what a user has written."""
         return self._graph.calls_closures
 

@@ -55,7 +55,7 @@ class TangentGraph(Graph):
         self._find_wanted()
 
     @property
-    def calls_closures(self) -> bool:  # type: ignore[override]
+    def calls_closures(self) -> bool:
         """No node does, once it is known that gradients are what nodes say."""
         return self._eps is not None
 
