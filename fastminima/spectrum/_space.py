@@ -85,11 +85,16 @@ class Space:
         return True
 
     def pairs(self, best: BestPairs) -> Ritz:
-        """The wanted Ritz pairs and one more; the best are kept, but for vectors."""
+        """The wanted Ritz pairs and one more; the best are kept, but for vectors.
+
+        Vectors that are followed may lie where A is rounding alone: noise is judged
+        beside others, of which |A| is known.
+        """
         ritz, k = self._ritz(self._goal.k + 1), self._goal.k
-        best.scale = self.scale
+        best.scale, best.noise = self.scale, float("nan")
         best.add_noise(self.gap, self.size)
-        self._problem.refuse_noise(best.noise)
+        if self.size > k:
+            self._problem.refuse_noise(best.noise)
         best.values, best.residuals = ritz.values[:k], ritz.residuals[:k]
         best.is_sure = True
         # Sums of products are products, but for what a half precision rounds.

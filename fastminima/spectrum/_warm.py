@@ -99,7 +99,8 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     if goal.is_of_values:
         ritz = space.pairs(best)
         _separate(goal, best, course.at(goal, best.values))
-        if course.rested < _RESTS and best.are_within():
+        is_noise = best.noise > problem.allowed_noise
+        if course.rested < _RESTS and best.are_within() and not is_noise:
             best.challenger = course.challenger
             best.vectors, best.following = space.vectors(ritz), _ahead(space, ritz)
             return best

@@ -49,10 +49,12 @@ def courses(spectrum, dtype, calls=5, is_step=False, **options):
 
 
 @pytest.mark.parametrize("criterion", ["residual", "value"])
+@pytest.mark.parametrize("is_step", [False, True])
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("k", [1, 3])
-def test_values_and_residuals_are_true(name, k, criterion):
-    options = {"k": k, "rtol": 1e-8, "criterion": criterion}
+@pytest.mark.filterwarnings("error::fastminima.spectrum.NoiseWarning")
+def test_values_and_residuals_are_true(name, k, criterion, is_step):
+    options = {"k": k, "rtol": 1e-8, "criterion": criterion, "is_step": is_step}
     for call, pairs, A in courses(SPECTRA[name], torch.float64, **options):
         true = torch.linalg.eigvalsh(A).flip(0)[:k]
         scale = max(map(abs, SPECTRA[name])) or 1.0
