@@ -92,6 +92,7 @@ class Suspicion:
         gap: <u, A v> - <A u, v>.
         share: Its size relative to what it is measured by.
         text: What was found, in words.
+        innocent: The |A| from which on it is no more than rounding.
     """
 
     u: Tensor
@@ -99,6 +100,14 @@ class Suspicion:
     gap: float
     share: float
     text: str
+    innocent: float = float("inf")
+
+    def is_rounding_beside(self, direction: Tensor, image: Tensor) -> bool:
+        """Whether another product tells of an |A| of which the gap is rounding.
+
+        All vectors met may lie where A is nothing beside its other entries.
+        """
+        return norm(image) >= self.innocent * norm(direction)
 
     def is_confirmed_by(self, image_u: Tensor, image_v: Tensor) -> bool:
         """Whether products at a point next to it show the same gap.
@@ -161,7 +170,8 @@ class SymmetryWatch:
             f"{apart / max(abs(left), abs(right)):.1e} of their size, for two vectors "
             f"met; rounding explains {allowed:.0e}"
         )
-        return Suspicion(u, v, left - right, apart / floor, text)
+        innocent = apart / (allowed * share * nu * nv)
+        return Suspicion(u, v, left - right, apart / floor, text, innocent)
 
 
 def _dots(u: Tensor, image_u: Tensor, v: Tensor, image_v: Tensor) -> list[float]:

@@ -79,7 +79,7 @@ class Problem:
         self._noise = Noise(dtype) if isinstance(matrix, Tensor) else None
         for operator in self._below:
             operator.begin()
-        self._extra = self._extra_products()
+        self._extra = self._extra_products()  # less those that are made here
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def multiply(self, v: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
@@ -88,10 +88,22 @@ class Problem:
         product = self._matrix @ v.to(self._matrix_dtype)
         product = product.detach().to(self.dtype).contiguous()
         if self._operator is None:
-            self._refuse(self._watch.look(v, product, self._rounding()))
+            suspicion = self._watch.look(v, product, self._rounding())
+            if suspicion is not None and not self._is_rounding(suspicion):
+                self._refuse(suspicion)
             # It may be the user's own tensor, or v itself, and steps write into it.
             product = product.clone()
         return self._divided(product)
+
+    def _is_rounding(self, suspicion: Suspicion) -> bool:
+        """Whether a product with a random direction shows that it is no more."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn(
+            self.size, generator=generator, dtype=torch.float64, device="cpu"
+        )
+        direction = drawn.to(self.device, self._matrix_dtype)
+        self._extra -= 1
+        return suspicion.is_rounding_beside(direction, self._matrix @ direction)
 
     def _divided(self, product: Tensor) -> Tensor:
         if self._power is None and bool(product.any()):

@@ -16,8 +16,9 @@ from ._problem import Problem
 
 __all__ = ["Ritz", "Space"]
 
-# Squares of residuals are differences: below this share of |A x|^2 they are made of the
-# vector, since doubles have 1e-16 of it, and more by the sums.
+# Squares of lengths are sums that may cancel, |A x|^2 too where x is a sum of vectors
+# that A moves: doubles have 1e-16 of the terms. Below this share of them a length is
+# taken of the vector.
 _CANCELLED = 1e-10
 
 
@@ -84,11 +85,16 @@ class Space:
         return True
 
     def pairs(self, best: BestPairs) -> Ritz:
-        """The wanted Ritz pairs and one more; the best are kept, but for vectors."""
+        """The wanted Ritz pairs and one more; the best are kept, but for vectors.
+
+        Vectors that are followed may lie where A is rounding alone: noise is judged
+        beside others, of which |A| is known.
+        """
         ritz, k = self._ritz(self._goal.k + 1), self._goal.k
-        best.scale = self.scale
+        best.scale, best.noise = self.scale, float("nan")
         best.add_noise(self.gap, self.size)
-        self._problem.refuse_noise(best.noise)
+        if self.size > k:
+            self._problem.refuse_noise(best.noise)
         best.values, best.residuals = ritz.values[:k], ritz.residuals[:k]
         best.is_sure = True
         # Sums of products are products, but for what a half precision rounds.
@@ -129,16 +135,28 @@ class Space:
         column = weights[:, None]
         return self.combined(-value * column, column)[0]
 
+    def is_moved(self, shift: float, weights: np.ndarray) -> bool:
+        """Whether A x - shift x is more than rounding."""
+        square, terms = self._square(shift, weights)
+        return square > _CANCELLED * terms
+
     def _residual(self, value: float, weights: np.ndarray) -> float:
-        """|A x - value x| by <A x, A x>, <x, A x> and <x, x>."""
-        image, along, own = (
-            float(weights @ matrix @ weights)
-            for matrix in (self._squares, self._matrix, self._gram)
-        )
-        square = image - 2 * value * along + value * value * own
-        if square > _CANCELLED * image:
+        """|A x - value x|."""
+        square, terms = self._square(value, weights)
+        if square > _CANCELLED * terms:
             return square**0.5
         return float(length(self._error(value, weights)))
+
+    def _square(self, shift: float, weights: np.ndarray) -> tuple[float, float]:
+        """|A x - shift x|^2, and the absolute terms of which it is the sum."""
+        sums = self._squares - 2 * shift * self._matrix + shift * shift * self._gram
+        terms = (
+            np.abs(self._squares)
+            + 2 * abs(shift) * np.abs(self._matrix)
+            + shift * shift * np.abs(self._gram)
+        )
+        size = np.abs(weights)
+        return float(weights @ sums @ weights), float(size @ terms @ size)
 
     def _extend(self) -> None:
         """One more row and column; what they differ by is noise."""

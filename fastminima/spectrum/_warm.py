@@ -79,11 +79,11 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     """The pairs near known ones, of a space that also holds the challenger.
 
     The space is that of the known vectors, of the challenger with a random part, and of
-    residuals: of the worst wanted pair as long as it is beyond its tolerance, else of
-    the runner-up, once, and twice more if it may be a wanted one, as far as its
-    residual tells. What is followed next are the products with the vectors and with the
-    runner-up, so that they are further multiplied from one matrix to the next without
-    products of their own.
+    residuals: of the worst wanted pair as long as it is beyond its tolerance and more
+    than rounding, else of the runner-up, once, and twice more if it may be a wanted
+    one, as far as its residual tells. What is followed next are the products with the
+    vectors and with the runner-up, so that they are further multiplied from one matrix
+    to the next without products of their own.
 
     If errors of values count, an error is residual^2 / gap, the gap being that to what
     the runner-up can have come to since it was met, as fast as it was seen to come
@@ -99,16 +99,20 @@ def followed_pairs(problem: Problem, goal: Goal, course: Course) -> BestPairs:
     if goal.is_of_values:
         ritz = space.pairs(best)
         _separate(goal, best, course.at(goal, best.values))
-        if course.rested < _RESTS and best.are_within():
+        is_noise = best.noise > problem.allowed_noise
+        if course.rested < _RESTS and best.are_within() and not is_noise:
             best.challenger = course.challenger
             best.vectors, best.following = space.vectors(ritz), _ahead(space, ritz)
             return best
     space.add(_mixed(problem, course.challenger))
+    stall = _Stall(problem)
     while True:
         ritz = space.pairs(best)
         reach = _reach(goal, ritz, course.at(goal, best.values))
         _separate(goal, best, reach)
         worst = _worst(goal, best)
+        if worst is not None and stall.is_at(worst, best):
+            worst = None
         may_overtake = reach > goal.rank(best.values)[-1]
         needed = goal.k + (1 if goal.is_of_values else _MORE)
         needed += _DOUBT if may_overtake and len(ritz.values) > goal.k else 0
@@ -144,11 +148,14 @@ def _separate(goal: Goal, best: BestPairs, reach: float) -> None:
 def _ahead(space: Space, ritz: Ritz) -> list[Tensor]:
     """The vectors multiplied once more, by the products that there are.
 
-    Shifted half of the way to the other end: then that is not the dominant one.
+    Shifted half of the way to the other end: then that is not the dominant one. What
+    that leaves nothing of but rounding is kept as it is.
     """
     shift = min(space.least, 0.0) / 2
     weights = ritz.coordinates
-    return list(space.combined(-shift * weights, weights).unbind())
+    is_moved = np.array([space.is_moved(shift, column) for column in weights.T])
+    of_vectors = np.where(is_moved, -shift * weights, weights)
+    return list(space.combined(of_vectors, weights * is_moved).unbind())
 
 
 def _mixed(problem: Problem, challenger: Tensor | None) -> Tensor:
@@ -172,3 +179,18 @@ def _worst(goal: Goal, best: BestPairs) -> int | None:
     ]
     worst = int(np.argmax(shares))
     return worst if shares[worst] > 1 else None
+
+
+class _Stall:
+    """Notices residuals that further products leave where they are."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._share = 0.0 if problem.is_half else problem.smallest
+        self._met: dict[int, float] = {}
+
+    def is_at(self, place: int, best: BestPairs) -> bool:
+        """Whether this residual is rounding, and was not halved by its last product."""
+        residual = best.residuals[place]
+        before = self._met.get(place, float("inf"))
+        self._met[place] = residual
+        return before / 2 < residual <= self._share * best.scale
