@@ -429,7 +429,8 @@ def test_records_can_be_drawn_again(tiny, tmp_path):
     value = results["vmap"].ratio.value
     assert f"| vmap(grad), best chunk | {value:.{1 if value >= 10 else 2}f} ±" in text
     assert "| BackPACK | wrong: +39 % |" in text
-    assert "[1] chunk 6" in text
+    assert cells["vmap"]["note"].startswith("chunk ")  # the fastest on this machine
+    assert f"[1] {cells['vmap']['note']}" in text
     assert record["run"]["versions"]["torch"] in text
 
 
