@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..monitor.closing import Closing
 from ..statistics import GradientStatistics
 from .accelerate import watch_accelerator
 from .observer import BatchSize, Destination, Observer, OnError
@@ -17,7 +17,7 @@ from .transformers import watch_trainer
 __all__ = ["Watch", "watch"]
 
 
-class Watch:
+class Watch(Closing):
     """A Trainer or Accelerator being watched, until `close()`; a context manager."""
 
     def __init__(self, observer: Observer, undo: Sequence[Callable[[], None]]) -> None:
@@ -46,17 +46,6 @@ class Watch:
         while self._undo:
             self._undo.pop()()
         self._observer.abandon()
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def watch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
 from . import rows, samples
+from .closing import Closing
 from .csv_file import CSV
 from .factors import Factors, Step, stability_limit
 from .layers import By, Grouping, Groups, LayerNumbers
@@ -27,7 +27,7 @@ from .spikes import Spike, SpikeDetector
 __all__ = ["Monitor"]
 
 
-class Monitor:
+class Monitor(Closing):
     """Writes one flat row of named numbers a step to one or more loggers.
 
     Names are grouped by a slash: "gradient/noise_scale", "factors/temperature",
@@ -300,17 +300,6 @@ class Monitor:
         """Close the loggers, which finishes a run of W&B that was started here."""
         for logger in self._loggers:
             logger.close()
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _smoothed_columns(group: str, smoothed: SmoothedNoiseScale, row: Row) -> Row:

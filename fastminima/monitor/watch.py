@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..capture import GradientProbe
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
+from .closing import Closing
 from .layers import By
 from .loggers import Logger
 from .recorder import Monitor
@@ -29,7 +29,7 @@ __all__ = ["Watch", "watch"]
 To = Logger | str | PathLike[str]
 
 
-class Watch:
+class Watch(Closing):
     """A training loop that is being watched, until `close()`; a context manager.
 
     Made by `watch`, which says what the options mean.
@@ -252,17 +252,6 @@ class Watch:
                 f"{self.step} steps are in {folder.folder}; look at them with: "
                 f"python -m fastminima report {folder.folder}"
             )
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def watch(
