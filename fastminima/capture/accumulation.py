@@ -12,10 +12,7 @@ from ..statistics import GradientStatistics
 
 __all__ = ["Accumulation"]
 
-_MOVED = (
-    "The parameters have changed after {passes} backward passes of a step: it has no "
-    "statistics."
-)
+_MOVED = "The parameters have changed after {passes} of a step: it has no statistics."
 _REMEDY = (
     " Where a step has fewer, as at the end of an epoch, call {owner}.end_step() "
     "before optimizer.step()."
@@ -133,7 +130,9 @@ class Accumulation:
         """Begin another step, without the statistics of the present one."""
         if not self._has_warned:
             self._has_warned = True
-            some = f"{self.passes} of the {self._size}" if self._size else self.passes
+            some = "a backward pass" if self.passes == 1 else f"{self.passes} passes"
+            if self._size is not None:
+                some = f"{self.passes} of the {self._size} backward passes"
             remedy = _REMEDY.format(owner=self._owner) if self._owner else ""
             warnings.warn(_MOVED.format(passes=some) + remedy, stacklevel=5)
         self.end()
