@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..monitor import Logger
-from .observer import Observer
+from .observer import Observer, Taken
 from .patch import around
 
 __all__ = ["refuse_sharded", "watch_accelerator"]
@@ -64,10 +64,8 @@ def watch_accelerator(
             observer.before(module, loss, 1.0, 1 / parts)
         try:
             result = original(loss, **kwargs)
-            observer.after(
-                *(None, optimizer, accelerator.num_processes),
-                _Trackers(accelerator),
-            )
+            ranks, trackers = accelerator.num_processes, _Trackers(accelerator)
+            observer.after(Taken(None, optimizer, ranks, trackers))
         finally:
             observer.abandon()
         return result

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._optional import INTEGRATIONS, require
 from ..monitor import Logger
 from ..statistics import GradientStatistics
-from .observer import BatchSize, Destination, Observer, OnError
+from .observer import BatchSize, Destination, Observer, OnError, Taken
 
 __all__ = ["LightningProbe"]
 
@@ -135,14 +135,14 @@ class LightningProbe(_Callback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Collect, and log after the last batch of a step."""
         if self._observer.is_due:
-            self._observer.after(*_about_step(trainer))
+            self._observer.after(_step_of(trainer))
 
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         """Log a step whose last batch had no loss."""
         if self._observer.is_due:
-            self._observer.finish(*_about_step(trainer))
+            self._observer.finish(_step_of(trainer))
 
     def on_exception(
         self, trainer: Any, pl_module: Any, exception: BaseException
@@ -151,15 +151,11 @@ class LightningProbe(_Callback):
         self._observer.forget()
 
 
-def _about_step(trainer: Any) -> tuple[Any, ...]:
-    """Its number, what takes it, in how many processes, and where its row goes."""
+def _step_of(trainer: Any) -> Taken:
     optimizers = trainer.optimizers
-    return (
-        trainer.global_step,
-        optimizers[0] if len(optimizers) == 1 else None,
-        trainer.world_size,
-        _TrainerLoggers(trainer),
-    )
+    only = optimizers[0] if len(optimizers) == 1 else None
+    to = _TrainerLoggers(trainer)
+    return Taken(trainer.global_step, only, trainer.world_size, to)
 
 
 class _TrainerLoggers(Logger):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..statistics import GradientStatistics
 from .batches import leading_size
 from .passes import Passes, Waiting
 
-__all__ = ["BatchSize", "Destination", "Observer", "OnError"]
+__all__ = ["BatchSize", "Destination", "Observer", "OnError", "Taken"]
 
 Destination = Monitor | Logger | str | PathLike[str] | None
 """Where rows go: a monitor, a logger or the path of a file."""
@@ -36,6 +36,22 @@ class _Relay(Logger):
     def write(self, row: Mapping[str, float]) -> None:
         if self.target is not None:
             self.target.write(row)
+
+
+class Taken(NamedTuple):
+    """A step of the optimizer that is about to be taken.
+
+    Attributes:
+        number: steps done so far; None where they are counted here.
+        optimizer: what takes it; None where that is not known.
+        ranks: processes that have as many samples each.
+        to: where its row goes if no other place was asked for.
+    """
+
+    number: int | None
+    optimizer: torch.optim.Optimizer | None
+    ranks: int
+    to: Logger
 
 
 class Observer:
@@ -198,21 +214,8 @@ class Observer:
         else:
             self._waiting = Waiting(loss.detach(), scale, weight)
 
-    def after(
-        self,
-        step: int | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        ranks: int = 1,
-        to: Logger | None = None,
-    ) -> None:
-        """That backward pass has run: write the row of the step if it was the last.
-
-        Args:
-            step: optimizer steps done so far; None where they are counted here.
-            optimizer: what takes the step.
-            ranks: processes that have as many samples each.
-            to: where rows go if no other place was asked for.
-        """
+    def after(self, step: Taken) -> None:
+        """That backward pass has run: write the row of the step if it was the last."""
         if self._waiting is None:
             return
         assert self._probe is not None
@@ -227,23 +230,10 @@ class Observer:
         assert stats is not None
         self._whole.add(waiting, stats)
         if self._is_last:
-            self.finish(step, optimizer, ranks, to)
+            self.finish(step)
 
-    def finish(
-        self,
-        step: int | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        ranks: int = 1,
-        to: Logger | None = None,
-    ) -> None:
-        """The step has had its passes: write its row, unless it is written already.
-
-        Args:
-            step: optimizer steps done so far; None where they are counted here.
-            optimizer: what takes the step.
-            ranks: processes that have as many samples each.
-            to: where rows go if no other place was asked for.
-        """
+    def finish(self, step: Taken) -> None:
+        """The step has had its passes: write its row, unless it is written already."""
         if not len(self._whole):
             return
         stats, parts = self._whole.end()
@@ -254,14 +244,14 @@ class Observer:
                 stacklevel=4,
             )
             return
-        self.stats, self._optimizer = stats, optimizer
-        self._relay.target = to
+        self.stats, self._optimizer = stats, step.optimizer
+        self._relay.target = step.to
         parts.log(
             self._monitor,
-            self._steps - 1 if step is None else step,
+            self._steps - 1 if step.number is None else step.number,
             stats,
-            optimizer=optimizer,
-            batch_size=stats.all_count * ranks,
+            optimizer=step.optimizer,
+            batch_size=stats.all_count * step.ranks,
             extra={"batch": self._batches - 1, "backward": self._passes - 1},
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..monitor import Logger
 from .accelerate import refuse_sharded
-from .observer import Observer
+from .observer import Observer, Taken
 from .patch import around
 
 __all__ = ["watch_trainer"]
@@ -47,12 +47,9 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         weight = 1 / parts if is_divided else 1.0
         observer.before(trainer.model, loss, weight, weight, is_shared=is_shared)
         result = original(loss, **kwargs)
-        observer.after(
-            trainer.state.global_step,
-            trainer.optimizer,
-            trainer.args.world_size,
-            _TrainerLog(trainer),
-        )
+        log, ranks = _TrainerLog(trainer), trainer.args.world_size
+        step = Taken(trainer.state.global_step, trainer.optimizer, ranks, log)
+        observer.after(step)
         return result
 
     def training_step(

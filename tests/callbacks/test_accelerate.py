@@ -282,10 +282,14 @@ def test_every_counts_steps_and_state_goes_on(tmp_path):
     assert [(row["step"], row["batch"]) for row in more.rows] == [(2, 5)]
 
 
-def one_pass(accelerator, model, batch, optimizer=None, loss=None):
+def mixed(model, batch):
+    """Each sample's loss depends on all, so that there are no gradients of samples."""
+    return losses(lambda x: model(x) / model(x).std(0), batch)
+
+
+def one_pass(accelerator, model, batch, optimizer=None, of=losses):
     with accelerator.accumulate(model):
-        found = losses(model, batch).mean()
-        accelerator.backward(found if loss is None else loss(found))
+        accelerator.backward(of(model, batch).mean())
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -331,12 +335,11 @@ def test_a_step_with_a_batch_that_cannot_be_read_has_no_row(unreadable):
     accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
     rows = Rows()
     rows.watch = fm.callbacks.watch(accelerator, model, to=rows, on_error="warn")
-    x, y = dataset()[:]
+    batch = dataset()[:]
     with pytest.warns(UserWarning, match="no gradient statistics") as warned:
         for at in range(2):
-            # The mean over the batch is in each sample's gradient.
-            mixed = (lambda loss: loss * model(x).mean()) if at == unreadable else None
-            one_pass(accelerator, model, (x, y), optimizer, mixed)
+            of = mixed if at == unreadable else losses
+            one_pass(accelerator, model, batch, optimizer, of)
     assert len(warned) == 1
     assert not rows.rows
     check(rows, joined(train(accelerator, model, optimizer, loader), 2))
@@ -387,6 +390,21 @@ def test_several_losses_a_batch_have_rows_only_without_accumulation():
                 assert not rows.rows
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+def test_a_step_that_the_scaler_skips_has_a_row():
+    accelerator, model, _, _ = prepared(gradient_accumulation_steps=2)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), scaler=accelerator.scaler
+    )
+    x, y = dataset()[:]
+    rows = Rows()
+    with fm.callbacks.watch(accelerator, model, to=rows):
+        for factor in (1, torch.inf, 1, 1):
+            one_pass(accelerator, model, (x * factor, y), optimizer)
+    assert [row["is_finite"] for row in rows.rows] == [False, True]
+    assert [row["step"] for row in rows.rows] == [0, 1]
 
 
 def test_accumulation_is_the_librarys():

@@ -104,6 +104,15 @@ def test_rows_say_the_steps_that_are_taken():
     check_steps_taken(rows, [*models, module.net])
 
 
+def test_an_epoch_that_is_cut_short():
+    callback, rows = probe()
+    module = Plain()
+    options = {"limit_train_batches": 3, "max_epochs": 2}
+    fit(module, callback, accumulate_grad_batches=2, **options)
+    epochs = module.seen[:3], module.seen[3:]
+    check(rows, [step for epoch in epochs for step in joined(epoch, 2)])
+
+
 def test_a_last_batch_without_a_loss():
     class Skipping(Plain):
         def training_step(self, batch, batch_idx):
