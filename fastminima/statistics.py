@@ -257,8 +257,8 @@ class GradientStatistics:
             >>> import torch, fastminima as fm
             >>> model = torch.nn.Linear(2, 1)
             >>> stats = fm.GradientProbe(model).backward(model(torch.ones(3, 2)).sum(1))
-            >>> round(stats.sq_norms[0].item()), round(stats.scaled(2).sq_norms[0].item())
-            (3, 12)
+            >>> [round(one.sq_norms[0].item()) for one in (stats, stats.scaled(2))]
+            [3, 12]
         """
         square = factor * factor
 
