@@ -29,6 +29,7 @@ class Step:
         mean_grad_sq_norm: |mean gradient|^2.
         batch_size: samples of a step of the optimizer.
         preconditioned_trace: tr P Sigma, P what the optimizer multiplies gradients by.
+        gradient_scale: the optimizer's gradient over the mean one, before clipping.
     """
 
     count: int
@@ -37,6 +38,7 @@ class Step:
     mean_grad_sq_norm: Any
     batch_size: int
     preconditioned_trace: float | None = None
+    gradient_scale: float = 1.0
 
 
 class Factors:
@@ -74,8 +76,8 @@ class Factors:
         if found is None:
             return row
         row["factors/learning_rate"] = found.learning_rate
-        if clip is not None:
-            found = replace(found, learning_rate=found.learning_rate * clip)
+        scale = step.gradient_scale * (1.0 if clip is None else clip)
+        found = replace(found, learning_rate=found.learning_rate * scale)
         row["factors/ratio"] = found.ratio
         row["factors/temperature"] = found.temperature
         return row
@@ -109,10 +111,10 @@ class Factors:
         )
 
     def _clip(self, step: Step) -> float | None:
-        """What clipping multiplies the mean gradient by."""
+        """What clipping multiplies the optimizer's gradient by."""
         if self._max_norm is None:
             return None
-        norm = float(step.mean_grad_sq_norm) ** 0.5
+        norm = float(step.mean_grad_sq_norm) ** 0.5 * step.gradient_scale
         return min(1.0, self._max_norm / (norm + _BARE))
 
 

@@ -123,6 +123,7 @@ class Monitor(Closing):
         ids: Sequence[Any] | None = None,
         microbatches: Sequence[int] = (),
         ranks: int = 1,
+        gradient_scale: float = 1.0,
     ) -> Row | None:
         """Write a row and return it; None, and no row, where nothing was measured.
 
@@ -140,6 +141,9 @@ class Monitor(Closing):
                 and for spikes; their index otherwise.
             microbatches: sizes of the batches whose statistics were added up.
             ranks: processes whose samples are in the statistics of each batch.
+            gradient_scale: the optimizer's gradient is so many times the mean gradient,
+                as where a step of fewer batches is divided as a whole one is: ratio and
+                temperature are those of its step, as with clipping.
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
@@ -158,8 +162,8 @@ class Monitor(Closing):
         if stats is not None:
             row |= self._gradient(numbers, stats)
             if optimizer is not None:
-                size = batch_size or stats.all_count
-                row |= self._factors.row(optimizer, _step_of(row, numbers, stats, size))
+                found = _step_of(row, numbers, stats, batch_size, gradient_scale)
+                row |= self._factors.row(optimizer, found)
         if sharpness is not None:
             row |= rows.sharpness_row(sharpness, numbers)
             limit = None if optimizer is None else stability_limit(optimizer)
@@ -317,14 +321,16 @@ def _step_of(
     row: Row,
     numbers: Mapping[str, Sequence[float]],
     stats: GradientStatistics,
-    batch_size: int,
+    batch_size: int | None,
+    gradient_scale: float,
 ) -> Step:
     return Step(
         count=stats.all_count,
         parameter_count=stats.parameter_count,
         covariance_trace=row.get("gradient/covariance_trace"),
         mean_grad_sq_norm=row["gradient/mean_grad_sq_norm"],
-        batch_size=batch_size,
+        batch_size=batch_size or stats.all_count,
+        gradient_scale=gradient_scale,
         preconditioned_trace=numbers.get("preconditioned", [None])[0],
     )
 
