@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._flat import FlatLayout
 from ..curvature import momentum
 from ..statistics import GradientStatistics
-from .factors import unwrapped
+from .preconditioned import summed_moments
 from .rows import Row
 from .smoothing import SmoothedNoiseScale
 
@@ -32,21 +31,13 @@ def sign_moments(
     Raises:
         ValueError: for an optimizer that keeps no momentum.
     """
-    optimizer = unwrapped(optimizer)
-    if not optimizer.state:
-        return None
-    variance, mean = stats.variance, stats.mean_grad
-    assert mean is not None
-    layout = FlatLayout(model)
-    sizes = [p.numel() for p in layout.parameters]
-    parts = momentum(model, optimizer).sign().split(sizes)
-    signs = dict(zip(layout.names, parts, strict=True))
-    total = gain = stats.mean_grad_sq_norm.new_zeros((), dtype=torch.float64)
-    for name, part in variance.items():
-        total = total + part.double().sqrt().sum()
-        gain = gain + mean[name].flatten().double() @ signs[name].double()
     sampled = stats.count < stats.all_count
-    return torch.stack([total / _root_bias(stats.count - (not sampled)), gain])
+    bias = _root_bias(stats.count - (not sampled))
+
+    def terms(variance: Tensor, mean: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        return variance.sqrt().sum() / bias, mean @ average.sign()
+
+    return summed_moments(stats, model, optimizer, momentum, terms)
 
 
 def _root_bias(freedom: int) -> float:
