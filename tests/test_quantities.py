@@ -196,6 +196,18 @@ def test_advice_on_signs_is_the_best_progress_of_a_quadratic(averaged, size):
     assert advice.to_dict()["averaged"] == averaged
 
 
+@pytest.mark.parametrize(("spread", "times"), [(0.0, 1.106), (1.0, 0.57)])
+def test_half_of_the_progress_of_signs_where_parameters_differ(spread, times):
+    """What the docstring says of parameters whose ratios of signal to noise spread."""
+    random = torch.Generator().manual_seed(0)
+    normal = torch.randn(50_000, generator=random, dtype=torch.float64)
+    signal = (spread * normal).exp()  # over deviations of one
+    scale = 1 / signal.mean() ** 2
+    right = torch.erf(signal * (times * scale / 2).sqrt())
+    progress = ((signal * right).sum() / signal.sum()) ** 2
+    assert progress.item() == pytest.approx(0.5, abs=0.01)
+
+
 UNBOUNDED = (64, math.inf), (0, 32 / 96)
 
 

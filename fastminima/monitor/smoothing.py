@@ -116,7 +116,9 @@ class SmoothedNoiseScale:
             return low, high
         return float(low), float(high)
 
-    def columns(self, group: str, covariance_trace: float, signal: float) -> dict:
+    def columns(
+        self, group: str, covariance_trace: float, signal: float
+    ) -> dict[str, float]:
         """Add a step; the ratio and the ends of its interval, as a row has them."""
         ratio = self.update(covariance_trace, signal)
         low, high = self.interval()
