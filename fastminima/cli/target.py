@@ -25,7 +25,7 @@ MODULE:FUNCTION names a function without arguments, in a module that Python find
 here (train:setup, package.train:setup) or in a file (path/train.py:setup). It returns
 
   (model, loss, batch)   loss(model, batch) gives the vector of per-sample losses, or
-                         their mean, of which there are no per-sample gradients
+                         their mean, of which an audit has the curvature only
   (model, losses)        losses() gives the vector of per-sample losses
 
 with the model in the mode, on the device and in the dtype in which it is trained."""
