@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..quantities import three_factors
+from ..quantities import takes_signs, three_factors
 from ..theory import edge_of_stability
 from .rows import Row
 
@@ -95,7 +95,12 @@ class Factors:
             if not self._has_announced:
                 self._has_announced = True
                 more = ""
-                if not _has_plain_steps(optimizer):
+                if takes_signs(optimizer):
+                    more = (
+                        " fm.monitor.watch(precondition=True) gives that one, at the "
+                        "price of second moments."
+                    )
+                elif not _has_plain_steps(optimizer):
                     more = (
                         " fm.monitor.watch(precondition=True) gives them in the "
                         "coordinates in which it is SGD, at the price of second "
@@ -148,10 +153,12 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float | None:
 def _has_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is a multiple of an average of gradients, as far as one can see.
 
-    Others have options that only optimizers have which rescale elementwise.
+    Others have options that only optimizers have which rescale elementwise, or are
+    named after the signs that they take.
     """
     adaptive = {"betas", "alpha", "etas", "eps"}
-    return not any(adaptive & group.keys() for group in optimizer.param_groups)
+    groups = optimizer.param_groups
+    return not (takes_signs(optimizer) or any(adaptive & g.keys() for g in groups))
 
 
 def _options(optimizer: torch.optim.Optimizer) -> Row:

@@ -17,8 +17,8 @@ from .csv_file import CSV
 from .factors import Factors, Step, stability_limit
 from .layers import By, Grouping, Groups, LayerNumbers
 from .loggers import JsonLines, Logger
+from .optimizer_norm import OptimizerNorm, Steps
 from .packing import Packed
-from .preconditioned import preconditioned_moments
 from .rows import Row
 from .samples import Origin
 from .smoothing import SmoothedNoiseScale
@@ -57,9 +57,10 @@ class Monitor(Closing):
             `SpikeDetector(threshold)`.
         max_norm: what the loop gives `clip_grad_norm_`: rows have the factor by which
             it clips, and the ratio and the temperature are those of the clipped step.
-        precondition: the model, for the noise scale in the norm of an adaptive
-            optimizer; the probe needs `measure=("norms", "second_moments")` and
-            `keep_mean=True`.
+        precondition: the model, for the noise scale in the norm of an optimizer that
+            is adaptive or takes signs; the probe needs `measure=("norms",
+            "second_moments")` and `keep_mean=True`.
+        steps: of that optimizer: "preconditioned" or "sign"; None as its name says.
         about: what is known of the run, written before its first row.
 
     Raises:
@@ -94,20 +95,23 @@ class Monitor(Closing):
         spikes: SpikeDetector | float | None = None,
         max_norm: float | None = None,
         precondition: nn.Module | None = None,
+        steps: Steps | None = None,
         about: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self._loggers = [_logger(one) for one in loggers]
         self._smoothed = SmoothedNoiseScale(smoothing)
-        self._preconditioned = SmoothedNoiseScale(smoothing)
-        is_adaptive = precondition is not None
-        self._factors = Factors(dataset_size, max_norm, is_quiet=is_adaptive)
+        self._norm = None
+        if precondition is not None:
+            self._norm = OptimizerNorm(precondition, steps, smoothing)
+        is_quiet = precondition is not None
+        self._factors = Factors(dataset_size, max_norm, is_quiet=is_quiet)
         self._grouping = Grouping(by, layers)
         self._layers = LayerNumbers(smoothing, is_written=layer_intervals)
         self._largest, self._histograms = largest, histograms
         if spikes is not None and not isinstance(spikes, SpikeDetector):
             spikes = SpikeDetector(spikes)
         self._detector = spikes
-        self._model, self._about = precondition, about
+        self._about = about
         self._rows = 0  # written so far
 
     def log(
@@ -220,10 +224,8 @@ class Monitor(Closing):
                 samples.ask_for(packed, stats, losses, self._largest, table)
             if self._histograms:
                 samples.ask_for_counts(packed, stats)
-        if self._model is not None and optimizer is not None and stats.all_count > 1:
-            found = preconditioned_moments(stats, self._model, optimizer)
-            if found is not None:
-                packed.add("preconditioned", found)
+        if self._norm is not None and optimizer is not None:
+            self._norm.ask_for(packed, stats, optimizer)
 
     def _groups(self, stats: GradientStatistics | None) -> Groups | None:
         if stats is None or not stats.sq_norms_by_parameter:
@@ -235,12 +237,10 @@ class Monitor(Closing):
     ) -> Row:
         row = rows.gradient_row(numbers, stats.count, stats.all_count)
         if "gradient/signal" in row:
-            row |= _smoothed_columns("gradient/", self._smoothed, row)
-        if "preconditioned" in numbers:
-            group = "gradient/preconditioned_"
-            trace, power = numbers["preconditioned"]
-            found = rows.noise_columns(group, trace, power, stats.all_count)
-            row |= found | _smoothed_columns(group, self._preconditioned, found)
+            trace, signal = row["gradient/covariance_trace"], row["gradient/signal"]
+            row |= self._smoothed.columns("gradient/", trace, signal)
+        if self._norm is not None:
+            row |= self._norm.row(numbers, stats.all_count)
         return row
 
     def _write(
@@ -280,10 +280,10 @@ class Monitor(Closing):
 
     def state_dict(self) -> dict[str, Any]:
         """Running averages and windows, for `load_state_dict` of a run that goes on."""
-        detector = self._detector
+        detector, norm = self._detector, self._norm
         return {
             "smoothed": self._smoothed.state_dict(),
-            "preconditioned": self._preconditioned.state_dict(),
+            "preconditioned": None if norm is None else norm.state_dict(),
             "layers": self._layers.state_dict(),
             "spikes": None if detector is None else detector.state_dict(),
         }
@@ -291,7 +291,8 @@ class Monitor(Closing):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` of an earlier monitor gave."""
         self._smoothed.load_state_dict(state["smoothed"])
-        self._preconditioned.load_state_dict(state["preconditioned"])
+        if self._norm is not None and state["preconditioned"] is not None:
+            self._norm.load_state_dict(state["preconditioned"])
         self._layers.load_state_dict(state["layers"])
         if self._detector is not None and state["spikes"] is not None:
             self._detector.load_state_dict(state["spikes"])
@@ -304,17 +305,6 @@ class Monitor(Closing):
         """Close the loggers, which finishes a run of W&B that was started here."""
         for logger in self._loggers:
             logger.close()
-
-
-def _smoothed_columns(group: str, smoothed: SmoothedNoiseScale, row: Row) -> Row:
-    """The ratio of running averages, and its interval."""
-    ratio = smoothed.update(row[f"{group}covariance_trace"], row[f"{group}signal"])
-    low, high = smoothed.interval()
-    return {
-        f"{group}noise_scale_smoothed": ratio,
-        f"{group}noise_scale_low": low,
-        f"{group}noise_scale_high": high,
-    }
 
 
 def _step_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -250,7 +250,7 @@ def watch(
     dataset_size: int | None = None,
     accumulate: int = 1,
     max_norm: float | None = None,
-    precondition: bool = False,
+    precondition: bool | Literal["sign"] = False,
     eigenvalues: int = 1,
     **options: Any,
 ) -> Watch:
@@ -286,8 +286,9 @@ def watch(
         accumulate: backward passes that make up one step of the optimizer. It keeps the
             mean gradient so far, so as much memory as two gradients.
         precondition: also the noise scale in the norm of an adaptive optimizer, and the
-            temperature in the coordinates in which it is SGD. It measures second
-            moments.
+            temperature in the coordinates in which it is SGD; of optimizers with a
+            momentum that are named Lion or Sign..., that of steps by signs; "sign" for
+            that of any other that keeps a momentum. It measures second moments.
         eigenvalues: how many.
         options: for `GradientProbe`, such as `batchnorm="rows"` or `mode="fused"`.
 
@@ -335,6 +336,7 @@ def watch(
         max_norm=max_norm,
         dataset_size=dataset_size,
         precondition=model if precondition else None,
+        steps=precondition if isinstance(precondition, str) else None,
         about=lambda: about_run(model, optimizer, by, settings),
     )
     curvature = None
