@@ -55,6 +55,8 @@ def _share_openmp() -> None:
     As on Linux on ARM, where it is not among the libraries that `import torch` loads
     for all. Nothing is loaded that is not there already.
     """
+    if not hasattr(os, "RTLD_NOLOAD"):  # Windows
+        return
     for name in ("libgomp.so.1", "libomp.so.5", "libomp.so", "libiomp5.so"):
         with contextlib.suppress(OSError):
             ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_NOLOAD)
