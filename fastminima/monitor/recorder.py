@@ -246,7 +246,10 @@ class Monitor(Closing):
         groups: Groups | None,
         origin: Origin,
     ) -> None:
-        """Give loggers the row and what belongs to it, spikes last."""
+        """Give loggers what belongs to the row, then the row.
+
+        So of a process that is killed no row is there without its spikes and samples.
+        """
         if self._about is not None and not self._rows:
             about = self._about()
             for logger in self._loggers:
@@ -257,15 +260,15 @@ class Monitor(Closing):
             count, mean = int(row["gradient/count"]), row["gradient/mean_grad_sq_norm"]
             largest = samples.table(numbers, count, mean, groups, origin)
         counts = [int(count) for count in numbers.get("histogram", ())]
+        spikes = [{**one.to_dict(), "samples": largest} for one in self._spikes(row)]
         for logger in self._loggers:
-            logger.write(row)
+            for spike in spikes:
+                logger.write_spike(spike)
             if largest:
                 logger.write_samples(step, largest)
             if counts:
                 logger.write_histogram(step, samples.HISTOGRAM, samples.EDGES, counts)
-        for spike in self._spikes(row):
-            for logger in self._loggers:
-                logger.write_spike({**spike.to_dict(), "samples": largest})
+            logger.write(row)
 
     def _spikes(self, row: Row) -> list[Spike]:
         if self._detector is None:
