@@ -124,6 +124,7 @@ def forecasts() -> Callable[[float], bool]:
     return lambda value: bool(detector.update(0, loss=value, norm=None))
 
 
+PLACES = ((3, 12), (3, 30), (3, 300), (10, 8), (10, 30), (10, 300))
 DETECTORS: Mapping[str, Detector] = {"before": window_median, "now": forecasts}
 
 
@@ -157,31 +158,39 @@ def _tell(cells: Iterable[object]) -> None:
     print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
-def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=500)
-    seeds = range(parser.parse_args().seeds)
+def _tell_alarms(seeds: range) -> None:
     names = list(DETECTORS)
     _tell(["curve", *names, *(f"first {EARLY}: {name}" for name in names)])
     _tell(["---"] * (1 + 2 * len(names)))
     for name, curve in CURVES.items():
         rates = [false_alarms(make, curve, seeds) for make in DETECTORS.values()]
         late = [f"{rate[0]:.2f}" for rate in rates]
-        _tell([name, *late, *(f"{rate[1]:.1%}" for rate in rates)])
-    print()
-    sizes = (3, 10)
-    _tell(["trend", "noise", "step", *(f"{n}, {x}-fold" for x in sizes for n in names)])
-    _tell(["---"] * (3 + len(sizes) * len(names)))
+        _tell([name, *late, *(f"{100 * rate[1]:.0f} %" for rate in rates)])
+
+
+def _tell_found(seeds: range) -> None:
+    _tell(["trend, noise", *(f"{size}-fold at step {at}" for size, at in PLACES)])
+    _tell(["---"] * (1 + len(PLACES)))
     for fall in FALLS:
         for noise in (0.02, 0.05, 0.1):
-            for at in (8, 12, 30, 300):
+            cells = []
+            for size, at in PLACES:
                 rates = [
                     found(make, fall, noise, at, size, seeds)
-                    for size in sizes
                     for make in DETECTORS.values()
                 ]
-                _tell([fall, f"{noise:.0%}", at, *(f"{rate:.0%}" for rate in rates)])
+                cells.append(", ".join(f"{100 * rate:.0f}" for rate in rates))
+            _tell([f"{fall}, {100 * noise:.0f} %", *cells])
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=500)
+    seeds = range(parser.parse_args().seeds)
+    _tell_alarms(seeds)
+    print()
+    _tell_found(seeds)
 
 
 if __name__ == "__main__":

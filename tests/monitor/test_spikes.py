@@ -82,7 +82,7 @@ def test_the_threshold_for_few_errors_is_that_of_students_t(seen):
     assert series.widening() == pytest.approx(wanted, rel=0.03)
 
 
-NOISY = {  # what stands out stands out: alarms in 1000 steps, of 500 seeds at most XX
+NOISY = {  # in 1000 steps; five times what 500 seeds had (docs/watching.md) or less
     "Student's t of 5, 5 %": 1,
     "Student's t of 3, 5 %": 5,
     "noise from 5 to 15 % at once": 3,
