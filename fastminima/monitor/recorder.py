@@ -192,7 +192,7 @@ class Monitor(Closing):
             )
         row |= rows.extra_row(extra or {}, numbers)
         row["is_finite"] = rows.is_finite(row)
-        self._write(row, numbers, groups, origin)
+        self._write(row, numbers, groups, origin, stats)
         return row
 
     def _asked(
@@ -261,6 +261,7 @@ class Monitor(Closing):
         numbers: Mapping[str, Sequence[float]],
         groups: Groups | None,
         origin: Origin,
+        stats: GradientStatistics | None,
     ) -> None:
         """Give loggers what belongs to the row, then the row.
 
@@ -272,8 +273,8 @@ class Monitor(Closing):
                 logger.write_run(about)
         self._rows += 1
         step, largest = int(row["step"]), []
-        if "samples/numbers" in numbers:
-            count, mean = int(row["gradient/count"]), row["gradient/mean_grad_sq_norm"]
+        if stats is not None and "samples/numbers" in numbers:
+            count, mean = stats.all_count, row["gradient/mean_grad_sq_norm"]
             largest = samples.table(numbers, count, mean, groups, origin)
         counts = [int(count) for count in numbers.get("histogram", ())]
         spikes = [{**one.to_dict(), "samples": largest} for one in self._spikes(row)]
