@@ -151,10 +151,10 @@ class Monitor(Closing):
             ranks: processes whose samples are in the statistics of each batch, as many
                 of each.
             process_group: these processes, or "world", in place of `ranks`: each calls
-                `log` with the sizes of its own batches and its own ids, and they tell
-                each other the sizes and, where there are ids, those of the samples in
-                the table: a collective call of a few integers and one of Python objects
-                (1.5 ms of CPU time with gloo).
+                `log` with the sizes of its own batches, its own losses and ids, and
+                they tell each other: collective calls of a few integers, of the losses
+                and, where there are ids, of those in the table as Python objects (1.5
+                ms of CPU time with gloo). The row's loss is the mean over all samples.
             gradient_scale: the optimizer's gradient is so many times the mean gradient,
                 as where a step of fewer batches is divided as a whole one is: ratio and
                 temperature are those of its step, as with clipping.
@@ -165,10 +165,15 @@ class Monitor(Closing):
         """
         if stats is None and sharpness is None:
             return None
+        if stats is None:
+            origin = Origin()
+        elif process_group is None:
+            origin = _origin(stats, ids, microbatches, ranks)
+        else:
+            _check_sizes(microbatches)
+            group = find_group(process_group)
+            origin, loss = gather_origin(ids, microbatches, stats, loss, group)
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
-        origin = Origin()
-        if stats is not None and self._largest:
-            origin = _origin(stats, ids, microbatches, ranks, process_group)
         groups = self._groups(stats)
         packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
         numbers = packed.read()
@@ -328,19 +333,19 @@ def _origin(
     ids: Sequence[Any] | None,
     microbatches: Sequence[int],
     ranks: int,
-    process_group: Any,
 ) -> Origin:
-    """Where the samples of a row come from."""
-    if process_group is None:
-        if ranks > 1:
-            microbatches = microbatches or [stats.all_count]
-        return Origin(ids, microbatches, ranks)
+    """Where the samples of a row come from, as far as this process knows."""
+    if ranks > 1:
+        microbatches = microbatches or [stats.all_count]
+    return Origin(ids, microbatches, ranks)
+
+
+def _check_sizes(microbatches: Sequence[int]) -> None:
     if not microbatches:
         raise ValueError(
-            "With process_group the table of samples needs microbatches, the sizes of "
-            "this process' batches: microbatches=[len(losses)]."
+            "With process_group a row needs microbatches, the sizes of this process' "
+            "batches: microbatches=[len(losses)]."
         )
-    return gather_origin(ids, microbatches, stats, find_group(process_group))
 
 
 def _step_of(
