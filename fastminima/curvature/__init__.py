@@ -29,7 +29,7 @@ from .derived import DerivedOperator
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 from .loss_hessian import LossHessian
-from .preconditioner import momentum, preconditioner
+from .preconditioner import divisors, momenta, preconditioner
 from .recording import twice_differentiable
 
 __all__ = [
@@ -47,7 +47,8 @@ __all__ = [
     "Suspicion",
     "SymmetryWatch",
     "critical_sharpness",
-    "momentum",
+    "divisors",
+    "momenta",
     "preconditioner",
     "twice_differentiable",
 ]

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from .._flat import FlatLayout
 from ._shards import whole
 
-__all__ = ["momentum", "preconditioner"]
+__all__ = ["divisors", "momenta", "preconditioner"]
+
+Optimizer = torch.optim.Optimizer
+Of = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Tensor]
 
 _MOMENTA = ("exp_avg", "momentum_buffer")  # as PyTorch's optimizers name them
 
 
-def preconditioner(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Float[Tensor, " params"]:
+def preconditioner(model: nn.Module, optimizer: Optimizer) -> Float[Tensor, " params"]:
     """What an adaptive optimizer divides its steps by, for each parameter.
 
     For Adam and AdamW after t steps (1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps), v
@@ -33,13 +34,26 @@ def preconditioner(
     Source: Cohen et al. (2022), "Adaptive gradient methods at the edge of stability",
     arXiv:2207.14484; where the edge is says `theory.edge_of_stability`.
     """
-    return _of_states(model, optimizer, _divisor)
+    layout = FlatLayout(model)
+    parameters = dict(zip(layout.names, layout.parameters, strict=True))
+    return layout.join(list(divisors(optimizer, parameters).values()))
 
 
-def momentum(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Float[Tensor, " params"]:
-    """The running average of gradients that an optimizer keeps.
+def divisors(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same for some parameters, each shaped as it is.
+
+    Raises:
+        ValueError: as `preconditioner`.
+    """
+    return _of_states(optimizer, parameters, _divisor)
+
+
+def momenta(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The running averages of gradients that an optimizer keeps of some parameters.
 
     Its state `exp_avg`, as of Lion and Adam, or `momentum_buffer`, as of SGD: as it is
     there, in the unit of gradients times what their weights add up to.
@@ -48,36 +62,36 @@ def momentum(
         ValueError: for an optimizer that keeps neither, and for parameters that it has
             not stepped.
     """
-    return _of_states(model, optimizer, _momentum)
+    return _of_states(optimizer, parameters, _momentum)
 
 
 def _of_states(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    of: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Tensor],
-) -> Tensor:
-    """A tensor of each parameter's state, in the flat order."""
-    layout = FlatLayout(model)
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], of: Of
+) -> dict[str, Tensor]:
+    """A tensor of each parameter's state."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    parts = []
-    for name, p in zip(layout.names, layout.parameters, strict=True):
+    parts = {}
+    for name, p in parameters.items():
         state: Mapping[str, Any] = optimizer.state.get(p, {})
         if id(p) not in groups or not state:
             raise ValueError(
                 f"The optimizer has no state for {name!r}. Take a step with it first, "
                 "or freeze parameters that it does not train."
             )
-        parts.append(whole(of(optimizer, groups[id(p)], state)))
-    return layout.join(parts)
+        parts[name] = whole(of(optimizer, groups[id(p)], state))
+    return parts
 
 
 def _divisor(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Tensor:
     eps = group.get("eps", 0.0)
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         first, second = group["betas"]
-        steps = float(state["step"])
+        steps = state["step"]
+        # Of fused and capturable ones it lies on the device: not waited for.
+        is_there = isinstance(steps, Tensor) and steps.device.type != "cpu"
+        steps = steps.double() if is_there else float(steps)
         squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         root = (squares.double() / (1 - second**steps)).sqrt()
         return (1 - first**steps) * (root + eps)
@@ -92,7 +106,7 @@ def _divisor(
 
 
 def _momentum(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Tensor:
     found = next((state[n] for n in _MOMENTA if state.get(n) is not None), None)
     if found is None:

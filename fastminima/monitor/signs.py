@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..curvature import momentum
+from ..curvature import momenta
 from ..statistics import GradientStatistics
 from .preconditioned import summed_moments
 from .rows import Row
@@ -37,7 +37,7 @@ def sign_moments(
     def terms(variance: Tensor, mean: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
         return variance.sqrt().sum() / bias, mean @ average.sign()
 
-    return summed_moments(stats, model, optimizer, momentum, terms)
+    return summed_moments(stats, model, optimizer, momenta, terms)
 
 
 def _root_bias(freedom: int) -> float:

@@ -35,6 +35,16 @@ def dense(operator):
     return operator @ eye
 
 
+def test_steps_of_an_optimizer_on_a_device_are_not_waited_for():
+    """Of fused and capturable ones; nothing can be read from "meta" at all."""
+    model = nn.Linear(2, 1, device="meta")
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        step = torch.zeros((), dtype=torch.float32, device="meta")
+        optimizer.state[p] = {"step": step, "exp_avg_sq": torch.zeros_like(p)}
+    assert fm.preconditioner(model, optimizer).device.type == "meta"
+
+
 def test_sums_and_multiples(problem, hessian):
     model, batch = problem
     covariance = fm.GradientCovariance(
