@@ -7,6 +7,7 @@ from torch import nn
 
 import fastminima as fm
 from fastminima.capture.session.collector import Collector
+from fastminima.capture.session.states import _scaled
 
 
 class Net(nn.Module):
@@ -74,3 +75,9 @@ def test_the_extension_reads_them(monkeypatch):
     monkeypatch.setattr(Collector, "take_gradients", None)
     by_attach(probe, losses_of(model, [x]))
     by_backward(probe, losses_of(model, [x]))
+
+
+def test_no_parameters_by_a_factor_on_a_device():
+    """As where ranks join without the mean, after a loss was scaled on a GPU."""
+    rows, factor = torch.zeros(0, device="cpu"), torch.ones((), device="meta")
+    assert _scaled([], rows, factor, torch.float32) == {}

@@ -117,6 +117,8 @@ def _scaled(
     names: Sequence[str], rows: Tensor, factor: float | Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Numbers of parameters, multiplied together: rows of one tensor."""
+    if not names:  # the factor may lie on another device
+        return {}
     return dict(zip(names, (rows * factor).to(dtype).unbind(), strict=True))
 
 
