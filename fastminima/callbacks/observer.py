@@ -72,7 +72,8 @@ class Observer:
         options: for `GradientProbe`.
 
     Raises:
-        ValueError: for an unknown word, an `every` below one, or `accumulate`.
+        ValueError: for an unknown word, an `every` below one, `accumulate`, or a
+            process group.
     """
 
     def __init__(
@@ -93,6 +94,12 @@ class Observer:
             raise ValueError(
                 "How many batches a step accumulates is known from the library that "
                 "trains; leave accumulate out."
+            )
+        if options.get("process_group") is not None:
+            raise ValueError(
+                "The first process alone measures here, so it would wait for the "
+                "others. Leave process_group out: rows are of its own samples. For "
+                "those of all processes use fm.monitor.watch in a loop of your own."
             )
         self._relay = _Relay()
         self._options = dict(options)

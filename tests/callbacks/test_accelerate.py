@@ -411,3 +411,5 @@ def test_accumulation_is_the_librarys():
     accelerator, model, _, _ = prepared()
     with pytest.raises(ValueError, match="leave accumulate out"):
         fm.callbacks.watch(accelerator, model, accumulate=2)
+    with pytest.raises(ValueError, match="Leave process_group out"):
+        fm.callbacks.watch(accelerator, model, process_group="world")
