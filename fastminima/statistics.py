@@ -44,7 +44,9 @@ class GradientStatistics:
         mean_grad: `{name: like the parameter}`, with `keep_mean=True`.
         mean_count: number of samples behind the mean gradient, where only `count` of
             them were looked at (`sample=`); None where it is the same.
-        samples: `[count]`, which samples of the batch were looked at; None for all.
+        samples: `[count]`, which samples of the batch were looked at, numbered on from
+            one batch to the next where statistics were added up; None for all, and
+            where several ranks looked at some of theirs.
     """
 
     count: int
@@ -247,8 +249,23 @@ class GradientStatistics:
             gram=None,
             dots=joined(self.dots, a, other.dots, b) or {},
             mean_count=None if all_a + all_b == a + b else all_a + all_b,
-            samples=None,
+            samples=self._numbers_with(other),
         )
+
+    def _numbers_with(self, other: GradientStatistics) -> Tensor | None:
+        """Which samples both looked at; those of `other` come after all of these."""
+        like = other.samples if self.samples is None else self.samples
+        if like is None:
+            return None
+        parts: list[Tensor] = []
+        for one, first in ((self, 0), (other, self.all_count)):
+            found = one.samples
+            if found is None and one.count < one.all_count:
+                return None  # nobody knows which
+            if found is None:
+                found = torch.arange(one.count, dtype=like.dtype, device=like.device)
+            parts.append(found + first)
+        return torch.cat(parts)
 
     def scaled(self, factor: float) -> GradientStatistics:
         """Statistics of gradients that are `factor` times as large.

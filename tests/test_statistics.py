@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def test_scaling_the_loss_scales_squares(c):
     torch.testing.assert_close(b.noise_scale, a.noise_scale)
     assert_same(a.scaled(c), b)
     torch.testing.assert_close(a.scaled(c).gram, b.gram)
+
+
+def test_numbers_of_the_samples_that_were_looked_at_go_on():
+    model, x = setup()
+    whole = fm.GradientProbe(model).backward(losses(model, x)).sq_norms
+    some = fm.GradientProbe(model, sample=3, keep_mean=True)
+    every = fm.GradientProbe(model, keep_mean=True)
+    parts = [
+        one.backward(losses(model, part))
+        for one, part in zip((some, every, some), x.split([5, 3, 4]), strict=True)
+    ]
+    total = parts[0] + parts[1] + parts[2]
+    assert (total.count, total.all_count) == (9, 12)
+    torch.testing.assert_close(total.sq_norms, whole[total.samples])
+    unknown = replace(parts[0], samples=None) + parts[2]
+    assert unknown.samples is None
+    assert (parts[1] + parts[1]).samples is None
 
 
 def test_adding_needs_the_mean():

@@ -106,7 +106,7 @@ class Origin:
 def gather_origin(
     ids: Sequence[Any] | None,
     sizes: Sequence[int],
-    stats: GradientStatistics,
+    stats: GradientStatistics | None,
     loss: float | Tensor | None,
     group: ProcessGroup,
 ) -> tuple[Origin, float | Tensor | None]:
@@ -117,16 +117,27 @@ def gather_origin(
     Args:
         ids: of the samples of this process, or None.
         sizes: of its own batches, as many as the other ranks have.
-        stats: of the samples of all ranks.
+        stats: of the samples of all ranks; None on all ranks or none.
         loss: of its own samples, or the mean of these; None on all ranks or none.
         group: the ranks.
+
+    Raises:
+        ValueError: on all ranks, where one has other numbers of batches or no loss.
     """
+    found = loss if stats is None else stats.mean_grad_sq_norm
+    device = found.device if isinstance(found, Tensor) else torch.device("cpu")
     has_ids = ids is not None and any(one is not None for one in ids)
-    device = stats.mean_grad_sq_norm.device
     has_losses = isinstance(loss, Tensor) and loss.shape == (sum(sizes),)
-    mine = torch.tensor([*sizes, has_ids, has_losses], dtype=torch.int64, device=device)
-    *counts, said, known = _gathered(mine, group).T.tolist()  # each [ranks]
-    is_all = sum(map(sum, counts)) == stats.count  # else some were not looked at
+    told = (len(sizes), sum(sizes), has_ids, loss is not None, has_losses)
+    mine = torch.tensor(told, dtype=torch.int64, device=device)
+    batches, sums, said, have, known = _gathered(mine, group).T.tolist()  # each [ranks]
+    _check_alike(batches, have)
+    counts = [sums]
+    if len(sizes) > 1:
+        mine = torch.tensor(sizes, dtype=torch.int64, device=device)
+        counts = _gathered(mine, group).T.tolist()
+    # Else some were not looked at, or none.
+    is_all = stats is not None and sum(sums) == stats.count
     if loss is not None:
         loss = torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
         if is_all and all(known):
@@ -135,6 +146,8 @@ def gather_origin(
             whole = torch.stack([loss.mean() * sum(sizes), loss.new_tensor(sum(sizes))])
             total, samples = _gathered(whole, group).sum(0)
             loss = total / samples
+    if stats is None:
+        return Origin(), loss
     if not is_all:
         return Origin(ids, [stats.count], len(said), counts=None), loss
     origin = Origin(
@@ -143,6 +156,20 @@ def gather_origin(
         group=group if any(said) else None,
     )
     return origin, loss
+
+
+def _check_alike(batches: Sequence[int], have: Sequence[int]) -> None:
+    """Raise on all ranks what would leave some of them waiting for others."""
+    if len(set(batches)) > 1:
+        raise ValueError(
+            f"The ranks have different numbers of batches in this row: {batches}. Give "
+            "each rank's microbatches, as many as it had backward passes."
+        )
+    if len(set(have)) > 1:
+        raise ValueError(
+            "Some ranks gave a loss for this row and others none. Pass loss= on all "
+            "ranks, or on none."
+        )
 
 
 def _gathered(mine: Tensor, group: ProcessGroup) -> Tensor:
@@ -177,9 +204,11 @@ def _located(number: int, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def _plain(one: Any) -> Any:
-    """An id as JSON can have it: a tensor of one number as that number."""
-    item = getattr(one, "item", None)
-    return item() if callable(item) else one
+    """An id as JSON can have it: the numbers of a tensor."""
+    if isinstance(one, (tuple, list)):
+        return tuple(map(_plain, one))
+    tolist = getattr(one, "tolist", None)  # of tensors and arrays
+    return tolist() if callable(tolist) else one
 
 
 def _own_rank() -> int:

@@ -36,7 +36,7 @@ class StepParts:
         loss: Tensor,
         size: int | None,
         weight: float,
-        ids: Sequence[Any] | None = None,
+        ids: Sequence[Any] | Tensor | None = None,
     ) -> None:
         """Take in a pass.
 
@@ -50,7 +50,10 @@ class StepParts:
         self._losses.append(loss)
         self._sizes.append(size)
         self._weights.append(weight)
-        self._ids += [None] * (size or 0) if ids is None else ids
+        if ids is None:
+            self._ids += [None] * (size or 0)
+        else:
+            self._ids += ids.tolist() if isinstance(ids, Tensor) else ids
 
     def clear(self) -> None:
         """Begin another step."""
@@ -72,13 +75,12 @@ class StepParts:
 
         `options` are those of `Monitor.log`.
         """
-        sizes = [] if stats is None else [size for size in self._sizes if size]
         return monitor.log(
             step,
             stats,
             loss=self._loss(),
             ids=self._ids,
-            microbatches=sizes,
+            microbatches=[size for size in self._sizes if size],
             gradient_scale=math.fsum(self._weights),
             **options,
         )

@@ -161,18 +161,17 @@ class Monitor(Closing):
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
-            ValueError: for a process group without the sizes of batches.
+            ValueError: for a process group without the sizes of batches; on all ranks,
+                where they have different numbers of batches, or only some a loss.
         """
         if stats is None and sharpness is None:
             return None
-        if stats is None:
-            origin = Origin()
-        elif process_group is None:
-            origin = _origin(stats, ids, microbatches, ranks)
-        else:
+        if process_group is not None and (microbatches or stats is not None):
             _check_sizes(microbatches)
             group = find_group(process_group)
             origin, loss = gather_origin(ids, microbatches, stats, loss, group)
+        else:
+            origin = _origin(stats, ids, microbatches, ranks)
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
         groups = self._groups(stats)
         packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
@@ -272,15 +271,16 @@ class Monitor(Closing):
 
         So of a process that is killed no row is there without its spikes and samples.
         """
+        step, largest = int(row["step"]), []
+        if stats is not None and "samples/numbers" in numbers:
+            # First: ranks may ask each other, and what writes can fail on one of them.
+            count, mean = stats.all_count, row["gradient/mean_grad_sq_norm"]
+            largest = samples.table(numbers, count, mean, groups, origin)
         if self._about is not None and not self._rows:
             about = self._about()
             for logger in self._loggers:
                 logger.write_run(about)
         self._rows += 1
-        step, largest = int(row["step"]), []
-        if stats is not None and "samples/numbers" in numbers:
-            count, mean = stats.all_count, row["gradient/mean_grad_sq_norm"]
-            largest = samples.table(numbers, count, mean, groups, origin)
         counts = [int(count) for count in numbers.get("histogram", ())]
         spikes = [{**one.to_dict(), "samples": largest} for one in self._spikes(row)]
         for logger in self._loggers:
@@ -329,12 +329,16 @@ class Monitor(Closing):
 
 
 def _origin(
-    stats: GradientStatistics,
+    stats: GradientStatistics | None,
     ids: Sequence[Any] | None,
     microbatches: Sequence[int],
     ranks: int,
 ) -> Origin:
     """Where the samples of a row come from, as far as this process knows."""
+    if stats is None:
+        return Origin()
+    if stats.samples is None and stats.count < stats.all_count:
+        return Origin(None, [stats.count], ranks, counts=None)
     if ranks > 1:
         microbatches = microbatches or [stats.all_count]
     return Origin(ids, microbatches, ranks)

@@ -49,8 +49,9 @@ def ask_for(
     packed.add("samples/numbers", top.indices)
     if stats.samples is not None:
         packed.add("samples/looked_at", stats.samples)
-    if losses is not None and len(losses) == stats.all_count:  # else of one rank
-        is_all = stats.samples is None
+    is_all = stats.count == stats.all_count
+    is_known = is_all or stats.samples is not None
+    if losses is not None and is_known and len(losses) == stats.all_count:
         packed.add("samples/losses", losses[top.indices] if is_all else losses)
     if stats.gram is not None and stats.mean_count is None:
         along = stats.gram[top.indices].double().mean(1)  # <g_n, mean>

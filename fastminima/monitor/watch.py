@@ -109,9 +109,8 @@ class Watch(Closing):
             TypeError: for a column of `extra` that is not a number.
         """
         count = len(losses) if losses.dim() else batch_size
-        names = [None] * (count or 0) if ids is None else list(ids)
-        if ids is not None and len(names) != count:
-            raise ValueError(f"There are {len(names)} ids for {count} samples.")
+        if ids is not None and len(ids) != count:
+            raise ValueError(f"There are {len(ids)} ids for {count} samples.")
         is_due = self._begin()
         step, is_last = self.step, self._accumulation.passes == self._accumulate
         given, whole = losses, scale
@@ -129,7 +128,7 @@ class Watch(Closing):
             raise
         if stats is not None or pairs is not None:
             size = count if stats is None else count or stats.all_count
-            self._parts.add(losses.detach() / scale, size, 1 / self._accumulate, names)
+            self._parts.add(losses.detach() / scale, size, 1 / self._accumulate, ids)
         total = self._accumulation.add(stats)
         return self._log(step, total, pairs, extra) if is_last else None
 

@@ -186,6 +186,55 @@ def test_sampled_statistics_name_samples_of_the_batch(tmp_path):
         assert sample["loss"] == pytest.approx(values[sample["index"]])
 
 
+def test_sampled_statistics_of_several_passes_name_their_samples(tmp_path):
+    model, _ = setup(torch.float64)
+    data = list(batches(2, dtype=torch.float64))
+    truth = {
+        (i, n): (norm.item(), loss.item())
+        for i, batch in enumerate(data)
+        for n, (norm, loss) in enumerate(
+            zip(
+                flat(single_sample_gradients(model, losses, batch)).norm(dim=1),
+                losses(model, batch),
+                strict=True,
+            )
+        )
+    }
+    w = fm.monitor.watch(model, None, to=tmp_path, sample=3, accumulate=2)
+    for i, batch in enumerate(data):
+        w.backward(losses(model, batch), ids=[(i, n) for n in range(8)])
+    (line,) = lines(tmp_path / "samples.jsonl")
+    assert len(line["samples"]) == 6
+    for one in line["samples"]:
+        assert one["id"] == [one["microbatch"], one["index"]]
+        assert (one["norm"], one["loss"]) == pytest.approx(truth[tuple(one["id"])])
+
+
+def test_samples_of_which_nobody_knows_which_they_are(tmp_path):
+    """Some of the samples of several ranks, joined by a probe."""
+    stats = fm.GradientStatistics(
+        2, 3, torch.arange(2.0), torch.tensor(0.5), mean_count=4
+    )
+    monitor = fm.monitor.Monitor(fm.monitor.RunFolder(tmp_path), largest=2)
+    row = monitor.log(0, stats, loss=torch.arange(4.0), ids="abcd", microbatches=[4])
+    (line,) = lines(tmp_path / "samples.jsonl")
+    assert [(s["id"], s["loss"]) for s in line["samples"]] == [(1, None), (0, None)]
+    assert row["loss"] == 1.5
+
+
+def test_ids_of_several_numbers(tmp_path):
+    model, optimizer = setup()
+    ids = torch.arange(16).view(8, 2)
+    w = fm.monitor.watch(model, optimizer, to=tmp_path)
+    w.backward(losses(model, next(batches(1))), ids=ids)
+    w.backward(losses(model, next(batches(1))), ids=[(x[0], [x[1]]) for x in ids])
+    first, second = lines(tmp_path / "samples.jsonl")
+    for one, other in zip(first["samples"], second["samples"], strict=True):
+        n = one["index"]
+        assert one["id"] == [2 * n, 2 * n + 1]
+        assert other["id"] == [2 * n, [2 * n + 1]]
+
+
 def test_samples_of_several_ranks():
     """Three ranks of two samples in each of two batches; this one is the first."""
     origin = Origin(ids="abcd", microbatches=(6, 6), ranks=3)
@@ -491,6 +540,25 @@ def test_adam_in_the_norm_of_its_steps():
     temperature = 0.01 / 8 * trace / g.shape[1] / 2
     assert row["factors/temperature"] == pytest.approx(temperature)
     assert row["factors/momentum"] == 0.9
+
+
+def test_adam_where_the_loss_does_not_reach_all():
+    """The parts that it never reached have no state, and no noise."""
+    model, _ = setup(torch.float64)
+    whole = nn.ModuleDict({"used": model, "unused": nn.Linear(2, 2)}).double()
+    rows = []
+    for watched in (model, whole):
+        copied = copy.deepcopy(watched)
+        optimizer = torch.optim.Adam(copied.parameters(), lr=0.01)
+        w = fm.monitor.watch(copied, optimizer, precondition=True)
+        used = copied if watched is model else copied["used"]
+        train(used, optimizer, w, batches(2, dtype=torch.float64))
+        rows.append(w.row)
+    for name in ("covariance_trace", "noise_scale"):
+        name = f"gradient/preconditioned_{name}"
+        assert rows[0][name] == pytest.approx(rows[1][name])
+    late = copied["unused"](torch.ones(2, 2, dtype=torch.float64)).sum(1)
+    assert "gradient/preconditioned_noise_scale" not in w.backward(late)
 
 
 def test_adam_without_it_says_what_to_do():

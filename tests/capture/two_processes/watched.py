@@ -97,3 +97,40 @@ def watched_rows_need_the_sizes_of_batches():
     stats = fm.GradientStatistics(2, 1, torch.ones(2), torch.tensor(0.5))
     monitor = fm.monitor.Monitor(largest=1)
     raised(lambda: monitor.log(0, stats, process_group="world"), ValueError, "sizes")
+
+
+@check
+def watched_samples_that_are_not_all_in_several_batches():
+    table, _, _ = watched([[4, 4], [4, 4]], True, sample=2, keep_mean=True)
+    if table is not None:
+        assert [(one["rank"], one["loss"]) for one in table] == [(None, None)] * 8
+        assert sorted(one["id"] for one in table) == list(range(8))
+
+
+@check
+def watched_ranks_that_differ_say_so_on_all():
+    """Nobody waits for a message that another rank does not send."""
+    stats = fm.GradientStatistics(4, 1, torch.ones(4), torch.tensor(0.5))
+    monitor, rank = fm.monitor.Monitor(largest=1), dist.get_rank()
+
+    def log(**options):
+        monitor.log(0, stats, process_group="world", **options)
+
+    sizes = [[2], [1, 1]][rank]
+    raised(lambda: log(microbatches=sizes), ValueError, "numbers of batches", "[1, 2]")
+    loss = [torch.ones(2), None][rank]
+    raised(lambda: log(microbatches=[2], loss=loss), ValueError, "Some ranks gave")
+
+
+@check
+def watched_rows_of_curvature_alone_have_the_loss_of_all():
+    model = DistributedDataParallel(build())
+    options = {"every": 2, "sharpness": 1, "process_group": "world", "keep_mean": True}
+    w = fm.monitor.watch(model, None, lambda m, b: losses_of(m, *b).mean(), **options)
+    joined = data(8, 0)
+    mine = share(joined, [5, 3])
+    for _ in range(2):
+        row = w.backward(losses_of(model, mine), batch=(mine,))
+    assert "sharpness/eigenvalue_1" in row and "gradient/count" not in row
+    want = losses_of(build(), joined).mean().item()
+    torch.testing.assert_close(row["loss"], want, rtol=1e-5, atol=0)
