@@ -61,7 +61,8 @@ def examine(target: Target, batchnorm: BatchNorm = "error") -> list[Finding]:
     found += modules
     losses = target.losses()
     found += loss_checks.of_loss(losses, target.batch_size)
-    if losses.requires_grad:
+    is_trained = any(p.requires_grad for p in model.parameters())
+    if is_trained and losses.grad_fn is not None:
         # What the modules told already the probe would say once more.
         is_told = any(finding.verdict == "refused" for finding in modules)
         found += _of_graph(target, losses, batchnorm, is_told=is_told)

@@ -31,7 +31,7 @@ def of_loss(losses: Tensor, size: int | None) -> Iterator[Finding]:
         losses: the vector, or their mean.
         size: samples in the batch, as far as that is known.
     """
-    if not losses.requires_grad:
+    if losses.grad_fn is None:
         yield Finding(
             "refused",
             "loss",
@@ -109,7 +109,9 @@ def read(model: nn.Module, losses: Tensor, batchnorm: BatchNorm, size: int) -> R
         probe = _tried(lambda: GradientProbe(model, batchnorm=batchnorm))
         if isinstance(probe, str):
             return Reading(probe, None, (), None)
-        audit = _tried(lambda: probe.audit(losses, samples=1)) if is_vector else ""
+        # Gradients of losses that are not finite compare with nothing.
+        is_comparable = is_vector and bool(losses.isfinite().all())
+        audit = _tried(lambda: probe.audit(losses, samples=1)) if is_comparable else ""
         error = None
         if isinstance(audit, str):  # parts that only a real pass goes through?
             count = None if is_vector else size
@@ -134,8 +136,8 @@ def of_reading(reading: Reading) -> Iterator[Finding]:
             "ok",
             "per-sample gradients",
             f"can be read, of {reading.samples} samples",
-            "Not compared with autograd, which needs a vector of losses and a graph "
-            "that torch.autograd.grad goes through.",
+            "Not compared with autograd, which needs a vector of finite losses and a "
+            "graph that torch.autograd.grad goes through.",
         )
     else:
         yield from _of_audit(reading.audit)

@@ -1,5 +1,6 @@
 """What the doctor foresees of attention, compiled regions and unreadable graphs."""
 
+import math
 import types
 
 import pytest
@@ -248,3 +249,26 @@ def test_float16_says_that_losses_are_scaled():
     model = Between(activation).half()
     batch = BATCH[0].half(), BATCH[1]
     assert "pass scale=" in the("dtype", model, batch=batch).remedy
+
+
+@pytest.mark.parametrize(
+    ("loss", "subject", "what"),
+    [
+        (lambda m, x: (x * m.weight.detach()).sum(1), "loss", "no graph"),
+        (lambda m, x: m.weight, "loss", "no graph"),
+        (lambda m, x: (x * m.weight).sum(1) * math.nan, "loss", "not finite"),
+    ],
+)
+def test_losses_of_which_there_is_little_to_say(loss, subject, what):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(8))
+    found = examine(Target(model, loss, torch.ones(8, 8)))
+    assert what in next(one.what for one in found if one.subject == subject)
+    assert not any("report it" in one.why for one in found)
+
+
+def test_a_frozen_model_before_something_that_is_trained():
+    model, prompt = nn.Linear(8, 3).requires_grad_(False), nn.Parameter(torch.ones(8))
+    target = Target(model, lambda m, x: m(x * prompt).mean(1), torch.ones(4, 8))
+    refused = [one.what for one in examine(target) if one.verdict == "refused"]
+    assert refused == ["none of them requires a gradient"]
