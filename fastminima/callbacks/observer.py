@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -214,8 +214,10 @@ class Observer:
         try:
             self._refuse_twins()
             samples = self._samples
-            scale = self._whole.begin(model, samples, given, is_shared=is_shared)
-            self._probe_of(model).attach(loss, samples, scale=scale)
+            named = dict(model.named_parameters())
+            scale = self._whole.begin(named, samples, given, is_shared=is_shared)
+            probe = self._probe_of(model, named.values())
+            probe.attach(loss, samples, scale=scale)
         except CaptureError as error:
             self._fail(error)
         else:
@@ -306,9 +308,11 @@ class Observer:
         self.abandon()
         self._whole.end()
 
-    def _probe_of(self, model: nn.Module) -> GradientProbe[GradientStatistics | None]:
+    def _probe_of(
+        self, model: nn.Module, parameters: Iterable[Tensor]
+    ) -> GradientProbe[GradientStatistics | None]:
         """The probe, anew where other parameters are trained than before."""
-        tracked = [id(p) for p in model.parameters() if p.requires_grad]
+        tracked = [id(p) for p in parameters if p.requires_grad]
         made_for = *tracked, self._is_several
         if self._probe is None or made_for != self._made_for:
             options = dict(self._options)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capture.accumulation import Accumulation
 from ..monitor.parts import StepParts
@@ -45,7 +46,12 @@ class Passes:
         return len(self._parts)
 
     def begin(
-        self, model: nn.Module, samples: int, given: float, *, is_shared: bool
+        self,
+        parameters: Mapping[str, Tensor],
+        samples: int,
+        given: float,
+        *,
+        is_shared: bool,
     ) -> float:
         """A pass is about to run; returns what its loss counts as multiplied with.
 
@@ -54,12 +60,12 @@ class Passes:
         until then g_n is as if all batches were as large as the first one.
 
         Args:
-            model: that is trained.
+            parameters: of the model.
             samples: of the pass.
             given: what their loss has been multiplied with.
             is_shared: whether all samples of the step are divided by the same.
         """
-        self._accumulation.rests(dict(model.named_parameters()))
+        self._accumulation.rests(parameters)
         if not is_shared:
             return given
         whole = samples / given

@@ -62,7 +62,10 @@ class Watch(Closing):
         self._sharpness, self._has_loss = sharpness, has_loss
         self._every, self._sharpness_every = every, sharpness_every
         self._accumulate, self._folder = accumulate, folder
-        self._model, self._accumulation = model, accumulation
+        self._accumulation = accumulation
+        # Looked up once, as by the probe: a walk over the modules takes a while.
+        is_followed = accumulate > 1
+        self._parameters = dict(model.named_parameters()) if is_followed else {}
         self._parts = StepParts()
 
     @property
@@ -144,10 +147,8 @@ class Watch(Closing):
 
     def _begin(self) -> bool:
         """Count the pass that is about to run; says whether it is looked at."""
-        before, tracked = self.step, {}
-        if self._accumulate > 1:
-            tracked = dict(self._model.named_parameters())
-        rests = self._accumulation.rests(tracked)
+        before = self.step
+        rests = self._accumulation.rests(self._parameters)
         if self.step != before:  # that step was over, and nobody said so
             self._parts.clear()
         return not rests
