@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
 from . import rows, samples
+from .checks import check_options
 from .closing import Closing
 from .csv_file import CSV
 from .factors import Factors, Step, stability_limit
@@ -61,6 +62,8 @@ class Monitor(Closing):
             optimizer; the probe needs `measure=("norms", "second_moments")` and
             `keep_mean=True`.
         about: what is known of the run, written before its first row.
+        replicas: processes over which gradients are averaged and whose samples are not
+            in the statistics: a step has so many times as many samples.
 
     Raises:
         TypeError, ValueError: for something that is not a logger, or an option outside
@@ -95,7 +98,14 @@ class Monitor(Closing):
         max_norm: float | None = None,
         precondition: nn.Module | None = None,
         about: Callable[[], Mapping[str, Any]] | None = None,
+        replicas: int = 1,
     ) -> None:
+        check_options(
+            largest=largest,
+            dataset_size=dataset_size,
+            max_norm=max_norm,
+            replicas=replicas,
+        )
         self._loggers = [_logger(one) for one in loggers]
         self._smoothed = SmoothedNoiseScale(smoothing)
         self._preconditioned = SmoothedNoiseScale(smoothing)
@@ -108,6 +118,7 @@ class Monitor(Closing):
             spikes = SpikeDetector(spikes)
         self._detector = spikes
         self._model, self._about = precondition, about
+        self._replicas = replicas
         self._rows = 0  # written so far
 
     def log(
@@ -146,6 +157,8 @@ class Monitor(Closing):
         """
         if stats is None and sharpness is None:
             return None
+        if stats is not None:
+            batch_size = batch_size or stats.all_count * self._replicas
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
         if stats is not None and ranks > 1:
             microbatches = microbatches or [stats.all_count]

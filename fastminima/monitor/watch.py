@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from .._processes import find_group
 from ..capture import GradientProbe
+from ..curvature._ranks import ranks_of
+from ..curvature._shards import shards_of
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
+from .checks import check_counts, check_loss
 from .closing import Closing
+from .curving import unless_infinite, warn_of_another_loss
 from .layers import By
 from .loggers import Logger
 from .recorder import Monitor
@@ -61,6 +65,7 @@ class Watch(Closing):
         self.row: Row | None = None
         self._monitor, self._probe, self._optimizer = monitor, probe, optimizer
         self._sharpness, self._has_loss = sharpness, has_loss
+        self._has_compared = False  # the loss of curvature with the one trained
         self._every, self._sharpness_every = every, sharpness_every
         self._accumulate, self._folder = accumulate, folder
         self._parts: list[GradientStatistics] = []
@@ -179,16 +184,20 @@ class Watch(Closing):
     ) -> tuple[GradientStatistics | None, Eigenpairs | None]:
         """The backward pass with what is measured in it."""
         sharpness = self._sharpness if curves else None
-        if sharpness is None:
+        if sharpness is None or not sharpness.is_finite(losses):
             return self._plain(losses, scale, batch_size, is_due=is_due), None
         if self._has_loss and batch is not None:
             stats = self._plain(losses, scale, batch_size, is_due=is_due)
-            return stats, sharpness(batch)
+            pairs = unless_infinite(sharpness, batch)
+            if not self._has_compared and sharpness.evaluated is not None:
+                self._has_compared = True
+                warn_of_another_loss(losses / scale, sharpness.evaluated)
+            return stats, pairs
         if not is_due:
-            return None, sharpness.backward(losses, scale=scale)
+            return None, unless_infinite(sharpness.backward, losses, scale=scale)
         self._probe.attach(losses, batch_size, scale=scale)
         try:
-            pairs = sharpness.backward(losses, scale=scale)
+            pairs = unless_infinite(sharpness.backward, losses, scale=scale)
             return self._probe.collect(), pairs
         finally:
             self._probe.detach()
@@ -330,7 +339,9 @@ def watch(
         3 steps are in ...run; look at them with: python -m fastminima report ...run
         >>> folder.cleanup()
     """
-    _check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
+    check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
+    check_counts(eigenvalues=eigenvalues)
+    check_loss(loss)
     asked: dict[str, Any] = {"per_parameter": by is not None}
     asked["keep_mean"] = accumulate > 1
     if precondition:
@@ -352,6 +363,7 @@ def watch(
         dataset_size=dataset_size,
         precondition=model if precondition else None,
         about=lambda: about_run(model, optimizer, by, settings),
+        replicas=_replicas_of(model, options.get("process_group")),
     )
     curvature = None
     if sharpness is not None:
@@ -374,11 +386,12 @@ def _ranks_of(process_group: Any) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        is_whole = isinstance(count, int) and not isinstance(count, bool)
-        if count is not None and not (is_whole and count >= 1):
-            raise ValueError(f"{name} must be a positive integer, got {count!r}.")
+def _replicas_of(model: nn.Module, process_group: Any) -> int:
+    """Processes that a step's gradient is averaged over and statistics are not."""
+    if process_group is not None:
+        return 1
+    ranks = ranks_of(model, None, shards_of(model))
+    return 1 if ranks is None else ranks.size
 
 
 def _loggers(to: To | Sequence[To] | None) -> list[Any]:
