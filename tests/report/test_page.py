@@ -13,6 +13,7 @@ import pytest
 from watched_run import LAYERS, write_run
 
 from fastminima.report import open_run, report
+from fastminima.report.maps import _short
 from fastminima.report.page import payload, render
 from fastminima.report.server import PageServer
 
@@ -216,3 +217,34 @@ def test_contrast(look):
             assert contrast(colours[text], colours[ground]) >= 4.5
         for drawn in ("blue", "orange", "green", "purple", "focus"):
             assert contrast(colours[drawn], colours[ground]) >= 3
+
+
+def test_columns_of_the_callbacks_are_not_the_users(tmp_path):
+    rows = [
+        {"step": s, "loss": 1.0, "batch": s, "backward": 0, "mine": s} for s in (0, 1)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = payload(open_run(tmp_path))["figures"]
+    own = [figure["layout"] for name, figure in found.items() if "own" in name]
+    assert len(own) == 1 and "mine" in json.dumps(own[0])
+
+
+def test_why_there_is_no_temperature(tmp_path):
+    row = {"step": 0, "factors/learning_rate": 0.1}
+    path = tmp_path / "rows.jsonl"
+    for more, is_said in (({}, True), ({"factors/ratio": 0.1}, False)):
+        path.write_text(json.dumps(row | more) + "\n")
+        assert ("no temperature" in render(open_run(tmp_path))) == is_said
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("classifier", "classifier"),
+        ("bert.encoder.layer.11.attention.self.query", "b.e.l.11.a.self.query"),
+        ("bert.encoder.layer.0.output.dense", "b.e.l.0.output.dense"),
+        ("a_module_with_a_long_name", "…dule_with_a_long_name"),
+    ],
+)
+def test_names_of_layers_keep_what_tells_them_apart(name, short):
+    assert _short(name) == short
