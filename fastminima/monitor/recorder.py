@@ -154,6 +154,7 @@ class Monitor(Closing):
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
+            ValueError: for one whose name the row has already.
         """
         if stats is None and sharpness is None:
             return None
@@ -183,7 +184,7 @@ class Monitor(Closing):
                 *(groups, numbers["layers/sq"], numbers["layers/mean"]),
                 stats.all_count,
             )
-        row |= rows.extra_row(extra or {}, numbers)
+        row |= rows.extra_row(extra or {}, numbers, row)
         row["is_finite"] = rows.is_finite(row)
         self._write(row, numbers, groups, Origin(ids, microbatches, ranks))
         return row

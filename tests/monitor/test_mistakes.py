@@ -132,3 +132,11 @@ def test_options_are_refused_before_the_first_step(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name} must be"):
         fm.monitor.watch(*setup(), **bad)
+
+
+@pytest.mark.parametrize("name", ["step", "loss", "gradient/count"])
+def test_extra_columns_replace_none(name):
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer)
+    with pytest.raises(ValueError, match=f"'{name}'.* has the name of a column"):
+        w.backward(losses(model, batch()), extra={name: 1.0})
