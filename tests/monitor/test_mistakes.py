@@ -140,3 +140,11 @@ def test_extra_columns_replace_none(name):
     w = fm.monitor.watch(model, optimizer)
     with pytest.raises(ValueError, match=f"'{name}'.* has the name of a column"):
         w.backward(losses(model, batch()), extra={name: 1.0})
+
+
+def test_a_pattern_that_is_found_nowhere_is_told():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, layers="attn")
+    with pytest.warns(UserWarning, match="'attn' is found in no layer.*'0', '2'"):
+        row = w.backward(losses(model, batch()))
+    assert not any(name.startswith("layers/") for name in row)
