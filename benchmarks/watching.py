@@ -29,8 +29,14 @@ import torch
 import fastminima as fm
 from benchmarks.records import describe_run, save
 from benchmarks.workloads import Workload, build
-from fastminima.capture.session.held import sum_of_squares
-from fastminima.ops.multi import each_sq_norm
+from fastminima.capture.session.held import each_square, sum_of_squares
+
+# Options of the probe, by name.
+PROBES = {
+    "observe": {},
+    "fused": {"mode": "fused"},
+    "sample=8": {"sample": 8},  # of 16
+}
 
 
 def main() -> None:
@@ -53,13 +59,13 @@ def measure(rounds: int, folder: Path) -> dict:
     plain = build("W5")
     kinds: dict[str, Callable[[], object]] = {"plain": lambda: plain_step(plain)}
     watches = {}
-    for mode in ("observe", "fused"):
+    for name, options in PROBES.items():
         probed, watched = plain.fresh(), plain.fresh()
-        probe = fm.GradientProbe(probed.model, mode=mode)
-        kinds[f"probed, {mode}"] = lambda w=probed, p=probe: probed_step(w, p)
-        watch = watching(watched, folder / mode, mode=mode)
-        kinds[f"watched, {mode}"] = lambda w=watched, p=watch: probed_step(w, p)
-        watches[mode] = watched, watch
+        probe = fm.GradientProbe(probed.model, **options)
+        kinds[f"probed, {name}"] = lambda w=probed, p=probe: probed_step(w, p)
+        watch = watching(watched, folder / name, **options)
+        kinds[f"watched, {name}"] = lambda w=watched, p=watch: probed_step(w, p)
+        watches[name] = watched, watch
     for _ in range(4):
         for step in kinds.values():
             step()
@@ -69,19 +75,19 @@ def measure(rounds: int, folder: Path) -> dict:
             times[kind].append(seconds(step))
     usual = {kind: statistics.median(found) for kind, found in times.items()}
     found = {"seconds": usual}
-    for mode, (_, watch) in watches.items():
-        found[f"watched / probed, {mode}"] = quartiles(
-            times[f"watched, {mode}"], times[f"probed, {mode}"]
+    for name, (_, watch) in watches.items():
+        found[f"watched / probed, {name}"] = quartiles(
+            times[f"watched, {name}"], times[f"probed, {name}"]
         )
-        found[f"watched / plain, {mode}"] = quartiles(
-            times[f"watched, {mode}"], times["plain"]
+        found[f"watched / plain, {name}"] = quartiles(
+            times[f"watched, {name}"], times["plain"]
         )
         watch.close()
     parts = found["parts"] = parts_of(*watches["observe"], folder)
-    for mode in watches:
-        extra = usual[f"watched, {mode}"] - usual["plain"]
+    for name in watches:
+        extra = usual[f"watched, {name}"] - usual["plain"]
         left_out = 0.9 * parts["step left out"]
-        found[f"every=10 / plain, {mode}"] = (
+        found[f"every=10 / plain, {name}"] = (
             1 + (extra / 10 + left_out) / usual["plain"]
         )
     return found
@@ -111,16 +117,16 @@ def parts_of(workload: Workload, watch: fm.monitor.Watch, folder: Path) -> dict:
     monitor = fm.monitor.Monitor(
         fm.monitor.RunFolder(folder / "rows"), largest=8, histograms=True, spikes=6.0
     )
-    grads = [p.grad for p in workload.parameters.values()]
     idle, x = fm.monitor.watch(workload.model, every=10**6), torch.ones(16)
     idle.step = 1
     x.requires_grad_()
     without = median(lambda: sum_of_squares(workload.parameters))
+    by_parameter = median(lambda: each_square(workload.parameters))
     row = median(lambda: monitor.log(1, stats, loss=losses, optimizer=optimizer))
     monitor.close()
     return {
         "row": row,
-        "norms of the mean by parameter": median(lambda: each_sq_norm(grads)) - without,
+        "norms of the mean by parameter": by_parameter - without,
         "step left out": median(lambda: idle.backward(x * 1.0))
         - median(lambda: (x * 1.0).mean().backward()),
     }

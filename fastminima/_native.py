@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -40,7 +42,24 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         if not _is_openmp_missing(error):
             raise
+    try:
+        _share_openmp()
+        return importlib.import_module(_NAME), None
+    except ImportError as error:
         return None, f"this PyTorch exports no OpenMP runtime ({error})"
+
+
+def _share_openmp() -> None:
+    """Let the extension see the OpenMP runtime that PyTorch has loaded for itself.
+
+    As on Linux on ARM, where it is not among the libraries that `import torch` loads
+    for all. Nothing is loaded that is not there already.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):  # Windows
+        return
+    for name in ("libgomp.so.1", "libomp.so.5", "libomp.so", "libiomp5.so"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_NOLOAD)
 
 
 def _build_failure(name: str = "_native_missing.txt") -> str:

@@ -250,6 +250,39 @@ class GradientStatistics:
             samples=None,
         )
 
+    def scaled(self, factor: float) -> GradientStatistics:
+        """Statistics of gradients that are `factor` times as large.
+
+        Example:
+            >>> import torch, fastminima as fm
+            >>> model = torch.nn.Linear(2, 1)
+            >>> stats = fm.GradientProbe(model).backward(model(torch.ones(3, 2)).sum(1))
+            >>> [round(one.sq_norms[0].item()) for one in (stats, stats.scaled(2))]
+            [3, 12]
+        """
+        square = factor * factor
+
+        def each(
+            found: dict[str, Tensor] | None, power: float
+        ) -> dict[str, Tensor] | None:
+            if found is None:
+                return None
+            return {name: t * power for name, t in found.items()}
+
+        return replace(
+            self,
+            sq_norms=None if self.sq_norms is None else self.sq_norms * square,
+            mean_grad_sq_norm=self.mean_grad_sq_norm * square,
+            sq_norms_by_parameter=each(self.sq_norms_by_parameter, square),
+            mean_grad_sq_norms_by_parameter=each(
+                self.mean_grad_sq_norms_by_parameter, square
+            ),
+            second_moments=each(self.second_moments, square),
+            gram=None if self.gram is None else self.gram * square,
+            dots=each(self.dots, factor) or {},
+            mean_grad=each(self.mean_grad, factor),
+        )
+
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> GradientStatistics:
         """Statistics of the samples of all ranks of `group`, the same on each rank.
 

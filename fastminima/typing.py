@@ -15,6 +15,7 @@ Example:
 from .callbacks.observer import BatchSize, Destination, OnError
 from .capture.options import BatchNorm, Measure, Mode, Reduction
 from .curvature._engines import Engine
+from .monitor.optimizer_norm import Steps
 from .optim.cyclic import First, Shape, Vary
 from .optim.noise_scale import ScaleLr
 from .optim.sampler import Last
@@ -38,6 +39,7 @@ __all__ = [
     "Reduction",
     "ScaleLr",
     "Shape",
+    "Steps",
     "TraceMethod",
     "Vary",
     "Which",

@@ -221,3 +221,24 @@ def test_triton_is_not_imported_until_a_kernel_runs():
         "assert not [name for name in sys.modules if name.split('.')[0] == 'triton']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@native_only
+@linux_only
+def test_a_runtime_that_pytorch_keeps_to_itself_is_shared(monkeypatch):
+    """As by the wheels for Linux on ARM; nothing is loaded that was not there."""
+    tried, shared = [], []
+
+    def import_module(name):
+        tried.append(name)
+        if not shared:
+            raise ImportError("undefined symbol: omp_get_thread_num")
+        return sys.modules[name]
+
+    monkeypatch.setattr(_native.importlib, "import_module", import_module)
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda name, mode: shared.append(mode))
+    extension, reason = _native._load()
+    assert extension is sys.modules["fastminima._native_ext"] and reason is None
+    assert len(tried) == 2
+    only_there = os.RTLD_GLOBAL | os.RTLD_NOLOAD
+    assert all(mode & only_there == only_there for mode in shared)

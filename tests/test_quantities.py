@@ -173,6 +173,41 @@ def test_advice_is_the_best_progress_of_a_quadratic(trace, size):
         assert advice.sample_worth == pytest.approx((worth, worth), rel=1e-4)
 
 
+@pytest.mark.parametrize(("averaged", "size"), [(1, 4), (1, 60), (19, 4)])
+def test_advice_on_signs_is_the_best_progress_of_a_quadratic(averaged, size):
+    """L = |x|^2 / 2 at (1, ..., 1): steps by signs of means of Gaussian gradients."""
+    deviation, random = 6.0, torch.Generator().manual_seed(0)
+
+    def best(size):
+        """Of all learning rates: E <g, s>^2 / 2 s's."""
+        noise = torch.randn(200_000, generator=random) * deviation
+        return (1 + noise / (averaged * size) ** 0.5).sign().mean().item() ** 2
+
+    scale = deviation**2
+    advice = fm.advise_batch_size(scale, scale, scale, size, averaged=averaged)
+    assert advice.step_progress[0] == pytest.approx(best(size), rel=0.04)
+    half = advice.half_efficient[0]
+    assert best(half) == pytest.approx(0.5, rel=0.02)
+    at_half = fm.advise_batch_size(scale, scale, scale, round(half), averaged=averaged)
+    small = math.erf((averaged * 1e-6 / scale / 2) ** 0.5) ** 2 / 1e-6
+    worth = at_half.step_progress[0] / round(half) / small
+    assert at_half.sample_worth[0] == pytest.approx(worth, rel=1e-4)
+    assert f"worth {100 * 0.71:.0f} % of" in str(at_half)
+    assert advice.to_dict()["averaged"] == averaged
+
+
+@pytest.mark.parametrize(("spread", "times"), [(0.0, 1.106), (1.0, 0.57)])
+def test_half_of_the_progress_of_signs_where_parameters_differ(spread, times):
+    """What the docstring says of parameters whose ratios of signal to noise spread."""
+    random = torch.Generator().manual_seed(0)
+    normal = torch.randn(50_000, generator=random, dtype=torch.float64)
+    signal = (spread * normal).exp()  # over deviations of one
+    scale = 1 / signal.mean() ** 2
+    right = torch.erf(signal * (times * scale / 2).sqrt())
+    progress = ((signal * right).sum() / signal.sum()) ** 2
+    assert progress.item() == pytest.approx(0.5, abs=0.01)
+
+
 UNBOUNDED = (64, math.inf), (0, 32 / 96)
 
 
@@ -226,6 +261,8 @@ def test_advice_on_the_batch_size(given, half, progress, words):
 def test_advice_wants_a_batch_and_an_interval_around_the_estimate():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         fm.advise_batch_size(10.0, 5.0, 20.0, 0)
+    with pytest.raises(ValueError, match=r"averaged must be .* got 0\.5"):
+        fm.advise_batch_size(10.0, 5.0, 20.0, 8, averaged=0.5)
     for given in ((10.0, 11.0, 20.0), (10.0, 5.0, 9.0), (math.nan, 5.0, 9.0)):
         with pytest.raises(ValueError, match=r"is not in its interval \["):
             fm.advise_batch_size(*given, 8)

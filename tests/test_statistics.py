@@ -64,6 +64,8 @@ def test_scaling_the_loss_scales_squares(c):
     torch.testing.assert_close(b.sq_norms, c**2 * a.sq_norms)
     torch.testing.assert_close(b.covariance_trace, c**2 * a.covariance_trace)
     torch.testing.assert_close(b.noise_scale, a.noise_scale)
+    assert_same(a.scaled(c), b)
+    torch.testing.assert_close(a.scaled(c).gram, b.gram)
 
 
 def test_adding_needs_the_mean():

@@ -110,7 +110,7 @@ class Maker:
             else scale * 1.5,
             "factors/learning_rate": rate,
             "factors/momentum": 0.9,
-            "factors/weight_decay": 0.0,
+            "factors/weight_decay": 5e-4,
             "factors/batch_size": batch,
             "factors/ratio": rate / 0.1 * (1 / batch - 1 / 50_000),
         }

@@ -25,13 +25,15 @@ bash "$root/tools/check_sdist.sh" "$sdist"
 for python in "$@"; do
   name="$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')"
   echo "$name: building (a few minutes)"
-  FASTMINIMA_NATIVE=1 FASTMINIMA_CUDA=0 "$python" -m pip wheel -q --no-deps \
+  "$python" -m venv "$work/venv-$name"  # Debian's own Python has no pip
+  FASTMINIMA_NATIVE=1 FASTMINIMA_CUDA=0 "$work/venv-$name/bin/python" -m pip wheel \
+    -q --no-deps \
     -w "$work/$name" "$sdist" > "$work/log" 2>&1 || { tail -30 "$work/log"; exit 1; }
   PATH="$work/tools/bin:$PATH" "$work/tools/bin/auditwheel" repair -w "$folder" \
     "$work/$name"/*.whl > "$work/log" 2>&1 || { tail -30 "$work/log"; exit 1; }
   wheel="$(ls -t "$folder"/fastminima-*-"$name"-*manylinux*.whl | head -1)"
   echo "$name: $(basename "$wheel"), $(du -h "$wheel" | cut -f1)"
-  "$python" -m venv "$work/venv-$name"
+  "$python" -m venv --clear "$work/venv-$name"
   # shellcheck disable=SC2086  # several words
   "$work/venv-$name/bin/python" -m pip install -qq "$wheel" ${TORCH_ARGS:-}
   (cd "$work" && "venv-$name/bin/python" "$root/tools/check_wheel.py")

@@ -138,33 +138,64 @@ bool compute_step(const Program& program, size_t number, const py::list& tensors
   return step.compute(x, workspace);
 }
 
+// The gradients of some parameters, those that have one.
+template <typename scalar_t>
+struct Gradients {
+  std::vector<const scalar_t*> data;
+  std::vector<int64_t> sizes, places;  // places among the parameters
+  std::vector<Object> held;
+
+  // False where one is not a dense tensor of this dtype in the host's memory.
+  bool read_from(const py::list& parameters) {
+    Attribute grads(names().grad, Attribute::kOfOneCall);
+    int64_t place = -1;
+    for (py::handle parameter : parameters) {
+      place++;
+      Object grad(grads.of(parameter.ptr()));
+      if (!grad) throw py::error_already_set();
+      if (grad.get() == Py_None) continue;
+      dlpack::Tensor g;
+      if (!read(grad.get(), g) || !is_float_on_cpu(g, 8 * sizeof(scalar_t)) || !is_contiguous(g))
+        return false;
+      data.push_back(static_cast<const scalar_t*>(g.data));
+      sizes.push_back(elements(g));
+      places.push_back(place);
+      held.push_back(std::move(grad));
+    }
+    return !data.empty();
+  }
+};
+
 // |g|^2 over the gradients of some parameters, all together, into a tensor of one number; false
-// where one of them is not a dense tensor in the host's memory, of one dtype with that.
+// where that is not for these.
 template <typename scalar_t>
 bool sum_of_squares(const py::list& parameters, const std::string& isa, int threads,
                     const py::object& out) {
   dlpack::Tensor to;
-  if (!read(out.ptr(), to) || !is_float_on_cpu(to, 8 * sizeof(scalar_t)) || elements(to) != 1)
+  Gradients<scalar_t> of;
+  if (!read(out.ptr(), to) || !is_float_on_cpu(to, 8 * sizeof(scalar_t)) || elements(to) != 1 ||
+      !of.read_from(parameters))
     return false;
-  std::vector<const scalar_t*> x;
-  std::vector<int64_t> n;
-  std::vector<Object> held;
-  Attribute of_parameters(names().grad, Attribute::kOfOneCall);
-  for (py::handle parameter : parameters) {
-    Object grad(of_parameters.of(parameter.ptr()));
-    if (!grad) throw py::error_already_set();
-    if (grad.get() == Py_None) continue;
-    dlpack::Tensor g;
-    if (!read(grad.get(), g) || !is_float_on_cpu(g, 8 * sizeof(scalar_t)) || !is_contiguous(g))
-      return false;
-    x.push_back(static_cast<const scalar_t*>(g.data));
-    n.push_back(elements(g));
-    held.push_back(std::move(grad));
-  }
-  if (x.empty()) return false;
-  *static_cast<scalar_t*>(to.data) =
-      Kernels<scalar_t>::of(isa).multi_sq_norm(x.data(), n.data(), x.size(), threads);
+  *static_cast<scalar_t*>(to.data) = Kernels<scalar_t>::of(isa).multi_sq_norm(
+      of.data.data(), of.sizes.data(), of.data.size(), threads);
   return true;
+}
+
+// |g|^2 of each gradient, one after the other into a dense tensor of as many numbers as there are
+// parameters, and the places of those that have one; None where that is not for these.
+template <typename scalar_t>
+py::object each_square(const py::list& parameters, const std::string& isa, int threads,
+                       const py::object& out) {
+  dlpack::Tensor to;
+  Gradients<scalar_t> of;
+  if (!read(out.ptr(), to) || !is_float_on_cpu(to, 8 * sizeof(scalar_t)) ||
+      elements(to) != static_cast<int64_t>(parameters.size()) || !is_contiguous(to) ||
+      !of.read_from(parameters))
+    return py::none();
+  for (size_t i = 0; i < of.data.size(); i++)
+    static_cast<scalar_t*>(to.data)[i] =
+        Kernels<scalar_t>::of(isa).multi_sq_norm(&of.data[i], &of.sizes[i], 1, threads);
+  return py::cast(of.places);
 }
 
 // The sum of a dense vector, or of one number, in the host's memory; None where it is another.
@@ -233,6 +264,11 @@ void bind_host(py::module_& m) {
                                const py::object& out) {
     return sum_of_squares<float>(parameters, isa, threads, out) ||
            sum_of_squares<double>(parameters, isa, threads, out);
+  });
+  sub.def("each_square", [](const py::list& parameters, const std::string& isa, int threads,
+                            const py::object& out) {
+    py::object found = each_square<float>(parameters, isa, threads, out);
+    return found.is_none() ? each_square<double>(parameters, isa, threads, out) : found;
   });
 
   py::class_<Wiring>(sub, "Wiring")
@@ -408,7 +444,7 @@ void bind_host(py::module_& m) {
         return leaves;
       }))
       .def_property_readonly("is_ready", &Leaves::is_ready)
-      .def_property_readonly("count", &Leaves::count)
+      .def_property_readonly("order", &Leaves::order)
       .def("hook",
            [](const std::shared_ptr<Leaves>& self, py::list nodes,
               const std::vector<int64_t>& numbers) {

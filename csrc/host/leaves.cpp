@@ -62,14 +62,15 @@ PyObject* Leaves::run(size_t leaf, PyObject* grads) {
   if (answer == PassFilter::anothers || (answer == PassFilter::over && states_[leaf] == kTaken))
     Py_RETURN_NONE;
   dlpack::Tensor g;
-  bool is_known = answer != PassFilter::unknown && count_ < most_ && read(grad, g) &&
+  bool is_known = answer != PassFilter::unknown && order_.size() < most_ && read(grad, g) &&
                   is_float_on_cpu(g, bits_) && is_contiguous(g);
   if (is_known) {
     states_[leaf] = kTaken;
     if (bits_ == 64)
-      keep_square<double>(g, isa_, threads_, out_, count_++);
+      keep_square<double>(g, isa_, threads_, out_, order_.size());
     else
-      keep_square<float>(g, isa_, threads_, out_, count_++);
+      keep_square<float>(g, isa_, threads_, out_, order_.size());
+    order_.push_back(static_cast<int64_t>(leaf));
     Py_RETURN_NONE;
   }
   static PyObject* name = PyUnicode_InternFromString("leaf");

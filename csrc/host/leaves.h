@@ -32,8 +32,8 @@ class Leaves : public Watcher {
   void leave_out(size_t leaf) { states_.at(leaf) = kLeftOut; }
   // -1 with a Python error set.
   int close();
-  // How many gradients were read here.
-  int64_t count() const { return count_; }
+  // The leaves whose gradients were read here, as they came.
+  const std::vector<int64_t>& order() const { return order_; }
 
   PyObject* run(size_t leaf, PyObject* grads) override;
 
@@ -46,7 +46,8 @@ class Leaves : public Watcher {
   std::string isa_;
   int threads_, bits_ = 0;
   void* out_ = nullptr;
-  int64_t count_ = 0, most_ = 0;
+  size_t most_ = 0;
+  std::vector<int64_t> order_;
   std::vector<char> states_;
   Hooks hooks_;
 };

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..monitor import Logger
-from .observer import Observer
+from .observer import Observer, Taken
 from .patch import around
 
 __all__ = ["refuse_sharded", "watch_accelerator"]
@@ -26,13 +26,14 @@ def watch_accelerator(
 ) -> list[Callable[[], None]]:
     """Observe the backward passes of an accelerator; returns what undoes it.
 
-    The batch is what the model was last called with while gradients were recorded;
-    which takes a hook on the model.
+    A step ends where `accelerator.accumulate` lets gradients be synchronized. The batch
+    is what the model was last called with while gradients were recorded; which takes a
+    hook on the model.
     """
     refuse_sharded(accelerator)
     module = accelerator.unwrap_model(model)
     sizes: list[int] = []
-    steps = 0
+    place: int | None = None  # of the batch before, in a step that goes on
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
@@ -46,21 +47,27 @@ def watch_accelerator(
             )
         return sizes[0]
 
+    def begin(parts: int) -> bool:
+        """A batch begins, unless the one before has another pass."""
+        nonlocal place
+        is_last = bool(accelerator.sync_gradients)
+        here = None if is_last else accelerator.step
+        is_same = here is not None and here == place
+        place = here
+        if is_same:
+            return observer.is_due
+        return observer.batch(samples, None, parts, is_last=is_last)
+
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
-        nonlocal steps
-        if accelerator.is_main_process and observer.batch(samples, steps):
-            observer.before(module, loss, 1.0)
+        parts = accelerator.gradient_accumulation_steps
+        if accelerator.is_main_process and begin(parts):
+            observer.before(module, loss, 1.0, 1 / parts)
         try:
             result = original(loss, **kwargs)
-            observer.after(
-                steps,
-                optimizer,
-                accelerator.gradient_accumulation_steps * accelerator.num_processes,
-                _Trackers(accelerator),
-            )
+            ranks, trackers = accelerator.num_processes, _Trackers(accelerator)
+            observer.after(Taken(None, optimizer, ranks, trackers))
         finally:
             observer.abandon()
-        steps += bool(accelerator.sync_gradients)
         return result
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)

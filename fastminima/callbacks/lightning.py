@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .._optional import INTEGRATIONS, require
 from ..monitor import Logger
 from ..statistics import GradientStatistics
-from .observer import BatchSize, Destination, Observer, OnError
+from .observer import BatchSize, Destination, Observer, OnError, Taken
 
 __all__ = ["LightningProbe"]
 
@@ -37,9 +38,13 @@ class LightningProbe(_Callback):
     both, if both are): the object is a `Callback` of theirs.
 
     g_n is the gradient of sample n's own loss: loss scaling and the division by
-    `accumulate_grad_batches` are undone. There is one row a backward pass: with
-    gradient accumulation one for each batch, in manual optimization one for each
-    `manual_backward`, numbered by "backward". "step" is the Trainer's `global_step`.
+    `accumulate_grad_batches` are undone. There is one row a step of the optimizer, with
+    the statistics of the samples of all batches that it accumulates, each of which
+    counts alike; in manual optimization there is one for each `manual_backward`,
+    numbered by "backward". "step" is the Trainer's `global_step`, "batch" counts
+    batches up to the last one of the step. The last step of an epoch may have fewer
+    batches, which Lightning divides as those of a whole one: ratio and temperature are
+    those of the smaller step that it takes.
 
     Args:
         to: a folder, for rows by layer, largest samples, histograms and spikes, and for
@@ -49,7 +54,8 @@ class LightningProbe(_Callback):
             all batches that it accumulates.
         batch_size: the number of samples of a batch, or a function that says it of a
             batch; None takes the leading size of its first tensor.
-        on_error: "raise", or "warn" and go on where the probe cannot read the graph.
+        on_error: "raise", or "warn" and go on where the probe cannot read the graph:
+            that step has no row.
         options: for `GradientProbe`, such as `batchnorm="rows"`.
 
     Attributes:
@@ -82,7 +88,7 @@ class LightningProbe(_Callback):
 
     @property
     def stats(self) -> GradientStatistics | None:
-        """Statistics of the last backward pass that was probed."""
+        """Statistics of the last step that was probed."""
         return self._observer.stats
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,39 +107,55 @@ class LightningProbe(_Callback):
                 f"{strategy} shards the parameters; per-sample gradients need them "
                 "whole. Use DDP or a single device, or remove LightningProbe."
             )
+        self._observer.forget()
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the size of the batch."""
         if trainer.is_global_zero:
-            size = self._observer.size_of
-            self._observer.batch(lambda: size(batch), trainer.global_step)
+            size, parts = self._observer.size_of, trainer.accumulate_grad_batches
+            is_last = (
+                (batch_idx + 1) % parts == 0
+                or batch_idx + 1 == trainer.num_training_batches
+                or trainer.is_last_batch
+            )
+            self._observer.batch(
+                *(lambda: size(batch), trainer.global_step, parts), is_last=is_last
+            )
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Attach to a loss that has been scaled and divided already."""
         if self._observer.is_due:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            scale /= trainer.accumulate_grad_batches
-            self._observer.before(pl_module, loss, scale)
+            weight = 1 / trainer.accumulate_grad_batches
+            self._observer.before(pl_module, loss, scale * weight, weight)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Collect, and log."""
+        """Collect, and log after the last batch of a step."""
         if self._observer.is_due:
-            optimizers = trainer.optimizers
-            self._observer.after(
-                trainer.global_step,
-                optimizers[0] if len(optimizers) == 1 else None,
-                trainer.accumulate_grad_batches * trainer.world_size,
-                _TrainerLoggers(trainer),
-            )
+            self._observer.after(_step_of(trainer))
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Log a step whose last batch had no loss."""
+        if self._observer.is_due:
+            self._observer.finish(_step_of(trainer))
 
     def on_exception(
         self, trainer: Any, pl_module: Any, exception: BaseException
     ) -> None:
         """Remove the hooks of a backward pass that did not come to its end."""
-        self._observer.abandon()
+        self._observer.forget()
+
+
+def _step_of(trainer: Any) -> Taken:
+    optimizers = trainer.optimizers
+    only = optimizers[0] if len(optimizers) == 1 else None
+    to = _TrainerLoggers(trainer)
+    return Taken(trainer.global_step, only, trainer.world_size, to)
 
 
 class _TrainerLoggers(Logger):

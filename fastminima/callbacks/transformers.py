@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..monitor import Logger
 from .accelerate import refuse_sharded
-from .observer import Observer
+from .observer import Observer, Taken
 from .patch import around
 
 __all__ = ["watch_trainer"]
@@ -38,26 +38,28 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
 
     def backward(original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
         parts = trainer.current_gradient_accumulation_steps
-        is_divided = (
-            trainer.compute_loss_func is not None  # which the Trainer takes to do so
-            or getattr(trainer, "loss_is_scaled_for_ga", None)
-            or _is_divided(loss, [parts, *items])
+        # Who makes the loss is taken to divide it where he says so to the Trainer.
+        is_said = trainer.compute_loss_func is not None or getattr(
+            trainer, "loss_is_scaled_for_ga", None
         )
-        observer.before(trainer.model, loss, 1 / parts if is_divided else 1.0)
+        is_shared = bool(items) and (is_said or _is_divided(loss, items))
+        is_divided = is_shared or is_said or _is_divided(loss, [parts])
+        weight = 1 / parts if is_divided else 1.0
+        observer.before(trainer.model, loss, weight, weight, is_shared=is_shared)
         result = original(loss, **kwargs)
-        observer.after(
-            trainer.state.global_step,
-            trainer.optimizer,
-            parts * trainer.args.world_size,
-            _TrainerLog(trainer),
-        )
+        log, ranks = _TrainerLog(trainer), trainer.args.world_size
+        step = Taken(trainer.state.global_step, trainer.optimizer, ranks, log)
+        observer.after(step)
         return result
 
     def training_step(
         original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         is_probed = trainer.is_world_process_zero() and observer.batch(
-            lambda: observer.size_of(inputs), trainer.state.global_step
+            lambda: observer.size_of(inputs),
+            trainer.state.global_step,
+            trainer.args.gradient_accumulation_steps,
+            is_last=bool(trainer.accelerator.sync_gradients),
         )
         if not is_probed:
             return original(model, inputs, *args, **kwargs)
@@ -66,6 +68,9 @@ def watch_trainer(trainer: Any, observer: Observer) -> list[Callable[[], None]]:
         unpatch = around(trainer.accelerator, "backward", backward)
         try:
             result = original(model, inputs, *args, **kwargs)
+        except BaseException:
+            observer.forget()
+            raise
         finally:
             unpatch()
             observer.abandon()
@@ -95,6 +100,7 @@ def _kept_in_checkpoints(observer: Observer) -> type:
         def on_train_begin(
             self, args: Any, state: Any, control: Any, **kwargs: Any
         ) -> None:
+            observer.forget()  # what an earlier training left unfinished
             found = state.stateful_callbacks.get(type(self).__name__)
             if state.global_step and isinstance(found, Mapping):
                 observer.load_state_dict(found["attributes"]["kept"])
@@ -105,8 +111,9 @@ def _kept_in_checkpoints(observer: Observer) -> type:
 def _is_divided(loss: Tensor, numbers: Sequence[Any]) -> bool:
     """Whether a loss was divided by one of some numbers.
 
-    By the accumulated batches, or by all their tokens. Models whose arguments say that
-    they take the number of tokens may not use it, and then nobody divides.
+    By the accumulated batches, as the Trainer does; or by all their tokens. Models
+    whose arguments say that they take the number of tokens may not use it, and then
+    nobody divides.
     """
     wanted = [float(number) for number in numbers]
     node = loss.grad_fn

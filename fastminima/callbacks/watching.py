@@ -26,7 +26,7 @@ class Watch(Closing):
 
     @property
     def stats(self) -> GradientStatistics | None:
-        """Statistics of the last backward pass that was probed."""
+        """Statistics of the last step that was probed."""
         return self._observer.stats
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,11 +61,19 @@ def watch(
 ) -> Watch:
     """Log gradient statistics of a Hugging Face `Trainer` or accelerate `Accelerator`.
 
-    g_n is the gradient of sample n's own loss: loss scaling and the division by the
-    accumulation steps are undone, so that the mean of g_n over all batches of a step
-    is the gradient of the step. (Where a Trainer divides by the number of tokens of
-    all accumulated batches, a sample with more tokens has a larger g_n.) There is one
-    row a backward pass; "step" counts the optimizer's.
+    There is one row a step of the optimizer, with the statistics of the samples of all
+    batches that it accumulates; "step" counts them, "batch" the batches up to its last
+    one. (Without accumulation each backward pass has a row.) g_n is the gradient of
+    sample n's own loss: loss scaling and the division by the accumulation steps are
+    undone. Where a Trainer divides by the number of tokens of all accumulated batches,
+    g_n is sample n's part of the step's gradient, times the samples of the step; one
+    with more tokens has a larger g_n.
+
+    All samples of a step count alike. Their mean is the step's gradient where its
+    batches are equally large, or the loss is divided by tokens; where one is smaller,
+    the libraries, which take a mean of means, give its samples more weight. A last step
+    of fewer batches is divided as a whole one by accelerate: ratio and temperature are
+    those of the smaller step that it takes.
 
     Args:
         target: `transformers.Trainer`, or `accelerate.Accelerator`.
@@ -79,7 +87,8 @@ def watch(
         batch_size: the number of samples of a batch, or a function that says it: of a
             Trainer's inputs, of the arguments that an accelerator's model is called
             with. None takes the leading size of the first tensor there.
-        on_error: "raise", or "warn" and go on where the probe cannot read the graph.
+        on_error: "raise", or "warn" and go on where the probe cannot read the graph:
+            that step has no row.
         options: for `GradientProbe`, such as `batchnorm="rows"`.
 
     Raises:

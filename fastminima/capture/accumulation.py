@@ -12,10 +12,10 @@ from ..statistics import GradientStatistics
 
 __all__ = ["Accumulation"]
 
-_LOST = (
-    "The parameters have changed after {met} of the {size} backward passes of a step "
-    "(accumulate={size}): that step has no statistics. Where a step has fewer passes, "
-    "as at the end of an epoch, call probe.end_step() before optimizer.step()."
+_MOVED = "The parameters have changed after {passes} of a step: it has no statistics."
+_REMEDY = (
+    " Where a step has fewer, as at the end of an epoch, call {owner}.end_step() "
+    "before optimizer.step()."
 )
 
 
@@ -23,23 +23,33 @@ class Accumulation:
     """Which step a pass belongs to, and the statistics of the step so far.
 
     A step whose passes were not all collected has no statistics: those of some of its
-    samples would pass for those of the step.
+    samples would pass for those of the step. All its samples count alike, whichever
+    pass they came in.
 
     Args:
-        size: passes of a step; None where the user says when it ends.
+        size: passes of a step; None where somebody says when it ends.
         every: one step in so many is looked at, the first one included.
         keep_mean: whether the statistics of a step keep the mean gradient.
+        owner: what the user calls the object that has `end_step`, if there is one.
 
     Attributes:
         steps: that are over, looked at or not.
+        passes: of the present step, with the one that is about to run.
     """
 
-    def __init__(self, size: int | None, every: int, *, keep_mean: bool) -> None:
+    def __init__(
+        self,
+        size: int | None,
+        every: int = 1,
+        *,
+        keep_mean: bool,
+        owner: str | None = "probe",
+    ) -> None:
         self._size, self._every, self._keep_mean = size, every, keep_mean
-        self.steps = 0
-        self._announced = 0  # passes of the present step
+        self._owner = owner
+        self.steps = self.passes = 0
         self._total: GradientStatistics | None = None
-        self._collected = 0  # how many of them are in it
+        self._collected = 0  # how many passes are in it
         self._versions: list[tuple[int, int]] = []  # of parameters, at its first pass
         self._names: tuple[str, ...] = ()
         self._has_warned = False
@@ -57,25 +67,23 @@ class Accumulation:
     def rests(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether `every` leaves out the pass that is about to run; counts it."""
         if self.is_single:
-            self.steps += 1
-            return (self.steps - 1) % self._every != 0
-        versions = [(id(p), p._version) for p in parameters.values()]
-        if self._announced:
-            is_over = self._announced == self._size  # its last pass was not collected
-            if is_over or versions != self._versions:
-                self._lose(is_over=is_over)
-        self._versions, self._names = versions, tuple(parameters)
-        self._announced += 1
+            if self.passes:  # it was not collected
+                self.end()
+        else:
+            self._follow(parameters)
+        self.passes += 1
         return self.steps % self._every != 0
+
+    def withdraw(self) -> None:
+        """The pass that was about to run has failed, and is none."""
+        self.passes -= 1
 
     def add(self, stats: GradientStatistics | None) -> GradientStatistics | None:
         """Take in those of a pass; those of the step if it was the last one."""
-        if self.is_single:
-            return stats
         self._collected += 1
         if stats is not None:
             self._total = stats if self._total is None else self._total + stats
-        return self.end() if self._announced == self._size else None
+        return self.end() if self.passes == self._size else None
 
     def end(self) -> GradientStatistics | None:
         """The step is over: its statistics.
@@ -83,13 +91,13 @@ class Accumulation:
         None where `every` leaves it out, where a pass of it was not collected, and
         where there was no pass at all.
         """
-        if not self._announced:
+        if not self.passes:
             return None
-        total = self._total if self._collected == self._announced else None
+        total = self._total if self._collected == self.passes else None
         self.steps += 1
-        self._announced = self._collected = 0
+        self.passes = self._collected = 0
         self._total = None
-        return None if total is None else self._finished(total)
+        return total if total is None or self.is_single else self._finished(total)
 
     def _finished(self, total: GradientStatistics) -> GradientStatistics:
         """In the order of the model, and without what was not asked for."""
@@ -109,10 +117,22 @@ class Accumulation:
             mean_grad=ordered(total.mean_grad) if self._keep_mean else None,
         )
 
-    def _lose(self, *, is_over: bool) -> None:
+    def _follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Notice that a step is over, or that nobody said so."""
+        versions = [(id(p), p._version) for p in parameters.values()]
+        if self.passes == self._size:  # its last pass was not collected
+            self.end()
+        elif self.passes and versions != self._versions:
+            self._lose()
+        self._versions, self._names = versions, tuple(parameters)
+
+    def _lose(self) -> None:
         """Begin another step, without the statistics of the present one."""
-        if not (is_over or self._has_warned):
+        if not self._has_warned:
             self._has_warned = True
-            met, size = self._announced, self._size
-            warnings.warn(_LOST.format(met=met, size=size), stacklevel=5)
+            some = "a backward pass" if self.passes == 1 else f"{self.passes} passes"
+            if self._size is not None:
+                some = f"{self.passes} of the {self._size} backward passes"
+            remedy = _REMEDY.format(owner=self._owner) if self._owner else ""
+            warnings.warn(_MOVED.format(passes=some) + remedy, stacklevel=5)
         self.end()

@@ -7,11 +7,17 @@ import contextlib
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict
+
+from torch import Tensor
 
 from ..capture.options import BatchNorm
 from . import loss_checks, model_checks
+from .attention_checks import of_attention
+from .compile_checks import of_compiled, opaque_regions
 from .findings import ORDER, Finding
+from .graph_checks import nodes_of, of_graph, of_structure
 from .target import Target, load_target
 
 __all__ = ["examine", "run"]
@@ -54,15 +60,32 @@ def examine(target: Target, batchnorm: BatchNorm = "error") -> list[Finding]:
     found = [*model_checks.of_machine(model), *model_checks.of_parameters(model)]
     found += modules
     losses = target.losses()
-    found += loss_checks.of_loss(losses)
+    found += loss_checks.of_loss(losses, target.batch_size)
     if losses.requires_grad:
-        found += loss_checks.of_graph(losses)
         # What the modules told already the probe would say once more.
         is_told = any(finding.verdict == "refused" for finding in modules)
-        if losses.dim() == 1 and not is_told:
-            found += loss_checks.of_reading(model, losses, batchnorm)
+        found += _of_graph(target, losses, batchnorm, is_told=is_told)
         found += loss_checks.of_product(target)
     return sorted(found, key=lambda finding: ORDER.index(finding.verdict))
+
+
+def _of_graph(
+    target: Target, losses: Tensor, batchnorm: BatchNorm, *, is_told: bool
+) -> Iterator[Finding]:
+    """What the graph and a probe that reads it tell."""
+    model, size, nodes = target.model, target.batch_size, nodes_of(losses)
+    yield from of_graph(nodes)
+    yield from of_attention(model, nodes)
+    can_read = losses.dim() == 1 or (losses.dim() == 0 and size is not None)
+    reading = None
+    if can_read and not is_told:
+        reading = loss_checks.read(model, losses, batchnorm, size or 0)
+    is_read = reading is not None and reading.error is None
+    told = () if reading is None else reading.told
+    yield from of_compiled(model, nodes, told, is_read=is_read)
+    if reading is not None and not opaque_regions(nodes):
+        yield from loss_checks.of_reading(reading)
+    yield from of_structure(target, losses)
 
 
 def _text(finding: Finding) -> str:

@@ -1,27 +1,36 @@
-"""What the loss, its graph, the probe and a product tell of a run."""
+"""What the loss, the probe and a product tell of a run."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
-from ..capture import CaptureError, GradientProbe
+from ..capture import Audit, CaptureError, GradientProbe
 from ..capture.options import BatchNorm
 from ..curvature import Hessian
+from .compile_checks import RUNS_AGAIN
 from .findings import Finding, some
 from .target import Target
 
-__all__ = ["of_graph", "of_loss", "of_product", "of_reading"]
+__all__ = ["Reading", "of_loss", "of_product", "of_reading", "read"]
+
+_TOLD_ELSEWHERE = (RUNS_AGAIN, "No rule for")
 
 
-def of_loss(losses: Tensor) -> Iterator[Finding]:
-    """Whether it has a graph, one number a sample, and finite ones."""
+def of_loss(losses: Tensor, size: int | None) -> Iterator[Finding]:
+    """Whether it has a graph, one number a sample, and finite ones.
+
+    Args:
+        losses: the vector, or their mean.
+        size: samples in the batch, as far as that is known.
+    """
     if not losses.requires_grad:
         yield Finding(
             "refused",
@@ -55,74 +64,89 @@ def of_loss(losses: Tensor) -> Iterator[Finding]:
             "Variance and noise scale need two.",
             "A larger batch, or statistics added over several.",
         )
+    elif size is not None and len(losses) != size:
+        yield Finding(
+            "note",
+            "loss",
+            f"{len(losses)} losses for a batch of {size}",
+            "Each loss is taken for a sample. If they are tokens or pixels of fewer "
+            "samples, layers that mix them are refused.",
+            "One loss a sample: average over the other axes.",
+        )
     if not bool(losses.isfinite().all()):
         yield Finding("note", "loss", "not finite", "Statistics will say so too.")
 
 
-def of_graph(losses: Tensor) -> Iterator[Finding]:
-    """What the names of autograd's nodes tell."""
-    nodes = list(_nodes(losses))
-    names = Counter(node.name() for node in nodes)
-    written = Counter(node.name() for node in nodes if hasattr(node, "_forward_cls"))
-    again = [name for name in written if name.startswith("CheckpointFunction")]
-    if again:
-        yield Finding(
-            "slow",
-            "checkpoint",
-            f"{written.pop(again[0])} reentrant",
-            "Their graphs come into being in the backward pass, and are measured "
-            "there; curvature and audits cannot go through them.",
-            "checkpoint(..., use_reentrant=False).",
-        )
-    ours = {name for name in written if name.startswith("CompiledFunction")}
-    others = [name for name in written if name not in ours]
-    if ours:
-        yield Finding(
-            "note", "compiled regions", f"{sum(written[n] for n in ours)} in the graph"
-        )
-    if others:
-        yield Finding(
-            "note",
-            "functions of your own",
-            some(others),
-            "Parameters inside have no rule, so the general one reads them; curvature "
-            "needs a backward of differentiable operations.",
-        )
-    attention = [n for n in names if "ScaledDotProduct" in n or "FlexAttention" in n]
-    if attention:
-        yield Finding(
-            "note",
-            "attention",
-            some(attention),
-            "It has no second derivative. For curvature "
-            "scaled_dot_product_attention is recorded in a form that has one.",
-        )
+@dataclass(frozen=True)
+class Reading:
+    """What a probe said of a loss.
+
+    Attributes:
+        error: the words by which it refuses it; None where it reads it.
+        audit: beside plain autograd; None where that cannot be had.
+        told: its warnings.
+        samples: how many there are.
+    """
+
+    error: str | None
+    audit: Audit | None
+    told: tuple[str, ...]
+    samples: int | None
 
 
-def _nodes(losses: Tensor) -> Iterator[Any]:
-    waiting: list[Any] = [losses.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                waiting.append(below)
+def read(model: nn.Module, losses: Tensor, batchnorm: BatchNorm, size: int) -> Reading:
+    """Have a probe read the graph, and compare it with autograd where that can be.
 
-
-def of_reading(
-    model: nn.Module, losses: Tensor, batchnorm: BatchNorm
-) -> Iterator[Finding]:
-    """What the probe itself says of the graph."""
+    Args:
+        model: whose parameters are tracked.
+        losses: a vector, or their mean.
+        batchnorm: as for the probe.
+        size: samples behind a mean.
+    """
+    is_vector = losses.dim() == 1
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        audit = _tried(
-            lambda: GradientProbe(model, batchnorm=batchnorm).audit(losses, samples=1)
-        )
-    if isinstance(audit, str):
-        yield Finding("refused", "per-sample gradients", "cannot be read", audit)
+        probe = _tried(lambda: GradientProbe(model, batchnorm=batchnorm))
+        if isinstance(probe, str):
+            return Reading(probe, None, (), None)
+        audit = _tried(lambda: probe.audit(losses, samples=1)) if is_vector else ""
+        error = None
+        if isinstance(audit, str):  # parts that only a real pass goes through?
+            count = None if is_vector else size
+            error = _tried(lambda: probe.attach(losses, count))
+            probe.detach()
+    return Reading(
+        error,
+        None if isinstance(audit, str) else audit,
+        tuple(dict.fromkeys(str(one.message) for one in told)),
+        len(losses) if is_vector else size,
+    )
+
+
+def of_reading(reading: Reading) -> Iterator[Finding]:
+    """What the probe itself says of the graph."""
+    if reading.error is not None:
+        subject = "per-sample gradients"
+        yield Finding("refused", subject, "cannot be read", reading.error)
         return
+    if reading.audit is None:
+        yield Finding(
+            "ok",
+            "per-sample gradients",
+            f"can be read, of {reading.samples} samples",
+            "Not compared with autograd, which needs a vector of losses and a graph "
+            "that torch.autograd.grad goes through.",
+        )
+    else:
+        yield from _of_audit(reading.audit)
+    for text in reading.told:
+        if text.startswith("Samples meet behind"):
+            yield Finding("slow", "terms that are zero", "samples meet in them", text)
+        elif not text.startswith(_TOLD_ELSEWHERE):
+            yield Finding("note", "warning", "of the probe", text)
+
+
+def _of_audit(audit: Audit) -> Iterator[Finding]:
     by_rule = Counter(rule for row in audit.rows for rule in set(row.rules))
     general = [row.parameter for row in audit.rows if "universal" in row.rules]
     if general:
@@ -146,15 +170,14 @@ def of_reading(
         yield Finding(
             "note", "not reached", some(list(audit.unreached)), "They count as zero."
         )
+    by_rule["in compiled regions"] = sum(not row.rules for row in audit.rows)
     covered = ", ".join(
         f"{rule} {count}"
         for rule, count in by_rule.most_common()
-        if rule != "universal"
+        if rule != "universal" and count
     )
     if covered and audit.ok:
         yield Finding("ok", "per-sample gradients", f"read exactly; rules: {covered}")
-    for text in dict.fromkeys(str(one.message) for one in told):
-        yield Finding("note", "warning", text)
 
 
 def of_product(target: Target) -> Iterator[Finding]:
@@ -180,7 +203,7 @@ def of_product(target: Target) -> Iterator[Finding]:
     else:
         yield Finding("ok", "curvature", f"a product works; engine {found.engine!r}")
     for text in dict.fromkeys(str(one.message) for one in told):
-        yield Finding("note", "warning", text)
+        yield Finding("note", "warning", "of the product", text)
 
 
 def _tried(make: Callable[[], Any]) -> Any:

@@ -15,6 +15,10 @@ from .findings import Finding, some
 __all__ = ["of_machine", "of_modules", "of_parameters"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_SCALED = (
+    " Gradients: multiply the loss, as a GradScaler does, and pass scale=; those that "
+    "round to zero are not read."
+)
 
 
 def of_machine(model: nn.Module) -> Iterator[Finding]:
@@ -64,21 +68,23 @@ def of_parameters(model: nn.Module) -> Iterator[Finding]:
         plural = "parameter is" if frozen == 1 else "parameters are"
         yield Finding("note", "frozen", f"{frozen} {plural} not tracked")
     kinds = Counter(str(p.dtype).removeprefix("torch.") for p in tracked.values())
-    if any(p.dtype.is_complex for p in tracked.values()):
+    dtypes = {p.dtype for p in tracked.values()}
+    if any(dtype.is_complex for dtype in dtypes):
         yield Finding(
             "refused",
             "dtype",
             "complex parameters",
             remedy="Write that part with real numbers.",
         )
-    elif any(p.dtype in _HALF for p in tracked.values()):
+    elif not dtypes.isdisjoint(_HALF):
         yield Finding(
             "note",
             "dtype",
             ", ".join(f"{count} {name}" for name, count in kinds.items()),
             "Statistics are summed in float32. Curvature in half precision is rough: "
             "differences of rounded gradients.",
-            "Curvature: a copy of the model in float32.",
+            "Curvature: a copy of the model in float32."
+            + (_SCALED if torch.float16 in dtypes else ""),
         )
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = [name for name, p in tracked.items() if names[id(p)] > 1]
@@ -92,7 +98,7 @@ def of_parameters(model: nn.Module) -> Iterator[Finding]:
 
 
 def of_modules(model: nn.Module, batchnorm: BatchNorm) -> Iterator[Finding]:
-    """What mixes samples, is compiled or is one rank of several."""
+    """What mixes samples, or is one rank of several."""
     mixing = [
         name or "the model"
         for name, module in model.named_modules()
@@ -114,20 +120,6 @@ def of_modules(model: nn.Module, batchnorm: BatchNorm) -> Iterator[Finding]:
             'batchnorm="rows" or "frozen", model.eval(), or fm.MinibatchVariance.'
             if verdict == "refused"
             else "",
-        )
-    compiled = [
-        name or "the model"
-        for name, module in model.named_modules()
-        if type(module).__name__ == "OptimizedModule"
-    ]
-    if compiled:
-        yield Finding(
-            "note",
-            "torch.compile",
-            some(compiled),
-            "The probe can look into a compiled region only where it was compiled "
-            "with operators that show it the parameters' uses.",
-            "fm.compile(model), and the plain model to the probe.",
         )
     wrapped = [n for n in ("DistributedDataParallel", "FSDPModule") if _is(model, n)]
     if wrapped:

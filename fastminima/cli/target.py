@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..callbacks.batches import leading_size
 from .usage import UsageError
 
 __all__ = ["HELP", "Target", "load_target"]
@@ -25,7 +26,7 @@ MODULE:FUNCTION names a function without arguments, in a module that Python find
 here (train:setup, package.train:setup) or in a file (path/train.py:setup). It returns
 
   (model, loss, batch)   loss(model, batch) gives the vector of per-sample losses, or
-                         their mean, of which there are no per-sample gradients
+                         their mean, of which an audit has the curvature only
   (model, losses)        losses() gives the vector of per-sample losses
 
 with the model in the mode, on the device and in the dtype in which it is trained."""
@@ -39,11 +40,13 @@ class Target:
         model: the module.
         loss: `loss(model, batch)`, as the user wrote it.
         batch: its second argument.
+        is_batch_known: whether the function returned one.
     """
 
     model: nn.Module
     loss: Callable[[Any, Any], Tensor]
     batch: Any
+    is_batch_known: bool = True
 
     def losses(self) -> Tensor:
         """The losses of the batch, or their mean, with a graph."""
@@ -55,6 +58,19 @@ class Target:
                 "vector of per-sample losses, or their mean."
             )
         return found
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in the batch, by the leading size of its first tensor; None if none.
+
+        What is a sample the losses say; this is what one would think.
+        """
+        if not self.is_batch_known:
+            return None
+        try:
+            return leading_size(self.batch)
+        except ValueError:
+            return None
 
     def mean(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss, as curvature takes it."""
@@ -139,7 +155,7 @@ def _target(made: object) -> Target:
         )
     # An operator weighs batches by their leading size; of one batch any will do.
     batch = torch.zeros(1, dtype=torch.float32, device="cpu")
-    return Target(model, lambda model, batch: given(), batch)
+    return Target(model, lambda model, batch: given(), batch, is_batch_known=False)
 
 
 def _wants_arguments(function: Callable[..., Any]) -> bool:

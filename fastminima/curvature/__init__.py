@@ -31,7 +31,7 @@ from .derived import DerivedOperator
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 from .loss_hessian import LossHessian
-from .preconditioner import preconditioner
+from .preconditioner import momentum, preconditioner
 from .recording import twice_differentiable
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Suspicion",
     "SymmetryWatch",
     "critical_sharpness",
+    "momentum",
     "preconditioner",
     "twice_differentiable",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..quantities import three_factors
+from ..quantities import takes_signs, three_factors
 from ..theory import edge_of_stability
 from .rows import Row
 
@@ -29,6 +29,7 @@ class Step:
         mean_grad_sq_norm: |mean gradient|^2.
         batch_size: samples of a step of the optimizer.
         preconditioned_trace: tr P Sigma, P what the optimizer multiplies gradients by.
+        gradient_scale: the optimizer's gradient over the mean one, before clipping.
     """
 
     count: int
@@ -37,6 +38,7 @@ class Step:
     mean_grad_sq_norm: Any
     batch_size: int
     preconditioned_trace: float | None = None
+    gradient_scale: float = 1.0
 
 
 class Factors:
@@ -74,8 +76,8 @@ class Factors:
         if found is None:
             return row
         row["factors/learning_rate"] = found.learning_rate
-        if clip is not None:
-            found = replace(found, learning_rate=found.learning_rate * clip)
+        scale = step.gradient_scale * (1.0 if clip is None else clip)
+        found = replace(found, learning_rate=found.learning_rate * scale)
         row["factors/ratio"] = found.ratio
         row["factors/temperature"] = found.temperature
         return row
@@ -93,7 +95,12 @@ class Factors:
             if not self._has_announced:
                 self._has_announced = True
                 more = ""
-                if not _has_plain_steps(optimizer):
+                if takes_signs(optimizer):
+                    more = (
+                        " fm.monitor.watch(precondition=True) gives that one, at the "
+                        "price of second moments."
+                    )
+                elif not _has_plain_steps(optimizer):
                     more = (
                         " fm.monitor.watch(precondition=True) gives them in the "
                         "coordinates in which it is SGD, at the price of second "
@@ -109,10 +116,10 @@ class Factors:
         )
 
     def _clip(self, step: Step) -> float | None:
-        """What clipping multiplies the mean gradient by."""
+        """What clipping multiplies the optimizer's gradient by."""
         if self._max_norm is None:
             return None
-        norm = float(step.mean_grad_sq_norm) ** 0.5
+        norm = float(step.mean_grad_sq_norm) ** 0.5 * step.gradient_scale
         return min(1.0, self._max_norm / (norm + _BARE))
 
 
@@ -146,10 +153,12 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float | None:
 def _has_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is a multiple of an average of gradients, as far as one can see.
 
-    Others have options that only optimizers have which rescale elementwise.
+    Others have options that only optimizers have which rescale elementwise, or are
+    named after the signs that they take.
     """
     adaptive = {"betas", "alpha", "etas", "eps"}
-    return not any(adaptive & group.keys() for group in optimizer.param_groups)
+    groups = optimizer.param_groups
+    return not (takes_signs(optimizer) or any(adaptive & g.keys() for g in groups))
 
 
 def _options(optimizer: torch.optim.Optimizer) -> Row:

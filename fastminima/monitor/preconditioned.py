@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from ..curvature import preconditioner
 from ..statistics import GradientStatistics
 from .factors import unwrapped
 
-__all__ = ["preconditioned_moments"]
+__all__ = ["preconditioned_moments", "summed_moments"]
+
+Pair = tuple[Tensor, Tensor]
 
 
 def preconditioned_moments(
@@ -29,6 +31,31 @@ def preconditioned_moments(
     Raises:
         ValueError: for an optimizer whose preconditioner is not known.
     """
+
+    def terms(variance: Tensor, mean: Tensor, divisor: Tensor) -> Pair:
+        weights = divisor.reciprocal()
+        return variance @ weights, mean.square() @ weights
+
+    return summed_moments(stats, model, optimizer, preconditioner, terms)
+
+
+def summed_moments(
+    stats: GradientStatistics,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    of: Callable[[nn.Module, torch.optim.Optimizer], Tensor],
+    terms: Callable[[Tensor, Tensor, Tensor], Pair],
+) -> Tensor | None:
+    """`[2]`: two sums over all parameters; None before any step of the optimizer.
+
+    Args:
+        stats: with variance and mean.
+        model: that the optimizer trains.
+        optimizer: whose state is read.
+        of: a vector of the parameters, from that state.
+        terms: of a parameter's variance, mean and part of the vector, flat and in
+            float64: what it adds to both sums.
+    """
     optimizer = unwrapped(optimizer)
     if not optimizer.state:
         return None
@@ -36,12 +63,10 @@ def preconditioned_moments(
     assert mean is not None
     layout = FlatLayout(model)
     sizes = [p.numel() for p in layout.parameters]
-    divisors: Mapping[str, Tensor] = dict(
-        zip(layout.names, preconditioner(model, optimizer).split(sizes), strict=True)
-    )
-    trace = power = stats.mean_grad_sq_norm.new_zeros((), dtype=torch.float64)
+    parts = dict(zip(layout.names, of(model, optimizer).split(sizes), strict=True))
+    first = second = stats.mean_grad_sq_norm.new_zeros((), dtype=torch.float64)
     for name, part in variance.items():
-        weights = divisors[name].double().reciprocal()
-        trace = trace + part.flatten().double() @ weights
-        power = power + mean[name].flatten().double().square() @ weights
-    return torch.stack([trace, power])
+        given = (part, mean[name], parts[name])
+        one, other = terms(*(t.flatten().double() for t in given))
+        first, second = first + one, second + other
+    return torch.stack([first, second])

@@ -18,8 +18,8 @@ from .csv_file import CSV
 from .factors import Factors, Step, stability_limit
 from .layers import By, Grouping, Groups, LayerNumbers
 from .loggers import JsonLines, Logger
+from .optimizer_norm import OptimizerNorm, Steps
 from .packing import Packed
-from .preconditioned import preconditioned_moments
 from .rows import Row
 from .samples import Origin
 from .smoothing import SmoothedNoiseScale
@@ -58,9 +58,10 @@ class Monitor(Closing):
             `SpikeDetector(threshold)`.
         max_norm: what the loop gives `clip_grad_norm_`: rows have the factor by which
             it clips, and the ratio and the temperature are those of the clipped step.
-        precondition: the model, for the noise scale in the norm of an adaptive
-            optimizer; the probe needs `measure=("norms", "second_moments")` and
-            `keep_mean=True`.
+        precondition: the model, for the noise scale in the norm of an optimizer that
+            is adaptive or takes signs; the probe needs `measure=("norms",
+            "second_moments")` and `keep_mean=True`.
+        steps: of that optimizer: "preconditioned" or "sign"; None as its name says.
         about: what is known of the run, written before its first row.
         replicas: processes over which gradients are averaged and whose samples are not
             in the statistics: a step has so many times as many samples.
@@ -97,6 +98,7 @@ class Monitor(Closing):
         spikes: SpikeDetector | float | None = None,
         max_norm: float | None = None,
         precondition: nn.Module | None = None,
+        steps: Steps | None = None,
         about: Callable[[], Mapping[str, Any]] | None = None,
         replicas: int = 1,
     ) -> None:
@@ -108,16 +110,18 @@ class Monitor(Closing):
         )
         self._loggers = [_logger(one) for one in loggers]
         self._smoothed = SmoothedNoiseScale(smoothing)
-        self._preconditioned = SmoothedNoiseScale(smoothing)
-        is_adaptive = precondition is not None
-        self._factors = Factors(dataset_size, max_norm, is_quiet=is_adaptive)
+        self._norm = None
+        if precondition is not None:
+            self._norm = OptimizerNorm(precondition, steps, smoothing)
+        is_quiet = precondition is not None
+        self._factors = Factors(dataset_size, max_norm, is_quiet=is_quiet)
         self._grouping = Grouping(by, layers)
         self._layers = LayerNumbers(smoothing, is_written=layer_intervals)
         self._largest, self._histograms = largest, histograms
         if spikes is not None and not isinstance(spikes, SpikeDetector):
             spikes = SpikeDetector(spikes)
         self._detector = spikes
-        self._model, self._about = precondition, about
+        self._about = about
         self._replicas = replicas
         self._rows = 0  # written so far
 
@@ -134,6 +138,7 @@ class Monitor(Closing):
         ids: Sequence[Any] | None = None,
         microbatches: Sequence[int] = (),
         ranks: int = 1,
+        gradient_scale: float = 1.0,
     ) -> Row | None:
         """Write a row and return it; None, and no row, where nothing was measured.
 
@@ -151,6 +156,9 @@ class Monitor(Closing):
                 and for spikes; their index otherwise.
             microbatches: sizes of the batches whose statistics were added up.
             ranks: processes whose samples are in the statistics of each batch.
+            gradient_scale: the optimizer's gradient is so many times the mean gradient,
+                as where a step of fewer batches is divided as a whole one is: ratio and
+                temperature are those of its step, as with clipping.
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
@@ -172,8 +180,8 @@ class Monitor(Closing):
         if stats is not None:
             row |= self._gradient(numbers, stats)
             if optimizer is not None:
-                size = batch_size or stats.all_count
-                row |= self._factors.row(optimizer, _step_of(row, numbers, stats, size))
+                found = _step_of(row, numbers, stats, batch_size, gradient_scale)
+                row |= self._factors.row(optimizer, found)
         if sharpness is not None:
             row |= rows.sharpness_row(sharpness, numbers)
             limit = None if optimizer is None else stability_limit(optimizer)
@@ -230,10 +238,8 @@ class Monitor(Closing):
                 samples.ask_for(packed, stats, losses, self._largest, table)
             if self._histograms:
                 samples.ask_for_counts(packed, stats)
-        if self._model is not None and optimizer is not None and stats.all_count > 1:
-            found = preconditioned_moments(stats, self._model, optimizer)
-            if found is not None:
-                packed.add("preconditioned", found)
+        if self._norm is not None and optimizer is not None:
+            self._norm.ask_for(packed, stats, optimizer)
 
     def _groups(self, stats: GradientStatistics | None) -> Groups | None:
         if stats is None or not stats.sq_norms_by_parameter:
@@ -245,12 +251,10 @@ class Monitor(Closing):
     ) -> Row:
         row = rows.gradient_row(numbers, stats.count, stats.all_count)
         if "gradient/signal" in row:
-            row |= _smoothed_columns("gradient/", self._smoothed, row)
-        if "preconditioned" in numbers:
-            group = "gradient/preconditioned_"
-            trace, power = numbers["preconditioned"]
-            found = rows.noise_columns(group, trace, power, stats.all_count)
-            row |= found | _smoothed_columns(group, self._preconditioned, found)
+            trace, signal = row["gradient/covariance_trace"], row["gradient/signal"]
+            row |= self._smoothed.columns("gradient/", trace, signal)
+        if self._norm is not None:
+            row |= self._norm.row(numbers, stats.all_count)
         return row
 
     def _write(
@@ -290,10 +294,10 @@ class Monitor(Closing):
 
     def state_dict(self) -> dict[str, Any]:
         """Running averages and windows, for `load_state_dict` of a run that goes on."""
-        detector = self._detector
+        detector, norm = self._detector, self._norm
         return {
             "smoothed": self._smoothed.state_dict(),
-            "preconditioned": self._preconditioned.state_dict(),
+            "preconditioned": None if norm is None else norm.state_dict(),
             "layers": self._layers.state_dict(),
             "spikes": None if detector is None else detector.state_dict(),
         }
@@ -301,7 +305,8 @@ class Monitor(Closing):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` of an earlier monitor gave."""
         self._smoothed.load_state_dict(state["smoothed"])
-        self._preconditioned.load_state_dict(state["preconditioned"])
+        if self._norm is not None and state["preconditioned"] is not None:
+            self._norm.load_state_dict(state["preconditioned"])
         self._layers.load_state_dict(state["layers"])
         if self._detector is not None and state["spikes"] is not None:
             self._detector.load_state_dict(state["spikes"])
@@ -316,29 +321,20 @@ class Monitor(Closing):
             logger.close()
 
 
-def _smoothed_columns(group: str, smoothed: SmoothedNoiseScale, row: Row) -> Row:
-    """The ratio of running averages, and its interval."""
-    ratio = smoothed.update(row[f"{group}covariance_trace"], row[f"{group}signal"])
-    low, high = smoothed.interval()
-    return {
-        f"{group}noise_scale_smoothed": ratio,
-        f"{group}noise_scale_low": low,
-        f"{group}noise_scale_high": high,
-    }
-
-
 def _step_of(
     row: Row,
     numbers: Mapping[str, Sequence[float]],
     stats: GradientStatistics,
-    batch_size: int,
+    batch_size: int | None,
+    gradient_scale: float,
 ) -> Step:
     return Step(
         count=stats.all_count,
         parameter_count=stats.parameter_count,
         covariance_trace=row.get("gradient/covariance_trace"),
         mean_grad_sq_norm=row["gradient/mean_grad_sq_norm"],
-        batch_size=batch_size,
+        batch_size=batch_size or stats.all_count,
+        gradient_scale=gradient_scale,
         preconditioned_trace=numbers.get("preconditioned", [None])[0],
     )
 

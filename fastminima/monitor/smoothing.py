@@ -116,6 +116,18 @@ class SmoothedNoiseScale:
             return low, high
         return float(low), float(high)
 
+    def columns(
+        self, group: str, covariance_trace: float, signal: float
+    ) -> dict[str, float]:
+        """Add a step; the ratio and the ends of its interval, as a row has them."""
+        ratio = self.update(covariance_trace, signal)
+        low, high = self.interval()
+        return {
+            f"{group}noise_scale_smoothed": ratio,
+            f"{group}noise_scale_low": low,
+            f"{group}noise_scale_high": high,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain numbers and lists."""
         last = self._last and [np.asarray(x).tolist() for x in self._last]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .._processes import find_group
 from ..capture import GradientProbe
+from ..capture.accumulation import Accumulation
 from ..curvature._ranks import ranks_of
 from ..curvature._shards import shards_of
 from ..spectrum import Eigenpairs, SharpnessProbe
@@ -23,6 +23,7 @@ from .closing import Closing
 from .curving import unless_infinite, warn_of_another_loss
 from .layers import By
 from .loggers import Logger
+from .parts import StepParts
 from .recorder import Monitor
 from .rows import Row
 from .run import RunFolder, is_folder
@@ -39,7 +40,6 @@ class Watch(Closing):
     Made by `watch`, which says what the options mean.
 
     Attributes:
-        step: steps of the optimizer so far.
         stats: the last `GradientStatistics`, of a whole step.
         row: the last row.
     """
@@ -52,6 +52,7 @@ class Watch(Closing):
         optimizer: torch.optim.Optimizer | None,
         sharpness: SharpnessProbe | None,
         *,
+        accumulation: Accumulation,
         every: int,
         sharpness_every: int,
         accumulate: int,
@@ -60,7 +61,6 @@ class Watch(Closing):
         ranks: int,
     ) -> None:
         self._ranks = ranks
-        self.step = 0
         self.stats: GradientStatistics | None = None
         self.row: Row | None = None
         self._monitor, self._probe, self._optimizer = monitor, probe, optimizer
@@ -68,13 +68,13 @@ class Watch(Closing):
         self._has_compared = False  # the loss of curvature with the one trained
         self._every, self._sharpness_every = every, sharpness_every
         self._accumulate, self._folder = accumulate, folder
-        self._parts: list[GradientStatistics] = []
-        self._losses: list[Tensor] = []
-        self._ids: list[Any] = []
-        self._passes = 0  # backward passes of the present step
-        self._model = model
-        self._versions: list[int] = []  # of parameters, at its first pass
-        self._has_warned = False
+        self._model, self._accumulation = model, accumulation
+        self._parts = StepParts()
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer so far."""
+        return self._accumulation.steps
 
     def __repr__(self) -> str:
         every = "" if self._every == 1 else f", every={self._every}"
@@ -113,61 +113,46 @@ class Watch(Closing):
         names = [None] * (count or 0) if ids is None else list(ids)
         if ids is not None and len(names) != count:
             raise ValueError(f"There are {len(names)} ids for {count} samples.")
-        self._begin()
-        is_last = self._passes + 1 == self._accumulate
+        is_due = self._begin()
+        step, is_last = self.step, self._accumulation.passes == self._accumulate
         given, whole = losses, scale
         if self._accumulate > 1:
             given, whole = losses / self._accumulate, scale / self._accumulate
-        stats, pairs = self._pass(
-            *(given, whole, batch_size),
-            is_due=self.step % self._every == 0,
-            curves=is_last and self._wants_sharpness(),
-            batch=batch,
-        )
-        self._passes += 1
-        if stats is not None:
-            self._parts.append(stats)
-            self._ids += names
+        try:
+            stats, pairs = self._pass(
+                *(given, whole, batch_size),
+                is_due=is_due,
+                curves=is_last and self._wants_sharpness(),
+                batch=batch,
+            )
+        except BaseException:
+            self._accumulation.withdraw()
+            raise
         if stats is not None or pairs is not None:
-            self._losses.append(losses.detach() / scale)
-        return self._ended(pairs, extra) if is_last else None
+            size = count if stats is None else stats.all_count
+            self._parts.add(losses.detach() / scale, size, 1 / self._accumulate, names)
+        total = self._accumulation.add(stats)
+        return self._log(step, total, pairs, extra) if is_last else None
 
     def end_step(self, extra: Mapping[str, float | Tensor] | None = None) -> Row | None:
         """Write the row of a step of fewer passes than `accumulate`.
 
-        As at the end of an epoch; before the optimizer's step.
+        As at the end of an epoch; before the optimizer's step. Its passes have been
+        divided as those of a whole step, so the optimizer takes a smaller one: ratio
+        and temperature are those of it.
         """
-        return self._ended(None, extra) if self._passes else None
+        step = self.step
+        return self._log(step, self._accumulation.end(), None, extra)
 
-    def _begin(self) -> None:
-        """Notice that the parameters have moved in the middle of a step."""
-        if self._accumulate == 1:
-            return
-        versions = [p._version for p in self._model.parameters()]
-        if self._passes and versions != self._versions:
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    f"The parameters have changed after {self._passes} of the "
-                    f"{self._accumulate} backward passes of a step: it has no row. "
-                    "Where a step has fewer, as at the end of an epoch, call "
-                    "w.end_step() before optimizer.step().",
-                    stacklevel=3,
-                )
-            self._forget()
-            self.step += 1
-        if not self._passes:
-            self._versions = versions
-
-    def _ended(
-        self, pairs: Eigenpairs | None, extra: Mapping[str, float | Tensor] | None
-    ) -> Row | None:
-        """The step's passes have run: its row, if it has one."""
-        try:
-            return self._log(pairs, extra) if self._losses else None
-        finally:
-            self.step += 1
-            self._forget()
+    def _begin(self) -> bool:
+        """Count the pass that is about to run; says whether it is looked at."""
+        before, tracked = self.step, {}
+        if self._accumulate > 1:
+            tracked = dict(self._model.named_parameters())
+        rests = self._accumulation.rests(tracked)
+        if self.step != before:  # that step was over, and nobody said so
+            self._parts.clear()
+        return not rests
 
     def _wants_sharpness(self) -> bool:
         return self._sharpness is not None and self.step % self._sharpness_every == 0
@@ -211,35 +196,28 @@ class Watch(Closing):
         return None
 
     def _log(
-        self, pairs: Eigenpairs | None, extra: Mapping[str, float | Tensor] | None
+        self,
+        step: int,
+        stats: GradientStatistics | None,
+        pairs: Eigenpairs | None,
+        extra: Mapping[str, float | Tensor] | None,
     ) -> Row | None:
-        sizes = [part.all_count for part in self._parts]
-        if self._parts:
-            total = self._parts[0]
-            for part in self._parts[1:]:
-                total = total + part
-            self.stats = total
-        if all(one.dim() for one in self._losses):
-            loss = torch.cat(self._losses)
-        else:
-            loss = torch.stack([one.mean() for one in self._losses]).mean()
-        self.row = self._monitor.log(
-            self.step,
-            self.stats if self._parts else None,
-            loss=loss,
+        """The passes of a step have run: its row, if it has one."""
+        parts, self._parts = self._parts, StepParts()
+        if not len(parts):
+            return None
+        if stats is not None:
+            self.stats = stats
+        self.row = parts.log(
+            self._monitor,
+            step,
+            stats,
             optimizer=self._optimizer,
             sharpness=pairs,
             extra=extra,
-            ids=self._ids,
-            microbatches=sizes,
             ranks=self._ranks,
         )
         return self.row
-
-    def _forget(self) -> None:
-        """Begin the next step."""
-        self._passes = 0
-        self._parts, self._losses, self._ids = [], [], []
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on needs: step, running averages, windows."""
@@ -247,9 +225,9 @@ class Watch(Closing):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where an earlier watch was when it gave its `state_dict`."""
-        self.step = state["step"]
+        self._accumulation.restart(state["step"])
         self._monitor.load_state_dict(state["monitor"])
-        self._forget()
+        self._parts.clear()
 
     def close(self) -> None:
         """Close the files; says once where the run is."""
@@ -281,7 +259,7 @@ def watch(
     dataset_size: int | None = None,
     accumulate: int = 1,
     max_norm: float | None = None,
-    precondition: bool = False,
+    precondition: bool | Literal["sign"] = False,
     eigenvalues: int = 1,
     **options: Any,
 ) -> Watch:
@@ -290,7 +268,9 @@ def watch(
     Call `w.backward(losses)` where the loop has `losses.mean().backward()`, and
     `w.close()` at the end. A step is one of the optimizer's: with `accumulate=k` it is
     k calls of `backward`, each of which backpropagates a k-th of its mean, and the row
-    has the statistics of all their samples.
+    has the statistics of all their samples, each of which counts alike: where calls
+    have different numbers of samples, the step's gradient, a mean of means, gives more
+    weight to those of the smaller ones.
 
     Args:
         model: the module that is trained.
@@ -313,10 +293,11 @@ def watch(
         dataset_size: as for `Monitor`.
         max_norm: what the loop gives `clip_grad_norm_`, as for `Monitor`.
         accumulate: backward passes that make up one step of the optimizer. It keeps the
-            mean gradient of each, so as much memory as two gradients.
+            mean gradient so far, so as much memory as two gradients.
         precondition: also the noise scale in the norm of an adaptive optimizer, and the
-            temperature in the coordinates in which it is SGD. It measures second
-            moments.
+            temperature in the coordinates in which it is SGD; of optimizers with a
+            momentum that are named Lion or Sign..., that of steps by signs; "sign" for
+            that of any other that keeps a momentum. It measures second moments.
         eigenvalues: how many.
         options: for `GradientProbe`, such as `batchnorm="rows"` or `mode="fused"`.
 
@@ -343,10 +324,14 @@ def watch(
     check_counts(eigenvalues=eigenvalues)
     check_loss(loss)
     asked: dict[str, Any] = {"per_parameter": by is not None}
-    asked["keep_mean"] = accumulate > 1
     if precondition:
         asked |= {"measure": ("norms", "second_moments"), "keep_mean": True}
     asked |= options
+    accumulation = Accumulation(
+        accumulate, every, keep_mean=asked.get("keep_mean", False), owner="w"
+    )
+    if accumulate > 1:
+        asked["keep_mean"] = True
     probe = GradientProbe(model, **asked)
     loggers = _loggers(to)
     settings = {"every": every, "sharpness": sharpness, "dataset_size": dataset_size}
@@ -362,6 +347,7 @@ def watch(
         max_norm=max_norm,
         dataset_size=dataset_size,
         precondition=model if precondition else None,
+        steps=precondition if isinstance(precondition, str) else None,
         about=lambda: about_run(model, optimizer, by, settings),
         replicas=_replicas_of(model, options.get("process_group")),
     )
@@ -371,6 +357,7 @@ def watch(
     folders = [one for one in loggers if isinstance(one, RunFolder)]
     return Watch(
         *(model, monitor, probe, optimizer, curvature),
+        accumulation=accumulation,
         every=every,
         sharpness_every=sharpness or 1,
         accumulate=accumulate,

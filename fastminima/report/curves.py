@@ -9,7 +9,7 @@ import numpy as np
 from .columns import Column, Columns
 from .drawn import HOW, Drawn, drawn, has, positive
 from .factors import factors, temperature
-from .noise import noise_scale, preconditioned
+from .noise import noise_scale, of_signs, preconditioned
 from .sharpness import eigenvalues, sharpness
 from .traces import dots, smooth
 
@@ -27,6 +27,7 @@ def curves(columns: Columns) -> list[Drawn]:
         _trace_of_covariance,
         noise_scale,
         preconditioned,
+        of_signs,
         temperature,
         factors,
         sharpness,

@@ -12,6 +12,12 @@ from .traces import Figure, Trace, layout, log_axis, smooth, steps
 
 __all__ = ["factors", "gradient_variance", "temperature"]
 
+_DECAY = (
+    " Weight decay w is a force without noise, so it is in neither. In SGD, where it "
+    "is added to the gradient, T is the temperature of L + w|θ|²/2 in place of L; "
+    "decoupled, as in AdamW and Lion, it shrinks the parameters by ηw a step."
+)
+
 
 def temperature(columns: Columns) -> Drawn | None:
     """The temperature of each row, and its median."""
@@ -39,11 +45,10 @@ def gradient_variance(columns: Columns) -> Column:
 
 
 def factors(columns: Columns) -> Drawn | None:
-    """Learning rate, batch size, variance and ratio above each other."""
-    rates = [n for n in columns.names if n.startswith("factors/learning_rate")]
+    """Learning rate, batch size, variance and ratio above each other; weight decay."""
     panels: list[tuple[str, list[Trace]]] = []
-    if rates:
-        panels.append(("η", [steps(columns[n], _short(n), "blue") for n in rates]))
+    if rates := _of_groups(columns, "learning_rate", "learning rate η", "blue"):
+        panels.append(("η", rates))
     if has(columns, "factors/batch_size"):
         batch = columns["factors/batch_size"]
         panels.append(("S", [steps(batch, "batch size S", "green")]))
@@ -54,6 +59,9 @@ def factors(columns: Columns) -> Drawn | None:
     if has(columns, "factors/ratio"):
         ratio = columns["factors/ratio"]
         panels.append(("ratio", [steps(ratio, "ratio η/(1−m)·(1/S−1/N)", "purple")]))
+    decay = _of_groups(columns, "weight_decay", "weight decay w", "ink")
+    if decay:
+        panels.append(("w", decay))
     if not panels:
         return None
     return Drawn(
@@ -62,14 +70,24 @@ def factors(columns: Columns) -> Drawn | None:
         "The three factors",
         "Learning rate η, batch size S and the gradient's variance per parameter σ²; "
         "the ratio is what η, momentum m and S (drawn from N samples) make together. "
-        "The temperature is ratio · σ²/2.",
+        "The temperature is ratio · σ²/2." + (_DECAY if decay else ""),
         _stacked("The three factors", panels),
     )
 
 
-def _short(name: str) -> str:
-    group = name.removeprefix("factors/learning_rate").removeprefix("_")
-    return f"learning rate η, group {group}" if group else "learning rate η"
+def _of_groups(columns: Columns, option: str, label: str, colour: str) -> list[Trace]:
+    """An option of the optimizer, a line for each parameter group that differs.
+
+    Those that are zero throughout are left out.
+    """
+    found = []
+    for name in columns.names:
+        group = name.removeprefix(f"factors/{option}")
+        is_it = group != name and (not group or group[1:].isdigit())
+        if is_it and np.nan_to_num(columns[name].values).any():
+            of = f", group {group[1:]}" if group else ""
+            found.append(steps(columns[name], label + of, colour))
+    return found
 
 
 def _stacked(title: str, panels: list[tuple[str, list[Trace]]]) -> Figure:

@@ -10,7 +10,7 @@ from .columns import Columns
 from .drawn import Drawn, drawn, positive
 from .traces import bold, dashed, dots, interval
 
-__all__ = ["noise_scale", "preconditioned"]
+__all__ = ["noise_scale", "of_signs", "preconditioned"]
 
 
 def noise_scale(columns: Columns) -> Drawn | None:
@@ -29,18 +29,27 @@ def noise_scale(columns: Columns) -> Drawn | None:
 
 def preconditioned(columns: Columns) -> Drawn | None:
     """The same in the norm of what the optimizer multiplies gradients with."""
-    for kind in ("preconditioned", "sign"):
-        found = _noise_scale_in(
-            columns,
-            f"gradient/{kind}_noise_scale",
-            f"{kind}-noise-scale",
-            "Noise scale in the optimizer's norm",
-            "tr(P Σ) / gᵀP g, P what the optimizer multiplies the gradient with: the "
-            "noise scale of the steps that it really takes.",
-        )
-        if found is not None:
-            return found
-    return None
+    return _noise_scale_in(
+        columns,
+        "gradient/preconditioned_noise_scale",
+        "preconditioned-noise-scale",
+        "Noise scale in the optimizer's norm",
+        "tr(P Σ) / gᵀP g, P what the optimizer multiplies the gradient with: the noise "
+        "scale of the steps that it really takes.",
+    )
+
+
+def of_signs(columns: Columns) -> Drawn | None:
+    """The same for steps by signs."""
+    return _noise_scale_in(
+        columns,
+        "gradient/sign_noise_scale",
+        "sign-noise-scale",
+        "Noise scale of steps by signs",
+        "(Σᵢ σᵢ / ⟨E g, s⟩)², s the signs of the momentum before the batch: in the "
+        "mean of so many samples the deviations, summed, are as large as what a step "
+        "gains. A momentum that averages k batches needs a k-th of it in each.",
+    )
 
 
 def _noise_scale_in(

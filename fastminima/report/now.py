@@ -17,6 +17,7 @@ from .sharpness import two_over_lr
 
 __all__ = ["Quantity", "quantities"]
 
+_Words = Callable[[float, float, float, float], str]
 _RECENT = 50  # rows over which a quantity without an interval of its own is shown
 
 
@@ -79,19 +80,27 @@ def _loss(run: Run) -> Iterator[Quantity]:
 
 
 def _noise_scale(run: Run) -> Iterator[Quantity]:
+    yield from _scale_of(run, "gradient/noise_scale", "noise scale", _worth)
+    group = "gradient/preconditioned_noise_scale"
+    yield from _scale_of(run, group, "noise scale in the optimizer's norm", _worth)
+    group = "gradient/sign_noise_scale"
+    yield from _scale_of(run, group, "noise scale of signs", _worth_of_signs)
+
+
+def _scale_of(run: Run, group: str, name: str, worth: _Words) -> Iterator[Quantity]:
+    """A noise scale as it stands, with the interval that was logged."""
     columns = run.columns
-    column = columns["gradient/noise_scale_smoothed"]
+    column = columns[f"{group}_smoothed"]
     if not len(column):
         return
-    low = _at_end(column, columns["gradient/noise_scale_low"])
-    high = _at_end(column, columns["gradient/noise_scale_high"])
-    has_interval = bool(len(columns["gradient/noise_scale_low"]))
+    low = _at_end(column, columns[f"{group}_low"])
+    high = _at_end(column, columns[f"{group}_high"])
+    has_interval = bool(len(columns[f"{group}_low"]))
     kind = "95 % interval" if has_interval else "no interval was logged"
-    words = _worth(column.last, low, high, columns["factors/batch_size"].last)
+    words = worth(column.last, low, high, columns["factors/batch_size"].last)
     # A signal that is estimated below zero gives no ratio, but still a lower end.
     value = column.last if column.last > 0 else math.nan
-    step = float(column.steps[-1])
-    yield Quantity("noise scale", value, low, high, kind, step, words)
+    yield Quantity(name, value, low, high, kind, float(column.steps[-1]), words)
 
 
 def _at_end(column: Column, other: Column) -> float:
@@ -125,6 +134,24 @@ def _worth(scale: float, low: float, high: float, batch: float) -> str:
     return (
         f"{half} In the batch of {batch:g} that you use, a sample is worth {each[1]}"
         f"{between} of one in a small batch."
+    )
+
+
+def _worth_of_signs(scale: float, low: float, high: float, batch: float) -> str:
+    """What the noise scale of signs says; of a Gaussian 84 % lie above -1 sigma.
+
+    Source: Bernstein et al. (2018), arXiv:1802.04434.
+    """
+    if not scale > 0:
+        return (
+            "What a step along the signs of the momentum gains cannot be told from "
+            "zero at this smoothing, so there is no estimate: only what it is at least."
+        )
+    return (
+        "In the mean of so many samples the deviations of the gradient, summed, are as "
+        "large as what a step by signs gains: where all parameters are alike, 84 % of "
+        "the signs are right. A momentum that averages k batches needs a k-th of it "
+        "in each."
     )
 
 

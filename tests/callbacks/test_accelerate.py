@@ -1,6 +1,7 @@
 """watch(accelerator, model) in a training loop, against single-sample gradients."""
 
 import copy
+import json
 import os
 import socket
 import subprocess
@@ -16,12 +17,15 @@ from torch.utils.data import DataLoader
 from training import (
     BATCH,
     BATCHES,
+    UNEVEN,
     Rows,
     accumulators,
     check,
+    check_steps_taken,
     classifier,
     dataset,
     fail_in_backward,
+    joined,
     losses,
 )
 
@@ -36,11 +40,11 @@ def _no_state_of_other_accelerators():
     GradientState._reset_state()
 
 
-def prepared(**options):
+def prepared(samples=BATCH * BATCHES, **options):
     accelerator = accelerate.Accelerator(cpu=True, **options)
     model = classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = DataLoader(dataset(), batch_size=BATCH)
+    loader = DataLoader(dataset(samples), batch_size=BATCH)
     return accelerator, *accelerator.prepare(model, optimizer, loader)
 
 
@@ -56,28 +60,35 @@ def train(accelerator, model, optimizer, loader, cast=None):
             with torch.no_grad():
                 model(x[:2])  # such as an evaluation: not the batch
             accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
     return seen
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_rows_are_those_of_single_samples(accumulate):
+    """With two batches a step the last ones differ in size, with three one is left."""
     accelerator, model, optimizer, loader = prepared(
-        gradient_accumulation_steps=accumulate
+        UNEVEN, gradient_accumulation_steps=accumulate
     )
     rows = Rows()
     watch = fm.callbacks.watch(accelerator, model, to=rows, optimizer=optimizer)
     with watch as rows.watch:
         seen = train(accelerator, model, optimizer, loader)
-    check(rows, seen)
-    assert [row["step"] for row in rows.rows] == [i // accumulate for i in range(4)]
+    check(rows, joined(seen, accumulate))
+    whole = -(-BATCHES // accumulate)
+    assert [row["step"] for row in rows.rows] == list(range(whole))
+    assert rows.rows[-1]["batch"] == BATCHES - 1
     for row in rows.rows:
-        assert row["factors/ratio"] == pytest.approx(0.1 / (BATCH * accumulate))
+        assert row["factors/batch_size"] == row["gradient/count"]
+    if accumulate != 2:  # else the last step is a mean of means of other sizes
+        models = [model for model, _ in seen][::accumulate]
+        check_steps_taken(rows, [*models, accelerator.unwrap_model(model)])
     assert "backward" not in vars(accelerator)
     assert not model._forward_pre_hooks
     train(accelerator, model, optimizer, loader)
-    assert len(rows.rows) == BATCHES
+    assert len(rows.rows) == whole
 
 
 def test_training_is_bitwise_the_same():
@@ -98,12 +109,11 @@ def test_scaler_and_autocast():
     )
     accelerator.scaler = torch.amp.GradScaler("cpu")  # without a GPU there is none
     model.float()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # gradients stay scaled
     rows = Rows()
     rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
-    seen = train(accelerator, model, optimizer, loader, torch.float32)
+    seen = train(accelerator, model, None, loader, torch.float32)
     # A scale forgotten is off by 2 or 65536, bfloat16 by some hundredths.
-    check(rows, seen, rtol=0.1, atol=0.02)
+    check(rows, joined(seen, 2), rtol=0.1, atol=0.02)
 
 
 def test_every_and_batch_size():
@@ -261,7 +271,7 @@ def test_every_counts_steps_and_state_goes_on(tmp_path):
     rows, more = Rows(), Rows()
     first = fm.callbacks.watch(accelerator, model, to=rows, every=2)
     train(accelerator, model, optimizer, loader)
-    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
+    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 1)]
     first.close()
     accelerator.register_for_checkpointing(first)
     accelerator.save_state(str(tmp_path))
@@ -269,4 +279,135 @@ def test_every_counts_steps_and_state_goes_on(tmp_path):
     accelerator._custom_objects[:] = [second]
     accelerator.load_state(str(tmp_path))
     train(accelerator, model, optimizer, loader)
-    assert [row["batch"] for row in more.rows] == [4, 5]
+    assert [(row["step"], row["batch"]) for row in more.rows] == [(2, 5)]
+
+
+def mixed(model, batch):
+    """Each sample's loss depends on all, so that there are no gradients of samples."""
+    return losses(lambda x: model(x) / model(x).std(0), batch)
+
+
+def one_pass(accelerator, model, batch, optimizer=None, of=losses):
+    with accelerator.accumulate(model):
+        accelerator.backward(of(model, batch).mean())
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_state_from_the_middle_of_a_step_begins_it_anew():
+    accelerator, model, optimizer, _ = prepared(gradient_accumulation_steps=3)
+    batches = [part[:] for part in torch.utils.data.random_split(dataset(), [8, 8, 8])]
+    rows, more = Rows(), Rows()
+    first = fm.callbacks.watch(accelerator, model, to=rows, every=2)
+    one_pass(accelerator, model, batches[0], optimizer)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    assert (state["steps"], state["batches"]) == (0, 1)
+    second = fm.callbacks.watch(accelerator, model, every=2, to=more)
+    second.load_state_dict(state)
+    for batch in batches[1:]:
+        one_pass(accelerator, model, batch, optimizer)
+    (row,) = more.rows
+    assert (row["step"], row["batch"], row["gradient/count"]) == (0, 2, 16)
+    assert not rows.rows
+
+
+def test_largest_samples_name_their_batch(tmp_path):
+    accelerator, model, optimizer, loader = prepared(
+        UNEVEN, gradient_accumulation_steps=2
+    )
+    with fm.callbacks.watch(accelerator, model, to=tmp_path) as watch:
+        seen = train(accelerator, model, optimizer, loader)
+        norms = watch.stats.sq_norms.sqrt()  # of the last step: six samples and four
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    found = json.loads(lines[-1])["samples"]
+    assert {sample["microbatch"] for sample in found} == {0, 1}
+    for sample in found:
+        at = sample["microbatch"] * BATCH + sample["index"]
+        assert sample["norm"] == pytest.approx(norms[at].item())
+    assert len(seen[-1][1][0]) == 4
+
+
+@pytest.mark.parametrize("unreadable", [0, 1])
+def test_a_step_with_a_batch_that_cannot_be_read_has_no_row(unreadable):
+    accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows, on_error="warn")
+    batch = dataset()[:]
+    with pytest.warns(UserWarning, match="no gradient statistics") as warned:
+        for at in range(2):
+            of = mixed if at == unreadable else losses
+            one_pass(accelerator, model, batch, optimizer, of)
+    assert len(warned) == 1
+    assert not rows.rows
+    check(rows, joined(train(accelerator, model, optimizer, loader), 2))
+    assert [row["step"] for row in rows.rows] == [1, 2]
+
+
+def test_a_pass_that_an_exception_ended_leaves_its_step_without_a_row():
+    accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=3)
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
+    batch = dataset()[:]
+    failing = fail_in_backward(model[2].weight, RuntimeError("mine"))
+    with pytest.raises(RuntimeError, match="mine"):
+        one_pass(accelerator, model, batch)
+    failing.remove()
+    one_pass(accelerator, model, batch)
+    with pytest.warns(UserWarning, match="did not come to its end"):
+        one_pass(accelerator, model, batch, optimizer)
+    assert not rows.rows
+    check(rows, joined(train(accelerator, model, optimizer, loader), 3))
+
+
+def test_an_optimizer_that_steps_in_between_is_announced():
+    accelerator, model, _, _ = prepared(gradient_accumulation_steps=2)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)  # which accelerate cannot hold
+    rows = Rows()
+    rows.watch = fm.callbacks.watch(accelerator, model, to=rows)
+    one_pass(accelerator, model, dataset()[:], bare)
+    with pytest.warns(UserWarning, match="changed after a backward pass of a step"):
+        one_pass(accelerator, model, dataset()[:], bare)
+    assert [row["gradient/count"] for row in rows.rows] == [BATCH * BATCHES]
+
+
+def test_several_losses_a_batch_have_rows_only_without_accumulation():
+    for accumulate in (1, 2):
+        accelerator, model, _, _ = prepared(gradient_accumulation_steps=accumulate)
+        rows = Rows()
+        watch = fm.callbacks.watch(accelerator, model, to=rows)
+        with watch as rows.watch, accelerator.accumulate(model):
+            accelerator.backward(losses(model, dataset()[:]).mean())
+            second = losses(model, dataset()[:]).mean()
+            if accumulate == 1:
+                accelerator.backward(second)
+                assert len(rows.rows) == 2
+            else:
+                with pytest.raises(fm.CaptureError, match="several backward passes"):
+                    accelerator.backward(second)
+                assert not rows.rows
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def test_a_step_that_the_scaler_skips_has_a_row():
+    accelerator, model, _, _ = prepared(gradient_accumulation_steps=2)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), scaler=accelerator.scaler
+    )
+    x, y = dataset()[:]
+    rows = Rows()
+    with fm.callbacks.watch(accelerator, model, to=rows):
+        for factor in (1, torch.inf, 1, 1):
+            one_pass(accelerator, model, (x * factor, y), optimizer)
+    assert [row["is_finite"] for row in rows.rows] == [False, True]
+    assert [row["step"] for row in rows.rows] == [0, 1]
+
+
+def test_accumulation_is_the_librarys():
+    accelerator, model, _, _ = prepared()
+    with pytest.raises(ValueError, match="leave accumulate out"):
+        fm.callbacks.watch(accelerator, model, accumulate=2)

@@ -14,12 +14,15 @@ from training import (
     BATCH,
     BATCHES,
     TRAINED,
+    UNEVEN,
     Rows,
     accumulators,
     check,
+    check_steps_taken,
     classifier,
     dataset,
     fail_in_backward,
+    joined,
     losses,
 )
 
@@ -46,7 +49,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
-def fit(module, *callbacks, shuffle=False, **options):
+def fit(module, *callbacks, shuffle=False, samples=BATCH * BATCHES, **options):
     options = {"max_epochs": 1, "logger": False, **options}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -57,7 +60,7 @@ def fit(module, *callbacks, shuffle=False, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(module, DataLoader(dataset(), batch_size=BATCH, shuffle=shuffle))
+    trainer.fit(module, DataLoader(dataset(samples), BATCH, shuffle=shuffle))
     return trainer
 
 
@@ -70,18 +73,59 @@ def probe(**options):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("returns", [None, "dict"])
 def test_rows_are_those_of_single_samples(accumulate, returns):
+    """With two batches a step the last ones differ in size, with three one is left."""
     callback, rows = probe()
     module = Module(returns)
-    fit(module, callback, accumulate_grad_batches=accumulate)
-    check(rows, module.seen)
-    steps = [batch // accumulate for batch in range(BATCHES)]
-    assert [row["step"] for row in rows.rows] == steps
-    assert [row["batch"] for row in rows.rows] == list(range(BATCHES))
-    for row in rows.rows:
-        assert row["factors/batch_size"] == BATCH * accumulate
+    fit(module, callback, samples=UNEVEN, accumulate_grad_batches=accumulate)
+    check(rows, joined(module.seen, accumulate))
+    last = [(i, min(accumulate * (i + 1), BATCHES) - 1) for i in range(len(rows.rows))]
+    assert [(row["step"], row["batch"]) for row in rows.rows] == last
+    for (_, batch), row in zip(last, rows.rows, strict=True):
+        assert row["factors/batch_size"] == row["gradient/count"]
+        share = (batch % accumulate + 1) / accumulate  # of its batches that there were
         variance = row["gradient/covariance_trace"] / TRAINED
-        ratio = 0.1 / (1 - 0.5) / (BATCH * accumulate)
+        ratio = 0.1 * share / (1 - 0.5) / row["gradient/count"]
         assert row["factors/temperature"] == pytest.approx(ratio * variance / 2)
+
+
+class Plain(Module):
+    """Has an optimizer whose steps are gradients."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_rows_say_the_steps_that_are_taken():
+    """With three batches a step, the last one, which Lightning divides by three too."""
+    callback, rows = probe()
+    module = Plain()
+    fit(module, callback, samples=UNEVEN, accumulate_grad_batches=3)
+    models = [model for model, _ in module.seen][::3]
+    check_steps_taken(rows, [*models, module.net])
+
+
+def test_an_epoch_that_is_cut_short():
+    callback, rows = probe()
+    module = Plain()
+    options = {"limit_train_batches": 3, "max_epochs": 2}
+    fit(module, callback, accumulate_grad_batches=2, **options)
+    epochs = module.seen[:3], module.seen[3:]
+    check(rows, [step for epoch in epochs for step in joined(epoch, 2)])
+
+
+def test_a_last_batch_without_a_loss():
+    class Skipping(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx % 3 == 2 else loss
+
+    callback, rows = probe()
+    module = Skipping()
+    fit(module, callback, samples=4 * UNEVEN, accumulate_grad_batches=3)
+    seen = [(i, one) for i, one in enumerate(module.seen) if i % 3 != 2]
+    check(rows, joined([one for _, one in seen], 2))
+    models = [one for i, (one, _) in seen if i % 3 == 0]
+    check_steps_taken(rows, [*models, module.net])
 
 
 def test_training_is_bitwise_the_same():
@@ -122,7 +166,7 @@ def test_mixed_precision(precision):
     module = Narrow()
     fit(module, callback, plugins=[plugin], accumulate_grad_batches=2)
     # A scale forgotten is off by 2 or 65536, bfloat16 by some hundredths.
-    check(rows, module.seen, rtol=0.1, atol=0.02)
+    check(rows, joined(module.seen, 2), rtol=0.1, atol=0.02)
 
 
 class Manual(Module):
@@ -280,7 +324,7 @@ def test_not_installed():
 def test_every_counts_steps_of_the_optimizer():
     callback, rows = probe(every=2)
     fit(Module(), callback, accumulate_grad_batches=2)
-    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
+    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 1)]
 
 
 def test_state_is_that_of_the_averages():

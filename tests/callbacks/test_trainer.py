@@ -8,7 +8,14 @@ import torch
 import transformers
 from read_logs import history, scalars
 from torch.nn.functional import cross_entropy
-from training import Rows, accumulators, check, fail_in_backward
+from training import (
+    Rows,
+    accumulators,
+    check,
+    check_steps_taken,
+    fail_in_backward,
+    joined,
+)
 
 import fastminima as fm
 from fastminima.capture.session.states import Nothing
@@ -89,12 +96,14 @@ def sums_of_tokens(model, batch):
     return losses.view(len(ids), -1).sum(1)
 
 
-def check_tokens(rows, seen):
+def check_tokens(rows, seen, accumulate=1):
     """A sample's loss is its part of the step's, times the samples of the step."""
-    for i, (model, batch, tokens, parts) in enumerate(seen):
+    steps = joined([one[:2] for one in seen], accumulate)
+    assert len(rows.rows) == len(steps)
+    for i, (model, batch) in enumerate(steps):
         part = Rows()
         part.rows, part.stats = rows.rows[i : i + 1], rows.stats[i : i + 1]
-        factor = len(batch[0]) * parts / int(tokens)
+        factor = len(batch[0]) / int(seen[i * accumulate][2])
         check(
             part,
             [(model, batch)],
@@ -103,21 +112,26 @@ def check_tokens(rows, seen):
         )
 
 
+def starts(one, accumulate=1):
+    """The models at the beginning of each step of a Trainer, and at the end."""
+    return [*(model for model, *_ in one.seen[::accumulate]), one.model]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_rows_are_those_of_single_samples(tmp_path, accumulate):
+    """With two batches a step the last ones differ in size, with three one is left."""
     rows = Rows()
-    one = trainer(
-        tmp_path, data=sequences(ignored=3), gradient_accumulation_steps=accumulate
-    )
+    options = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
+    one = trainer(tmp_path, data=sequences(11, ignored=3), **options)
     with fm.callbacks.watch(one, to=rows) as rows.watch:
         one.train()
-    assert len(rows.rows) == 4
     assert {int(parts) for *_, parts in one.seen} <= {accumulate, 1}
-    check_tokens(rows, one.seen)
-    assert [row["step"] for row in rows.rows] == [i // accumulate for i in range(4)]
-    for row, (*_, parts) in zip(rows.rows, one.seen, strict=True):
-        assert row["factors/batch_size"] == BATCH * parts
+    check_tokens(rows, one.seen, accumulate)
+    assert [row["step"] for row in rows.rows] == list(range(len(rows.rows)))
+    for row in rows.rows:
+        assert row["factors/batch_size"] == row["gradient/count"]
         assert row["factors/temperature"] > 0
+    check_steps_taken(rows, starts(one, accumulate), 1e-3)
 
 
 class Regression(torch.nn.Module):
@@ -145,13 +159,13 @@ def test_loss_that_the_trainer_divides(tmp_path):
             return super().compute_loss(model, inputs, **kwargs)
 
     x = torch.randn(12, 4, dtype=torch.float64)
-    data = [{"x": row, "labels": row.sum()} for row in x]
+    data = [{"x": row, "labels": row.sum()} for row in x[:-1]]  # an uneven step
     rows = Rows()
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     one = trainer(tmp_path, Seeing, data, Regression(), **options)
     with fm.callbacks.watch(one, to=rows) as rows.watch:
         one.train()
-    check(rows, one.seen, lambda model, batch: model.losses(*batch))
+    check(rows, joined(one.seen, 2), lambda model, batch: model.losses(*batch))
 
 
 def test_training_is_bitwise_the_same(tmp_path):
@@ -309,12 +323,8 @@ def test_a_model_that_does_not_divide_its_loss_under_accumulation(tmp_path, accu
         for row in sequences()
     ]
     rows = Rows()
-    one = trainer(
-        tmp_path,
-        data=data,
-        model=model,
-        gradient_accumulation_steps=accumulate,
-    )
+    options = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
+    one = trainer(tmp_path, data=data, model=model, **options)
     with fm.callbacks.watch(one, to=rows) as rows.watch:
         one.train()
 
@@ -322,11 +332,8 @@ def test_a_model_that_does_not_divide_its_loss_under_accumulation(tmp_path, accu
         ids, labels = batch
         return cross_entropy(model(input_ids=ids).logits, labels, reduction="none")
 
-    assert len(rows.rows) == 4
-    for i, (model, batch, _, _) in enumerate(one.seen):
-        part = Rows()
-        part.rows, part.stats = rows.rows[i : i + 1], rows.stats[i : i + 1]
-        check(part, [(model, batch)], losses, **FLOAT32)
+    check(rows, joined([one[:2] for one in one.seen], accumulate), losses, **FLOAT32)
+    check_steps_taken(rows, starts(one, accumulate), 1e-3)
 
 
 def test_every_counts_steps_of_the_optimizer(tmp_path):
@@ -334,7 +341,7 @@ def test_every_counts_steps_of_the_optimizer(tmp_path):
     one = trainer(tmp_path, gradient_accumulation_steps=2)
     rows.watch = fm.callbacks.watch(one, to=rows, every=2)
     one.train()
-    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 0), (0, 1)]
+    assert [(row["step"], row["batch"]) for row in rows.rows] == [(0, 1)]
 
 
 def test_resuming_from_a_checkpoint_goes_on(tmp_path):

@@ -1,5 +1,7 @@
 """A small classifier, its data, and what its rows should say."""
 
+from itertools import pairwise
+
 import torch
 from oracles import flat, single_sample_gradients
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.data import TensorDataset
 from fastminima.monitor import Logger
 
 BATCH, BATCHES = 6, 4
+UNEVEN = 22  # samples whose last batch is smaller
 TRAINED = 4 * 5 + 5 + 5 * 3 + 3  # parameters of the classifier
 
 
@@ -27,6 +30,29 @@ def dataset(samples=BATCH * BATCHES):
 def losses(model, batch):
     x, y = batch
     return cross_entropy(model(x), y, reduction="none")
+
+
+def joined(seen, accumulate):
+    """What each step of so many batches saw: its batches, one after the other."""
+    found = []
+    for first in range(0, len(seen), accumulate):
+        step = seen[first : first + accumulate]
+        parts = zip(*(batch for _, batch in step), strict=True)
+        found.append((step[0][0], tuple(torch.cat(part) for part in parts)))
+    return found
+
+
+def check_steps_taken(rows, models, tolerance=1e-6):
+    """Rows of plain SGD against how far parameters went from each model to the next.
+
+    A step goes as far as the row's mean gradient times the rate behind its ratio.
+    """
+    vectors = [nn.utils.parameters_to_vector(model.parameters()) for model in models]
+    for row, (before, after) in zip(rows.rows, pairwise(vectors), strict=True):
+        rate = row["factors/ratio"] * row["factors/batch_size"]
+        taken = rate * row["gradient/mean_grad_sq_norm"] ** 0.5
+        moved = (after - before).norm().item()
+        assert abs(taken - moved) < tolerance * moved
 
 
 class Rows(Logger):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from fastminima.monitor.signs import _root_bias, sign_columns
 from fastminima.monitor.smoothing import SmoothedNoiseScale, _student
 
 SEEDS, TRACE = 500, 10.0
@@ -56,6 +57,50 @@ def test_coverage(signal, options):
     assert 0.95 - 4 * error < holds <= 0.995
     if signal > 0.5:
         assert np.isfinite(high).mean() > 0.9
+
+
+def signs_over_seeds(gains, decay=0.95, steps=120, seed=0):
+    """The same gradients beside signs of which one in ten is wrong; and the truth."""
+    random = np.random.default_rng(seed)
+    deviations = 1 / np.sqrt(np.arange(1, 41))
+    mean = gains * random.standard_normal(40)
+    signs = np.sign(mean) * np.where(np.arange(40) % 10 == 3, -1, 1)
+    smoothed = SmoothedNoiseScale(decay)
+    for _ in range(steps):
+        noise = random.standard_normal((SEEDS, 40)) * deviations / 4
+        roots = np.sqrt(random.chisquare(15, (SEEDS, 40)) / 15) * deviations
+        smoothed.update(roots.sum(1) / _root_bias(15), (mean + noise) @ signs)
+    return smoothed, deviations.sum() / (mean @ signs)
+
+
+@pytest.mark.parametrize(
+    ("gains", "options"),
+    [(0.5, {}), (0.05, {}), (0.5, {"decay": 0.8, "steps": 40}), (0.5, {"steps": 12})],
+)
+def test_coverage_of_signs(gains, options):
+    """As above; squaring keeps what is inside, for both ends are above zero."""
+    smoothed, truth = signs_over_seeds(gains, **options)
+    low, high = smoothed.interval()
+    holds = ((low <= truth) & (truth <= high)).mean()
+    assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / SEEDS) < holds <= 0.995
+
+
+def test_roots_of_variances_are_unbiased():
+    """Of Gaussian samples, for each number of them."""
+    random = np.random.default_rng(0)
+    for freedom in (1, 2, 7, 31):
+        roots = np.sqrt(random.chisquare(freedom, 100_000) / freedom)
+        error = roots.std() / math.sqrt(len(roots))
+        assert abs(roots.mean() - _root_bias(freedom)) < 4 * error
+    assert _root_bias(1_000_000) == pytest.approx(1, abs=1e-6)
+
+
+def test_squares_keep_the_sign_of_a_gain_that_is_not_there():
+    smoothed = SmoothedNoiseScale(0.9)
+    row = sign_columns(6.0, -2.0, smoothed)
+    assert row["gradient/sign_noise_scale"] == -9.0
+    assert row["gradient/sign_noise_scale_high"] == math.inf
+    assert math.isnan(sign_columns(6.0, 0.0, smoothed)["gradient/sign_noise_scale"])
 
 
 def test_without_the_correlation_it_would_not_hold(monkeypatch):

@@ -1,6 +1,7 @@
 """`fm.monitor.watch` in plain loops: what it writes, and that training is the same."""
 
 import copy
+import gc
 import json
 import math
 import warnings
@@ -293,6 +294,59 @@ def test_a_step_of_fewer_passes(tmp_path):
     assert [
         (r["step"], r["gradient/count"]) for r in lines(tmp_path / "rows.jsonl")
     ] == [*((0, 16), (2, 24))]
+
+
+def test_passes_of_different_sizes_and_fewer_of_them():
+    """All samples count alike; the step is as large as what is backpropagated."""
+    model, optimizer = setup(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    w = fm.monitor.watch(model, optimizer, accumulate=3)
+    data = [next(batches(1, size, torch.float64)) for size in (8, 3, 5, 6)]
+    whole = [torch.cat(parts) for parts in zip(*data[:3], strict=True)]
+    g = flat(single_sample_gradients(model, losses, whole))
+    for x, y in data[:3]:
+        mean = mean_loss(model, (x, y))  # scalars
+        row = w.backward(mean, batch_size=len(x))
+    assert row["gradient/covariance_trace"] == pytest.approx(g.var(0).sum().item())
+    assert row["gradient/mean_grad_sq_norm"] == pytest.approx(
+        g.mean(0).square().sum().item()
+    )
+    assert row["loss"] == pytest.approx(mean_loss(model, whole).item())
+    torch.testing.assert_close(w.stats.sq_norms, g.square().sum(1))
+    optimizer.zero_grad()
+    w.backward(losses(model, data[3]))
+    row, before = w.end_step(), nn.utils.parameters_to_vector(model.parameters())
+    optimizer.step()
+    moved = before - nn.utils.parameters_to_vector(model.parameters())
+    assert row["factors/learning_rate"] == 0.1
+    assert row["factors/ratio"] == pytest.approx(0.1 / 3 / 6)
+    assert row["gradient/mean_grad_sq_norm"] == pytest.approx(
+        moved.square().sum().item() / (0.1 / 3) ** 2
+    )
+
+
+def test_a_pass_that_fails_can_be_made_again():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, accumulate=2)
+    first, second = batches(2)
+    assert w.backward(losses(model, first)) is None
+    with pytest.raises(fm.CaptureError):
+        w.backward(losses(lambda x: model(x) / model(x).std(0), second))
+    row = w.backward(losses(model, second))
+    assert (row["step"], row["gradient/count"]) == (0, 16)
+
+
+def test_means_of_passes_are_not_kept():
+    """Between passes there is one vector, however many there were."""
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, accumulate=6)
+    held = []
+    for batch in batches(5):
+        w.backward(losses(model, batch))
+        gc.collect()
+        shapes = [t.shape for t in gc.get_objects() if type(t) is torch.Tensor]
+        held.append(shapes.count(model[0].weight.shape))
+    assert len(set(held)) == 1, held
 
 
 def test_a_call_that_fails_is_no_pass():

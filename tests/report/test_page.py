@@ -13,6 +13,8 @@ import pytest
 from watched_run import LAYERS, write_run
 
 from fastminima.report import open_run, report
+from fastminima.report.columns import Columns
+from fastminima.report.factors import factors
 from fastminima.report.maps import _short
 from fastminima.report.page import payload, render
 from fastminima.report.server import PageServer
@@ -47,6 +49,27 @@ def test_every_kind_of_figure_is_there(figures):
         *("layers-share", "layers-noise_scale", "layers-sq_norm"),
         *("sample-norms", "own-0"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("decays", "names"),
+    [
+        ({"": (0.0, 0.0)}, []),
+        ({"": (0.1, 0.2)}, ["weight decay w"]),
+        ({"_0": (0.1, 0.1), "_1": (0.0, 0.0)}, ["weight decay w, group 0"]),
+    ],
+)
+def test_weight_decay_is_drawn_where_there_is_some(decays, names):
+    columns = Columns()
+    for step in range(2):
+        row = {f"factors/weight_decay{g}": found[step] for g, found in decays.items()}
+        columns.add({"step": step, "factors/learning_rate": 0.1, **row})
+    made = factors(columns)
+    traces = {t["name"]: t for t in made.figure["data"]}
+    assert list(traces) == ["learning rate η", *names]
+    assert ("Weight decay w" in made.glossary) == bool(names)
+    for name, values in zip(names, decays.values(), strict=False):
+        assert traces[name]["y"] == list(values)
 
 
 def test_layer_maps_hold_the_rows_that_stand(folder, figures):
@@ -137,7 +160,6 @@ def test_what_a_run_says_is_never_markup(folder, tmp_path):
         ['{"step": 0, "loss": null}'],
         ['{"step": 0, "loss": -1.0, "gradient/noise_scale": -3.0}'] * 3,
         ['{"step": 5, "loss": 2.0, "is_finite": false, "note": "text"}'],
-        ['{"loss": 2.0}'],
         ['{"step": 1, "sharpness/eigenvalue_1": -2.0, "layers/a/share": 0.0}'],
         ['{"step": 1, "factors/temperature": 1.0, "factors/ratio": 0.0}'],
     ],

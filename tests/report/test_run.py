@@ -208,6 +208,21 @@ def test_a_signal_below_zero_gives_no_noise_scale_but_a_lower_end(tmp_path):
     assert "cannot be told from zero" in scale["words"]
 
 
+def test_noise_scales_in_other_norms_have_their_own_words(tmp_path):
+    kinds = {"": 100.0, "preconditioned_": 200.0, "sign_": 300.0}
+    row = {"step": 3, "factors/batch_size": 50}
+    for kind, value in kinds.items():
+        group = f"gradient/{kind}noise_scale"
+        ends = {f"{group}_low": value / 2, f"{group}_high": value * 2}
+        row |= {group: value, f"{group}_smoothed": value, **ends}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    plain, normed, signs = summary(open_run(tmp_path))["quantities"]
+    assert [q["value"] for q in (plain, normed, signs)] == list(kinds.values())
+    assert (signs["low"], signs["high"]) == (150.0, 600.0)
+    assert "a sample is worth 80%" in normed["words"]
+    assert signs["name"] == "noise scale of signs" and "84 %" in signs["words"]
+
+
 def test_thin_keeps_what_sticks_out():
     random = np.random.default_rng(0)
     x = np.arange(100_000.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from ..._flat import dense_values
 from ...ops import multi
 from ..contributions import Contribution
 from .fused import Fusion
-from .held import sum_of_squares
-from .norms import Norms
+from .held import each_square, sum_of_squares
+from .norms import Norms, Squares
 
 __all__ = ["Collected", "Collector", "FusedCollector"]
 
@@ -27,7 +27,7 @@ class Collected:
     gram: Tensor | None = None
     dots: dict[str, Tensor] = field(default_factory=dict)
     grad_sq_norms: list[Tensor] = field(default_factory=list)  # add up to |grad|^2
-    grad_sq_norms_by_parameter: dict[str, Tensor] = field(default_factory=dict)
+    grad_sq_norms_by_parameter: Squares = field(default_factory=Squares)
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -104,7 +104,12 @@ class Collector:
 
     def read_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Note the gradients of a pass, all there is in `.grad` now."""
-        if not (self._keep_grads or self._by_parameter):
+        if not self._keep_grads and self._by_parameter:
+            each = each_square(parameters)
+            if each is not None:
+                self.take_squares(*each)
+                return
+        elif not self._keep_grads:
             total = sum_of_squares(parameters)
             if total is not None:
                 self.collected.grad_sq_norms.append(total)
@@ -113,12 +118,14 @@ class Collector:
         self.take_gradients({n: g for n, g in grads.items() if g is not None})
 
     @property
-    def wants_total_only(self) -> bool:
-        """Whether |grad|^2 of all parameters together is all it takes of gradients."""
-        return not (self._keep_grads or self._by_parameter)
+    def wants_squares_only(self) -> bool:
+        """Whether |grad|^2 is all that it takes of each parameter's gradient."""
+        return not self._keep_grads
 
-    def take_squares(self, squares: Tensor) -> None:
-        """Note squared norms of gradients, as they came."""
+    def take_squares(self, names: Iterable[str], squares: Tensor) -> None:
+        """Note squared norms of the gradients of some parameters, `[names]`."""
+        if self._by_parameter:
+            self.collected.grad_sq_norms_by_parameter.add(names, squares)
         self.collected.grad_sq_norms.append(squares.sum())
 
     def take_gradients(self, grads: Mapping[str, Tensor]) -> None:
@@ -133,9 +140,7 @@ class Collector:
             return
         if self._by_parameter:
             squares = multi.each_sq_norm(values)
-            self.collected.grad_sq_norms_by_parameter |= dict(
-                zip(grads, squares.unbind(), strict=True)
-            )
+            self.collected.grad_sq_norms_by_parameter.add(grads, squares)
             total = squares.sum()
         else:
             total = multi.multi_sq_norm(values)

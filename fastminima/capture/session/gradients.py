@@ -67,7 +67,7 @@ class Gradients:
         host = learned()
         found = {name: i for name, i in tape.leaves.items() if name in used}
         dtypes = {self._parameters[name].dtype for name in found}
-        if host is None or not self._collector.wants_total_only or len(dtypes) != 1:
+        if host is None or not self._collector.wants_squares_only or len(dtypes) != 1:
             return False
         (dtype,) = dtypes
         if dtype not in NATIVE:
@@ -107,9 +107,11 @@ class Gradients:
         if self._parts:
             with undisturbed():
                 self._collector.take_gradients(self._parts)
-        if self._leaves is not None and self._leaves.count:
+        read = [] if self._leaves is None else self._leaves.order
+        if read:
             assert self._squares is not None
-            self._collector.take_squares(self._squares[: self._leaves.count])
+            names = [self._names[number] for number in read]
+            self._collector.take_squares(names, self._squares[: len(read)])
 
     def clear(self) -> None:
         """Let go of the graphs."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from ... import _native
 from ...ops._arguments import NATIVE
 from ..graph.extension import learned
+from .norms import new_numbers
 
-__all__ = ["have_no_gradient", "may_be_left_out", "sum_of_squares"]
+__all__ = ["each_square", "have_no_gradient", "may_be_left_out", "sum_of_squares"]
 
 
 def have_no_gradient(parameters: Mapping[str, Tensor]) -> bool:
@@ -43,8 +44,7 @@ def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:
     As `multi_sq_norm` gives it. None where that is not for these gradients: on a
     device, of several dtypes, sparse, not contiguous.
     """
-    host = learned()
-    dtype = next((p.dtype for p in parameters.values()), None)
+    host, dtype = learned(), _dtype(parameters)
     if host is None or dtype not in NATIVE:
         return None
     total = torch.empty((), dtype=dtype, device="cpu")
@@ -52,3 +52,22 @@ def sum_of_squares(parameters: Mapping[str, Tensor]) -> Tensor | None:
         list(parameters.values()), _native.best_isa, _native.threads(), total
     )
     return total if is_done else None
+
+
+def each_square(parameters: Mapping[str, Tensor]) -> tuple[list[str], Tensor] | None:
+    """The parameters that have a gradient, and |grad|^2 of each; else as above."""
+    host, dtype = learned(), _dtype(parameters)
+    if host is None or dtype not in NATIVE:
+        return None
+    squares = new_numbers(len(parameters), dtype=dtype)
+    places = host.each_square(
+        list(parameters.values()), _native.best_isa, _native.threads(), squares
+    )
+    if places is None:
+        return None
+    names = list(parameters)
+    return [names[place] for place in places], squares[: len(places)]
+
+
+def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype | None:
+    return next((p.dtype for p in parameters.values()), None)

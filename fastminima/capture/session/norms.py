@@ -1,4 +1,4 @@
-"""Squared norms of each parameter's sample gradients, as they come."""
+"""Squared norms of each parameter's gradients, as they come."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["NormTable", "Norms", "new_numbers"]
+__all__ = ["NormTable", "Norms", "Squares", "new_numbers"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ class Norms(MutableMapping[str, Tensor]):
         there = sorted(table.rows[name] for name in self)
         return torch.stack([table.values[row] for row in there]).sum(0)
 
+    def rows(self, order: Iterable[str]) -> tuple[list[str], Tensor]:
+        """Names in the order of the model, and their norms, `[names, batch]`."""
+        names = [name for name in order if name in self]
+        table = self.table
+        if table is not None and not self._apart:
+            places = [table.rows[name] for name in names]
+            if places == list(range(len(table.values))):
+                return names, table.values
+        return names, torch.stack([self[name] for name in names])
+
     def _fits(self, table: NormTable) -> bool:
         """Whether what stands apart can be put into its rows."""
         values = table.values
@@ -80,6 +90,37 @@ class Norms(MutableMapping[str, Tensor]):
             and norms.device == values.device
             for name, norms in self._apart.items()
         )
+
+
+class Squares:
+    """A number for each of some parameters: tensors of several of them, as they came.
+
+    Of a name that came twice the last one counts.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._values: list[Tensor] = []
+
+    def add(self, names: Iterable[str], values: Tensor) -> None:
+        """Note numbers `[names]`."""
+        self._names += names
+        self._values.append(values)
+
+    def rows(self, order: Iterable[str]) -> tuple[list[str], Tensor]:
+        """Names in the order of the model, and their numbers, `[names]`."""
+        places = {name: place for place, name in enumerate(self._names)}
+        names = [name for name in order if name in places]
+        if not names:  # where ranks join without the mean nothing was read
+            return [], torch.zeros(0, dtype=torch.float64, device="cpu")
+        wanted = [places[name] for name in names]
+        if len(self._values) == 1 and wanted == list(range(len(self._names))):
+            return names, self._values[0]
+        values = torch.cat(self._values)
+        if values.device.type == "cpu":
+            return names, values[wanted]
+        numbers = values.unbind()  # places would be copied to the device
+        return names, torch.stack([numbers[place] for place in wanted])
 
 
 def new_numbers(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -71,13 +71,10 @@ class Outcome(NamedTuple):
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         by_parameter = squares = moments = mean = None
         if options.per_parameter:
-            by_parameter = _scaled(
-                _in_order(collected.sq_norms, parameters), factor**2, norms
-            )
-            squares = _scaled(
-                _in_order(collected.grad_sq_norms_by_parameter, parameters),
-                *(to_mean**2, total),
-            )
+            each = collected.sq_norms.rows(parameters)
+            by_parameter = _scaled(*each, factor**2, norms.dtype)
+            each = collected.grad_sq_norms_by_parameter.rows(parameters)
+            squares = _scaled(*each, to_mean**2, total.dtype)
         if "second_moments" in options.measure:
             moments = {
                 name: t.mul_(factor**2 / count)  # made for this pass alone
@@ -117,13 +114,10 @@ def _in_order(
 
 
 def _scaled(
-    found: Mapping[str, Tensor], factor: float | Tensor, like: Tensor
+    names: Sequence[str], rows: Tensor, factor: float | Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Numbers of parameters, multiplied together: rows of one tensor."""
-    if not found:
-        return {}
-    rows = torch.stack([t.to(like) for t in found.values()]) * factor
-    return dict(zip(found, rows.to(like.dtype).unbind(), strict=True))
+    return dict(zip(names, (rows * factor).to(dtype).unbind(), strict=True))
 
 
 class Pass:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 __all__ = [
-    "BatchSizeAdvice",
     "ThreeFactors",
-    "advise_batch_size",
+    "as_index",
     "noise_scale",
+    "takes_signs",
     "three_factors",
 ]
 
 # Options that only optimizers have which rescale the gradient elementwise.
 _ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
+# Names of optimizers that step by signs: Lion, FusedLion, SignSGD, Signum, signSGD.
+_SIGNS = re.compile(r"(Lion|LION|Sign|Signum)(?![a-z])|^sign(?![a-z])")
 
 
 @runtime_checkable
@@ -80,7 +82,7 @@ class ThreeFactors:
                 f"learning_rate must be finite and not negative, got "
                 f"{self.learning_rate}."
             )
-        if _index(self.batch_size, "batch_size") < 1:
+        if as_index(self.batch_size, "batch_size") < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.gradient_variance < 0:
             raise ValueError(
@@ -92,7 +94,7 @@ class ThreeFactors:
             )
         if self.dataset_size is None:
             return
-        if _index(self.dataset_size, "dataset_size") < self.batch_size:
+        if as_index(self.dataset_size, "dataset_size") < self.batch_size:
             raise ValueError(
                 f"dataset_size {self.dataset_size} is smaller than batch_size "
                 f"{self.batch_size}. Give the number of training samples, or None "
@@ -206,140 +208,9 @@ def noise_scale(
     return noise.mean() / signal.mean()
 
 
-@dataclass(frozen=True)
-class BatchSizeAdvice:
-    """What a noise scale says of a batch size; prints as a sentence or two.
-
-    Pairs are (low, high), from the interval that the noise scale came with: an end that
-    is not known is 0 or infinity there.
-
-    Attributes:
-        batch_size: S, samples in one step of the optimizer.
-        noise_scale: B, the batch size at which a step makes half the progress of one
-            without noise, and a sample is worth half of what it is in small batches.
-        half_efficient: the interval of that batch size.
-        step_progress: of a step at S, as a part of that of one without noise.
-        sample_worth: of a sample at S, as a part of what it is in small batches.
-    """
-
-    batch_size: int
-    noise_scale: float
-    half_efficient: tuple[float, float]
-    step_progress: tuple[float, float]
-    sample_worth: tuple[float, float]
-
-    def __str__(self) -> str:
-        low, high = self.half_efficient
-        if low == 0 and math.isinf(high):
-            return (
-                "The noise scale is not known: its interval has no end. Average over "
-                "more steps, or measure larger batches."
-            )
-        return (
-            f"A step is half as efficient at a batch of {self._size()} samples: it "
-            "makes half the progress of one without noise, and a sample is worth half "
-            "of what it is in small batches. "
-            f"At {self.batch_size} samples a step makes "
-            f"{_percent(self.step_progress)} of that progress, and a sample is worth "
-            f"{_percent(self.sample_worth)}. {self._advice()}"
-        )
-
-    def to_dict(self) -> dict[str, float]:
-        """Numbers for a log line, or a row of a table; pairs by `_low` and `_high`."""
-        found: dict[str, float] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, tuple):
-                found |= {f"{name}_low": value[0], f"{name}_high": value[1]}
-            else:
-                found[name] = value
-        return found
-
-    def _size(self) -> str:
-        low, high = self.half_efficient
-        if math.isinf(high):
-            return f"at least {_rounded(low)}"
-        if not low:
-            return f"at most {_rounded(high)}"
-        about, *ends = map(_rounded, (self.noise_scale, low, high))
-        return f"about {about} ({' to '.join(ends)})"
-
-    def _advice(self) -> str:
-        low, high = self.half_efficient
-        if self.batch_size < low:
-            return "A larger batch saves steps and wastes few samples."
-        if self.batch_size > high:
-            return "A smaller batch saves samples and takes few more steps."
-        return "This batch size is inside the interval: neither is sure to pay."
-
-
-def advise_batch_size(
-    noise_scale: float, low: float | None, high: float | None, batch_size: int
-) -> BatchSizeAdvice:
-    """The batch size at which a step is half as efficient, with its interval, in words.
-
-    With the noise scale B a step at batch size S makes S / (S + B) of the progress of
-    a step without noise, at the best learning rate of each: half of it at S = B. The
-    progress a sample is B / (S + B) of what it is in small batches. That holds for
-    plain SGD where the curvature is the same in all directions, at the parameters
-    where B was measured; B grows as training goes on.
-
-    Args:
-        noise_scale: an average over steps, as "gradient/noise_scale_smoothed".
-        low: of its interval ("gradient/noise_scale_low"); None or NaN has no end.
-        high: the other end.
-        batch_size: S, samples in one step of the optimizer.
-
-    Raises:
-        ValueError: for a batch size below one, or an interval without the noise scale
-            in it.
-
-    Example:
-        >>> import fastminima as fm
-        >>> advice = fm.advise_batch_size(120.0, 80.0, 190.0, batch_size=32)
-        >>> advice.half_efficient
-        (80.0, 190.0)
-        >>> [round(part, 2) for part in advice.step_progress]
-        [0.14, 0.29]
-        >>> print(str(advice).split(":")[0])
-        A step is half as efficient at a batch of about 120 (80 to 190) samples
-
-    Source: McCandlish et al. (2018), arXiv:1812.06162, equation 2.7, with the simple
-    noise scale for that of 2.8.
-    """
-    size = _index(batch_size, "batch_size")
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    # The trace in it is not negative; an end below zero is that of the estimate.
-    bottom = max(0.0, low) if low is not None and math.isfinite(low) else 0.0
-    top = math.inf if high is None or math.isnan(high) else float(high)
-    centre = float(noise_scale)
-    if centre < 0 or (math.isnan(centre) and math.isinf(top)):
-        # The signal is lost in the noise, or there is none: the interval says which.
-        centre = math.inf if math.isinf(top) else bottom
-    if not bottom <= centre <= top:
-        raise ValueError(
-            f"The noise scale {noise_scale} is not in its interval [{low}, {high}]. "
-            "Give the three numbers of one row."
-        )
-    ends = (bottom, top)
-    progress = [1.0 if end == 0 else size / (size + end) for end in ends]
-    return BatchSizeAdvice(
-        size,
-        centre,
-        ends,
-        step_progress=(progress[1], progress[0]),
-        sample_worth=(1 - progress[0], 1 - progress[1]),
-    )
-
-
-def _percent(ends: tuple[float, float]) -> str:
-    low, high = (_rounded(100 * end) for end in ends)
-    return f"{low} to {high} %"
-
-
-def _rounded(value: float) -> str:
-    """About three digits, as people write them."""
-    return f"{float(f'{value:.3g}'):,.0f}" if value >= 10 else f"{value:.2g}"
+def takes_signs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer steps by signs, as far as its name says: Lion, SignSGD."""
+    return any(_SIGNS.search(kind.__name__) for kind in type(optimizer).__mro__)
 
 
 def _behind_mean(stats: _Statistics) -> int:
@@ -349,6 +220,11 @@ def _behind_mean(stats: _Statistics) -> int:
 
 def _common_options(optimizer: torch.optim.Optimizer) -> tuple[float, float, float]:
     """Learning rate, momentum and dampening, the same for every parameter group."""
+    if takes_signs(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} steps by the signs of gradients, so eta / S "
+            "does not describe its noise. Use SGD, or look at the noise scale of signs."
+        )
     found: list[tuple[float, float, float]] = []
     for group in optimizer.param_groups:
         adaptive = [name for name in _ADAPTIVE_OPTIONS if name in group]
@@ -379,7 +255,7 @@ def _option(group: dict[str, Any], name: str) -> float:
     return float(group["lr"] if name == "lr" else group.get(name, 0.0))
 
 
-def _index(value: Any, name: str) -> int:
+def as_index(value: Any, name: str) -> int:
     """`value` as an int, refusing anything that is not a whole number."""
     try:
         return operator.index(value)
