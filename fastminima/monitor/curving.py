@@ -1,4 +1,4 @@
-"""Curvature in steps that are being watched: training goes on, whatever it says."""
+"""What `watch` asks of curvature: its steps go on, of the loss and ranks that train."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curvature import NotFiniteError
+from ..curvature._ranks import ranks_of
+from ..curvature._shards import shards_of
 from ..spectrum import Eigenpairs
 
-__all__ = ["unless_infinite", "warn_of_another_loss"]
+__all__ = ["replicas_of", "unless_infinite", "warn_of_another_loss"]
 
 _ALIKE = 2.0  # dropout and augmentations in `loss` make less of a difference
 
@@ -56,3 +58,11 @@ def warn_of_another_loss(losses: Tensor, evaluated: Tensor) -> None:
         "that is trained.",
         stacklevel=5,
     )
+
+
+def replicas_of(model: nn.Module, process_group: Any) -> int:
+    """Processes that a step's gradient is averaged over and statistics are not."""
+    if process_group is not None:
+        return 1
+    ranks = ranks_of(model, None, shards_of(model))
+    return 1 if ranks is None else ranks.size

@@ -22,8 +22,9 @@ class RunFolder(Logger):
 
     run.json says what was trained, with what, where; rows.jsonl, samples.jsonl,
     histograms.jsonl and spikes.jsonl have a JSON object a line. Each line is written by
-    one call of the system, and a spike is on the disk when it returns: a process that
-    is killed loses no row that was logged. Numbers that JSON does not have, NaN and
+    one call of the system, so a process that is killed loses nothing that was logged;
+    a spike is on the disk when it returns, so a machine that stops does not lose it
+    either. Numbers that JSON does not have, NaN and
     infinity, become null. What is there is appended to; a last line that a crash cut
     off is taken away first.
 
@@ -63,7 +64,12 @@ class RunFolder(Logger):
 
     def write_spike(self, spike: Mapping[str, Any]) -> None:
         """Add a spike to spikes.jsonl, and see that it is on the disk."""
+        is_new = "spikes" not in self._files
         os.fsync(self._add("spikes", spike))
+        if is_new and hasattr(os, "O_DIRECTORY"):  # its name too; not on Windows
+            folder = os.open(self.folder, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
 
     def write_run(self, about: Mapping[str, Any]) -> None:
         """Write run.json; of a run that goes on, when it started stays."""

@@ -4,64 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..statistics import GradientStatistics
 from .layers import Groups
+from .origins import Origin
 from .packing import Packed
 
-__all__ = ["EDGES", "HISTOGRAM", "Origin", "ask_for", "ask_for_counts", "table"]
+__all__ = ["EDGES", "HISTOGRAM", "ask_for", "ask_for_counts", "table"]
 
 HISTOGRAM = "gradient/sample_norms"
 _LOW, _HIGH, _BINS = -20, 20, 80  # powers of two; two bins for each
 EDGES = tuple(2.0 ** (_LOW + i * (_HIGH - _LOW) / _BINS) for i in range(_BINS + 1))
 _LAYERS = 3  # named for a sample
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the samples of some statistics came from.
-
-    Attributes:
-        ids: what identifies each sample of this process; its index where that is None.
-        microbatches: sizes of the batches that make up the step, over all ranks.
-        ranks: processes whose samples are in each batch, one after the other.
-    """
-
-    ids: Sequence[Any] | None = None
-    microbatches: Sequence[int] = ()
-    ranks: int = 1
-
-    def of(self, number: int) -> dict[str, Any]:
-        """Id, index within its batch, rank and batch of a sample.
-
-        The ids of other ranks are not known here: theirs is the index. Where ranks may
-        have had different numbers of samples, the rank is None.
-        """
-        index, microbatch, before = number, 0, 0
-        for size in self.microbatches[:-1]:
-            if index < size:
-                break
-            index, microbatch = index - size, microbatch + 1
-            before += size // self.ranks
-        rank: int | None = _own_rank()
-        is_mine = True
-        if self.ranks > 1:
-            size = self.microbatches[microbatch]
-            each, rest = divmod(size, self.ranks)
-            rank, within = (None, index) if rest else divmod(index, each)
-            index, is_mine = within, rank == _own_rank()
-        found: Any = index
-        if is_mine and self.ids is not None and before + index < len(self.ids):
-            given = self.ids[before + index]
-            found = index if given is None else _plain(given)
-        return {"id": found, "index": index, "rank": rank, "microbatch": microbatch}
 
 
 def ask_for(
@@ -107,17 +66,22 @@ def table(
     groups: Groups | None,
     origin: Origin,
 ) -> list[dict[str, Any]]:
-    """The largest samples, largest first, from what was copied."""
+    """The largest samples, largest first, from what was copied.
+
+    A collective call where the origin has a group.
+    """
     looked_at = numbers.get("samples/looked_at")
     middle, deviation = numbers["samples/spread"]
     losses, dots = numbers.get("samples/losses"), numbers.get("samples/dots")
     layers = _layers(numbers.get("samples/by_parameter"), groups)
     rows, whole = [], count * mean_sq_norm
-    places = map(int, numbers["samples/numbers"])
-    for i, (place, square) in enumerate(
+    places = [int(place) for place in numbers["samples/numbers"]]
+    if looked_at is not None:
+        places = [int(looked_at[place]) for place in places]
+    origin = origin.told_by_all(places)
+    for i, (number, square) in enumerate(
         zip(places, numbers["samples/sq_norms"], strict=True)
     ):
-        number = place if looked_at is None else int(looked_at[place])
         loss = None
         if losses is not None:
             loss = losses[i if looked_at is None else number]
@@ -166,14 +130,3 @@ def _z(square: float, middle: float, deviation: float) -> float | None:
     if not (square > 0 and deviation > 0):
         return None
     return (math.log(square) - middle) / (1.4826 * deviation)
-
-
-def _plain(one: Any) -> Any:
-    """An id as JSON can have it: a tensor of one number as that number."""
-    item = getattr(one, "item", None)
-    return item() if callable(item) else one
-
-
-def _own_rank() -> int:
-    is_one_of_many = dist.is_available() and dist.is_initialized()
-    return dist.get_rank() if is_one_of_many else 0

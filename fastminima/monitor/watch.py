@@ -10,17 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._processes import find_group
 from ..capture import GradientProbe
 from ..capture.accumulation import Accumulation
-from ..curvature._ranks import ranks_of
-from ..curvature._shards import shards_of
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
 from .checks import check_counts, check_loss
 from .closing import Closing
-from .curving import unless_infinite, warn_of_another_loss
+from .curving import replicas_of, unless_infinite, warn_of_another_loss
 from .layers import By
 from .loggers import Logger
 from .parts import StepParts
@@ -58,9 +55,9 @@ class Watch(Closing):
         accumulate: int,
         has_loss: bool,
         folder: RunFolder | None,
-        ranks: int,
+        process_group: Any,
     ) -> None:
-        self._ranks = ranks
+        self._process_group = process_group
         self.stats: GradientStatistics | None = None
         self.row: Row | None = None
         self._monitor, self._probe, self._optimizer = monitor, probe, optimizer
@@ -87,6 +84,7 @@ class Watch(Closing):
         ids: Sequence[Any] | Tensor | None = None,
         *,
         batch_size: int | None = None,
+        segment_ids: Tensor | None = None,
         scale: float = 1.0,
         extra: Mapping[str, float | Tensor] | None = None,
     ) -> Row | None:
@@ -98,8 +96,12 @@ class Watch(Closing):
         Args:
             losses: the vector `[batch]` of per-sample losses; or their mean, a scalar.
             batch: what `loss(model, batch)` takes, where sharpness is asked for.
-            ids: what identifies each sample, for the tables of samples.
+            ids: what identifies each sample, for the tables of samples: a string, a
+                number, a tuple. There is one for each of `losses`: of packed rows for
+                each document with `segment_ids`, for each row without.
             batch_size: the number of samples behind a scalar loss.
+            segment_ids: where documents are packed into rows, as for `GradientProbe`;
+                the samples are then the documents.
             scale: what the losses have been multiplied with, such as
                 `scaler.get_scale()`.
             extra: more columns of the row; tensors of one number are welcome.
@@ -120,7 +122,7 @@ class Watch(Closing):
             given, whole = losses / self._accumulate, scale / self._accumulate
         try:
             stats, pairs = self._pass(
-                *(given, whole, batch_size),
+                *(given, whole, batch_size, segment_ids),
                 is_due=is_due,
                 curves=is_last and self._wants_sharpness(),
                 batch=batch,
@@ -129,7 +131,7 @@ class Watch(Closing):
             self._accumulation.withdraw()
             raise
         if stats is not None or pairs is not None:
-            size = count if stats is None else stats.all_count
+            size = count if stats is None else count or stats.all_count
             self._parts.add(losses.detach() / scale, size, 1 / self._accumulate, names)
         total = self._accumulation.add(stats)
         return self._log(step, total, pairs, extra) if is_last else None
@@ -162,6 +164,7 @@ class Watch(Closing):
         losses: Tensor,
         scale: float,
         batch_size: int | None,
+        segment_ids: Tensor | None,
         *,
         is_due: bool,
         curves: bool,
@@ -169,10 +172,12 @@ class Watch(Closing):
     ) -> tuple[GradientStatistics | None, Eigenpairs | None]:
         """The backward pass with what is measured in it."""
         sharpness = self._sharpness if curves else None
+        options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids}
+        asked = options if is_due else None
         if sharpness is None or not sharpness.is_finite(losses):
-            return self._plain(losses, scale, batch_size, is_due=is_due), None
+            return self._plain(losses, batch_size, asked), None
         if self._has_loss and batch is not None:
-            stats = self._plain(losses, scale, batch_size, is_due=is_due)
+            stats = self._plain(losses, batch_size, asked)
             pairs = unless_infinite(sharpness, batch)
             if not self._has_compared and sharpness.evaluated is not None:
                 self._has_compared = True
@@ -180,7 +185,7 @@ class Watch(Closing):
             return stats, pairs
         if not is_due:
             return None, unless_infinite(sharpness.backward, losses, scale=scale)
-        self._probe.attach(losses, batch_size, scale=scale)
+        self._probe.attach(losses, batch_size, **options)
         try:
             pairs = unless_infinite(sharpness.backward, losses, scale=scale)
             return self._probe.collect(), pairs
@@ -188,10 +193,11 @@ class Watch(Closing):
             self._probe.detach()
 
     def _plain(
-        self, losses: Tensor, scale: float, batch_size: int | None, *, is_due: bool
+        self, losses: Tensor, batch_size: int | None, options: Mapping[str, Any] | None
     ) -> GradientStatistics | None:
-        if is_due:
-            return self._probe.backward(losses, batch_size, scale=scale)
+        """The backward pass alone; probed where there are options for the probe."""
+        if options is not None:
+            return self._probe.backward(losses, batch_size, **options)
         (losses.mean() if losses.dim() else losses).backward()
         return None
 
@@ -215,7 +221,7 @@ class Watch(Closing):
             optimizer=self._optimizer,
             sharpness=pairs,
             extra=extra,
-            ranks=self._ranks,
+            process_group=self._process_group,
         )
         return self.row
 
@@ -349,7 +355,7 @@ def watch(
         precondition=model if precondition else None,
         steps=precondition if isinstance(precondition, str) else None,
         about=lambda: about_run(model, optimizer, by, settings),
-        replicas=_replicas_of(model, options.get("process_group")),
+        replicas=replicas_of(model, options.get("process_group")),
     )
     curvature = None
     if sharpness is not None:
@@ -363,22 +369,8 @@ def watch(
         accumulate=accumulate,
         has_loss=loss is not None,
         folder=folders[0] if folders and _is_first() else None,
-        ranks=_ranks_of(options.get("process_group")),
+        process_group=options.get("process_group"),
     )
-
-
-def _ranks_of(process_group: Any) -> int:
-    """How many processes' samples are in the statistics of a probe."""
-    group = None if process_group is None else find_group(process_group)
-    return 1 if group is None else dist.get_world_size(group)
-
-
-def _replicas_of(model: nn.Module, process_group: Any) -> int:
-    """Processes that a step's gradient is averaged over and statistics are not."""
-    if process_group is not None:
-        return 1
-    ranks = ranks_of(model, None, shards_of(model))
-    return 1 if ranks is None else ranks.size
 
 
 def _loggers(to: To | Sequence[To] | None) -> list[Any]:

@@ -5,7 +5,10 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +135,20 @@ def test_killed_at_random_loses_nothing(seed, tmp_path):
         assert found[-1] >= last - last % every, name
     RunFolder(tmp_path).write({"step": -1})  # and it can be gone on with
     assert lines(tmp_path / "rows.jsonl")[-1] == {"step": -1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+def test_training_that_is_killed(tmp_path):
+    """Whole loops, in a process of their own: it has used no thread when it forks."""
+    script = Path(__file__).with_name("killed_runs.py")
+    root = os.pathsep.join([str(Path(fm.__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "--kills", "6"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 6
+    assert len(set(rows)) > 2  # killed at different steps

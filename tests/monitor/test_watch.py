@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastminima as fm
-from fastminima.monitor.samples import Origin
+from fastminima.monitor.origins import Origin
 
 
 def setup(dtype=torch.float32, seed=0):
@@ -179,6 +179,51 @@ def test_samples_of_several_ranks():
     assert [one["id"] for one in found] == ["a", "b", 0, 1, 0, 1, "c", "d", 0, 1, 0, 1]
     uneven = Origin(ids="ab", microbatches=(7,), ranks=3).of(6)
     assert uneven == {"id": 6, "index": 6, "rank": None, "microbatch": 0}
+
+
+def test_samples_of_ranks_that_have_different_numbers():
+    """The second and fourth process of a job; this one is rank 0 of another."""
+    counts, others = ((5, 3), (2, 6)), {7: "x", 9: torch.tensor(4)}
+    origin = Origin(None, (8, 8), 2, counts, members=(1, 3), others=others)
+    found = [tuple(origin.of(n).values()) for n in (0, 4, 5, 7, 8, 9, 10, 15)]
+    assert found == [
+        *((0, 0, 1, 0), (4, 4, 1, 0), (0, 0, 3, 0), ("x", 2, 3, 0)),
+        *((0, 0, 1, 1), (4, 1, 1, 1), (0, 0, 3, 1), (5, 5, 3, 1)),
+    ]
+    own = Origin("abcdefghi", (5, 8), 2, ((3, 2), (6, 2)), members=(0, 1))
+    assert [own.of(n)["id"] for n in (0, 2, 3, 5, 10, 11)] == ["a", "c", 0, "d", "i", 0]
+    assert own.told_by_all([1, 2]) is own  # nobody is asked
+    unknown = Origin("abcd", (4,), 2, counts=None).of(3)
+    assert unknown == {"id": 3, "index": 3, "rank": None, "microbatch": 0}
+
+
+def test_documents_of_packed_rows(tmp_path):
+    """A document is a sample, and its id says row and document."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 2, 3, 3, 3, -1]])
+    tokens = torch.randint(7, documents.shape, generator=torch.manual_seed(0))
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    per_token = F.cross_entropy(model(tokens).mT, tokens, reduction="none")
+    of = [documents == number for number in range(4)]
+    found = torch.stack([per_token[where].mean() for where in of])
+    alone = [
+        torch.autograd.grad(x, model.parameters(), retain_graph=True) for x in found
+    ]
+    w = fm.monitor.watch(model, to=tmp_path)
+    ids = [(row, n) for row in range(2) for n in range(2)]
+    row = w.backward(found, ids=ids, segment_ids=documents)
+    w.close()
+    assert row["gradient/count"] == 4
+    (line,) = lines(tmp_path / "samples.jsonl")
+    norms = {
+        name: math.sqrt(sum(part.square().sum().item() for part in parts))
+        for name, parts in zip(ids, alone, strict=True)
+    }
+    assert {tuple(s["id"]): s["norm"] for s in line["samples"]} == pytest.approx(norms)
+    assert [s["loss"] for s in line["samples"]] == [
+        pytest.approx(found[ids.index(tuple(s["id"]))].item()) for s in line["samples"]
+    ]
+    with pytest.raises(ValueError, match="3 ids for 4 samples"):
+        w.backward(found, ids=ids[:3], segment_ids=documents)
 
 
 def test_losses_of_one_rank_stay_out_of_the_table(tmp_path):

@@ -1,44 +1,91 @@
-"""`fm.monitor.watch` under DistributedDataParallel: what a step is made of."""
+"""Whose the largest samples of a watched step are, where each rank has its own."""
+
+import json
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rank_checks import check
+from oracles import flat, single_sample_gradients
+from rank_checks import check, raised
 from setting import build, data, losses_of, share
 from torch.nn.parallel import DistributedDataParallel
 
 import fastminima as fm
 
+EVEN, UNEVEN = [[3, 3], [2, 2]], [[5, 3], [2, 6]]  # of each batch, on each rank
 
-def rows_of(poisoned=None, **options):
-    """Rows of two steps, the second with an input that is not finite on a rank."""
+
+def names_of(sizes):
+    """What each rank calls its samples: rank, batch, index."""
+    batches = list(enumerate(sizes))
+    return [
+        (rank, batch, i) for batch, of in batches for rank, n in enumerate(of)
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def watched(sizes, ids, **options):
+    """The table of the largest samples of a step, and the joined batches."""
     model = DistributedDataParallel(build())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    w = fm.monitor.watch(
-        *(model, optimizer, lambda model, x: losses_of(model, x).mean()),
-        sharpness=1,
-        **options,
-    )
-    x, rows = share(data()), []
-    for step in range(2):
-        if step and dist.get_rank() == poisoned:
-            x = x * torch.nan
-        model.zero_grad()
-        rows.append(w.backward(losses_of(model, x), batch=x))
-    return rows, len(x)
+    joined = [data(sum(of), seed) for seed, of in enumerate(sizes)]
+    rank = dist.get_rank()
+    with tempfile.TemporaryDirectory() as folder:
+        w = fm.monitor.watch(
+            *(model, None, None, folder), accumulate=len(sizes), largest=100,
+            process_group="world", **options,
+        )  # fmt: skip
+        for batch, (x, of) in enumerate(zip(joined, sizes, strict=True)):
+            names = [(rank, batch, i) for i in range(of[rank])]
+            w.backward(losses_of(model, share(x, of)), ids=names if ids else None)
+        files = sorted(path.name for path in Path(folder).iterdir())
+        assert ("samples.jsonl" in files) == (rank == 0), files
+        text = Path(folder, "samples.jsonl").read_text() if rank == 0 else None
+    return text and json.loads(text)["samples"], torch.cat(joined)
+
+
+def check_table(sizes, ids, **options):
+    table, joined = watched(sizes, ids, **options)
+    if table is None:
+        return  # the first rank writes
+    grads = single_sample_gradients(build(), lambda m, x: losses_of(m, *x), (joined,))
+    norms = flat(grads).norm(dim=1)
+    places = names_of(sizes)
+    order = norms.argsort(descending=True).tolist()
+    assert len(table) == len(places)
+    for one, number in zip(table, order, strict=True):
+        rank, batch, index = places[number]
+        assert (one["rank"], one["microbatch"], one["index"]) == places[number]
+        assert one["id"] == ([rank, batch, index] if ids else index)
+        torch.testing.assert_close(one["norm"], norms[number].item(), rtol=1e-4, atol=0)
 
 
 @check
-def watched_batch_size_is_that_of_all_ranks():
-    for options in ({}, {"process_group": "world"}):
-        (row, _), count = rows_of(**options)
-        assert row["gradient/count"] == count * (2 if options else 1)
-        assert row["factors/batch_size"] == 2 * count
-        assert abs(row["factors/ratio"] - 0.1 / (2 * count)) < 1e-12
+def watched_ids_are_those_of_the_ranks():
+    check_table(EVEN, ids=True, keep_mean=True)
 
 
 @check
-def watched_step_that_is_not_finite_on_one_rank():
-    (before, after), _ = rows_of(poisoned=1, process_group="world")
-    assert "sharpness/eigenvalue_1" in before
-    assert "sharpness/eigenvalue_1" not in after
-    assert not after["is_finite"]
+def watched_ids_with_batches_of_any_size():
+    check_table(UNEVEN, ids=True, keep_mean=True)
+
+
+@check
+def watched_ranks_without_ids():
+    check_table(UNEVEN, ids=False, keep_mean=True)
+    check_table(EVEN[:1], ids=False)
+
+
+@check
+def watched_samples_that_are_not_all_have_no_rank():
+    table, _ = watched([[4, 4]], True, sample=2)
+    if table is not None:
+        assert [one["rank"] for one in table] == [None] * 4
+        assert sorted(one["id"] for one in table) == [0, 1, 2, 3]
+
+
+@check
+def watched_rows_need_the_sizes_of_batches():
+    stats = fm.GradientStatistics(2, 1, torch.ones(2), torch.tensor(0.5))
+    monitor = fm.monitor.Monitor(largest=1)
+    raised(lambda: monitor.log(0, stats, process_group="world"), ValueError, "sizes")

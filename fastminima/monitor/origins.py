@@ -1,0 +1,152 @@
+"""Where the samples of a step come from: their ids, ranks and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..statistics import GradientStatistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Origin", "gather_origin"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the samples of some statistics came from.
+
+    Attributes:
+        ids: what identifies each sample of this process; its index where that is None.
+        microbatches: sizes of the batches that make up the step, over all ranks.
+        ranks: processes whose samples are in each batch, one after the other.
+        counts: samples of each rank in each batch, `[batches][ranks]`; where it is
+            empty, all ranks have as many, and None where nothing is known.
+        members: numbers of these processes; where it is empty, they are all there are.
+        others: ids of samples of other processes, as far as they are known, by their
+            place among all samples.
+        group: those to ask for them, where there are ids.
+    """
+
+    ids: Sequence[Any] | None = None
+    microbatches: Sequence[int] = ()
+    ranks: int = 1
+    counts: Sequence[Sequence[int]] | None = ()
+    members: Sequence[int] = ()
+    others: Mapping[int, Any] = field(default_factory=dict)
+    group: ProcessGroup | None = None
+
+    def of(self, number: int) -> dict[str, Any]:
+        """Id, index within its batch, rank and batch of a sample.
+
+        Where the id is not known it is the index. Where ranks may have had different
+        numbers of samples, the rank is None and the index that among all of them.
+        """
+        microbatch, rank, index = self._place(number)
+        found = self.others.get(number, self._own_id(number))
+        found = index if found is None else _plain(found)
+        return {"id": found, "index": index, "rank": rank, "microbatch": microbatch}
+
+    def told_by_all(self, numbers: Sequence[int]) -> Origin:
+        """The same with the ids of these samples, whose ranks say them.
+
+        Where there is a group it is a collective call.
+        """
+        if self.group is None:
+            return self
+        own = {number: self._own_id(number) for number in numbers}
+        mine = {number: _plain(one) for number, one in own.items() if one is not None}
+        theirs: list[Any] = [None] * self.ranks
+        dist.all_gather_object(theirs, mine, group=self.group)
+        others = {number: one for of in theirs for number, one in of.items()}
+        return replace(self, others=others)
+
+    def _place(self, number: int) -> tuple[int, int | None, int]:
+        """Batch and rank of a sample, and its index there."""
+        microbatch, index = _located(number, self.microbatches)
+        shares = self._shares(microbatch)
+        if shares is None:
+            return microbatch, None, index
+        rank, index = _located(index, shares)
+        return microbatch, self._members()[rank], index
+
+    def _own_id(self, number: int) -> Any:
+        """What this process calls a sample; None if it is not one of its own."""
+        microbatch, rank, index = self._place(number)
+        if self.ids is None or rank != _own_rank():
+            return None
+        at = self._members().index(rank)
+        before = [self._shares(earlier) for earlier in range(microbatch)]
+        place = index + sum(shares[at] for shares in before if shares is not None)
+        return self.ids[place] if None not in before and place < len(self.ids) else None
+
+    def _members(self) -> Sequence[int]:
+        if self.members:
+            return self.members
+        return (_own_rank(),) if self.ranks == 1 else range(self.ranks)
+
+    def _shares(self, microbatch: int) -> Sequence[int] | None:
+        """Samples of each rank in a batch; None where that is not known."""
+        if self.counts is None:
+            return None
+        if self.counts:
+            return self.counts[microbatch]
+        if not self.microbatches:
+            return (0,)  # of one rank, in one batch: nothing to look for
+        each, rest = divmod(self.microbatches[microbatch], self.ranks)
+        return None if rest else (each,) * self.ranks
+
+
+def gather_origin(
+    ids: Sequence[Any] | None,
+    sizes: Sequence[int],
+    stats: GradientStatistics,
+    group: ProcessGroup,
+) -> Origin:
+    """The origin of the samples of all ranks; a collective call of a few integers.
+
+    Args:
+        ids: of the samples of this process, or None.
+        sizes: of its own batches, as many as the other ranks have.
+        stats: of the samples of all ranks.
+        group: the ranks.
+    """
+    has_ids = ids is not None and any(one is not None for one in ids)
+    device = stats.mean_grad_sq_norm.device
+    mine = torch.tensor([*sizes, has_ids], dtype=torch.int64, device=device)
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(theirs, mine, group=group)
+    *counts, said = torch.stack(theirs, 1).tolist()  # [batches + 1][ranks]
+    if sum(map(sum, counts)) != stats.count:  # some were not looked at
+        return Origin(ids, [stats.count], len(theirs), counts=None)
+    return Origin(
+        *(ids, [sum(shares) for shares in counts], len(theirs), counts),
+        members=tuple(dist.get_process_group_ranks(group)),
+        group=group if any(said) else None,
+    )
+
+
+def _located(number: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """In which of several pieces one after the other a number is, and where there."""
+    which = 0
+    for size in sizes[:-1]:
+        if number < size:
+            break
+        number, which = number - size, which + 1
+    return which, number
+
+
+def _plain(one: Any) -> Any:
+    """An id as JSON can have it: a tensor of one number as that number."""
+    item = getattr(one, "item", None)
+    return item() if callable(item) else one
+
+
+def _own_rank() -> int:
+    is_one_of_many = dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if is_one_of_many else 0
