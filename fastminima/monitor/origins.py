@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..statistics import GradientStatistics
 
@@ -106,29 +107,63 @@ def gather_origin(
     ids: Sequence[Any] | None,
     sizes: Sequence[int],
     stats: GradientStatistics,
+    loss: float | Tensor | None,
     group: ProcessGroup,
-) -> Origin:
-    """The origin of the samples of all ranks; a collective call of a few integers.
+) -> tuple[Origin, float | Tensor | None]:
+    """The origin of the samples of all ranks, and their losses or the mean of these.
+
+    Collective calls of a few integers and, where there is a loss, of its numbers.
 
     Args:
         ids: of the samples of this process, or None.
         sizes: of its own batches, as many as the other ranks have.
         stats: of the samples of all ranks.
+        loss: of its own samples, or the mean of these; None on all ranks or none.
         group: the ranks.
     """
     has_ids = ids is not None and any(one is not None for one in ids)
     device = stats.mean_grad_sq_norm.device
-    mine = torch.tensor([*sizes, has_ids], dtype=torch.int64, device=device)
-    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(theirs, mine, group=group)
-    *counts, said = torch.stack(theirs, 1).tolist()  # [batches + 1][ranks]
-    if sum(map(sum, counts)) != stats.count:  # some were not looked at
-        return Origin(ids, [stats.count], len(theirs), counts=None)
-    return Origin(
-        *(ids, [sum(shares) for shares in counts], len(theirs), counts),
+    has_losses = isinstance(loss, Tensor) and loss.shape == (sum(sizes),)
+    mine = torch.tensor([*sizes, has_ids, has_losses], dtype=torch.int64, device=device)
+    *counts, said, known = _gathered(mine, group).T.tolist()  # each [ranks]
+    is_all = sum(map(sum, counts)) == stats.count  # else some were not looked at
+    if loss is not None:
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
+        if is_all and all(known):
+            loss = _gathered_losses(loss, counts, group)
+        else:
+            whole = torch.stack([loss.mean() * sum(sizes), loss.new_tensor(sum(sizes))])
+            total, samples = _gathered(whole, group).sum(0)
+            loss = total / samples
+    if not is_all:
+        return Origin(ids, [stats.count], len(said), counts=None), loss
+    origin = Origin(
+        *(ids, [sum(shares) for shares in counts], len(said), counts),
         members=tuple(dist.get_process_group_ranks(group)),
         group=group if any(said) else None,
     )
+    return origin, loss
+
+
+def _gathered(mine: Tensor, group: ProcessGroup) -> Tensor:
+    """`[ranks, ...]` of what is as large on each."""
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(theirs, mine, group=group)
+    return torch.stack(theirs)
+
+
+def _gathered_losses(
+    losses: Tensor, counts: Sequence[Sequence[int]], group: ProcessGroup
+) -> Tensor:
+    """Losses of all samples, in the order of the statistics: by batch, then by rank."""
+    of_ranks = list(zip(*counts, strict=True))  # [ranks][batches]
+    padded = losses.new_zeros(max(map(sum, of_ranks)))
+    padded[: len(losses)] = losses
+    pieces = [
+        row[: sum(shares)].split(list(shares))
+        for row, shares in zip(_gathered(padded, group), of_ranks, strict=True)
+    ]
+    return torch.cat([piece for batch in zip(*pieces, strict=True) for piece in batch])
 
 
 def _located(number: int, sizes: Sequence[int]) -> tuple[int, int]:

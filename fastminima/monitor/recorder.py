@@ -162,10 +162,10 @@ class Monitor(Closing):
             ranks: processes whose samples are in the statistics of each batch, as many
                 of each.
             process_group: these processes, or "world", in place of `ranks`: each calls
-                `log` with the sizes of its own batches and its own ids, and they tell
-                each other the sizes and, where there are ids, those of the samples in
-                the table: a collective call of a few integers and one of Python objects
-                (1.5 ms of CPU time with gloo).
+                `log` with the sizes of its own batches, its own losses and ids, and
+                they tell each other: collective calls of a few integers, of the losses
+                and, where there are ids, of those in the table as Python objects (1.5
+                ms of CPU time with gloo). The row's loss is the mean over all samples.
             gradient_scale: the optimizer's gradient is so many times the mean gradient,
                 as where a step of fewer batches is divided as a whole one is: ratio and
                 temperature are those of its step, as with clipping.
@@ -179,10 +179,15 @@ class Monitor(Closing):
             return None
         if stats is not None:
             batch_size = batch_size or stats.all_count * self._replicas
+        if stats is None:
+            origin = Origin()
+        elif process_group is None:
+            origin = _origin(stats, ids, microbatches, ranks)
+        else:
+            _check_sizes(microbatches)
+            group = find_group(process_group)
+            origin, loss = gather_origin(ids, microbatches, stats, loss, group)
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
-        origin = Origin()
-        if stats is not None and self._largest:
-            origin = _origin(stats, ids, microbatches, ranks, process_group)
         groups = self._groups(stats)
         packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
         numbers = packed.read()
@@ -206,7 +211,7 @@ class Monitor(Closing):
             )
         row |= rows.extra_row(extra or {}, numbers, row)
         row["is_finite"] = rows.is_finite(row)
-        self._write(row, numbers, groups, origin)
+        self._write(row, numbers, groups, origin, stats)
         return row
 
     def _asked(
@@ -275,6 +280,7 @@ class Monitor(Closing):
         numbers: Mapping[str, Sequence[float]],
         groups: Groups | None,
         origin: Origin,
+        stats: GradientStatistics | None,
     ) -> None:
         """Give loggers what belongs to the row, then the row.
 
@@ -286,8 +292,8 @@ class Monitor(Closing):
                 logger.write_run(about)
         self._rows += 1
         step, largest = int(row["step"]), []
-        if "samples/numbers" in numbers:
-            count, mean = int(row["gradient/count"]), row["gradient/mean_grad_sq_norm"]
+        if stats is not None and "samples/numbers" in numbers:
+            count, mean = stats.all_count, row["gradient/mean_grad_sq_norm"]
             largest = samples.table(numbers, count, mean, groups, origin)
         counts = [int(count) for count in numbers.get("histogram", ())]
         spikes = [{**one.to_dict(), "samples": largest} for one in self._spikes(row)]
@@ -341,19 +347,19 @@ def _origin(
     ids: Sequence[Any] | None,
     microbatches: Sequence[int],
     ranks: int,
-    process_group: Any,
 ) -> Origin:
-    """Where the samples of a row come from."""
-    if process_group is None:
-        if ranks > 1:
-            microbatches = microbatches or [stats.all_count]
-        return Origin(ids, microbatches, ranks)
+    """Where the samples of a row come from, as far as this process knows."""
+    if ranks > 1:
+        microbatches = microbatches or [stats.all_count]
+    return Origin(ids, microbatches, ranks)
+
+
+def _check_sizes(microbatches: Sequence[int]) -> None:
     if not microbatches:
         raise ValueError(
-            "With process_group the table of samples needs microbatches, the sizes of "
-            "this process' batches: microbatches=[len(losses)]."
+            "With process_group a row needs microbatches, the sizes of this process' "
+            "batches: microbatches=[len(losses)]."
         )
-    return gather_origin(ids, microbatches, stats, find_group(process_group))
 
 
 def _step_of(

@@ -91,6 +91,7 @@ def table(
                 "loss": loss,
                 "norm": math.sqrt(square) if square >= 0 else math.nan,
                 "share": dots[i] / whole if dots and whole else None,
+                "share_at_most": _bound(square, count, mean_sq_norm),
                 "z": _z(square, middle, deviation),
                 "layers": layers[i] if layers else {},
             }
@@ -123,6 +124,13 @@ def _layers(
         {groups.layers[i]: float(shares[i, n]) for i in order[:, n]}
         for n in range(each.shape[1])
     ]
+
+
+def _bound(square: float, count: int, mean_sq_norm: float) -> float | None:
+    """|g_n| / (N |mean|): no smaller than <g_n, mean> / (N |mean|^2) can be."""
+    if not (square >= 0 and mean_sq_norm > 0):
+        return None
+    return math.sqrt(square / mean_sq_norm) / count
 
 
 def _z(square: float, middle: float, deviation: float) -> float | None:

@@ -155,6 +155,9 @@ def _samples(samples: object, most: int = 3) -> str:
             words.append(f"loss {number(sample['loss'])}")
         if sample.get("share") is not None:
             words.append(f"{finite(sample['share']):.0%} of the mean gradient")
+        elif finite(sample.get("share_at_most")) < 1:
+            most_of = f"{finite(sample['share_at_most']):.0%}"
+            words.append(f"at most {most_of} of the mean gradient")
         if sample.get("rank"):
             words.append(f"rank {sample['rank']}")
         layers = _layers(sample.get("layers") or {})

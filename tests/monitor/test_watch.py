@@ -150,8 +150,25 @@ def test_share_of_the_mean_where_the_gram_matrix_is_there(tmp_path):
     want = g @ g.mean(0) / (8 * g.mean(0).square().sum())
     for sample in line["samples"]:
         assert sample["share"] == pytest.approx(want[sample["index"]].item())
+        bound = g[sample["index"]].norm() / (8 * g.mean(0).norm())
+        assert sample["share_at_most"] == pytest.approx(bound.item())
         assert sample["id"] == sample["index"]
     assert sum(sample["share"] for sample in line["samples"]) == pytest.approx(1)
+
+
+def test_how_much_of_the_mean_a_sample_can_be_where_some_are_looked_at(tmp_path):
+    model, optimizer = setup(torch.float64)
+    batch = next(batches(1, dtype=torch.float64))
+    g = flat(single_sample_gradients(model, losses, batch))
+    w = fm.monitor.watch(model, optimizer, to=tmp_path, sample=3)
+    w.backward(losses(model, batch))
+    w.close()
+    (line,) = lines(tmp_path / "samples.jsonl")
+    assert len(line["samples"]) == 3
+    for sample in line["samples"]:
+        assert sample["share"] is None
+        bound = g[sample["index"]].norm() / (8 * g.mean(0).norm())
+        assert sample["share_at_most"] == pytest.approx(bound.item())
 
 
 def test_sampled_statistics_name_samples_of_the_batch(tmp_path):

@@ -26,7 +26,7 @@ def names_of(sizes):
 
 
 def watched(sizes, ids, **options):
-    """The table of the largest samples of a step, and the joined batches."""
+    """The table of the largest samples of a step, the joined batches, and the loss."""
     model = DistributedDataParallel(build())
     joined = [data(sum(of), seed) for seed, of in enumerate(sizes)]
     rank = dist.get_rank()
@@ -38,14 +38,17 @@ def watched(sizes, ids, **options):
         for batch, (x, of) in enumerate(zip(joined, sizes, strict=True)):
             names = [(rank, batch, i) for i in range(of[rank])]
             w.backward(losses_of(model, share(x, of)), ids=names if ids else None)
+        loss = w.row["loss"]
         files = sorted(path.name for path in Path(folder).iterdir())
         assert ("samples.jsonl" in files) == (rank == 0), files
         text = Path(folder, "samples.jsonl").read_text() if rank == 0 else None
-    return text and json.loads(text)["samples"], torch.cat(joined)
+    return text and json.loads(text)["samples"], torch.cat(joined), loss
 
 
 def check_table(sizes, ids, **options):
-    table, joined = watched(sizes, ids, **options)
+    table, joined, loss = watched(sizes, ids, **options)
+    losses = losses_of(build(), joined).detach()
+    torch.testing.assert_close(loss, losses.mean().item(), rtol=1e-5, atol=0)
     if table is None:
         return  # the first rank writes
     grads = single_sample_gradients(build(), lambda m, x: losses_of(m, *x), (joined,))
@@ -57,6 +60,9 @@ def check_table(sizes, ids, **options):
         rank, batch, index = places[number]
         assert (one["rank"], one["microbatch"], one["index"]) == places[number]
         assert one["id"] == ([rank, batch, index] if ids else index)
+        torch.testing.assert_close(
+            one["loss"], losses[number].item(), rtol=1e-5, atol=0
+        )
         torch.testing.assert_close(one["norm"], norms[number].item(), rtol=1e-4, atol=0)
 
 
@@ -78,7 +84,9 @@ def watched_ranks_without_ids():
 
 @check
 def watched_samples_that_are_not_all_have_no_rank():
-    table, _ = watched([[4, 4]], True, sample=2)
+    table, joined, loss = watched([[4, 4]], True, sample=2)
+    want = losses_of(build(), joined).mean().item()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     if table is not None:
         assert [one["rank"] for one in table] == [None] * 4
         assert sorted(one["id"] for one in table) == [0, 1, 2, 3]
