@@ -49,7 +49,9 @@ class Columns:
     Example:
         >>> columns = Columns()
         >>> columns.add({"step": 10, "loss": 0.5})
+        True
         >>> columns.add({"step": 20, "loss": None, "sharpness/eigenvalue_1": 7.0})
+        True
         >>> columns["loss"].values
         array([0.5, nan])
         >>> columns["sharpness/eigenvalue_1"].steps
@@ -92,11 +94,11 @@ class Columns:
         later = np.minimum.accumulate(steps[::-1])[::-1]
         return steps <= later
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row; null is NaN."""
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Add a row; null is NaN. False for what is no row, having no step."""
         step = _number(row.get("step"))
         if step is None or not math.isfinite(step):
-            return
+            return False
         number = len(self._steps)
         self._steps.append(step)
         for name, value in row.items():
@@ -106,6 +108,7 @@ class Columns:
                     self._at[name], self._values[name] = array("q"), array("d")
                 self._at[name].append(number)
                 self._values[name].append(known)
+        return True
 
 
 def _number(value: object) -> float | None:

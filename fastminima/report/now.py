@@ -180,7 +180,7 @@ def _variance(run: Run) -> Iterator[Quantity]:
     yield from _recent(
         run.columns["gradient/covariance_trace"],
         "tr Σ",
-        "The same, summed over all parameters.",
+        "The variance of one sample's gradient, summed over all parameters.",
     )
 
 
