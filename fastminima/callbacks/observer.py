@@ -94,7 +94,7 @@ class Observer:
                 "How many batches a step accumulates is known from the library that "
                 "trains; leave accumulate out."
             )
-        self._relay = _Relay()
+        self._relay, self._is_given = _Relay(), isinstance(to, Monitor)
         self._options = dict(options)
         self._monitor = self._monitor_of(to)
         self.stats: GradientStatistics | None = None
@@ -298,6 +298,15 @@ class Observer:
         """Leave out what there is of the present step."""
         self.abandon()
         self._whole.end()
+
+    def close(self) -> None:
+        """Leave no hook behind, and close the files; a later row opens them again.
+
+        A monitor that was given is its owner's to close.
+        """
+        self.abandon()
+        if not self._is_given:
+            self._monitor.close()
 
     def _probe_of(self, model: nn.Module) -> GradientProbe[GradientStatistics | None]:
         """The probe, anew where other parameters are trained than before."""

@@ -148,3 +148,33 @@ def test_a_pattern_that_is_found_nowhere_is_told():
     with pytest.warns(UserWarning, match="'attn' is found in no layer.*'0', '2'"):
         row = w.backward(losses(model, batch()))
     assert not any(name.startswith("layers/") for name in row)
+
+
+def test_steps_that_are_no_multiples_of_gradients_have_no_ratio():
+    model, _ = setup()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    w = fm.monitor.watch(model, optimizer, sharpness=1)
+    with pytest.warns(UserWarning, match="LBFGS multiplies gradients by a matrix"):
+        row = w.backward(losses(model, batch()))
+    assert row["factors/learning_rate"] == 0.1
+    assert not {"factors/ratio", "sharpness/two_over_lr"} & row.keys()
+
+
+def test_an_optimizer_that_nobody_knows_is_named():
+    class Mine(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1})
+
+    class MySGD(torch.optim.SGD):
+        pass
+
+    model, _ = setup()
+    w = fm.monitor.watch(model, Mine(model.parameters()))
+    with pytest.warns(UserWarning, match="Mine is taken for SGD"):
+        assert w.backward(losses(model, batch()))["factors/ratio"] == 0.1 / 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, and of SGD never
+        w.backward(losses(model, batch()))
+        fm.monitor.watch(model, MySGD(model.parameters())).backward(
+            losses(model, batch())
+        )
