@@ -36,6 +36,13 @@ class Column:
         """The newest value; NaN without any."""
         return float(self.values[-1]) if len(self) else math.nan
 
+    @property
+    def usual(self) -> float:
+        """The median of the newest fifty values: not that of one short batch."""
+        newest = self.values[-50:]
+        newest = newest[np.isfinite(newest)]
+        return float(np.median(newest)) if len(newest) else math.nan
+
     def where(self, kept: np.ndarray) -> Column:
         """The part of it that a mask over its entries keeps."""
         return Column(self.at[kept], self.steps[kept], self.values[kept])

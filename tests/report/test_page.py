@@ -259,6 +259,18 @@ def test_why_there_is_no_temperature(tmp_path):
         assert ("no temperature" in render(open_run(tmp_path))) == is_said
 
 
+def test_advice_is_of_the_usual_batch_not_of_the_last_one(tmp_path):
+    """Which is a short one, where an epoch ends."""
+    scale = "gradient/noise_scale"
+    row = {f"{scale}_smoothed": 48.0, f"{scale}_low": 32.0, f"{scale}_high": 96.0}
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for step, size in enumerate((16, 16, 16, 12)):
+            line = {"step": step, **row, "factors/batch_size": size}
+            file.write(json.dumps(line) + "\n")
+    words = "In the batch of 16 that you use, a sample is worth 75%"
+    assert words in render(open_run(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [
