@@ -144,11 +144,16 @@ class LightningProbe(_Callback):
         if self._observer.is_due:
             self._observer.finish(_step_of(trainer))
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the files."""
+        self._observer.close()
+
     def on_exception(
         self, trainer: Any, pl_module: Any, exception: BaseException
     ) -> None:
         """Remove the hooks of a backward pass that did not come to its end."""
         self._observer.forget()
+        self._observer.close()
 
 
 def _step_of(trainer: Any) -> Taken:

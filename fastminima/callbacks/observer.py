@@ -101,7 +101,7 @@ class Observer:
                 "others. Leave process_group out: rows are of its own samples. For "
                 "those of all processes use fm.monitor.watch in a loop of your own."
             )
-        self._relay = _Relay()
+        self._relay, self._is_given = _Relay(), isinstance(to, Monitor)
         self._options = dict(options)
         self._monitor = self._monitor_of(to)
         self.stats: GradientStatistics | None = None
@@ -307,6 +307,15 @@ class Observer:
         """Leave out what there is of the present step."""
         self.abandon()
         self._whole.end()
+
+    def close(self) -> None:
+        """Leave no hook behind, and close the files; a later row opens them again.
+
+        A monitor that was given is its owner's to close.
+        """
+        self.abandon()
+        if not self._is_given:
+            self._monitor.close()
 
     def _probe_of(
         self, model: nn.Module, parameters: Iterable[Tensor]

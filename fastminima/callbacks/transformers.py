@@ -105,6 +105,11 @@ def _kept_in_checkpoints(observer: Observer) -> type:
             if state.global_step and isinstance(found, Mapping):
                 observer.load_state_dict(found["attributes"]["kept"])
 
+        def on_train_end(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
+            observer.close()
+
     return FastminimaState
 
 

@@ -42,10 +42,10 @@ class Watch(Closing):
         self._observer.load_state_dict(state_dict)
 
     def close(self) -> None:
-        """Leave the object and the model as they were."""
+        """Leave the object and the model as they were, and close the files."""
         while self._undo:
             self._undo.pop()()
-        self._observer.abandon()
+        self._observer.close()
 
 
 def watch(

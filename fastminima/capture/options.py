@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import CaptureError
+from .graph.summed import warn_if_summed
 from .rows.samples import Batch, Samples, Segments
 
 __all__ = [
@@ -164,6 +165,8 @@ class Request(NamedTuple):
             dim = batch_dim if self.batch_dim is None else check_dim(self.batch_dim)
             samples = Batch(count, dim)
         is_mean = bool(self.loss.dim()) or self.reduction == "mean"
+        if is_mean and not self.loss.dim():
+            warn_if_summed(self.loss)
         return Target(self.loss, samples, is_mean, self.scale)
 
     def mean(self) -> Tensor:

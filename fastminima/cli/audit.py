@@ -13,12 +13,15 @@ from typing import Any
 from ..capture import Audit, CaptureError, GradientProbe
 from ..curvature import CurvatureAudit, Hessian
 from .target import Target, load_target
+from .usage import UsageError
 
 __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the tables; 1 where something is wrong."""
+    if options.samples < 1:
+        raise UsageError(f"--samples must be at least 1, got {options.samples}.")
     target = load_target(options.target)
     parts = [options.only] if options.only else ["gradients", "curvature"]
     found: dict[str, Audit | CurvatureAudit | str] = {}

@@ -17,7 +17,7 @@ import torch
 from .. import _native, ops
 from ..ops.table import REGISTRY, Op
 
-__all__ = ["run"]
+__all__ = ["run", "version"]
 
 _DTYPE = torch.float32
 _ISAS = ("avx512", "avx2", "generic")  # the best first
@@ -52,12 +52,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _machine() -> dict[str, str]:
-    """Versions, devices, threads and instruction sets."""
+def version() -> str:
+    """Of the package."""
     from .. import __version__  # of the root, which imports all layers
 
+    return __version__
+
+
+def _machine() -> dict[str, str]:
+    """Versions, devices, threads and instruction sets."""
     return {
-        "fastminima": __version__,
+        "fastminima": version(),
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "numpy": np.__version__,

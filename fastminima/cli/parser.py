@@ -77,8 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--version", action="version", version=f"fastminima {machine.version()}"
+    )
     parser.set_defaults(do=machine.run)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_report(commands)
     _add_tail(commands)
     _add_audit(commands)

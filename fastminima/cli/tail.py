@@ -193,6 +193,8 @@ def _first_line(run: Run) -> str:
     words = [run.name, str(about.get("model", "")), f"{len(run.columns)} rows"]
     if run.spikes:
         words.append(f"{len(run.spikes)} spikes")
+    if run.skipped:
+        words.append(f"{run.skipped} lines not read")
     return " · ".join(word for word in words if word)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,11 @@ def load_target(name: str) -> Target:
                 f"{module_name!r} has no function {function_name!r}; it has "
                 f"{', '.join(named[:12]) or 'none'}."
             )
+        if _wants_arguments(function):
+            raise UsageError(
+                f"{function_name} takes arguments. Name a function without any, which "
+                "returns (model, loss, batch) or (model, losses)."
+            )
         return _target(function())
 
 
@@ -142,9 +148,25 @@ def _target(made: object) -> Target:
     given = cast(Callable[..., Tensor], loss)
     if rest:
         return Target(model, given, rest[0])
+    if _wants_arguments(given):
+        raise UsageError(
+            "The function returned a model and a function that takes arguments. Return "
+            "the batch too, (model, loss, batch), or a losses() without arguments."
+        )
     # An operator weighs batches by their leading size; of one batch any will do.
     batch = torch.zeros(1, dtype=torch.float32, device="cpu")
     return Target(model, lambda model, batch: given(), batch, is_batch_known=False)
+
+
+def _wants_arguments(function: Callable[..., Any]) -> bool:
+    """Whether it cannot be called as it is; what has no signature can."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:
+        return False
+    return False
 
 
 def _told(made: object) -> str:

@@ -6,7 +6,8 @@ alone), `audit`.
 
 What the others are for, from below:
 
-    numbers     _scale, _same, _trust: norms at any scale, bits, what rounding may do
+    numbers     _scale, _same, _trust, _finite: norms at any scale, bits, what rounding
+                may do, what is not finite
     evaluation  _random, _guard, _rewrites, _attention, _recorded_hooks, _replicas:
                 a closure is run so that it changes nothing and has two derivatives
     graph       _graph, _nodes, _explained, _functions: what was recorded, and lacks
@@ -19,6 +20,7 @@ What the others are for, from below:
                 _audit_products, _differences, _kinks
 """
 
+from ._finite import NotFiniteError
 from ._matrix import FlatMatrix
 from ._operator import CurvatureOperator
 from ._trust import Noise, Suspicion, SymmetryWatch
@@ -44,6 +46,7 @@ __all__ = [
     "Hessian",
     "LossHessian",
     "Noise",
+    "NotFiniteError",
     "Suspicion",
     "SymmetryWatch",
     "critical_sharpness",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ._finite import NotFiniteError
+
 __all__ = [
     "GradientGraph",
     "Graph",
@@ -105,7 +107,7 @@ def check_mean(loss: Any, closure: str = "loss(model, batch)") -> Tensor:
         )
     check_graph(loss, closure)
     if not torch.isfinite(loss).all():
-        raise ValueError(
+        raise NotFiniteError(
             f"{closure} returned {loss.item()}: a non-finite loss has no derivatives. "
             "Check the batch and the parameters."
         )

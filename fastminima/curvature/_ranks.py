@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._processes import find_group
+from ._finite import NotFiniteError
 from ._replicas import replicas
 
 __all__ = ["Ranks", "Said", "ranks_of"]
@@ -166,12 +167,12 @@ class Ranks:
 
     def _explain(self, own: BaseException | None) -> None:
         """Tell the others what went wrong here, or raise what went wrong there."""
-        mine = None if own is None else (isinstance(own, ValueError), _text(own))
+        mine = None if own is None else (_kind_of(own), _text(own))
         theirs: list[Any] = [None] * self.size
         self._dist.all_gather_object(theirs, mine, group=self.group)
         if own is None:
             rank, found = next((i, t) for i, t in enumerate(theirs) if t is not None)
-            kind = ValueError if found[0] else RuntimeError
+            kind = _KINDS[found[0]]
             raise kind(f"Rank {rank} of the process group: {found[1]}")
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -192,6 +193,15 @@ _PARAMETERS = (
     "with one Hessian. Broadcast the parameters from one rank (DistributedDataParallel "
     "does when it is made), or leave out process_group for this rank's own operator."
 )
+
+
+# As what an error of one rank is raised on the others, the first that it is.
+_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, RuntimeError)
+
+
+def _kind_of(error: BaseException) -> int:
+    is_one = (isinstance(error, kind) for kind in _KINDS[:-1])
+    return next((i for i, it_is in enumerate(is_one) if it_is), len(_KINDS) - 1)
 
 
 def _text(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._auditing import AuditedOperator
+from ._finite import NotFiniteError
 from ._graph import Graph, Parts, check_graph, combine, differentiate, picked, spread
 from ._scale import dot
 
@@ -80,7 +81,7 @@ class GradientCovariance(AuditedOperator):
         check_graph(losses, "loss(model, batch)")
         if not torch.isfinite(losses).all():
             bad = int((~torch.isfinite(losses)).sum())
-            raise ValueError(
+            raise NotFiniteError(
                 f"{bad} of {len(losses)} losses are not finite. Check the batch and "
                 "the parameters."
             )

@@ -93,6 +93,7 @@ class Hessian(ComparedOperator):
         super().__init__(model, (loss,), data, count, process_group)
         self._loss, self._memory, self._step = loss, memory, step
         self._asked = self._engine = engine
+        self.evaluated: Tensor | None = None
         self._evaluated_again: Callable[[], tuple[Tensor, ...]] | None = None
 
     @property
@@ -118,7 +119,9 @@ class Hessian(ComparedOperator):
         return 0
 
     def _evaluate(self, batch: Any) -> tuple[Tensor, ...]:
-        return (check_mean(self._ask(self._loss, self._model, batch)),)
+        found = check_mean(self._ask(self._loss, self._model, batch))
+        self.evaluated = found.detach()
+        return (found,)
 
     def _record(self, batch: Any, weight: int) -> Graph:
         if self._engine in EVALUATING:

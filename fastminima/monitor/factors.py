@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..quantities import takes_signs, three_factors
+from ..quantities.factors import has_options_of_others, is_known_as_sgd
 from ..theory import edge_of_stability
 from .rows import Row
 
@@ -91,6 +92,7 @@ class Factors:
                 factors = replace(factors, gradient_variance=variance)
             else:
                 factors = three_factors(optimizer, step)
+                self._say_if_unknown(optimizer)
         except ValueError as error:
             if not self._has_announced:
                 self._has_announced = True
@@ -113,6 +115,18 @@ class Factors:
             return None
         return replace(
             factors, batch_size=step.batch_size, dataset_size=self._dataset_size
+        )
+
+    def _say_if_unknown(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn once of an optimizer that may be another than its options say."""
+        if self._has_announced or is_known_as_sgd(optimizer):
+            return
+        self._has_announced = True
+        warnings.warn(
+            f"{type(optimizer).__name__} is taken for SGD, as its options are: ratio, "
+            "temperature and 2 / eta are those of steps that are multiples of averaged "
+            "gradients. Pass no optimizer if its steps are not.",
+            stacklevel=6,
         )
 
     def _clip(self, step: Step) -> float | None:
@@ -153,12 +167,9 @@ def stability_limit(optimizer: torch.optim.Optimizer) -> float | None:
 def _has_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is a multiple of an average of gradients, as far as one can see.
 
-    Others have options that only optimizers have which rescale elementwise, or are
-    named after the signs that they take.
+    Others have options that say otherwise, or are named after the signs that they take.
     """
-    adaptive = {"betas", "alpha", "etas", "eps"}
-    groups = optimizer.param_groups
-    return not (takes_signs(optimizer) or any(adaptive & g.keys() for g in groups))
+    return not (takes_signs(optimizer) or has_options_of_others(optimizer))
 
 
 def _options(optimizer: torch.optim.Optimizer) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -90,6 +91,14 @@ class Grouping:
             for layer, place in places.items()
             if self._pattern is None or self._pattern.search(layer)
         ]
+        if self._pattern is not None and not shown:
+            first = ", ".join(repr(layer) for layer in list(places)[:4])
+            warnings.warn(
+                f"layers={self._pattern.pattern!r} is found in no layer's name, so "
+                f"rows have none. There are {first}"
+                f"{', ...' if len(places) > 4 else ''}.",
+                stacklevel=2,
+            )
         return Groups(tuple(places), np.array(of, dtype=np.intp), tuple(shown))
 
 

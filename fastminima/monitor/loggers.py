@@ -17,7 +17,14 @@ from typing import Any, Literal
 
 from .._optional import extra, require
 
-__all__ = ["JsonLines", "Logger", "TensorBoard", "checked_mode", "occupied"]
+__all__ = [
+    "JsonLines",
+    "Logger",
+    "TensorBoard",
+    "checked_mode",
+    "cut_to_whole_lines",
+    "occupied",
+]
 
 
 class Logger:
@@ -71,7 +78,8 @@ class JsonLines(Logger):
     """A file with one JSON object a line.
 
     Every row is in the file when `write` returns, and no file stays open. NaN and
-    infinity, which JSON does not have, become null; the row's "is_finite" tells.
+    infinity, which JSON does not have, become null; the row's "is_finite" tells. A last
+    line that a crash cut off is taken away before the first row is added.
 
     Args:
         path: the file; missing folders are made.
@@ -88,6 +96,7 @@ class JsonLines(Logger):
     ) -> None:
         self.path = Path(path)
         self._open_as = "a" if checked_mode(mode) == "append" else "w"
+        self._is_first = True
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add one line."""
@@ -97,9 +106,11 @@ class JsonLines(Logger):
         }
         line = json.dumps(finite, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._is_first and self._open_as == "a":
+            cut_to_whole_lines(self.path)
         with self.path.open(self._open_as, encoding="utf-8") as file:
             file.write(line + "\n")
-        self._open_as = "a"
+        self._open_as, self._is_first = "a", False
 
 
 class TensorBoard(Logger):
@@ -159,6 +170,31 @@ class TensorBoard(Logger):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def cut_to_whole_lines(path: Path) -> None:
+    """Take away the last line of a file, if it was cut off while it was written."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        if file.read() in (b"", b"\n"):
+            return
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if _is_json(content[whole:]):  # only the end of the line is missing
+            file.write(b"\n")
+        else:
+            file.truncate(whole)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:  # of the text, or of its encoding
+        return False
+    return True
 
 
 def occupied(

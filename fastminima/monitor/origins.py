@@ -106,7 +106,7 @@ class Origin:
 def gather_origin(
     ids: Sequence[Any] | None,
     sizes: Sequence[int],
-    stats: GradientStatistics | None,
+    stats: GradientStatistics,
     loss: float | Tensor | None,
     group: ProcessGroup,
 ) -> tuple[Origin, float | Tensor | None]:
@@ -117,15 +117,14 @@ def gather_origin(
     Args:
         ids: of the samples of this process, or None.
         sizes: of its own batches, as many as the other ranks have.
-        stats: of the samples of all ranks; None on all ranks or none.
+        stats: of the samples of all ranks.
         loss: of its own samples, or the mean of these; None on all ranks or none.
         group: the ranks.
 
     Raises:
         ValueError: on all ranks, where one has other numbers of batches or no loss.
     """
-    found = loss if stats is None else stats.mean_grad_sq_norm
-    device = found.device if isinstance(found, Tensor) else torch.device("cpu")
+    device = stats.mean_grad_sq_norm.device
     has_ids = ids is not None and any(one is not None for one in ids)
     has_losses = isinstance(loss, Tensor) and loss.shape == (sum(sizes),)
     told = (len(sizes), sum(sizes), has_ids, loss is not None, has_losses)
@@ -136,8 +135,7 @@ def gather_origin(
     if len(sizes) > 1:
         mine = torch.tensor(sizes, dtype=torch.int64, device=device)
         counts = _gathered(mine, group).T.tolist()
-    # Else some were not looked at, or none.
-    is_all = stats is not None and sum(sums) == stats.count
+    is_all = sum(sums) == stats.count  # else some were not looked at
     if loss is not None:
         loss = torch.as_tensor(loss, dtype=torch.float64, device=device).detach()
         if is_all and all(known):
@@ -146,8 +144,6 @@ def gather_origin(
             whole = torch.stack([loss.mean() * sum(sizes), loss.new_tensor(sum(sizes))])
             total, samples = _gathered(whole, group).sum(0)
             loss = total / samples
-    if stats is None:
-        return Origin(), loss
     if not is_all:
         return Origin(ids, [stats.count], len(said), counts=None), loss
     origin = Origin(

@@ -75,12 +75,13 @@ class StepParts:
 
         `options` are those of `Monitor.log`.
         """
+        sizes = [] if stats is None else [size for size in self._sizes if size]
         return monitor.log(
             step,
             stats,
             loss=self._loss(),
             ids=self._ids,
-            microbatches=[size for size in self._sizes if size],
+            microbatches=sizes,
             gradient_scale=math.fsum(self._weights),
             **options,
         )

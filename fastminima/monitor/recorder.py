@@ -13,6 +13,7 @@ from .._processes import find_group
 from ..spectrum import Eigenpairs
 from ..statistics import GradientStatistics
 from . import rows, samples
+from .checks import check_options
 from .closing import Closing
 from .csv_file import CSV
 from .factors import Factors, Step, stability_limit
@@ -63,6 +64,8 @@ class Monitor(Closing):
             "second_moments")` and `keep_mean=True`.
         steps: of that optimizer: "preconditioned" or "sign"; None as its name says.
         about: what is known of the run, written before its first row.
+        replicas: processes over which gradients are averaged and whose samples are not
+            in the statistics: a step has so many times as many samples.
 
     Raises:
         TypeError, ValueError: for something that is not a logger, or an option outside
@@ -98,7 +101,14 @@ class Monitor(Closing):
         precondition: nn.Module | None = None,
         steps: Steps | None = None,
         about: Callable[[], Mapping[str, Any]] | None = None,
+        replicas: int = 1,
     ) -> None:
+        check_options(
+            largest=largest,
+            dataset_size=dataset_size,
+            max_norm=max_norm,
+            replicas=replicas,
+        )
         self._loggers = [_logger(one) for one in loggers]
         self._smoothed = SmoothedNoiseScale(smoothing)
         self._norm = None
@@ -113,6 +123,7 @@ class Monitor(Closing):
             spikes = SpikeDetector(spikes)
         self._detector = spikes
         self._about = about
+        self._replicas = replicas
         self._rows = 0  # written so far
 
     def log(
@@ -154,19 +165,23 @@ class Monitor(Closing):
                 `log` with the sizes of its own batches, its own losses and ids, and
                 they tell each other: collective calls of a few integers, of the losses
                 and, where there are ids, of those in the table as Python objects (1.5
-                ms of CPU time with gloo). The row's loss is the mean over all samples.
+                ms of CPU time with gloo). The row's loss is the mean over all samples;
+                without `stats`, where nobody is asked, that of this process.
             gradient_scale: the optimizer's gradient is so many times the mean gradient,
                 as where a step of fewer batches is divided as a whole one is: ratio and
                 temperature are those of its step, as with clipping.
 
         Raises:
             TypeError: for a column of `extra` that is not a number.
-            ValueError: for a process group without the sizes of batches; on all ranks,
-                where they have different numbers of batches, or only some a loss.
+            ValueError: for a column whose name the row has already; for a process group
+                without the sizes of batches; on all ranks, where they have different
+                numbers of batches, or only some a loss.
         """
         if stats is None and sharpness is None:
             return None
-        if process_group is not None and (microbatches or stats is not None):
+        if stats is not None:
+            batch_size = batch_size or stats.all_count * self._replicas
+        if process_group is not None and stats is not None:
             _check_sizes(microbatches)
             group = find_group(process_group)
             origin, loss = gather_origin(ids, microbatches, stats, loss, group)
@@ -194,7 +209,7 @@ class Monitor(Closing):
                 *(groups, numbers["layers/sq"], numbers["layers/mean"]),
                 stats.all_count,
             )
-        row |= rows.extra_row(extra or {}, numbers)
+        row |= rows.extra_row(extra or {}, numbers, row)
         row["is_finite"] = rows.is_finite(row)
         self._write(row, numbers, groups, origin, stats)
         return row

@@ -118,8 +118,18 @@ def ask_for_extra(packed: Packed, extra: Mapping[str, float | Tensor]) -> None:
             _number(name, value)
 
 
-def extra_row(extra: Mapping[str, float | Tensor], numbers: Numbers) -> Row:
-    """The user's own columns."""
+def extra_row(extra: Mapping[str, float | Tensor], numbers: Numbers, row: Row) -> Row:
+    """The user's own columns, beside those of `row`.
+
+    Raises:
+        ValueError: for a name that the row has already.
+    """
+    for name in extra:
+        if name in row:
+            raise ValueError(
+                f"extra[{name!r}] has the name of a column that the row has already. "
+                f"Choose another, such as {'my ' + name!r}."
+            )
     return {
         name: numbers[f"extra/{name}"][0] if f"extra/{name}" in numbers
         # A boolean stays one; NumPy's numbers become Python's.

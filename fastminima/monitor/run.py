@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .loggers import Logger
+from .loggers import Logger, cut_to_whole_lines
 
 __all__ = ["RunFolder", "is_folder"]
 
@@ -28,14 +30,24 @@ class RunFolder(Logger):
 
     Args:
         folder: where; made if it is missing.
+
+    Raises:
+        ValueError: there is a file of that name.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder)
+        if self.folder.is_file():
+            raise ValueError(
+                f"{str(folder)!r} is a file, and a run is a folder. Choose another "
+                "name, or one that ends in '.jsonl' or '.csv' for a file of rows."
+            )
         self._files: dict[str, BinaryIO] = {}
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a row to rows.jsonl."""
+        if "rows" not in self._files and row.get("step") == 0:
+            self._warn_of_another()
         self._add("rows", row)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -65,8 +77,9 @@ class RunFolder(Logger):
         self.folder.mkdir(parents=True, exist_ok=True)
         found = dict(about)
         if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            found["started"] = earlier.get("started", found.get("started"))
+            with contextlib.suppress(json.JSONDecodeError):  # what is there is replaced
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                found["started"] = earlier.get("started", found.get("started"))
         new = path.with_suffix(".json.new")
         new.write_text(json.dumps(_finite(found), indent=1) + "\n", encoding="utf-8")
         new.replace(path)
@@ -76,6 +89,17 @@ class RunFolder(Logger):
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _warn_of_another(self) -> None:
+        """Say that a run that begins goes into the folder of an earlier one."""
+        path = self.folder / "rows.jsonl"
+        if path.exists() and path.stat().st_size:
+            warnings.warn(
+                f"{self.folder} has the rows of an earlier run, and this one begins at "
+                "step 0: its rows are added to them, and the page shows both, one "
+                "after the other. Choose another folder, or delete that one.",
+                stacklevel=7,
+            )
 
     def _add(self, name: str, line: Mapping[str, Any]) -> int:
         """Add a line to a file; returns the file's descriptor."""
@@ -99,12 +123,7 @@ def is_folder(to: Any) -> bool:
 
 def _opened(path: Path) -> BinaryIO:
     """A file to append lines to, without one that was cut off."""
-    if path.exists():
-        with path.open("rb+") as file:
-            file.seek(max(0, path.stat().st_size - 1))
-            if file.read() not in (b"", b"\n"):
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+    cut_to_whole_lines(path)
     return path.open("ab", buffering=0)
 
 

@@ -15,7 +15,9 @@ from ..capture.accumulation import Accumulation
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
+from .checks import check_counts, check_loss
 from .closing import Closing
+from .curving import replicas_of, unless_infinite, warn_of_another_loss
 from .layers import By
 from .loggers import Logger
 from .parts import StepParts
@@ -60,6 +62,7 @@ class Watch(Closing):
         self.row: Row | None = None
         self._monitor, self._probe, self._optimizer = monitor, probe, optimizer
         self._sharpness, self._has_loss = sharpness, has_loss
+        self._has_compared = False  # the loss of curvature with the one trained
         self._every, self._sharpness_every = every, sharpness_every
         self._accumulate, self._folder = accumulate, folder
         self._accumulation = accumulation
@@ -170,14 +173,21 @@ class Watch(Closing):
         """The backward pass with what is measured in it."""
         sharpness = self._sharpness if curves else None
         options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids}
-        if sharpness is None or (self._has_loss and batch is not None):
-            stats = self._plain(losses, batch_size, options if is_due else None)
-            return stats, None if sharpness is None else sharpness(batch)
+        asked = options if is_due else None
+        if sharpness is None or not sharpness.is_finite(losses):
+            return self._plain(losses, batch_size, asked), None
+        if self._has_loss and batch is not None:
+            stats = self._plain(losses, batch_size, asked)
+            pairs = unless_infinite(sharpness, batch)
+            if not self._has_compared and sharpness.evaluated is not None:
+                self._has_compared = True
+                warn_of_another_loss(losses / scale, sharpness.evaluated)
+            return stats, pairs
         if not is_due:
-            return None, sharpness.backward(losses, scale=scale)
+            return None, unless_infinite(sharpness.backward, losses, scale=scale)
         self._probe.attach(losses, batch_size, **options)
         try:
-            pairs = sharpness.backward(losses, scale=scale)
+            pairs = unless_infinite(sharpness.backward, losses, scale=scale)
             return self._probe.collect(), pairs
         finally:
             self._probe.detach()
@@ -316,7 +326,9 @@ def watch(
         3 steps are in ...run; look at them with: python -m fastminima report ...run
         >>> folder.cleanup()
     """
-    _check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
+    check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
+    check_counts(eigenvalues=eigenvalues)
+    check_loss(loss)
     asked: dict[str, Any] = {"per_parameter": by is not None}
     if precondition:
         asked |= {"measure": ("norms", "second_moments"), "keep_mean": True}
@@ -343,6 +355,7 @@ def watch(
         precondition=model if precondition else None,
         steps=precondition if isinstance(precondition, str) else None,
         about=lambda: about_run(model, optimizer, by, settings),
+        replicas=replicas_of(model, options.get("process_group")),
     )
     curvature = None
     if sharpness is not None:
@@ -358,13 +371,6 @@ def watch(
         folder=folders[0] if folders and _is_first() else None,
         process_group=options.get("process_group"),
     )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        is_whole = isinstance(count, int) and not isinstance(count, bool)
-        if count is not None and not (is_whole and count >= 1):
-            raise ValueError(f"{name} must be a positive integer, got {count!r}.")
 
 
 def _loggers(to: To | Sequence[To] | None) -> list[Any]:

@@ -15,13 +15,16 @@ from torch import Tensor
 __all__ = [
     "ThreeFactors",
     "as_index",
+    "has_options_of_others",
+    "is_known_as_sgd",
     "noise_scale",
     "takes_signs",
     "three_factors",
 ]
 
 # Options that only optimizers have which rescale the gradient elementwise.
-_ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas")
+# Options that only optimizers have whose steps are no multiples of averaged gradients.
+_ADAPTIVE_OPTIONS = ("betas", "eps", "alpha", "etas", "history_size")
 # Names of optimizers that step by signs: Lion, FusedLion, SignSGD, Signum, signSGD.
 _SIGNS = re.compile(r"(Lion|LION|Sign|Signum)(?![a-z])|^sign(?![a-z])")
 
@@ -151,7 +154,8 @@ def three_factors(
 
     Raises:
         ValueError: if parameter groups differ in learning rate, momentum or
-            dampening, or the optimizer rescales gradients elementwise (Adam, RMSprop).
+            dampening, or the optimizer's steps are no multiples of gradients (Adam,
+            RMSprop, Lion, LBFGS).
 
     Example:
         >>> import torch, fastminima as fm
@@ -213,6 +217,21 @@ def takes_signs(optimizer: torch.optim.Optimizer) -> bool:
     return any(_SIGNS.search(kind.__name__) for kind in type(optimizer).__mro__)
 
 
+def has_options_of_others(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is no multiple of an average of gradients, as the options say."""
+    groups = optimizer.param_groups
+    return any(option in group for group in groups for option in _ADAPTIVE_OPTIONS)
+
+
+def is_known_as_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is SGD by its name; others may only have its options."""
+    kinds = type(optimizer).__mro__
+    return any(
+        "SGD" in kind.__name__ or kind.__module__.startswith("fastminima.")
+        for kind in kinds
+    )
+
+
 def _behind_mean(stats: _Statistics) -> int:
     """Samples behind the mean gradient: more than `count` where some were drawn."""
     return getattr(stats, "all_count", stats.count)
@@ -229,8 +248,11 @@ def _common_options(optimizer: torch.optim.Optimizer) -> tuple[float, float, flo
     for group in optimizer.param_groups:
         adaptive = [name for name in _ADAPTIVE_OPTIONS if name in group]
         if adaptive:
+            how = "rescales gradients"
+            if adaptive[0] == "history_size":
+                how = "multiplies gradients by a matrix"
             raise ValueError(
-                f"{type(optimizer).__name__} rescales gradients (it has the option "
+                f"{type(optimizer).__name__} {how} (it has the option "
                 f"{adaptive[0]!r}), so eta / S does not describe its noise. Use SGD, "
                 "or build fm.ThreeFactors from an effective learning rate."
             )

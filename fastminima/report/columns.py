@@ -36,6 +36,13 @@ class Column:
         """The newest value; NaN without any."""
         return float(self.values[-1]) if len(self) else math.nan
 
+    @property
+    def usual(self) -> float:
+        """The median of the newest fifty values: not that of one short batch."""
+        newest = self.values[-50:]
+        newest = newest[np.isfinite(newest)]
+        return float(np.median(newest)) if len(newest) else math.nan
+
     def where(self, kept: np.ndarray) -> Column:
         """The part of it that a mask over its entries keeps."""
         return Column(self.at[kept], self.steps[kept], self.values[kept])
@@ -49,7 +56,9 @@ class Columns:
     Example:
         >>> columns = Columns()
         >>> columns.add({"step": 10, "loss": 0.5})
+        True
         >>> columns.add({"step": 20, "loss": None, "sharpness/eigenvalue_1": 7.0})
+        True
         >>> columns["loss"].values
         array([0.5, nan])
         >>> columns["sharpness/eigenvalue_1"].steps
@@ -92,11 +101,11 @@ class Columns:
         later = np.minimum.accumulate(steps[::-1])[::-1]
         return steps <= later
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row; null is NaN."""
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Add a row; null is NaN. False for what is no row, having no step."""
         step = _number(row.get("step"))
         if step is None or not math.isfinite(step):
-            return
+            return False
         number = len(self._steps)
         self._steps.append(step)
         for name, value in row.items():
@@ -106,6 +115,7 @@ class Columns:
                     self._at[name], self._values[name] = array("q"), array("d")
                 self._at[name].append(number)
                 self._values[name].append(known)
+        return True
 
 
 def _number(value: object) -> float | None:

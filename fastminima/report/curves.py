@@ -15,6 +15,7 @@ from .traces import dots, smooth
 
 __all__ = ["curves", "own_columns"]
 
+_COUNTED = ("batch", "backward")  # by the callbacks, within an epoch and a step
 _GROUPS = ("gradient/", "factors/", "sharpness/", "layers/")
 
 
@@ -37,7 +38,7 @@ def curves(columns: Columns) -> list[Drawn]:
 
 def own_columns(columns: Columns) -> list[Drawn]:
     """A figure for each column that the user added."""
-    known = ("loss", "is_finite")
+    known = ("loss", "is_finite", *_COUNTED)
     names = [n for n in columns.names if n not in known and not n.startswith(_GROUPS)]
     return [
         drawn(

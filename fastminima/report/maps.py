@@ -157,8 +157,17 @@ def _text(value: float) -> str:
 
 
 def _short(name: str, most: int = 22) -> str:
-    """The end of a long name, which is what tells layers apart."""
-    return name if len(name) <= most else "…" + name[1 - most :]
+    """A long name with its first modules by their initials.
+
+    Numbers of modules stay, and the end, which is what tells layers apart.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= most:
+            break
+        parts[place] = part if part.isdigit() else part[:1]
+    short = ".".join(parts)
+    return short if len(short) <= most else "…" + short[1 - most :]
 
 
 def norm_map(run: Run) -> Drawn | None:

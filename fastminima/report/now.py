@@ -97,7 +97,7 @@ def _scale_of(run: Run, group: str, name: str, worth: _Words) -> Iterator[Quanti
     high = _at_end(column, columns[f"{group}_high"])
     has_interval = bool(len(columns[f"{group}_low"]))
     kind = "95 % interval" if has_interval else "no interval was logged"
-    words = worth(column.last, low, high, columns["factors/batch_size"].last)
+    words = worth(column.last, low, high, columns["factors/batch_size"].usual)
     # A signal that is estimated below zero gives no ratio, but still a lower end.
     value = column.last if column.last > 0 else math.nan
     yield Quantity(name, value, low, high, kind, float(column.steps[-1]), words)
@@ -160,7 +160,7 @@ def _temperature(run: Run) -> Iterator[Quantity]:
     parts = [
         (f"learning rate {columns['factors/learning_rate'].last:.4g}"),
         (f"momentum {columns['factors/momentum'].last:.4g}"),
-        (f"batch size {columns['factors/batch_size'].last:.6g}"),
+        (f"batch size {columns['factors/batch_size'].usual:.6g}"),
     ]
     known = [part for part in parts if not part.endswith("nan")]
     words = (
@@ -180,7 +180,7 @@ def _variance(run: Run) -> Iterator[Quantity]:
     yield from _recent(
         run.columns["gradient/covariance_trace"],
         "tr Σ",
-        "The same, summed over all parameters.",
+        "The variance of one sample's gradient, summed over all parameters.",
     )
 
 

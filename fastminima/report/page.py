@@ -39,13 +39,13 @@ _SECTIONS = (
     "Machine",
 )
 _SPIKE_NOTE = (
-    "A step whose loss or largest norm was far from what was usual before it: z is its "
-    "distance from the median, in units of 1.4826 times the median absolute deviation."
+    "A step whose loss, or the norm of its mean gradient, was far from what was usual "
+    "before it: z is how far, in robust standard deviations of the logarithm."
 )
 _SAMPLE_NOTE = (
     "At each logged step the samples with the largest gradients are written down. One "
     "that comes back again and again is mislabelled, broken, or what the model has yet "
-    "to learn. Shares of layers are of |g_n|², averaged over the steps."
+    "to learn. Shares of layers are of |g_n|²."
 )
 
 
@@ -165,7 +165,7 @@ def summary(run: Run) -> dict[str, Any]:
                 "norm": s.norm if math.isfinite(s.norm) else None,
                 "step": s.step,
             }
-            for s in run.tally.most(10)
+            for s in (run.tally.most(10) if run.tally.is_named else [])
         ],
     }
 

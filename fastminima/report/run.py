@@ -46,6 +46,7 @@ class Run:
         self._about = near / "run.json"
         self.about: dict[str, Any] = {}
         self.columns = Columns()
+        self._strange = 0  # lines of rows without a step
         self.spikes: list[dict[str, Any]] = []
         self.tally = Tally()
         self.edges: tuple[float, float, int] | None = None
@@ -59,7 +60,7 @@ class Run:
     @property
     def skipped(self) -> int:
         """Lines that could not be read."""
-        return sum(file.skipped for file in self._files)
+        return self._strange + sum(file.skipped for file in self._files)
 
     @property
     def _files(self) -> tuple[AppendedLines, ...]:
@@ -75,7 +76,7 @@ class Run:
         rows, spikes = self._rows.read(), self._spikes.read()
         samples, histograms = self._samples.read(), self._histograms.read()
         for row in rows:
-            self.columns.add(row)
+            self._strange += not self.columns.add(row)
         for line in samples:
             self.tally.add(line)
         self.spikes += spikes
@@ -123,12 +124,23 @@ def open_run(path: str | PathLike[str]) -> Run:
         )
     if place.is_dir() and not (place / "rows.jsonl").exists():
         found = sorted(p.name for p in place.iterdir())[:8]
+        has = f"it has {', '.join(found)}" if found else "it is empty"
         raise FileNotFoundError(
-            f"The folder {str(path)!r} has no rows.jsonl, so it is not a run; it has "
-            f"{found}. Give the folder that fm.monitor.watch(to=...) writes."
+            f"The folder {str(path)!r} has no rows.jsonl, so it is not a run; {has}. "
+            "Give the folder that fm.monitor.watch(to=...) writes."
+        )
+    if place.is_file() and place.suffix != ".jsonl":
+        raise FileNotFoundError(
+            f"{str(path)!r} is no run: a file of rows ends in '.jsonl'. Give one, or "
+            "the folder that fm.monitor.watch(to=...) writes."
         )
     run = Run(place)
     run.refresh()
+    if run.skipped and not len(run.columns):
+        raise FileNotFoundError(
+            f"None of {run.skipped} lines at {str(path)!r} is a row: a row is a JSON "
+            'object with a "step". Give what fm.monitor.watch(to=...) writes.'
+        )
     return run
 
 

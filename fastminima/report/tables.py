@@ -10,7 +10,7 @@ from typing import Any
 
 from .now import Quantity
 from .run import Run
-from .tally import Seen, finite
+from .tally import Seen, Tally, finite
 from .thin import segments
 
 __all__ = [
@@ -71,6 +71,14 @@ def summary(run: Run) -> str:
     if starts:
         places = ", ".join(f"{steps[start]:g}" for start in starts[:8])
         parts.append(f"The run was resumed: its step goes back to {places}.")
+    if _has_no_ratio(run):
+        name = (run.about.get("optimizer") or {}).get("name")
+        steps_of = f"{escape(str(name))} takes" if name else "the optimizer takes"
+        parts.append(
+            "There is no ratio and no temperature: they are those of SGD with one "
+            f"learning rate, and {steps_of} other steps. With "
+            "<code>precondition=True</code> they are those in the norm of these."
+        )
     finite_rows = run.columns["is_finite"]
     wrong = finite_rows.steps[finite_rows.values == 0]
     if len(wrong):
@@ -82,6 +90,13 @@ def summary(run: Run) -> str:
     if run.skipped:
         parts.append(f"{run.skipped} lines of its files could not be read.")
     return f"<p>{' '.join(parts)}</p>"
+
+
+def _has_no_ratio(run: Run) -> bool:
+    """Whether an optimizer is known, and its steps have no temperature."""
+    names = run.columns.names
+    has_rate = any(name.startswith("factors/learning_rate") for name in names)
+    return has_rate and "factors/ratio" not in names
 
 
 def now_table(found: Sequence[Quantity]) -> str:
@@ -174,13 +189,15 @@ def _layers(shares: Mapping[str, Any], most: int = 3) -> str:
 
 
 def sample_table(run: Run) -> str:
-    """The samples that were among the largest most often."""
-    most = run.tally.most(_SAMPLES)
-    if not most:
+    """The samples that were among the largest most often, or the largest ones."""
+    if not run.tally.steps:
         return (
             "<p>No samples were recorded: the run has no <code>samples.jsonl</code>, "
             "or it is empty.</p>"
         )
+    if not run.tally.is_named:
+        return _nameless(run.tally)
+    most = run.tally.most(_SAMPLES)
     rows = [_seen(seen, run.tally.steps) for seen in most]
     head = ("sample", "listed", "largest", "norm at most", "at step", "layers")
     caption = (
@@ -188,6 +205,34 @@ def sample_table(run: Run) -> str:
         "that were so most often"
     )
     return table(head, rows, caption)
+
+
+def _nameless(tally: Tally) -> str:
+    """Samples known by their step and their index in its batch alone."""
+    rows = [
+        (
+            number(sample.get("step"), 7),
+            _place(sample),
+            number(sample.get("norm")),
+            number(sample.get("loss")),
+            number(sample.get("z"), 3),
+            _layers(sample.get("layers") or {}) or "–",
+        )
+        for sample in tally.largest(_SAMPLES)
+    ]
+    head = ("step", "index in the batch", "norm", "loss", "z", "layers")
+    said = (
+        "<p>The samples have no ids, only their index in a batch, so which ones come "
+        "back is not known: <code>w.backward(losses, ids=...)</code> names them.</p>"
+    )
+    return said + table(head, rows, "The samples with the largest norms of all steps")
+
+
+def _place(sample: Mapping[str, Any]) -> str:
+    """Its index, and of which of several batches or ranks."""
+    names = {"microbatch": "batch", "rank": "rank"}
+    of = [f"{word} {sample[key]}" for key, word in names.items() if sample.get(key)]
+    return _name(sample.get("index")) + "".join(f", {escape(one)}" for one in of)
 
 
 def _seen(seen: Seen, steps: int) -> tuple[str, ...]:

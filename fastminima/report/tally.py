@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections import Counter
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Seen", "Tally", "finite"]
+
+_MOST = 100  # of the largest that are kept
 
 
 @dataclass
@@ -38,6 +41,11 @@ class Seen:
 class Tally:
     """Counts samples over the lines of `samples.jsonl`, without keeping the lines.
 
+    Attributes:
+        steps: lines so far.
+        is_named: whether samples have ids, by which they are known again. An id that is
+            the index in the batch is none: in the next batch it is another sample's.
+
     Example:
         >>> tally = Tally()
         >>> for step, norm in enumerate((3.0, 5.0)):
@@ -45,10 +53,15 @@ class Tally:
         >>> (seen,) = tally.most(5)
         >>> seen.id, seen.listed, seen.norm, seen.step
         (17, 2, 5.0, 1)
+        >>> tally.is_named
+        True
     """
 
     def __init__(self) -> None:
         self.steps = 0
+        self.is_named = False
+        self._largest: list[tuple[float, int, dict[str, Any]]] = []  # a heap
+        self._ranked = 0
         self._seen: dict[str, Seen] = {}
 
     def __len__(self) -> int:
@@ -62,7 +75,29 @@ class Tally:
         self.steps += 1
         for place, sample in enumerate(samples):
             if isinstance(sample, dict):
-                self._count(sample, line.get("step"), is_first=place == 0)
+                self._rank({"step": line.get("step"), **sample})
+                if self._is_known(sample):
+                    self._count(sample, line.get("step"), is_first=place == 0)
+
+    def _is_known(self, sample: Mapping[str, Any]) -> bool:
+        """Whether it has a name; of other ranks only those are known that were sent."""
+        is_other = sample.get("id") != sample.get("index") or "index" not in sample
+        self.is_named |= is_other
+        return is_other or sample.get("rank", 0) == 0
+
+    def _rank(self, sample: dict[str, Any]) -> None:
+        """Keep it, if its norm is one of the largest so far."""
+        norm = finite(sample.get("norm"))
+        if not math.isnan(norm):
+            self._ranked += 1
+            entry = (norm, -self._ranked, sample)  # of equals the first one stays
+            keep = heapq.heappush if len(self._largest) < _MOST else heapq.heappushpop
+            keep(self._largest, entry)
+
+    def largest(self, count: int) -> list[dict[str, Any]]:
+        """The samples with the largest norms of all steps, each with its "step"."""
+        order = sorted(self._largest, key=lambda entry: entry[:2], reverse=True)
+        return [sample for _, _, sample in order[:count]]
 
     def _count(self, sample: Mapping[str, Any], step: Any, *, is_first: bool) -> None:
         name = sample.get("id", sample.get("index"))

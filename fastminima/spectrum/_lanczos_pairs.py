@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import length
 from ._bound import outermost
 from ._lanczos_run import LanczosRun, Ritz
@@ -165,7 +166,7 @@ class _Search:
         if not self._is_out:
             self._run.step()
         if not self._run.is_finite:
-            raise ValueError(
+            raise NotFiniteError(
                 f"Product {self._problem.products} with the matrix is not finite. "
                 "Check the parameters and the batch."
             )

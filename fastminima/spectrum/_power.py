@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import length
 from ..ops.vector import linear_combinations, power_step, project_out
 from ._lanczos_pairs import search_rest
@@ -47,7 +48,7 @@ def _one_pair(problem: Problem, goal: Goal, best: BestPairs, start: Tensor) -> b
         following = torch.empty_like(v)
         value, residual, norm = power_step(w, v, shift, following).tolist()
         if not norm < float("inf"):
-            raise ValueError(
+            raise NotFiniteError(
                 f"Product {problem.products} with the matrix is not finite. Check the "
                 "parameters and the batch."
             )

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import length
 from ..ops.vector import lanczos_step, project_out
 from ._problem import Problem
@@ -35,7 +36,7 @@ def recurrence(problem: Problem, v: Float[Tensor, " params"], steps: int) -> np.
         previous, v = v, w.mul_(norm.clamp_min(_TINY).reciprocal().to(w.dtype))
     numbers = torch.stack(results).cpu().numpy().T
     if not np.isfinite(numbers[0]).all():
-        raise ValueError(
+        raise NotFiniteError(
             f"One of {problem.products} products with the matrix is not finite. Check "
             "the parameters and the batch."
         )
@@ -111,7 +112,7 @@ class KrylovSpace:
         inside, rest = orthogonalize(w, self.basis)
         alpha = float(inside[-1])
         if not math.isfinite(alpha + rest):
-            raise ValueError(
+            raise NotFiniteError(
                 f"Product {self._problem.products} with the matrix is not finite. "
                 "Check the parameters and the batch."
             )

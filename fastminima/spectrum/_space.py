@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import dots, length
 from ..ops.vector import linear_combinations, project_out
 from ._pairs import BestPairs, Goal
@@ -164,7 +165,7 @@ class Space:
         rows = [*self._vectors, *self._images]
         found = torch.stack([dots(vector, rows), dots(image, rows)]).cpu().numpy()
         if not np.isfinite(found).all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"Product {self._problem.products} with the matrix is not finite. "
                 "Check the parameters and the batch."
             )

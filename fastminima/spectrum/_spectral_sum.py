@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ._problem import Problem
 from ._quadrature import KrylovSpace, eigensystems, gauss, orthogonalize, recurrence
 from ._student import student_quantile
@@ -99,7 +100,7 @@ def _exact(problem: Problem, function: Function) -> Estimate:
     eye = torch.eye(problem.size, dtype=problem.dtype, device=problem.device)
     images = torch.stack([problem.multiply(e) for e in eye])
     if not bool(torch.isfinite(images).all()):
-        raise ValueError(
+        raise NotFiniteError(
             f"One of {problem.products} products with the matrix is not finite. Check "
             "the parameters and the batch."
         )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import dots, length
 from ._problem import Problem
 from ._quadrature import orthogonalize
@@ -131,7 +132,7 @@ class XTrace:
 
 def _finite(problem: Problem, image: Tensor) -> Tensor:
     if not bool(torch.isfinite(length(image))):
-        raise ValueError(
+        raise NotFiniteError(
             f"Product {problem.products} with the matrix is not finite. Check the "
             "parameters and the batch."
         )

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..curvature import Hessian, Noise
+from ..curvature._finite import NotFiniteError
 from ._problem import Problem
 from .results import Estimate
 
@@ -60,7 +61,7 @@ def directional_sharpness(
     image = problem.multiply(unit).double()
     found = float(torch.dot(unit.double(), image))
     if not math.isfinite(found):
-        raise ValueError(
+        raise NotFiniteError(
             "The product with the direction is not finite. Check the parameters and "
             "the batch."
         )

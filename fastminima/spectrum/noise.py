@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import dot, length
 from ._problem import Problem
 from .product import product_trace
@@ -112,7 +113,7 @@ def noise_along(covariance: Any, pairs: Eigenpairs) -> NoiseAlong:
         )
     found = torch.stack([dot(row, problem.multiply(row)) for row in rows.unbind()])
     if not bool(torch.isfinite(found).all()):
-        raise ValueError(
+        raise NotFiniteError(
             "A product with the covariance is not finite. Check the batch and the "
             "parameters."
         )
@@ -177,7 +178,7 @@ def hessian_noise_scale(
     along = float(dot(unit, problem.multiply(unit)) / dot(unit, unit))
     along *= problem.unit * size**2
     if not math.isfinite(along):
-        raise ValueError(
+        raise NotFiniteError(
             "The product with the gradient is not finite. Check the batch and the "
             "parameters."
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import dot, length
 from ._problem import Problem
 from ._quadrature import orthogonalize
@@ -99,7 +100,7 @@ class _Pair:
         b = second.multiply(v.to(second.device, second.dtype)).to(v)
         value = float(dot(a, b))
         if not math.isfinite(value):
-            raise ValueError(
+            raise NotFiniteError(
                 f"Product {self.asked} with one of the matrices is not finite. Check "
                 "the parameters and the batch."
             )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Hessian, LossHessian, Noise
+from ..curvature._ranks import ranks_of
+from ..curvature._shards import shards_of
 from ._certified import certified_pair
 from ._finish import finished
 from ._lanczos_pairs import lanczos_pairs
@@ -51,6 +53,9 @@ class SharpnessProbe:
     call, in every 50th, and when the kind of data or a module's mode is another; the
     calls between look at the symmetry of their products alone (some 0.2 gradients on an
     MLP). Of a step's own graph that is all that can be looked at.
+
+    Attributes:
+        evaluated: The loss that the last call with a batch met.
 
     Args:
         model: The model.
@@ -136,6 +141,7 @@ class SharpnessProbe:
         self._noise: Noise | None = None
         self._checked: tuple[Any, ...] | None = None
         self._data: Any = None
+        self.evaluated: Tensor | None = None
 
     def __call__(
         self, batch: Any = None, *, loss: Tensor | None = None, scale: float = 1.0
@@ -168,7 +174,10 @@ class SharpnessProbe:
         is_known = kind == self._checked and (kind[1] or batch is self._data)
         if is_known and self._calls % _CHECK_EVERY:
             operator.trust(self._noise)
-        pairs = self._pairs(operator)
+        try:
+            pairs = self._pairs(operator)
+        finally:
+            self.evaluated = operator.evaluated
         self._noise, self._checked = operator.noise, kind
         self._data = None if kind[1] else batch
         return pairs
@@ -205,6 +214,17 @@ class SharpnessProbe:
             operator.deliver()
             if not (losses._is_view() or losses.is_leaf):
                 losses.detach_()
+
+    def is_finite(self, losses: Tensor) -> bool:
+        """Whether losses are finite, on all ranks that share the data: have curvature.
+
+        Others are refused by `backward`. All of these ranks must ask.
+        """
+        is_finite = bool(losses.detach().isfinite().all())
+        ranks = ranks_of(self._model, self._process_group, shards_of(self._model))
+        return (
+            is_finite if ranks is None else not ranks.any(not is_finite, losses.device)
+        )
 
     def __repr__(self) -> str:
         calls, goal = self._calls, self._goal

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..curvature._finite import NotFiniteError
 from ..curvature._scale import length
 from ._problem import Problem
 from ._quadrature import orthogonalize
@@ -207,7 +208,7 @@ def _form(problem: Problem, v: Tensor, is_squared: bool) -> tuple[float, Tensor]
     w = problem.multiply(v)
     value = float(torch.linalg.vecdot(w.double(), (w if is_squared else v).double()))
     if not math.isfinite(value):
-        raise ValueError(
+        raise NotFiniteError(
             f"Product {problem.products} with the matrix is not finite. Check the "
             "parameters and the batch."
         )

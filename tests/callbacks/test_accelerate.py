@@ -27,6 +27,7 @@ from training import (
     fail_in_backward,
     joined,
     losses,
+    open_files,
 )
 
 import fastminima as fm
@@ -413,3 +414,14 @@ def test_accumulation_is_the_librarys():
         fm.callbacks.watch(accelerator, model, accumulate=2)
     with pytest.raises(ValueError, match="Leave process_group out"):
         fm.callbacks.watch(accelerator, model, process_group="world")
+
+
+def test_closing_closes_the_files(tmp_path):
+    accelerator, model, optimizer, loader = prepared()
+    monitor = fm.monitor.Monitor(fm.monitor.RunFolder(tmp_path / "theirs"))
+    for to, left in ((tmp_path / "a", 0), (monitor, 1)):  # its owner closes that one
+        with fm.callbacks.watch(accelerator, model, to=to, optimizer=optimizer):
+            train(accelerator, model, optimizer, loader)
+            assert "rows.jsonl" in open_files(tmp_path)
+        assert len(open_files(tmp_path)) == left
+    monitor.close()

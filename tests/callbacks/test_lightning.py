@@ -24,6 +24,7 @@ from training import (
     fail_in_backward,
     joined,
     losses,
+    open_files,
 )
 
 import fastminima as fm
@@ -338,3 +339,9 @@ def test_state_is_that_of_the_averages():
     fit(Module(), third)
     name = "gradient/noise_scale_smoothed"
     assert more.rows[0][name] != pytest.approx(alone.rows[0][name])
+
+
+def test_no_file_stays_open(tmp_path):
+    fit(Module(), fm.callbacks.LightningProbe(tmp_path / "a"))
+    assert len((tmp_path / "a" / "rows.jsonl").read_text().splitlines()) == BATCHES
+    assert open_files(tmp_path) == []

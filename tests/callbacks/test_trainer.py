@@ -15,6 +15,7 @@ from training import (
     check_steps_taken,
     fail_in_backward,
     joined,
+    open_files,
 )
 
 import fastminima as fm
@@ -256,6 +257,16 @@ def test_close_leaves_the_trainer_as_it_was(tmp_path):
     assert all(json.loads(line)["is_finite"] for line in lines)
     one.train()
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == len(lines) == 4
+
+
+def test_no_file_stays_open_and_a_second_training_goes_on(tmp_path):
+    one = trainer(tmp_path)
+    fm.callbacks.watch(one, to=tmp_path / "runs")  # the one line
+    for trained in (1, 2):
+        one.train()
+        assert open_files(tmp_path / "runs") == []
+        lines = (tmp_path / "runs" / "rows.jsonl").read_text().splitlines()
+        assert len(lines) == 4 * trained
 
 
 def test_nothing_stays_behind_after_an_exception(tmp_path):

@@ -1,6 +1,7 @@
 """A small classifier, its data, and what its rows should say."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from oracles import flat, single_sample_gradients
@@ -107,3 +108,10 @@ def fail_in_backward(parameter, error):
 def accumulators(model):
     """Kept alive, as DistributedDataParallel does: a hook left there would be seen."""
     return [p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
+
+
+def open_files(folder):
+    """Names of the files in a folder that this process has open; on Linux."""
+    links = Path("/proc/self/fd").iterdir()
+    paths = [link.readlink() for link in links if link.is_symlink()]
+    return [path.name for path in paths if path.is_relative_to(folder)]

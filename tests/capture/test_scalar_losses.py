@@ -1,5 +1,7 @@
 """Where the samples of a scalar loss are is shown, not taken from a size."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +136,38 @@ def test_the_axis_is_shown_again_where_an_order_changes():
         want = rows(losses, model).square().sum(1)
         stats = probe.backward(losses[order].mean(), batch_size=6)
         torch.testing.assert_close(stats.sq_norms, want)
+
+
+SUMMED = {
+    "by the loss function": lambda out, y: cross_entropy(out, y, reduction="sum"),
+    "of its losses": lambda out, y: cross_entropy(out, y, reduction="none").sum(),
+}
+NOT_SUMMED = {
+    "mean": cross_entropy,
+    "divided": lambda out, y: cross_entropy(out, y, reduction="sum") / len(y),
+    "weighted": lambda out, y: REORDERED["weighted"](
+        cross_entropy(out, y, reduction="none")
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SUMMED)
+def test_a_sum_that_is_taken_for_a_mean_is_told(way):
+    model = perceptron()
+    x, y = torch.randn(6, 6).double(), torch.randint(5, (6,))
+    probe = fm.GradientProbe(model)
+    with pytest.warns(UserWarning, match="sum over its samples .*reduction=.sum"):
+        wrong = probe.backward(SUMMED[way](model(x), y), batch_size=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = probe.backward(SUMMED[way](model(x), y), batch_size=6, reduction="sum")
+    torch.testing.assert_close(wrong.sq_norms, right.sq_norms * 36)
+
+
+@pytest.mark.parametrize("way", NOT_SUMMED)
+def test_other_scalars_are_not(way):
+    model = perceptron()
+    x, y = torch.randn(6, 6).double(), torch.randint(5, (6,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fm.GradientProbe(model).backward(NOT_SUMMED[way](model(x), y), batch_size=6)

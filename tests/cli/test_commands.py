@@ -6,6 +6,7 @@ import sys
 import pytest
 from watched_run import write_run
 
+import fastminima as fm
 from fastminima.cli import main
 
 USER = '''
@@ -118,6 +119,14 @@ def no_graph():
 
 def number():
     return 3
+
+
+def asking(seed):
+    return plain()
+
+
+def forgetting():
+    return nn.Linear(4, 3), losses
 
 
 def broken():
@@ -294,6 +303,13 @@ def test_doctor_changes_nothing(capsys, user, monkeypatch):
     [
         (["report", "no/such"], "There is no run at 'no/such'"),
         (["report", ".", "--serve", "--output", "x"], "takes no --output"),
+        (["report", "{folder}", "--serve", "--port", "99999"], "from 0 to 65535"),
+        (["report", "{strange}"], "None of 2 lines at"),
+        (["tail", "{strange}", "--once"], "None of 2 lines at"),
+        (["report", __file__], "a file of rows ends in '.jsonl'"),
+        (["audit", "{}shared", "--samples", "0"], "--samples must be at least 1"),
+        (["audit", "{}asking"], "asking takes arguments"),
+        (["doctor", "{}forgetting"], "Return the batch too"),
         (["tail", ".", "--rows", "0"], "--rows must be at least 1, got 0"),
         (["audit", "train"], "'train' names no function"),
         (["audit", "no_such_module:f"], "no module 'no_such_module'"),
@@ -302,8 +318,11 @@ def test_doctor_changes_nothing(capsys, user, monkeypatch):
         (["doctor", "{}number"], "returned int. It must return (model, loss, batch)"),
     ],
 )
-def test_what_is_wrong_with_a_command(capsys, user, words, said):
-    assert main([word.format(user("")) for word in words]) == 2
+def test_what_is_wrong_with_a_command(capsys, user, folder, tmp_path, words, said):
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"loss": 1.0}\nno JSON\n')
+    places = {"folder": folder, "strange": strange}
+    assert main([word.format(user(""), **places) for word in words]) == 2
     told = capsys.readouterr()
     assert told.err.startswith("error: ") and said in told.err
     assert told.out == "" and "Traceback" not in told.err
@@ -329,6 +348,21 @@ def test_help_fits_a_terminal(capsys, command, monkeypatch):
     text = capsys.readouterr().out
     assert done.value.code == 0
     assert "--json" in text and max(map(len, text.splitlines())) <= 90
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert fm.__version__ in capsys.readouterr().out
+
+
+def test_lines_that_were_not_read_are_counted(capsys, folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo\n')
+    assert "(1 row, 0 spikes; not read: 1 lines)" in printed(
+        capsys, "report", str(path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def test_a_line_cut_off_is_left_out(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:20])
     assert fm.monitor.read(path) == [ROW]
+    fm.monitor.JsonLines(path).write(ROW)  # of the run that goes on
+    assert fm.monitor.read(path) == [ROW, ROW]
+
+
+def test_a_whole_line_without_its_end_stays(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROW))
+    fm.monitor.JsonLines(path).write(ROW)
+    assert fm.monitor.read(path) == [ROW, ROW]
 
 
 def test_tensorboard(tmp_path):

@@ -7,9 +7,11 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastminima as fm
 from fastminima.monitor.run import RunFolder
@@ -60,6 +62,29 @@ def test_when_a_run_started_stays(tmp_path):
         "started": "a",
         "every": 2,
     }
+
+
+def test_an_unreadable_run_json_stops_nothing(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    RunFolder(tmp_path).write_run({"started": "b"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"started": "b"}
+
+
+def test_a_run_that_begins_in_anothers_folder_says_so(tmp_path):
+    for step, is_said in ((0, False), (5, False), (0, True)):
+        folder = RunFolder(tmp_path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            folder.write({"step": step})
+            folder.write({"step": step})  # as of two batches of one step
+        folder.close()
+        assert ["earlier run" in str(one.message) for one in caught] == [True] * is_said
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ValueError, match="is a file, and a run is a folder"):
+        fm.monitor.watch(torch.nn.Linear(2, 1), to=tmp_path / "a")
 
 
 def child(folder, told):

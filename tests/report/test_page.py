@@ -15,6 +15,7 @@ from watched_run import LAYERS, write_run
 from fastminima.report import open_run, report
 from fastminima.report.columns import Columns
 from fastminima.report.factors import factors
+from fastminima.report.maps import _short
 from fastminima.report.page import payload, render
 from fastminima.report.server import PageServer
 
@@ -159,7 +160,6 @@ def test_what_a_run_says_is_never_markup(folder, tmp_path):
         ['{"step": 0, "loss": null}'],
         ['{"step": 0, "loss": -1.0, "gradient/noise_scale": -3.0}'] * 3,
         ['{"step": 5, "loss": 2.0, "is_finite": false, "note": "text"}'],
-        ['{"loss": 2.0}'],
         ['{"step": 1, "sharpness/eigenvalue_1": -2.0, "layers/a/share": 0.0}'],
         ['{"step": 1, "factors/temperature": 1.0, "factors/ratio": 0.0}'],
     ],
@@ -239,3 +239,46 @@ def test_contrast(look):
             assert contrast(colours[text], colours[ground]) >= 4.5
         for drawn in ("blue", "orange", "green", "purple", "focus"):
             assert contrast(colours[drawn], colours[ground]) >= 3
+
+
+def test_columns_of_the_callbacks_are_not_the_users(tmp_path):
+    rows = [
+        {"step": s, "loss": 1.0, "batch": s, "backward": 0, "mine": s} for s in (0, 1)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = payload(open_run(tmp_path))["figures"]
+    own = [figure["layout"] for name, figure in found.items() if "own" in name]
+    assert len(own) == 1 and "mine" in json.dumps(own[0])
+
+
+def test_why_there_is_no_temperature(tmp_path):
+    row = {"step": 0, "factors/learning_rate": 0.1}
+    path = tmp_path / "rows.jsonl"
+    for more, is_said in (({}, True), ({"factors/ratio": 0.1}, False)):
+        path.write_text(json.dumps(row | more) + "\n")
+        assert ("no temperature" in render(open_run(tmp_path))) == is_said
+
+
+def test_advice_is_of_the_usual_batch_not_of_the_last_one(tmp_path):
+    """Which is a short one, where an epoch ends."""
+    scale = "gradient/noise_scale"
+    row = {f"{scale}_smoothed": 48.0, f"{scale}_low": 32.0, f"{scale}_high": 96.0}
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for step, size in enumerate((16, 16, 16, 12)):
+            line = {"step": step, **row, "factors/batch_size": size}
+            file.write(json.dumps(line) + "\n")
+    words = "In the batch of 16 that you use, a sample is worth 75%"
+    assert words in render(open_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("classifier", "classifier"),
+        ("bert.encoder.layer.11.attention.self.query", "b.e.l.11.a.self.query"),
+        ("bert.encoder.layer.0.output.dense", "b.e.l.0.output.dense"),
+        ("a_module_with_a_long_name", "…dule_with_a_long_name"),
+    ],
+)
+def test_names_of_layers_keep_what_tells_them_apart(name, short):
+    assert _short(name) == short

@@ -11,6 +11,7 @@ from fastminima.report import open_run
 from fastminima.report.appended import AppendedLines
 from fastminima.report.columns import Columns
 from fastminima.report.page import summary
+from fastminima.report.tables import sample_table
 from fastminima.report.thin import band, envelope, segments
 
 
@@ -126,6 +127,33 @@ def test_histograms_and_samples(run):
     most = found.tally.most(5)
     assert [s.listed for s in most] == [listed.count(s.id) for s in most]
     assert most[0].listed == max(map(listed.count, listed))
+
+
+def test_an_index_in_the_batch_is_no_name(tmp_path):
+    """The third sample of one batch is another than the third of the next."""
+    (tmp_path / "rows.jsonl").write_text('{"step": 0}\n')
+
+    def tally(*batches):
+        lines = []
+        for step, samples in enumerate(batches):
+            found = [{"id": i, "index": n, "rank": r, "norm": 1.0 + step + n / 10}
+                     for i, n, r in samples]  # fmt: skip
+            lines.append(json.dumps({"step": step, "samples": found}))
+        (tmp_path / "samples.jsonl").write_text("\n".join([*lines, ""]))
+        found = open_run(tmp_path)
+        return found.tally, summary(found), sample_table(found)
+
+    nameless, said, table = tally([(2, 2, 0), (0, 0, 0)], [(2, 2, 0), (1, 1, 0)])
+    assert not nameless.is_named and said["samples_most_often"] == []
+    assert [(s["step"], s["index"]) for s in nameless.largest(3)] == [
+        *((1, 2), (1, 1), (0, 2)),
+    ]
+    assert "have no ids" in table and "most often" not in table
+
+    named, said, table = tally([(17, 2, 0), (1, 1, 0)], [(17, 0, 0), (1, 1, 1)])
+    assert named.is_named and "most often" in table
+    listed = {one["id"]: one["listed"] for one in said["samples_most_often"]}
+    assert listed == {17: 2, 1: 1}  # of the other rank the id is not known
 
 
 @pytest.mark.parametrize("line", ["[1]", '"x"', '{"samples": 3}', '{"samples": [7]}'])

@@ -14,7 +14,7 @@ from rank_checks import run
 
 for module in (
     *("replicated", "replicated_faults", "sharded", "sharded_faults", "fused_mode"),
-    *("compiled", "watched"),
+    *("compiled", "watched", "watched_steps"),
 ):
     importlib.import_module(module)  # which adds to the checks
 

@@ -1,0 +1,58 @@
+"""Options that make no sense, refused before a run rather than in its first step."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from torch import nn
+
+__all__ = ["check_counts", "check_loss", "check_options"]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError for what is neither a positive integer nor None."""
+    for name, count in counts.items():
+        if count is not None and not _is_whole(count, 1):
+            raise ValueError(f"{name} must be a positive integer, got {count!r}.")
+
+
+def check_options(
+    *,
+    largest: int,
+    dataset_size: int | None,
+    max_norm: float | None,
+    replicas: int,
+) -> None:
+    """Raise ValueError for an option of `Monitor` outside its range."""
+    check_counts(dataset_size=dataset_size, replicas=replicas)
+    if not _is_whole(largest, 0):
+        raise ValueError(f"largest must be an integer of at least 0, got {largest!r}.")
+    if max_norm is None:
+        return
+    is_number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    if not (is_number and max_norm > 0 and not math.isnan(max_norm)):
+        raise ValueError(
+            f"max_norm must be a positive number, what the loop gives clip_grad_norm_, "
+            f"got {max_norm!r}."
+        )
+
+
+def check_loss(loss: Any) -> None:
+    """Raise TypeError for what cannot be a closure `loss(model, batch)`."""
+    wanted = "loss must be a function loss(model, batch) that returns the mean loss"
+    if isinstance(loss, (str, os.PathLike)):
+        raise TypeError(f"{wanted}, got {loss!r}. Where rows go is to={str(loss)!r}.")
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise TypeError(
+            f"{wanted}, got {loss!r}, which takes outputs and targets. As in: "
+            "loss=lambda model, batch: criterion(model(batch[0]), batch[1])."
+        )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"{wanted}, got {loss!r}.")
+
+
+def _is_whole(number: Any, least: int) -> bool:
+    is_integer = isinstance(number, int) and not isinstance(number, bool)
+    return is_integer and number >= least
