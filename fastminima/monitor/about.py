@@ -13,7 +13,7 @@ from torch import nn
 
 from .._parameters import tracked_parameters
 from .factors import unwrapped
-from .layers import By, layer_of
+from .layers import By, layer_of, without_wrappers
 
 __all__ = ["SCHEMA", "about_run"]
 
@@ -47,7 +47,7 @@ def about_run(
 
 def _layers(tracked: Mapping[str, nn.Parameter], by: By) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for name, p in tracked.items():
+    for name, p in zip(without_wrappers(list(tracked)), tracked.values(), strict=True):
         layer = layer_of(name, "layer" if by is None else by)
         one = found.setdefault(layer, {"name": layer, "parameters": 0, "tensors": []})
         one["parameters"] += p.numel()

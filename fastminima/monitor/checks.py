@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["check_counts", "check_loss", "check_options"]
+__all__ = [
+    "check_clipping",
+    "check_counts",
+    "check_loss",
+    "check_optimizer",
+    "check_options",
+]
 
 
 def check_counts(**counts: int | None) -> None:
@@ -51,6 +59,31 @@ def check_loss(loss: Any) -> None:
         )
     if loss is not None and not callable(loss):
         raise TypeError(f"{wanted}, got {loss!r}.")
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Warn of an optimizer that has no parameter of the model."""
+    if optimizer is None:
+        return
+    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    tracked = [p for p in model.parameters() if p.requires_grad]
+    if tracked and not any(id(p) in theirs for p in tracked):
+        warnings.warn(
+            f"The {type(optimizer).__name__} has no parameter of this "
+            f"{type(model).__name__}: learning rate, ratio and temperature would be "
+            "those of another training. Pass the optimizer that trains the model.",
+            stacklevel=3,
+        )
+
+
+def check_clipping(max_norm: float | None, replicas: int) -> None:
+    """Raise ValueError where the gradient that is clipped is not the one looked at."""
+    if max_norm is not None and replicas > 1:
+        raise ValueError(
+            f"clip_grad_norm_ clips the mean gradient of {replicas} processes, and "
+            "without a process group a row has that of one. Pass "
+            "process_group='world', or leave max_norm out."
+        )
 
 
 def _is_whole(number: Any, least: int) -> bool:

@@ -12,11 +12,13 @@ import numpy as np
 
 from .smoothing import SmoothedNoiseScale
 
-__all__ = ["By", "Grouping", "LayerNumbers", "layer_of"]
+__all__ = ["By", "Grouping", "LayerNumbers", "layer_of", "without_wrappers"]
 
 By = Literal["layer", "block", "parameter"] | int | None
 OWN = "(own)"  # parameters that the model itself holds
 _WORDS = ("layer", "block", "parameter")
+# Modules that torch.compile, checkpointing and the first FSDP put around others.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def layer_of(parameter: str, by: By = "layer") -> str:
@@ -45,6 +47,26 @@ def layer_of(parameter: str, by: By = "layer") -> str:
     elif by != "layer":
         path = path[:by]
     return ".".join(path) or OWN
+
+
+def without_wrappers(parameters: Sequence[str]) -> list[str]:
+    """Names of a model's parameters as they are without what wraps it.
+
+    A run has the same layers under `torch.compile` and DistributedDataParallel, whose
+    only part is "module".
+
+    Example:
+        >>> from fastminima.monitor.layers import without_wrappers
+        >>> without_wrappers(["module._orig_mod.0.weight", "module._orig_mod.0.bias"])
+        ['0.weight', '0.bias']
+    """
+    paths = [
+        [part for part in name.split(".") if part not in _WRAPPERS]
+        for name in parameters
+    ]
+    while paths and all(len(path) > 1 and path[0] == "module" for path in paths):
+        paths = [path[1:] for path in paths]
+    return [".".join(path) for path in paths]
 
 
 class Grouping:
@@ -85,7 +107,8 @@ class Grouping:
     def _found(self, names: Sequence[str]) -> Groups:
         assert self.by is not None
         places: dict[str, int] = {}
-        of = [places.setdefault(layer_of(n, self.by), len(places)) for n in names]
+        layers = [layer_of(name, self.by) for name in without_wrappers(names)]
+        of = [places.setdefault(layer, len(places)) for layer in layers]
         shown = [
             place
             for layer, place in places.items()

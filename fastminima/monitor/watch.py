@@ -15,7 +15,7 @@ from ..capture.accumulation import Accumulation
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
-from .checks import check_counts, check_loss
+from .checks import check_clipping, check_counts, check_loss, check_optimizer
 from .closing import Closing
 from .curving import replicas_of, unless_infinite, warn_of_another_loss
 from .layers import By
@@ -308,7 +308,8 @@ def watch(
         options: for `GradientProbe`, such as `batchnorm="rows"` or `mode="fused"`.
 
     Raises:
-        ValueError: for options outside their range.
+        ValueError: for options outside their range; for `max_norm` where several
+            processes train and no process group joins their statistics.
 
     Example:
         >>> import tempfile, torch, fastminima as fm
@@ -329,6 +330,9 @@ def watch(
     check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
     check_counts(eigenvalues=eigenvalues)
     check_loss(loss)
+    check_optimizer(model, optimizer)
+    replicas = replicas_of(model, options.get("process_group"))
+    check_clipping(max_norm, replicas)
     asked: dict[str, Any] = {"per_parameter": by is not None}
     if precondition:
         asked |= {"measure": ("norms", "second_moments"), "keep_mean": True}
@@ -355,7 +359,7 @@ def watch(
         precondition=model if precondition else None,
         steps=precondition if isinstance(precondition, str) else None,
         about=lambda: about_run(model, optimizer, by, settings),
-        replicas=replicas_of(model, options.get("process_group")),
+        replicas=replicas,
     )
     curvature = None
     if sharpness is not None:

@@ -1,5 +1,6 @@
 """Columns of layers, against gradients of single samples."""
 
+import json
 import math
 
 import pytest
@@ -145,3 +146,17 @@ def test_a_layer_without_gradient_leaves_the_row_finite():
     )
     assert math.isnan(row["layers/blocks.0.up/noise_scale"])
     assert row["is_finite"]
+
+
+def test_a_model_in_wrappers_has_its_own_layers(tmp_path):
+    """As in torch.compile, whose names begin otherwise; the regular expression too."""
+    rows = []
+    for wrapped in (Model(), fm.compile(Model(), backend="eager")):
+        options = {"layers": "^blocks", "to": tmp_path / str(len(rows))}
+        with fm.monitor.watch(wrapped, **options) as w:
+            rows.append(w.backward(losses(wrapped, [torch.randn(3, 4)])))
+    assert rows[0].keys() == rows[1].keys()
+    runs = [json.loads((tmp_path / n / "run.json").read_text()) for n in "01"]
+    names = [[layer["name"] for layer in run["layers"]] for run in runs]
+    assert names[0] == names[1]
+    assert "blocks.0.up" in names[0]

@@ -178,3 +178,9 @@ def test_an_optimizer_that_nobody_knows_is_named():
         fm.monitor.watch(model, MySGD(model.parameters())).backward(
             losses(model, batch())
         )
+
+
+def test_an_optimizer_of_another_model():
+    (model, _), (_, other) = setup(), setup()
+    with pytest.warns(UserWarning, match="SGD has no parameter of this Sequential"):
+        fm.monitor.watch(model, other)

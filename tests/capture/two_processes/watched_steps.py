@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from rank_checks import check
+from rank_checks import check, raised
 from setting import build, data, losses_of, share
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +34,20 @@ def watched_batch_size_is_that_of_all_ranks():
         assert row["gradient/count"] == count * (2 if options else 1)
         assert row["factors/batch_size"] == 2 * count
         assert abs(row["factors/ratio"] - 0.1 / (2 * count)) < 1e-12
+
+
+@check
+def watched_layers_are_those_of_the_model():
+    (row, _), _ = rows_of()
+    assert not [name for name in row if name.startswith("layers/module")]
+    assert [name for name in row if name.startswith("layers/")]
+
+
+@check
+def watched_clipping_needs_the_gradient_of_all_ranks():
+    raised(lambda: rows_of(max_norm=1.0), ValueError, "process_group='world'")
+    (row, _), _ = rows_of(max_norm=1e-6, process_group="world")
+    assert row["factors/clip"] < 1
 
 
 @check
