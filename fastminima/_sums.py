@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["concatenated", "joined", "merged", "sq_norms", "weighted"]
+__all__ = ["concatenated", "joined", "merged", "numbered", "sq_norms", "weighted"]
 
 
 def sq_norms(
@@ -24,6 +24,31 @@ def sq_norms(
 def concatenated(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """`[na + nb]` of `[na]` and `[nb]`; None where one is missing."""
     return None if a is None or b is None else torch.cat([a, b])
+
+
+def numbered(parts: Iterable[tuple[Tensor | None, int, int]]) -> Tensor | None:
+    """Which samples of several batches were looked at, numbered through all of these.
+
+    Args:
+        parts: of each batch the numbers, None for all; how many were looked at, and how
+            many there are.
+
+    Returns:
+        None for all, and where it is not known of one.
+    """
+    several = list(parts)
+    like = next((numbers for numbers, _, _ in several if numbers is not None), None)
+    if like is None:
+        return None
+    found, first = [], 0
+    for numbers, count, whole in several:
+        if numbers is None and count < whole:
+            return None
+        if numbers is None:
+            numbers = torch.arange(count, dtype=like.dtype, device=like.device)
+        found.append(numbers + first)
+        first += whole
+    return torch.cat(found)
 
 
 def weighted(

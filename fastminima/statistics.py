@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from ._sums import concatenated, joined, merged, sq_norms, weighted
+from ._sums import concatenated, joined, merged, numbered, sq_norms, weighted
 
 __all__ = ["GradientStatistics"]
 
@@ -249,23 +249,10 @@ class GradientStatistics:
             gram=None,
             dots=joined(self.dots, a, other.dots, b) or {},
             mean_count=None if all_a + all_b == a + b else all_a + all_b,
-            samples=self._numbers_with(other),
+            samples=numbered(
+                (one.samples, one.count, one.all_count) for one in (self, other)
+            ),
         )
-
-    def _numbers_with(self, other: GradientStatistics) -> Tensor | None:
-        """Which samples both looked at; those of `other` come after all of these."""
-        like = other.samples if self.samples is None else self.samples
-        if like is None:
-            return None
-        parts: list[Tensor] = []
-        for one, first in ((self, 0), (other, self.all_count)):
-            found = one.samples
-            if found is None and one.count < one.all_count:
-                return None  # nobody knows which
-            if found is None:
-                found = torch.arange(one.count, dtype=like.dtype, device=like.device)
-            parts.append(found + first)
-        return torch.cat(parts)
 
     def scaled(self, factor: float) -> GradientStatistics:
         """Statistics of gradients that are `factor` times as large.

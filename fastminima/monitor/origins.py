@@ -122,8 +122,14 @@ def gather_origin(
         group: the ranks.
 
     Raises:
-        ValueError: on all ranks, where one has other numbers of batches or no loss.
+        ValueError: without sizes; on all ranks, where one has other numbers of batches
+            or no loss.
     """
+    if not sizes:
+        raise ValueError(
+            "With process_group a row needs microbatches, the sizes of this process' "
+            "batches: microbatches=[len(losses)]."
+        )
     device = stats.mean_grad_sq_norm.device
     has_ids = ids is not None and any(one is not None for one in ids)
     has_losses = isinstance(loss, Tensor) and loss.shape == (sum(sizes),)

@@ -182,7 +182,6 @@ class Monitor(Closing):
         if stats is not None:
             batch_size = batch_size or stats.all_count * self._replicas
         if process_group is not None and stats is not None:
-            _check_sizes(microbatches)
             group = find_group(process_group)
             origin, loss = gather_origin(ids, microbatches, stats, loss, group)
         else:
@@ -357,14 +356,6 @@ def _origin(
     if ranks > 1:
         microbatches = microbatches or [stats.all_count]
     return Origin(ids, microbatches, ranks)
-
-
-def _check_sizes(microbatches: Sequence[int]) -> None:
-    if not microbatches:
-        raise ValueError(
-            "With process_group a row needs microbatches, the sizes of this process' "
-            "batches: microbatches=[len(losses)]."
-        )
 
 
 def _step_of(
