@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,6 +70,8 @@ class Factors:
         options = _options(optimizer)
         clip = self._clip(step)
         row: Row = {**options, "factors/batch_size": step.batch_size}
+        if clip is not None and math.isnan(clip):  # what is clipped is not finite
+            return row
         if clip is not None:
             row["factors/clip"] = clip
         if step.covariance_trace is None:
@@ -130,10 +133,12 @@ class Factors:
         )
 
     def _clip(self, step: Step) -> float | None:
-        """What clipping multiplies the optimizer's gradient by."""
+        """What clipping multiplies the optimizer's gradient by; NaN where it fails."""
         if self._max_norm is None:
             return None
         norm = float(step.mean_grad_sq_norm) ** 0.5 * step.gradient_scale
+        if not math.isfinite(norm):
+            return math.nan
         return min(1.0, self._max_norm / (norm + _BARE))
 
 

@@ -13,6 +13,7 @@ class Packed:
 
     Each `.item()` waits for the device again; here there is one wait for a step, and
     none where nothing was added. Tensors of another device cost a copy of their own.
+    (What ranks tell each other of their samples, `origins.py`, waits by itself.)
 
     Example:
         >>> import torch

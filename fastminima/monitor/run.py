@@ -68,8 +68,10 @@ class RunFolder(Logger):
         os.fsync(self._add("spikes", spike))
         if is_new and hasattr(os, "O_DIRECTORY"):  # its name too; not on Windows
             folder = os.open(self.folder, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def write_run(self, about: Mapping[str, Any]) -> None:
         """Write run.json; of a run that goes on, when it started stays."""

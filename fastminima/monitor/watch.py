@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._processes import find_group
 from ..capture import GradientProbe
 from ..capture.accumulation import Accumulation
 from ..spectrum import Eigenpairs, SharpnessProbe
@@ -331,7 +332,8 @@ def watch(
     check_counts(eigenvalues=eigenvalues)
     check_loss(loss)
     check_optimizer(model, optimizer)
-    replicas = replicas_of(model, options.get("process_group"))
+    group = options.get("process_group")
+    replicas, is_first = replicas_of(model, group), _is_first(group)
     check_clipping(max_norm, replicas)
     asked: dict[str, Any] = {"per_parameter": by is not None}
     if precondition:
@@ -346,7 +348,7 @@ def watch(
     loggers = _loggers(to)
     settings = {"every": every, "sharpness": sharpness, "dataset_size": dataset_size}
     monitor = Monitor(
-        *(loggers if _is_first() else ()),
+        *(loggers if is_first else ()),
         by=by,
         layers=layers,
         layer_intervals=layer_intervals,
@@ -372,8 +374,8 @@ def watch(
         sharpness_every=sharpness or 1,
         accumulate=accumulate,
         has_loss=loss is not None,
-        folder=folders[0] if folders and _is_first() else None,
-        process_group=options.get("process_group"),
+        folder=folders[0] if folders and is_first else None,
+        process_group=group,
     )
 
 
@@ -384,8 +386,9 @@ def _loggers(to: To | Sequence[To] | None) -> list[Any]:
     return [RunFolder(one) if is_folder(one) else one for one in several]
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that writes."""
+def _is_first(process_group: Any) -> bool:
+    """Whether this process is the one that writes, of a group or of all."""
     if not (dist.is_available() and dist.is_initialized()):
         return True
-    return dist.get_rank() == 0
+    group = None if process_group is None else find_group(process_group)
+    return dist.get_rank(group) == 0

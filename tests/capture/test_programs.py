@@ -651,7 +651,7 @@ def leaves_read(monkeypatch):
     honest = gradients.Gradients.finish
 
     def finish(self):
-        read = 0 if self._leaves is None else self._leaves.count
+        read = 0 if self._leaves is None else len(self._leaves.order)
         counts.append((read, len(self._taken)))
         return honest(self)
 

@@ -184,3 +184,13 @@ def test_an_optimizer_of_another_model():
     (model, _), (_, other) = setup(), setup()
     with pytest.warns(UserWarning, match="SGD has no parameter of this Sequential"):
         fm.monitor.watch(model, other)
+
+
+def test_clipping_of_what_is_not_finite_has_no_factor():
+    model, optimizer = setup()
+    w = fm.monitor.watch(model, optimizer, max_norm=1.0)
+    x, y = batch()
+    assert 0 < w.backward(losses(model, (x, y)))["factors/clip"] <= 1
+    row = w.backward(losses(model, (x * torch.nan, y)))
+    assert not row["is_finite"]
+    assert not {"factors/clip", "factors/ratio", "factors/temperature"} & row.keys()
