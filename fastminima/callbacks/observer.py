@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import CaptureError, GradientProbe
+from ..capture.options import check_adds_up
 from ..monitor import Logger, Monitor, RunFolder, SpikeDetector
 from ..monitor.about import about_run
 from ..monitor.run import is_folder
@@ -326,6 +327,7 @@ class Observer:
         if self._probe is None or made_for != self._made_for:
             options = dict(self._options)
             if self._is_several:  # statistics are added up
+                check_adds_up(options.get("measure", ()))
                 options["keep_mean"] = True
             self._probe = GradientProbe(model, **options)
             self._made_for, self._model = made_for, model

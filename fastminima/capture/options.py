@@ -22,6 +22,7 @@ __all__ = [
     "Reduction",
     "Request",
     "Target",
+    "check_adds_up",
     "check_dim",
     "check_direction",
     "check_word",
@@ -82,11 +83,8 @@ class Options:
         for what in ("every", "sample", "check_every", "accumulate"):
             if others[what] is not None:
                 others[what] = positive(what, others[what])
-        if others["accumulate"] != 1 and "gram" in words:
-            raise ValueError(
-                'measure="gram" does not go with accumulate: the inner products of '
-                "samples of different passes are never seen. Leave one of them out."
-            )
+        if others["accumulate"] != 1:
+            check_adds_up(words)
         check_word("batchnorm", others["batchnorm"], get_args(BatchNorm))
         check_word("mode", others["mode"], get_args(Mode))
         check_dim(others["batch_dim"])
@@ -195,6 +193,16 @@ class Target(NamedTuple):
         Of a pass that differentiates the loss itself, or the mean of a vector.
         """
         return (self.samples.count if self.is_mean else 1.0) / self.scale
+
+
+def check_adds_up(measure: str | Iterable[str]) -> None:
+    """Raise ValueError for what the statistics of several passes do not add up to."""
+    words = (measure,) if isinstance(measure, str) else tuple(measure)
+    if "gram" in words:
+        raise ValueError(
+            'measure="gram" does not go with accumulate: the inner products of samples '
+            "of different passes are never seen. Leave one of them out."
+        )
 
 
 def check_word(what: str, word: object, allowed: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._processes import find_group
 from ..capture import GradientProbe
 from ..capture.accumulation import Accumulation
+from ..capture.options import check_adds_up
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
@@ -343,6 +344,7 @@ def watch(
         accumulate, every, keep_mean=asked.get("keep_mean", False), owner="w"
     )
     if accumulate > 1:
+        check_adds_up(asked.get("measure", ()))
         asked["keep_mean"] = True
     probe = GradientProbe(model, **asked)
     loggers = _loggers(to)

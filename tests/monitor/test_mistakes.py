@@ -194,3 +194,9 @@ def test_clipping_of_what_is_not_finite_has_no_factor():
     row = w.backward(losses(model, (x * torch.nan, y)))
     assert not row["is_finite"]
     assert not {"factors/clip", "factors/ratio", "factors/temperature"} & row.keys()
+
+
+def test_inner_products_of_samples_of_different_passes():
+    model, optimizer = setup()
+    with pytest.raises(ValueError, match="does not go with accumulate"):
+        fm.monitor.watch(model, optimizer, accumulate=2, measure=("norms", "gram"))
