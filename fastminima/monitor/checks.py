@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = [
-    "check_clipping",
-    "check_counts",
-    "check_loss",
-    "check_optimizer",
-    "check_options",
-]
+__all__ = ["check_counts", "check_names", "check_options", "check_training"]
 
 
 def check_counts(**counts: int | None) -> None:
@@ -47,7 +44,25 @@ def check_options(
         )
 
 
-def check_loss(loss: Any) -> None:
+def check_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    loss: Any,
+    max_norm: float | None,
+    replicas: int,
+) -> None:
+    """Refuse, or warn of, what does not belong to the training of a model.
+
+    Raises:
+        TypeError: for what cannot be a closure `loss(model, batch)`.
+        ValueError: where the gradient that is clipped is not the one looked at.
+    """
+    _check_loss(loss)
+    _check_optimizer(model, optimizer)
+    _check_clipping(max_norm, replicas)
+
+
+def _check_loss(loss: Any) -> None:
     """Raise TypeError for what cannot be a closure `loss(model, batch)`."""
     wanted = "loss must be a function loss(model, batch) that returns the mean loss"
     if isinstance(loss, (str, os.PathLike)):
@@ -61,7 +76,16 @@ def check_loss(loss: Any) -> None:
         raise TypeError(f"{wanted}, got {loss!r}.")
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def check_names(given: Iterable[str], *takers: Callable[..., Any]) -> None:
+    """Raise TypeError for an option that none of some functions has."""
+    known = [name for one in takers for name in inspect.signature(one).parameters]
+    for name in given:
+        if name not in known:
+            (near,) = difflib.get_close_matches(name, known, 1, 0.0)
+            raise TypeError(f"There is no option {name!r}. Did you mean {near!r}?")
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Warn of an optimizer that has no parameter of the model."""
     if optimizer is None:
         return
@@ -72,11 +96,11 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
             f"The {type(optimizer).__name__} has no parameter of this "
             f"{type(model).__name__}: learning rate, ratio and temperature would be "
             "those of another training. Pass the optimizer that trains the model.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def check_clipping(max_norm: float | None, replicas: int) -> None:
+def _check_clipping(max_norm: float | None, replicas: int) -> None:
     """Raise ValueError where the gradient that is clipped is not the one looked at."""
     if max_norm is not None and replicas > 1:
         raise ValueError(

@@ -17,7 +17,7 @@ from ..capture.options import check_adds_up
 from ..spectrum import Eigenpairs, SharpnessProbe
 from ..statistics import GradientStatistics
 from .about import about_run
-from .checks import check_clipping, check_counts, check_loss, check_optimizer
+from .checks import check_counts, check_names, check_training
 from .closing import Closing
 from .curving import replicas_of, unless_infinite, warn_of_another_loss
 from .layers import By
@@ -114,8 +114,11 @@ class Watch(Closing):
         Raises:
             CaptureError, ValueError: as `GradientProbe.backward`, and where curvature
                 is asked for, as `SharpnessProbe`; for ids of another number of samples.
-            TypeError: for a column of `extra` that is not a number.
+            TypeError: for a column of `extra` that is not a number, and for losses that
+                are no tensor.
         """
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be a tensor, got {losses!r}.")
         count = len(losses) if losses.dim() else batch_size
         if ids is not None and len(ids) != count:
             raise ValueError(f"There are {len(ids)} ids for {count} samples.")
@@ -331,11 +334,10 @@ def watch(
     """
     check_counts(every=every, accumulate=accumulate, sharpness=sharpness)
     check_counts(eigenvalues=eigenvalues)
-    check_loss(loss)
-    check_optimizer(model, optimizer)
+    check_names(options, GradientProbe, watch)
     group = options.get("process_group")
     replicas, is_first = replicas_of(model, group), _is_first(group)
-    check_clipping(max_norm, replicas)
+    check_training(model, optimizer, loss, max_norm, replicas)
     asked: dict[str, Any] = {"per_parameter": by is not None}
     if precondition:
         asked |= {"measure": ("norms", "second_moments"), "keep_mean": True}

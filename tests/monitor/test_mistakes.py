@@ -200,3 +200,11 @@ def test_inner_products_of_samples_of_different_passes():
     model, optimizer = setup()
     with pytest.raises(ValueError, match="does not go with accumulate"):
         fm.monitor.watch(model, optimizer, accumulate=2, measure=("norms", "gram"))
+
+
+def test_names_and_kinds_of_what_is_given():
+    model, optimizer = setup()
+    with pytest.raises(TypeError, match=r"no option 'evry'\. Did you mean 'every'"):
+        fm.monitor.watch(model, optimizer, evry=3)
+    with pytest.raises(TypeError, match=r"must be a tensor, got 0\.5"):
+        fm.monitor.watch(model, optimizer).backward(0.5)
