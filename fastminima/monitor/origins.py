@@ -15,7 +15,7 @@ from ..statistics import GradientStatistics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Origin", "gather_origin"]
+__all__ = ["Origin", "gather_origin", "own_origin"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,22 @@ class Origin:
             return (0,)  # of one rank, in one batch: nothing to look for
         each, rest = divmod(self.microbatches[microbatch], self.ranks)
         return None if rest else (each,) * self.ranks
+
+
+def own_origin(
+    stats: GradientStatistics | None,
+    ids: Sequence[Any] | None,
+    microbatches: Sequence[int],
+    ranks: int,
+) -> Origin:
+    """The origin of the samples of a row, as far as this process knows it."""
+    if stats is None:
+        return Origin()
+    if stats.samples is None and stats.count < stats.all_count:
+        return Origin(None, [stats.count], ranks, counts=None)
+    if ranks > 1:
+        microbatches = microbatches or [stats.all_count]
+    return Origin(ids, microbatches, ranks)
 
 
 def gather_origin(

@@ -20,7 +20,7 @@ from .factors import Factors, Step, stability_limit
 from .layers import By, Grouping, Groups, LayerNumbers
 from .loggers import JsonLines, Logger
 from .optimizer_norm import OptimizerNorm, Steps
-from .origins import Origin, gather_origin
+from .origins import Origin, gather_origin, own_origin
 from .packing import Packed
 from .rows import Row
 from .smoothing import SmoothedNoiseScale
@@ -185,7 +185,7 @@ class Monitor(Closing):
             group = find_group(process_group)
             origin, loss = gather_origin(ids, microbatches, stats, loss, group)
         else:
-            origin = _origin(stats, ids, microbatches, ranks)
+            origin = own_origin(stats, ids, microbatches, ranks)
         losses = loss if isinstance(loss, Tensor) and loss.dim() else None
         groups = self._groups(stats)
         packed = self._asked(stats, loss, losses, sharpness, extra or {}, optimizer)
@@ -340,22 +340,6 @@ class Monitor(Closing):
         """Close the loggers, which finishes a run of W&B that was started here."""
         for logger in self._loggers:
             logger.close()
-
-
-def _origin(
-    stats: GradientStatistics | None,
-    ids: Sequence[Any] | None,
-    microbatches: Sequence[int],
-    ranks: int,
-) -> Origin:
-    """Where the samples of a row come from, as far as this process knows."""
-    if stats is None:
-        return Origin()
-    if stats.samples is None and stats.count < stats.all_count:
-        return Origin(None, [stats.count], ranks, counts=None)
-    if ranks > 1:
-        microbatches = microbatches or [stats.all_count]
-    return Origin(ids, microbatches, ranks)
 
 
 def _step_of(
