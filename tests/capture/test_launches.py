@@ -1,6 +1,7 @@
 """Kernels that a use launches are launched again by the extension, without Python."""
 
 import contextlib
+import gc
 import importlib.util
 import sys
 from unittest import mock
@@ -40,11 +41,14 @@ def called_files():
         if event == "call":
             files.append(frame.f_code.co_filename)
 
+    gc.collect()
+    gc.disable()  # else what watches the garbage of other tests may be called
     sys.setprofile(note)
     try:
         yield files
     finally:
         sys.setprofile(None)
+        gc.enable()
 
 
 def test_all_uses_are_launched_and_give_the_same_bits(driver):
